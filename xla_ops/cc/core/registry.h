@@ -1,0 +1,58 @@
+// The table by which an op's shared object tells a loader what it holds.
+//
+// Each op library exports one C function, `xla_ops_handlers`. A loader calls
+// it and registers every entry with the FFI registry of its platform, so no
+// list of names exists outside the library itself:
+//
+//   XLA_OPS_EXPORT_HANDLERS(
+//       {"xla_ops.rms_norm", "Host", {nullptr, nullptr, nullptr,
+//                                     xla_ops_rms_norm_cpu}})
+//
+// Plain C layout: the loader may be built by another compiler.
+// Tested by xla_ops/cc/core/core_test.cc and tests/test_conformance.py.
+
+#ifndef XLA_OPS_CC_CORE_REGISTRY_H_
+#define XLA_OPS_CC_CORE_REGISTRY_H_
+
+#include <cstddef>
+
+#include "xla/ffi/api/c_api.h"
+
+extern "C" {
+
+// Handlers of the four stages of a typed-FFI call; null where not needed.
+struct XlaOpsHandlerBundle {
+  XLA_FFI_Handler* instantiate;
+  XLA_FFI_Handler* prepare;
+  XLA_FFI_Handler* initialize;
+  XLA_FFI_Handler* execute;
+};
+
+struct XlaOpsHandler {
+  const char* target;    // custom-call target, such as "xla_ops.rms_norm"
+  const char* platform;  // "Host" or "CUDA"
+  XlaOpsHandlerBundle bundle;
+};
+
+// Returns the library's table and sets `*count` to its length. The table
+// lives as long as the library.
+typedef const XlaOpsHandler* XlaOpsHandlersFn(size_t* count);
+
+// CUDA libraries only: the architectures of the embedded device code as
+// "7.5 8.0 9.0a 12.0+PTX", the form that the build flag takes.
+typedef const char* XlaOpsCudaArchsFn();
+
+}  // extern "C"
+
+#define XLA_OPS_EXPORT __attribute__((visibility("default")))
+
+// Defines `xla_ops_handlers`. Use it once a library, at global scope.
+#define XLA_OPS_EXPORT_HANDLERS(...)                                     \
+  extern "C" XLA_OPS_EXPORT const XlaOpsHandler* xla_ops_handlers(       \
+      size_t* count) {                                                   \
+    static const XlaOpsHandler kHandlers[] = {__VA_ARGS__};              \
+    *count = sizeof(kHandlers) / sizeof(kHandlers[0]);                   \
+    return kHandlers;                                                    \
+  }
+
+#endif  // XLA_OPS_CC_CORE_REGISTRY_H_

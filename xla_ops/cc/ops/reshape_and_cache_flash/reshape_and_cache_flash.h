@@ -1,0 +1,74 @@
+// Writes new keys and values into a paged KV cache, at given slots.
+//
+// For token t with slot s = slot_mapping[t] >= 0:
+//   cache[s / page_size, s % page_size, h, :] = convert(key[t, h, :])
+// A negative slot skips its token (padding); a slot at or past
+// num_blocks * page_size is skipped too, never written out of bounds. Of
+// several tokens with one slot any may win. convert() is the identity for
+// kv_cache_dtype "auto" and, for "fp8"/"fp8_e4m3"/"fp8_e5m2",
+// saturating round-to-nearest-even of float(x) / scale; NaN stays NaN and
+// infinities saturate to the largest finite value, as in vLLM.
+//
+// Three targets share one kernel. They differ in what a caller can alias:
+//   xla_ops.reshape_and_cache_flash
+//     args    key [num_key_tokens, num_kv_heads, head_dim], value (same),
+//             key_cache, value_cache, slot_mapping s64 [num_tokens],
+//             k_scale f32 [1], v_scale f32 [1]
+//     results key_cache, value_cache (aliased to the arguments)
+//   xla_ops.reshape_and_cache_flash_stacked
+//     args    key, value, kv_cache [2, ...cache], slot_mapping, k_scale,
+//             v_scale
+//     results kv_cache (aliased)
+//   xla_ops.reshape_and_cache_flash_one
+//     args    key, key_cache, slot_mapping, scale     (or the values')
+//     results key_cache (aliased)
+//   attrs (all three)
+//     kv_cache_dtype string  "auto", "fp8", "fp8_e4m3" or "fp8_e5m2"
+//     kv_layout      string  "NHD" or "HND"
+//     debug          bool    report skipped out-of-range slots on stderr
+//                            (stdout on a GPU)
+// key: fp32, fp16 or bf16; num_key_tokens >= num_tokens, further rows are
+// ignored. Cache: NHD [num_blocks, page_size, num_kv_heads, head_dim], HND
+// [num_blocks, num_kv_heads, page_size, head_dim]; key's dtype with "auto",
+// else uint8 or the fp8 type named.
+// Where a result is not aliased (no caller of ours) it is copied first.
+//
+// Tested by reshape_and_cache_flash_test.cc and
+// tests/test_reshape_and_cache_flash.py.
+
+#ifndef XLA_OPS_CC_OPS_RESHAPE_AND_CACHE_FLASH_RESHAPE_AND_CACHE_FLASH_H_
+#define XLA_OPS_CC_OPS_RESHAPE_AND_CACHE_FLASH_RESHAPE_AND_CACHE_FLASH_H_
+
+#include <cstdint>
+
+#include "xla_ops/cc/core/dtype.h"
+
+namespace xla_ops {
+
+// One or two caches written by one launch; `value*` are null for one.
+struct ReshapeAndCacheFlashParams {
+  DType dtype;        // of key and value
+  DType cache_dtype;  // == dtype, or kF8E4M3FN / kF8E5M2
+  int64_t num_tokens;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t num_blocks;
+  int64_t page_size;
+  // Elements from one (block, offset in page, head) to the next; head_dim
+  // is dense. These two describe NHD and HND alike.
+  int64_t block_stride;
+  int64_t page_stride;
+  int64_t head_stride;
+  const void* key;              // [>= num_tokens, num_kv_heads, head_dim]
+  const void* value;            // the same, or null
+  void* key_cache;              // num_blocks * block_stride elements
+  void* value_cache;            // the same, or null
+  const int64_t* slot_mapping;  // [num_tokens]
+  const float* k_scale;         // [1]; read only for fp8 caches
+  const float* v_scale;         // [1]; read only for fp8 caches
+  bool debug;
+};
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_OPS_RESHAPE_AND_CACHE_FLASH_RESHAPE_AND_CACHE_FLASH_H_
