@@ -21,9 +21,9 @@
 //
 // Target `xla_ops.paged_attention`:
 //   args    query           [num_tokens, num_heads, head_dim]
-//           key_cache, value_cache   as in reshape_and_cache_flash.h, query's
-//                           dtype; with attr stacked, both are the same
-//                           [2, ...] buffer, K at index 0 and V at index 1
+//           key_cache, value_cache   query's dtype, buffers of any shape
+//                           (perhaps the same one), described by attributes
+//                           as in reshape_and_cache_flash.h
 //           context_lens    s32 [max_num_seqs]
 //           block_tables    s32 [max_num_seqs, max_blocks]
 //           query_start_loc s32 [max_num_seqs + 1]
@@ -31,7 +31,9 @@
 //   results out             as query
 //           workspace       u8 [PagedAttentionWorkspaceBytes(...)], scratch
 //   attrs   scale f32; sliding_window i64 (0: none); soft_cap f32 (0: none);
-//           num_splits i64 >= 1; stacked bool; kv_layout string; debug bool
+//           num_splits i64 >= 1; num_kv_heads, num_blocks, page_size,
+//           block_stride, page_stride, head_stride, key_offset,
+//           value_offset i64; debug bool
 // num_splits: into how many pieces each sequence's KV tokens are cut, each
 // worked on by its own thread blocks and then combined. The host cannot see
 // context_lens, so the caller picks it from shapes; the device divides the

@@ -16,21 +16,29 @@
 //             k_scale f32 [1], v_scale f32 [1]
 //     results key_cache, value_cache (aliased to the arguments)
 //   xla_ops.reshape_and_cache_flash_stacked
-//     args    key, value, kv_cache [2, ...cache], slot_mapping, k_scale,
-//             v_scale
-//     results kv_cache (aliased)
+//     args    key, value, kv_cache, slot_mapping, k_scale, v_scale
+//     results kv_cache (aliased), a buffer that holds both caches
 //   xla_ops.reshape_and_cache_flash_one
 //     args    key, key_cache, slot_mapping, scale     (or the values')
 //     results key_cache (aliased)
 //   attrs (all three)
 //     kv_cache_dtype string  "auto", "fp8", "fp8_e4m3" or "fp8_e5m2"
-//     kv_layout      string  "NHD" or "HND"
+//     num_blocks, page_size, block_stride, page_stride, head_stride,
+//     key_offset, value_offset  i64, in elements: where the caches lie
 //     debug          bool    report skipped out-of-range slots on stderr
 //                            (stdout on a GPU)
 // key: fp32, fp16 or bf16; num_key_tokens >= num_tokens, further rows are
-// ignored. Cache: NHD [num_blocks, page_size, num_kv_heads, head_dim], HND
-// [num_blocks, num_kv_heads, page_size, head_dim]; key's dtype with "auto",
-// else uint8 or the fp8 type named.
+// ignored. Cache: key's dtype with "auto", else uint8 or the fp8 type named.
+//
+// A cache operand is a buffer of any shape, described by attributes as in
+// torch by strides: element (block, offset, head, d) of the key cache is at
+//   key_offset + block * block_stride + offset * page_stride
+//              + head * head_stride + d.
+// XLA arrays have no strides, so this is how NHD, HND (a permuted view) and
+// views of a stacked [2, ...] or [num_blocks, 2, ...] cache are written in
+// place, in the buffer that they are views of. Offsets and strides must be
+// >= 0 and every element must lie inside its buffer (checked before the
+// launch). Unused attributes (value_offset of _one) are absent.
 // Where a result is not aliased (no caller of ours) it is copied first.
 //
 // Tested by reshape_and_cache_flash_test.cc and
