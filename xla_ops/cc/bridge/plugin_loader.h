@@ -1,0 +1,34 @@
+// Opens a PJRT plugin and checks that the bridge can work with it, without
+// creating a client (no device is touched).
+//
+// Tested by tests/test_plugin.py.
+
+#ifndef XLA_OPS_CC_BRIDGE_PLUGIN_LOADER_H_
+#define XLA_OPS_CC_BRIDGE_PLUGIN_LOADER_H_
+
+#include <string>
+#include <vector>
+
+#include "xla_ops/cc/bridge/pjrt_abi.h"
+
+namespace xla_ops {
+
+struct PjrtPlugin {
+  const PjrtApi* api = nullptr;
+  std::vector<int> extensions;  // PJRT_Extension_Type of each
+  const PjrtGpuCustomCallExtension* custom_call = nullptr;  // null: not there
+};
+
+// Loads the shared object at `path` and reads its function table. Returns an
+// error text that names the fix, or an empty string and sets `plugin`; the
+// version is set even where it is the reason for the error. The library is
+// never unloaded: XLA's runtime does not survive that.
+std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin);
+
+// Takes `error` from a call into `api`: returns its text and frees it. Returns
+// an empty string for null.
+std::string TakeErrorText(const PjrtApi& api, PjrtError* error);
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_BRIDGE_PLUGIN_LOADER_H_
