@@ -1,0 +1,121 @@
+// Checks of operands that all ops share. Each returns success or an error
+// in the form of error.h; none reads a buffer's contents.
+//
+//   XLA_OPS_RETURN_IF_ERROR(
+//       CheckDType("rms_norm", "input", input, kFloatDTypes));
+//   XLA_OPS_RETURN_IF_ERROR(
+//       CheckShape("rope", "cache", cache, {"max_position", rotary_dim}));
+//   // rope: cache must have shape [max_position, 64], got [4096, 32]
+//
+// Tested by core_test.cc.
+
+#ifndef XLA_OPS_CC_CORE_CHECKS_H_
+#define XLA_OPS_CC_CORE_CHECKS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/dtype.h"
+#include "xla_ops/cc/core/error.h"
+#include "xla_ops/cc/core/ffi_dtype.h"
+
+namespace xla_ops {
+
+// The types that attention and normalisation compute on.
+inline constexpr std::initializer_list<DType> kFloatDTypes = {
+    DType::kF32, DType::kF16, DType::kBF16};
+
+// One dimension of a wanted shape: a number, or a name for "any size".
+struct Dim {
+  Dim(int64_t size) : size(size) {}         // NOLINT: implicit by design
+  Dim(const char* name) : name(name) {}     // NOLINT: implicit by design
+  int64_t size = -1;
+  const char* name = nullptr;
+};
+
+// "float32, float16 or bfloat16"
+inline std::string FormatDTypes(std::initializer_list<DType> dtypes) {
+  std::string text;
+  for (const DType* it = dtypes.begin(); it != dtypes.end(); ++it) {
+    if (it != dtypes.begin()) {
+      text += it + 1 == dtypes.end() ? " or " : ", ";
+    }
+    text += Name(*it);
+  }
+  return text;
+}
+
+// `Operand` is AnyBuffer or Result<AnyBuffer>, here and below.
+// Both are one pointer, passed by value.
+inline ffi::AnyBuffer BufferOf(ffi::AnyBuffer buffer) { return buffer; }
+inline ffi::AnyBuffer BufferOf(ffi::Result<ffi::AnyBuffer> result) {
+  return *result;
+}
+
+template <typename Operand>
+ffi::Error CheckDType(const char* op, const char* argument, Operand operand,
+                      std::initializer_list<DType> allowed) {
+  const ffi::DataType got = BufferOf(operand).element_type();
+  for (const DType dtype : allowed) {
+    if (got == ToFfi(dtype)) return ffi::Error::Success();
+  }
+  return MustError(op, argument, "be " + FormatDTypes(allowed),
+                   DTypeName(got));
+}
+
+template <typename Operand>
+ffi::Error CheckShape(const char* op, const char* argument, Operand operand,
+                      std::initializer_list<Dim> wanted) {
+  const ffi::AnyBuffer::Dimensions dims = BufferOf(operand).dimensions();
+  bool fits = dims.size() == wanted.size();
+  std::string rule = "have shape [";
+  size_t i = 0;
+  for (const Dim& dim : wanted) {
+    if (i > 0) rule += ", ";
+    rule += dim.name ? dim.name : std::to_string(dim.size);
+    fits = fits && (dim.name || dims[i] == dim.size);
+    ++i;
+  }
+  if (fits) return ffi::Error::Success();
+  return MustError(op, argument, rule + "]", FormatShape(dims));
+}
+
+// The shape and type of another operand, such as a result's argument.
+template <typename Operand>
+ffi::Error CheckSameAs(const char* op, const char* argument, Operand operand,
+                       ffi::AnyBuffer other) {
+  const ffi::AnyBuffer got = BufferOf(operand);
+  if (got.element_type() != other.element_type()) {
+    return MustError(op, argument, "be " + DTypeName(other.element_type()),
+                     DTypeName(got.element_type()));
+  }
+  if (!(got.dimensions() == other.dimensions())) {
+    return MustError(op, argument,
+                     "have shape " + FormatShape(other.dimensions()),
+                     FormatShape(got.dimensions()));
+  }
+  return ffi::Error::Success();
+}
+
+// A tensor of one element, whatever its rank: scales and counts.
+template <typename Operand>
+ffi::Error CheckOneElement(const char* op, const char* argument,
+                           Operand operand) {
+  if (BufferOf(operand).element_count() == 1) return ffi::Error::Success();
+  return MustError(op, argument, "have 1 element",
+                   "shape " + FormatShape(BufferOf(operand).dimensions()));
+}
+
+inline ffi::Error CheckAtLeast(const char* op, const char* argument,
+                               int64_t value, int64_t lowest) {
+  if (value >= lowest) return ffi::Error::Success();
+  return MustError(op, argument, "be at least " + std::to_string(lowest),
+                   std::to_string(value));
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_CORE_CHECKS_H_
