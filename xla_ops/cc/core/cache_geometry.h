@@ -65,6 +65,14 @@ inline ffi::Error CheckGeometry(const char* op,
   for (const auto& attr : kAttrs) {
     XLA_OPS_RETURN_IF_ERROR(CheckAtLeast(op, attr.name, attr.value, 0));
   }
+  // Slots are block * page_size + offset. With strides of zero a small
+  // buffer could hold any number of them, so the bounds check is no bound.
+  int64_t num_slots;
+  if (__builtin_mul_overflow(geometry.num_blocks, geometry.page_size,
+                             &num_slots)) {
+    return MustError(op, "num_blocks", "give less than 2^63 slots",
+                     std::to_string(geometry.num_blocks));
+  }
   return ffi::Error::Success();
 }
 

@@ -1,0 +1,200 @@
+// CPU kernel and handlers of the xla_ops.reshape_and_cache_flash targets.
+//
+// Threads share the work by cache and head, not by token, so that tokens
+// with the same slot are written in order: here the last one wins whole.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/dispatch.h"
+#include "xla_ops/cc/core/error.h"
+#include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/parallel.h"
+#include "xla_ops/cc/core/registry.h"
+#include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
+#include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_checks.h"
+
+namespace xla_ops {
+namespace {
+
+constexpr int kMaxReports = 8;
+
+void ReportSkippedSlots(const ReshapeAndCacheFlashParams& params,
+                        int64_t num_slots) {
+  int reports = 0;
+  for (int64_t t = 0; t < params.num_tokens && reports < kMaxReports; ++t) {
+    const int64_t slot = params.slot_mapping[t];
+    if (slot < num_slots) continue;
+    ++reports;
+    std::fprintf(stderr,
+                 "xla_ops: reshape_and_cache_flash: slot_mapping[%lld] must "
+                 "be less than %lld, got %lld; skipped\n",
+                 static_cast<long long>(t), static_cast<long long>(num_slots),
+                 static_cast<long long>(slot));
+  }
+}
+
+// How one head's vector becomes cache elements; `scale` is read for fp8.
+template <typename T, typename CacheT>
+struct Convert {
+  static void Run(const T* from, int64_t size, float scale, CacheT* to) {
+    for (int64_t d = 0; d < size; ++d) {
+      to[d] = FromFloat<CacheT>(ToFloat(from[d]) / scale);
+    }
+  }
+};
+
+template <typename T>
+struct Convert<T, T> {
+  static void Run(const T* from, int64_t size, float, T* to) {
+    std::memcpy(to, from, static_cast<size_t>(size) * sizeof(T));
+  }
+};
+
+// Writes head `head` of every token. `rows`: [num_tokens, num_kv_heads,
+// head_dim]; `cache`: the view's first element.
+template <typename T, typename CacheT>
+void WriteHead(const ReshapeAndCacheFlashParams& params, const T* rows,
+               int64_t head, float scale, CacheT* cache) {
+  const int64_t num_slots = params.num_blocks * params.page_size;
+  for (int64_t t = 0; t < params.num_tokens; ++t) {
+    const int64_t slot = params.slot_mapping[t];
+    if (slot < 0 || slot >= num_slots) continue;
+    const int64_t block = slot / params.page_size;
+    const int64_t page_offset = slot % params.page_size;
+    Convert<T, CacheT>::Run(
+        rows + (t * params.num_kv_heads + head) * params.head_dim,
+        params.head_dim, scale,
+        cache + block * params.block_stride +
+            page_offset * params.page_stride + head * params.head_stride);
+  }
+}
+
+template <typename T, typename CacheT>
+void Write(const ReshapeAndCacheFlashParams& params, ffi::ThreadPool& pool) {
+  const bool scaled = params.cache_dtype != params.dtype;
+  const float k_scale = scaled ? *params.k_scale : 1.0f;
+  const bool two = params.value != nullptr;
+  const float v_scale = two && scaled ? *params.v_scale : 1.0f;
+  const int64_t num_heads = params.num_kv_heads;
+  ParallelFor(
+      pool, two ? 2 * num_heads : num_heads,
+      params.num_tokens * params.head_dim, [&](int64_t i) {
+        if (i < num_heads) {
+          WriteHead(params, static_cast<const T*>(params.key), i, k_scale,
+                    static_cast<CacheT*>(params.key_cache));
+        } else {
+          WriteHead(params, static_cast<const T*>(params.value),
+                    i - num_heads, v_scale,
+                    static_cast<CacheT*>(params.value_cache));
+        }
+      });
+}
+
+void ReshapeAndCacheFlash(const ReshapeAndCacheFlashParams& params,
+                          const CacheCopies& copies, ffi::ThreadPool& pool) {
+  for (int i = 0; i < copies.count; ++i) {
+    const CacheCopies::Copy& copy = copies.copies[i];
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  }
+  if (params.debug) {
+    ReportSkippedSlots(params, params.num_blocks * params.page_size);
+  }
+  if (IsEmpty(params)) return;
+  DispatchFloat(params.dtype, [&](auto dtype) {
+    using T = CpuType<dtype.value>;
+    if (params.cache_dtype == params.dtype) {
+      Write<T, T>(params, pool);
+    } else if (params.cache_dtype == DType::kF8E4M3FN) {
+      Write<T, Float8E4M3FN>(params, pool);
+    } else {
+      Write<T, Float8E5M2>(params, pool);
+    }
+  });
+}
+
+ffi::Error TwoCachesCpu(ffi::AnyBuffer key, ffi::AnyBuffer value,
+                        ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
+                        ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale,
+                        ffi::AnyBuffer v_scale,
+                        ffi::Result<ffi::AnyBuffer> key_cache_result,
+                        ffi::Result<ffi::AnyBuffer> value_cache_result,
+                        ReshapeAndCacheFlashAttrs attrs,
+                        ffi::ThreadPool pool) {
+  ReshapeAndCacheFlashParams params;
+  CacheCopies copies;
+  XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashParams(
+      key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale,
+      key_cache_result, value_cache_result, attrs, &params, &copies));
+  ReshapeAndCacheFlash(params, copies, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error StackedCpu(ffi::AnyBuffer key, ffi::AnyBuffer value,
+                      ffi::AnyBuffer kv_cache, ffi::AnyBuffer slot_mapping,
+                      ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
+                      ffi::Result<ffi::AnyBuffer> kv_cache_result,
+                      ReshapeAndCacheFlashAttrs attrs,
+                      ffi::ThreadPool pool) {
+  ReshapeAndCacheFlashParams params;
+  CacheCopies copies;
+  XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashStackedParams(
+      key, value, kv_cache, slot_mapping, k_scale, v_scale, kv_cache_result,
+      attrs, &params, &copies));
+  ReshapeAndCacheFlash(params, copies, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error OneCacheCpu(ffi::AnyBuffer key, ffi::AnyBuffer key_cache,
+                       ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale,
+                       ffi::Result<ffi::AnyBuffer> key_cache_result,
+                       ReshapeAndCacheFlashOneAttrs attrs,
+                       ffi::ThreadPool pool) {
+  ReshapeAndCacheFlashParams params;
+  CacheCopies copies;
+  XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashOneParams(
+      key, key_cache, slot_mapping, k_scale, key_cache_result, attrs,
+      &params, &copies));
+  ReshapeAndCacheFlash(params, copies, pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace xla_ops
+
+extern "C" {
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_reshape_and_cache_flash_cpu(
+    XLA_FFI_CallFrame* call_frame);
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_reshape_and_cache_flash_stacked_cpu(
+    XLA_FFI_CallFrame* call_frame);
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_reshape_and_cache_flash_one_cpu(
+    XLA_FFI_CallFrame* call_frame);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_reshape_and_cache_flash_cpu, xla_ops::TwoCachesCpu,
+    xla_ops::ReshapeAndCacheFlashBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_reshape_and_cache_flash_stacked_cpu, xla_ops::StackedCpu,
+    xla_ops::ReshapeAndCacheFlashStackedBinding()
+        .Ctx<xla::ffi::ThreadPool>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_reshape_and_cache_flash_one_cpu, xla_ops::OneCacheCpu,
+    xla_ops::ReshapeAndCacheFlashOneBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_OPS_EXPORT_HANDLERS(
+    {"xla_ops.reshape_and_cache_flash",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_cpu}},
+    {"xla_ops.reshape_and_cache_flash_stacked",
+     "Host",
+     {nullptr, nullptr, nullptr,
+      xla_ops_reshape_and_cache_flash_stacked_cpu}},
+    {"xla_ops.reshape_and_cache_flash_one",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_one_cpu}})
