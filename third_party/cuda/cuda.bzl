@@ -1,0 +1,128 @@
+"""Compiles CUDA sources with the pinned compiler."""
+
+load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
+load(":archs.bzl", "CudaArchsInfo")
+
+# What CUDA targets carry, so that `--config=cpu` skips them.
+CUDA_ONLY = select({
+    "//third_party/cuda:cpu_only": ["@platforms//:incompatible"],
+    "//conditions:default": [],
+})
+
+_NVCC_OPTIONS = [
+    "-x",
+    "cu",
+    "-c",
+    "-std=c++17",
+    "-O3",
+    # constexpr functions of the standard library in device code.
+    "--expt-relaxed-constexpr",
+    # Every warning is an error, the device compilers' and the host's.
+    "--Werror=all-warnings",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror",
+    # Code of several architectures is compiled at once.
+    "--threads=2",
+]
+
+def _gencode(arch):
+    code = "sm_" + arch.sm
+    if arch.ptx:
+        code = "[%s,compute_%s]" % (code, arch.sm)
+    return "-gencode=arch=compute_%s,code=%s" % (arch.sm, code)
+
+def _include_options(context):
+    options = []
+    for folder in context.quote_includes.to_list():
+        options += ["-iquote", folder]
+    for folder in context.includes.to_list():
+        options += ["-I", folder]
+    for folder in context.system_includes.to_list():
+        options += ["-isystem", folder]
+    return options
+
+def _cuda_objects_impl(ctx):
+    archs = ctx.attr._archs[CudaArchsInfo].archs
+    if ctx.attr.archs_only:
+        chosen = [a for a in archs if a.capability in ctx.attr.archs_only]
+
+        # The source still defines its host functions: see the attribute.
+        archs = chosen or archs[:1]
+    cc_toolchain = find_cpp_toolchain(ctx)
+    context = cc_common.merge_cc_infos(
+        cc_infos = [dep[CcInfo] for dep in ctx.attr.deps],
+    ).compilation_context
+
+    objects = []
+    for source in ctx.files.srcs:
+        # A linker takes .pic.o into shared objects without asking.
+        output = ctx.actions.declare_file("%s/%s.pic.o" % (
+            ctx.label.name,
+            source.basename[:-len(".cu.cc")],
+        ))
+        arguments = ctx.actions.args()
+        arguments.add_all(_NVCC_OPTIONS)
+        arguments.add("-ccbin", cc_toolchain.compiler_executable)
+        arguments.add_all(archs, map_each = _gencode)
+        arguments.add_all(["-D" + d for d in context.defines.to_list()])
+        arguments.add_all(_include_options(context))
+        arguments.add_all(ctx.attr.copts)
+        arguments.add(source)
+        arguments.add("-o", output)
+        ctx.actions.run(
+            executable = ctx.file._nvcc,
+            arguments = [arguments],
+            inputs = depset(
+                [source] + ctx.files.hdrs,
+                transitive = [
+                    context.headers,
+                    ctx.attr._compiler_files.files,
+                    cc_toolchain.all_files,
+                ],
+            ),
+            outputs = [output],
+            env = {"PATH": "/usr/bin:/bin"},
+            mnemonic = "CudaCompile",
+            progress_message = "Compiling %s for %s" % (
+                source.short_path,
+                " ".join([arch.text for arch in archs]),
+            ),
+        )
+        objects.append(output)
+    return [DefaultInfo(files = depset(objects))]
+
+cuda_objects = rule(
+    implementation = _cuda_objects_impl,
+    attrs = {
+        "archs_only": attr.string_list(
+            doc = "Compute capabilities that the sources are for, such as " +
+                  "[\"9.0a\"]. Where //third_party/cuda:archs holds none of " +
+                  "them, the sources are compiled for its first entry, so " +
+                  "that host code still links: they must guard device code " +
+                  "by __CUDA_ARCH_FEAT_SM90_ALL or its like.",
+        ),
+        "copts": attr.string_list(doc = "Further options of the compiler."),
+        "deps": attr.label_list(
+            doc = "C++ libraries of which headers are included.",
+            providers = [CcInfo],
+        ),
+        "hdrs": attr.label_list(
+            allow_files = [".h", ".cuh"],
+            doc = "Headers that the sources include.",
+        ),
+        "srcs": attr.label_list(allow_files = [".cu.cc"], mandatory = True),
+        "_archs": attr.label(
+            default = "//third_party/cuda:archs",
+            providers = [CudaArchsInfo],
+        ),
+        "_cc_toolchain": attr.label(
+            default = "@bazel_tools//tools/cpp:current_cc_toolchain",
+        ),
+        "_compiler_files": attr.label(default = "@cuda13//:compiler_files"),
+        "_nvcc": attr.label(
+            allow_single_file = True,
+            default = "@cuda13//:nvcc",
+        ),
+    },
+    doc = "Compiles each .cu.cc into an object, for the `srcs` of a " +
+          "cc_binary or cc_library.",
+)

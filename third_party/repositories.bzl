@@ -1,0 +1,60 @@
+"""Every external repository, for WORKSPACE and for the module extension.
+
+All of them come from package registries through `python3 -m pip`, with the
+hashes in requirements.lock; each installs one section of that file:
+
+    @xla_ops_python   the CPython interpreters of this machine, 3.10 to 3.13
+    @xla_ops_pins     requirements.lock cut into its sections
+    @xla_ops_env      virtual environment in which Python tests and tools run
+    @xla_ops_ffi      headers of XLA's foreign function interface
+    @pybind11         headers of pybind11
+    @cuda13, @cuda12  CUDA compilers, headers and static runtimes
+    @cutlass          headers of CUTLASS and CuTe
+
+Nothing is fetched before a target needs it: CPU-only builds fetch no CUDA.
+"""
+
+load("//third_party/pip:environment.bzl", "pip_environment")
+load("//third_party/pip:pins.bzl", "pip_pins")
+load("//third_party/pip:wheels.bzl", "pip_wheels")
+load("//third_party/python:interpreters.bzl", "python_interpreters")
+
+SECTIONS = ["env", "pybind11", "ffi", "cuda13", "cuda12", "cutlass"]
+
+def xla_ops_repositories():
+    """Declares the repositories that the list above describes."""
+    python_interpreters(name = "xla_ops_python")
+    pip_pins(
+        name = "xla_ops_pins",
+        lock = "//third_party:requirements.lock",
+        sections = SECTIONS,
+    )
+    pip_environment(
+        name = "xla_ops_env",
+        requirements = "@xla_ops_pins//:env.txt",
+    )
+    pip_wheels(
+        name = "xla_ops_ffi",
+        build_file = "//third_party:ffi.BUILD",
+        keep = ["jaxlib/include"],
+        requirements = "@xla_ops_pins//:ffi.txt",
+    )
+    pip_wheels(
+        name = "pybind11",
+        build_file = "//third_party:pybind11.BUILD",
+        keep = ["pybind11/include"],
+        requirements = "@xla_ops_pins//:pybind11.txt",
+    )
+    pip_wheels(
+        name = "cuda13",
+        build_file = "//third_party:cuda13.BUILD",
+        executable = ["cu13/bin", "cu13/nvvm/bin"],
+        keep = ["nvidia/cu13"],
+        requirements = "@xla_ops_pins//:cuda13.txt",
+    )
+    pip_wheels(
+        name = "cutlass",
+        build_file = "//third_party:cutlass.BUILD",
+        keep = ["cutlass_library/source"],
+        requirements = "@xla_ops_pins//:cutlass.txt",
+    )

@@ -1,0 +1,54 @@
+"""Runs pytest on the wheel's unpacked content; main of every py_test here.
+
+    pytest_main.py --site=DIR [pytest options] FILE...
+
+DIR, which xla_ops_py_test fills with the installed form of the wheel, comes
+first on sys.path here and in child processes, and Bazel's own entries go, so
+that tests see what a user sees after `pip install`. Running no test at all is
+a failure.
+"""
+
+import os
+import pathlib
+import sys
+
+
+def main(argv: list[str]) -> int:
+    site = None
+    rest = []
+    for argument in argv:
+        if argument.startswith("--site="):
+            site = pathlib.Path(argument.removeprefix("--site=")).resolve()
+        else:
+            rest.append(argument)
+    if site is None or not (site / "xla_ops").is_dir():
+        raise SystemExit(f"--site must name a folder with xla_ops in it, got {site}")
+
+    # Tests may import helpers beside them; nothing else of the source tree.
+    folders = {str(pathlib.Path(a).parent.resolve()) for a in rest if a.endswith(".py")}
+    runfiles = os.environ.get("RUNFILES_DIR") or os.environ.get("TEST_SRCDIR", "")
+    kept = [p for p in sys.path if not (runfiles and p.startswith(runfiles))]
+    sys.path[:] = [str(site), *sorted(folders), *kept]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *sorted(folders)])
+    os.environ["PYTHONNOUSERSITE"] = "1"
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+    for name in ("HOME", "TMPDIR"):
+        if "TEST_TMPDIR" in os.environ:
+            os.environ[name] = os.environ["TEST_TMPDIR"]
+
+    options = ["-p", "no:cacheprovider", "--strict-markers", "-ra", "--color=no"]
+    options += ["--import-mode=importlib", "--rootdir", os.getcwd()]
+    if "XML_OUTPUT_FILE" in os.environ:
+        options.append("--junitxml=" + os.environ["XML_OUTPUT_FILE"])
+    if os.environ.get("TESTBRIDGE_TEST_ONLY"):  # bazel test --test_filter=...
+        options.append("-k=" + os.environ["TESTBRIDGE_TEST_ONLY"])
+
+    import pytest
+
+    # Exit status 5, no test collected, fails like any other but 0.
+    return int(pytest.main([*options, *rest]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Tests: Python ones against the built wheel, C++ ones against libraries."""
+
+load(":cc.bzl", "COPTS")
+load(":tags.bzl", "check_tags")
+
+# Tests that share a GPU run one at a time and outside the sandbox, which
+# hides devices.
+_GPU_EXECUTION = ["exclusive", "no-sandbox"]
+
+def xla_ops_cc_test(name, copts = [], tags = [], **kwargs):
+    """A cc_test with this project's options and checked tags.
+
+    Args:
+      name: target.
+      copts: further options of the compiler.
+      tags: of tags.bzl.
+      **kwargs: further arguments of cc_test.
+    """
+    gpu = check_tags(name, tags)
+    native.cc_test(
+        name = name,
+        copts = COPTS + copts,
+        linkstatic = True,
+        tags = tags + (_GPU_EXECUTION if gpu else []),
+        **kwargs
+    )
+
+def xla_ops_py_test(name, srcs, data = [], env = {}, tags = [], **kwargs):
+    """Runs pytest on `srcs` against the wheel of the default interpreter.
+
+    A GPU test (see tags.bzl) runs with PJRT_DEVICE=GPU, others with CPU.
+
+    Args:
+      name: target.
+      srcs: test files, `test_*.py`; conftest.py and helper modules of the
+        same folder may be among them.
+      data: files that the tests read.
+      env: environment variables.
+      tags: of tags.bzl.
+      **kwargs: further arguments of py_test.
+    """
+    gpu = check_tags(name, tags)
+    tests = [s for s in srcs if s.split("/")[-1].startswith("test_")]
+    if not tests:
+        fail("%s: srcs must hold a test_*.py, got %s" % (name, srcs))
+    site = "//xla_ops:site"
+    native.py_test(
+        name = name,
+        srcs = ["//tools/build_defs:pytest_main.py"] + srcs,
+        args = ["--site=$(rootpath %s)" % site] +
+               ["$(rootpath %s)" % test for test in tests],
+        data = [site] + data,
+        env = dict({"PJRT_DEVICE": "GPU" if gpu else "CPU"}, **env),
+        main = "//tools/build_defs:pytest_main.py",
+        python_version = "PY3",
+        tags = tags + (_GPU_EXECUTION if gpu else []),
+        **kwargs
+    )
