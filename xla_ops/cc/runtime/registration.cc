@@ -1,0 +1,226 @@
+// Registration of handlers with XLA; see registration.h.
+
+#include "xla_ops/cc/runtime/registration.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+
+#include "xla/ffi/api/c_api.h"
+#include "xla_ops/cc/bridge/bridge.h"
+#include "xla_ops/cc/core/call_frame.h"
+#include "xla_ops/cc/runtime/elf_symbols.h"
+#include "xla_ops/cc/runtime/op_library.h"
+
+namespace xla_ops {
+namespace {
+
+// xla::ffi::GetXlaFfiApi(): takes nothing, returns the API's function table.
+constexpr char kGetApi[] = "_ZN3xla3ffi12GetXlaFfiApiEv";
+// An exported function of the same library, to check the table against.
+constexpr char kExported[] = "PyInit__XLAC";
+
+// Longest error text that the bridge's C functions are given room for.
+constexpr size_t kErrorSize = 4096;
+
+// Held over a whole registration, so that two threads do not register the same
+// handler. Guards LoadedHandler::registered.
+std::mutex& RegistrationMutex() {
+  static std::mutex* const mutex = new std::mutex;
+  return *mutex;
+}
+
+std::string LastDlError() {
+  const char* reason = dlerror();
+  return reason == nullptr ? "unknown reason" : reason;
+}
+
+// The handler's own traits; zero where it does not tell.
+XLA_FFI_Handler_Traits TraitsOf(const LoadedHandler& handler) {
+  XLA_FFI_Metadata metadata;
+  if (!QueryMetadata(handler.bundle.execute, &metadata).ok()) return 0;
+  return metadata.traits;
+}
+
+// Calls into another library at an address read from a file: first makes sure
+// that the file is the one that is loaded, by a symbol that both must have at
+// the same place.
+std::string FindFfiApi(const std::string& path, const XLA_FFI_Api** api) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  if (library == nullptr) {
+    return path + " is not loaded: import torch_xla first";
+  }
+  void* exported = dlsym(library, kExported);
+  dlclose(library);  // drops the reference that RTLD_NOLOAD took
+  if (exported == nullptr) {
+    return path + " is not torch_xla's library: it does not export " +
+           kExported;
+  }
+  Dl_info info;
+  link_map* map = nullptr;
+  if (dladdr1(exported, &info, reinterpret_cast<void**>(&map),
+              RTLD_DL_LINKMAP) == 0 ||
+      map == nullptr) {
+    return path + ": its load address cannot be found";
+  }
+  ElfSymbols symbols;
+  std::string error = FindElfSymbols(path, {kGetApi, kExported}, &symbols);
+  if (!error.empty()) return error;
+  if (map->l_addr + symbols[kExported] !=
+      reinterpret_cast<uintptr_t>(exported)) {
+    return path + " is not the file that this process loaded: restart it";
+  }
+  auto* get_api = reinterpret_cast<const XLA_FFI_Api* (*)()>(
+      map->l_addr + symbols[kGetApi]);
+  *api = get_api();
+  return "";
+}
+
+std::string CheckFfiApi(const std::string& path, const XLA_FFI_Api* api) {
+  // Up to and with the last function that is used here.
+  constexpr size_t kNeeded =
+      offsetof(XLA_FFI_Api, XLA_FFI_Handler_Register) +
+      sizeof(XLA_FFI_Api::XLA_FFI_Handler_Register);
+  if (api == nullptr || api->struct_size < kNeeded) {
+    return path + ": its XLA FFI API is malformed";
+  }
+  const XLA_FFI_Api_Version& version = api->api_version;
+  if (version.major_version != XLA_FFI_API_MAJOR ||
+      version.minor_version < XLA_FFI_API_MINOR) {
+    return path + ": its XLA FFI API is version " +
+           std::to_string(version.major_version) + "." +
+           std::to_string(version.minor_version) +
+           ", handlers here are built for " +
+           std::to_string(XLA_FFI_API_MAJOR) + "." +
+           std::to_string(XLA_FFI_API_MINOR) + ": install torch_xla 2.9.0";
+  }
+  return "";
+}
+
+std::string TakeErrorText(const XLA_FFI_Api& api, XLA_FFI_Error* error) {
+  if (error == nullptr) return "";
+  XLA_FFI_Error_GetMessage_Args message = {};
+  message.struct_size = XLA_FFI_Error_GetMessage_Args_STRUCT_SIZE;
+  message.error = error;
+  api.XLA_FFI_Error_GetMessage(&message);
+  const std::string text =
+      message.message == nullptr ? "unknown reason" : message.message;
+  XLA_FFI_Error_Destroy_Args destroy = {};
+  destroy.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
+  destroy.error = error;
+  api.XLA_FFI_Error_Destroy(&destroy);
+  return text;
+}
+
+std::string RegisterWithCpu(const XLA_FFI_Api& api,
+                            const LoadedHandler& handler) {
+  XLA_FFI_Handler_Register_Args args = {};
+  args.struct_size = XLA_FFI_Handler_Register_Args_STRUCT_SIZE;
+  args.name = {handler.target.data(), handler.target.size()};
+  args.platform = {handler.platform.data(), handler.platform.size()};
+  args.bundle = {handler.bundle.instantiate, handler.bundle.prepare,
+                 handler.bundle.initialize, handler.bundle.execute};
+  args.traits = TraitsOf(handler);
+  const std::string error =
+      TakeErrorText(api, api.XLA_FFI_Handler_Register(&args));
+  if (error.empty()) return "";
+  return handler.target + " of " + handler.library +
+         " cannot be registered: " + error;
+}
+
+// A function that the bridge at `path` exports.
+template <typename Function>
+std::string BridgeFunction(const std::string& path, const char* name,
+                           Function** function) {
+  // torch_xla opens the same path, and so shares this instance.
+  void* bridge = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (bridge == nullptr) return "cannot load the bridge: " + LastDlError();
+  *function = reinterpret_cast<Function*>(dlsym(bridge, name));
+  if (*function == nullptr) {
+    return path + " is not the bridge: it does not export " + name;
+  }
+  return "";
+}
+
+template <typename Register>
+std::string RegisterAll(const char* platform, Register register_one,
+                        std::vector<std::string>* targets) {
+  for (LoadedHandler* handler : HandlersOf(platform)) {
+    if (handler->registered) continue;
+    const std::string error = register_one(*handler);
+    if (!error.empty()) return error;
+    handler->registered = true;
+    targets->push_back(handler->target);
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string RegisterCpuHandlers(const std::string& xlac_path,
+                                std::vector<std::string>* targets) {
+  std::lock_guard<std::mutex> lock(RegistrationMutex());
+  const XLA_FFI_Api* api = nullptr;
+  std::string error = FindFfiApi(xlac_path, &api);
+  if (!error.empty()) return error;
+  error = CheckFfiApi(xlac_path, api);
+  if (!error.empty()) return error;
+  return RegisterAll(
+      kHostPlatform,
+      [api](const LoadedHandler& handler) {
+        return RegisterWithCpu(*api, handler);
+      },
+      targets);
+}
+
+std::string RegisterGpuHandlers(const std::string& bridge_path,
+                                std::vector<std::string>* targets) {
+  std::lock_guard<std::mutex> lock(RegistrationMutex());
+  decltype(xla_ops_pjrt_register)* register_handler = nullptr;
+  std::string error =
+      BridgeFunction(bridge_path, "xla_ops_pjrt_register", &register_handler);
+  if (!error.empty()) return error;
+  return RegisterAll(
+      kCudaPlatform,
+      [register_handler](const LoadedHandler& handler) -> std::string {
+        const XlaOpsHandlerBundle& bundle = handler.bundle;
+        char text[kErrorSize];
+        if (register_handler(handler.target.c_str(),
+                             reinterpret_cast<void*>(bundle.instantiate),
+                             reinterpret_cast<void*>(bundle.prepare),
+                             reinterpret_cast<void*>(bundle.initialize),
+                             reinterpret_cast<void*>(bundle.execute),
+                             TraitsOf(handler), text, sizeof(text)) == 0) {
+          return "";
+        }
+        return text;
+      },
+      targets);
+}
+
+std::map<std::string, std::vector<std::string>> RegisteredTargets() {
+  std::lock_guard<std::mutex> lock(RegistrationMutex());
+  std::map<std::string, std::vector<std::string>> targets;
+  for (const char* platform : {kHostPlatform, kCudaPlatform}) {
+    std::vector<std::string>& names = targets[platform];
+    for (const LoadedHandler* handler : HandlersOf(platform)) {
+      if (handler->registered) names.push_back(handler->target);
+    }
+  }
+  return targets;
+}
+
+std::string OpenBridgePlugin(const std::string& bridge_path,
+                             const std::string& plugin_path) {
+  decltype(xla_ops_pjrt_open)* open = nullptr;
+  std::string error =
+      BridgeFunction(bridge_path, "xla_ops_pjrt_open", &open);
+  if (!error.empty()) return error;
+  char text[kErrorSize];
+  return open(plugin_path.c_str(), text, sizeof(text)) == 0 ? "" : text;
+}
+
+}  // namespace xla_ops
