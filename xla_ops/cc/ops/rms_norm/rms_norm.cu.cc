@@ -41,7 +41,7 @@ __device__ __forceinline__ T ScaleElement(T x, float s, T weight) {
 // power of two up to 32, or a multiple of 32 with one row a block. Thread x
 // holds vectors x, x + blockDim.x, ... of its row. Rows end with the grid.
 template <typename T, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     RmsNormKernel(const T* __restrict__ input,   // [num_rows, hidden]
                   const T* __restrict__ weight,  // [hidden]
                   T* __restrict__ out,           // [num_rows, hidden]
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 // One block a row, any hidden size and alignment. `input` and `out` may be
 // one buffer: each element is written by the thread that last reads it.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     RmsNormScalarKernel(const T* input, const T* weight, T* out,
                         int64_t hidden_size, float eps) {
   __shared__ float scratch[32];

@@ -1,0 +1,546 @@
+// Paged attention on tensor cores (mma.sync), for fp16 and bf16 from compute
+// capability 8.0 on. Online softmax as in FlashAttention-2 (Dao, 2023,
+// https://arxiv.org/abs/2307.08691), query heads packed by KV head, KV
+// tokens gathered through the block table by 16-byte asynchronous copies.
+//
+// A block of four warps works on one query tile, one KV head and one split
+// of the KV tokens, 64 tokens at a time. Two shapes:
+//   kWarpsM = 4  64 query rows, 16 a warp; the warps share K and V tiles.
+//   kWarpsM = 1  16 query rows (decode); each warp takes 16 of the 64 tokens
+//                and keeps its own softmax, merged at the end. A warp then
+//                reads only what it loaded itself: no block barrier.
+// Shared memory: the query tile, one K tile and one V tile. V of a tile
+// arrives while K is multiplied, K of the next while V is.
+// Alignment: query, caches and strides to 16 bytes, checked by the launcher.
+//
+// Tested by tests/gpu/check_kernels.py.
+
+#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_CUH_
+#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_CUH_
+
+#include <math_constants.h>
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/mma.cuh"
+#include "xla_ops/cc/device/softmax.cuh"
+#include "xla_ops/cc/ops/paged_attention/paged_attention_tiles.cuh"
+
+namespace xla_ops {
+
+// kHeadDim is the padded head_dim: 64, 128 or 256.
+template <int kHeadDim, int kWarpsM>
+struct MmaShape {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpsN = kWarps / kWarpsM;
+  static constexpr int kTileRows = 16 * kWarpsM;
+  static constexpr int kTileTokens = 64;
+  // Tokens that one warp multiplies, and that one warp loads.
+  static constexpr int kWarpTokens = kTileTokens / kWarpsN;
+  static constexpr int kLoadTokens = kTileTokens / kWarps;
+  static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
+  static constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
+  // The warps' accumulators, merged through the same memory; rows are padded
+  // by 32 bytes to spread them over the banks.
+  static constexpr int kMergeStride = kHeadDim + 8;
+  static constexpr int kMergeBytes =
+      kWarpsN > 1 ? kWarps * 16 * kMergeStride * 4 : 0;
+  static constexpr int kSharedBytes =
+      kQueryBytes + 2 * kTileBytes > kMergeBytes
+          ? kQueryBytes + 2 * kTileBytes
+          : kMergeBytes;
+  // Query fragments stay in registers where they leave room for the
+  // accumulator, else they are read again for every tile.
+  static constexpr bool kQueryInRegisters = kHeadDim <= 128;
+  // Blocks a multiprocessor should hold, which bounds registers.
+  static constexpr int kMinBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
+};
+
+#if XLA_OPS_HAS_MMA
+
+// The state of the online softmax of a thread's two rows (g and g + 8) and
+// its part of their output, unnormalised.
+template <int kHeadDim>
+struct MmaAccumulator {
+  float out[kHeadDim / 8][4];
+  float max[2];
+  float sum[2];  // of this thread's columns only, until the end
+
+  __device__ __forceinline__ void Clear() {
+#pragma unroll
+    for (auto& columns : out) {
+#pragma unroll
+      for (float& value : columns) value = 0.0f;
+    }
+    max[0] = max[1] = -CUDART_INF_F;
+    sum[0] = sum[1] = 0.0f;
+  }
+};
+
+// Starts the copy of the warp's 16 tokens of a K or V tile. Lane i (and
+// i + 16) holds the cache offset of the warp's token i, -1 for zeros.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void CopyTokens(const T* cache, uint32_t tile,
+                                           int first_row, int64_t offset,
+                                           int head_dim) {
+  constexpr int kChunks = kHeadDim / kChunk;  // lanes for one token
+  constexpr int kRows = 32 / kChunks;         // tokens at a time
+  const int lane = threadIdx.x % 32;
+  const int chunk = lane % kChunks;
+#pragma unroll
+  for (int i = 0; i < 16; i += kRows) {
+    const int row = i + lane / kChunks;
+    const int64_t start = __shfl_sync(kFullWarp, offset, row);
+    const bool valid = start >= 0 && chunk * kChunk < head_dim;
+    CopyAsync(TileAddress<kHeadDim>(tile, first_row + row, chunk),
+              valid ? cache + start + chunk * kChunk : cache, valid);
+  }
+}
+
+// Fragment of query columns 16 k .. 16 k + 15 of the 16 rows from `row`.
+template <int kHeadDim>
+__device__ __forceinline__ void LoadQueryFragment(uint32_t query, int row,
+                                                  int k,
+                                                  uint32_t (&fragment)[4]) {
+  const int lane = threadIdx.x % 32;
+  LoadMatrices(
+      TileAddress<kHeadDim>(query, row + lane % 16, 2 * k + lane / 16),
+      fragment);
+}
+
+// scores = Q K^T for 16 rows and the kTokens tokens from `token`.
+template <typename T, int kHeadDim, int kTokens, int kQueryFragments>
+__device__ __forceinline__ void MultiplyKeys(
+    const uint32_t (&query)[kQueryFragments][4], uint32_t query_tile,
+    int query_row, uint32_t key_tile, int token,
+    float (&scores)[kTokens / 8][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (auto& columns : scores) {
+#pragma unroll
+    for (float& value : columns) value = 0.0f;
+  }
+  // Matrices 0, 1: tokens 0-7, lower and upper 8 columns; 2, 3: tokens 8-15.
+  const int row = token + lane % 8 + (lane / 16) * 8;
+  const int upper = (lane / 8) % 2;
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    uint32_t a[4];
+    if constexpr (kQueryFragments > 1) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = query[k][i];
+    } else {
+      LoadQueryFragment<kHeadDim>(query_tile, query_row, k, a);
+    }
+#pragma unroll
+    for (int n = 0; n < kTokens / 16; ++n) {
+      uint32_t b[4];
+      LoadMatrices(
+          TileAddress<kHeadDim>(key_tile, row + 16 * n, 2 * k + upper), b);
+      Mma<T>(a, b[0], b[1], scores[2 * n]);
+      Mma<T>(a, b[2], b[3], scores[2 * n + 1]);
+    }
+  }
+}
+
+// out += weights V for 16 rows and the kTokens tokens from `token`; the
+// weights are rounded to T as they become operands.
+template <typename T, int kHeadDim, int kTokens>
+__device__ __forceinline__ void MultiplyValues(
+    const float (&weights)[kTokens / 8][4], uint32_t value_tile, int token,
+    float (&out)[kHeadDim / 8][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) {
+    const uint32_t a[4] = {
+        PackPair<T>(weights[2 * k][0], weights[2 * k][1]),
+        PackPair<T>(weights[2 * k][2], weights[2 * k][3]),
+        PackPair<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
+        PackPair<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+    const int row = token + 16 * k + lane % 16;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 16; ++n) {
+      uint32_t b[4];
+      LoadMatricesTransposed(
+          TileAddress<kHeadDim>(value_tile, row, 2 * n + lane / 16), b);
+      Mma<T>(a, b[0], b[1], out[2 * n]);
+      Mma<T>(a, b[2], b[3], out[2 * n + 1]);
+    }
+  }
+}
+
+// Turns scores into base-2 logits.
+template <int kColumns>
+__device__ __forceinline__ void ScaleScores(const PagedAttentionArgs& args,
+                                            float (&scores)[kColumns][4]) {
+#pragma unroll
+  for (auto& columns : scores) {
+#pragma unroll
+    for (float& value : columns) value *= args.scale;
+  }
+  if (args.soft_cap == 0.0f) return;
+#pragma unroll
+  for (auto& columns : scores) {
+#pragma unroll
+    for (float& value : columns) value = SoftCap(value, args.soft_cap);
+  }
+}
+
+// Sets logits that a row may not see to -inf. Column c of the fragment is
+// token `token` + c, its bit in `valid` says whether it exists; position[i]
+// is the KV position of row g + 8 i.
+template <int kColumns>
+__device__ __forceinline__ void MaskScores(const PagedAttentionArgs& args,
+                                           int token, uint64_t valid,
+                                           const int (&position)[2],
+                                           float (&scores)[kColumns][4]) {
+  const int column = 2 * (threadIdx.x % 4);
+  valid >>= column;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int last = position[row] - token - column;
+    const int first = args.sliding_window > 0
+                          ? last - args.sliding_window + 1
+                          : -kColumns * 8;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int c = 8 * n + j;
+        const bool seen = c <= last && c >= first && (valid >> c & 1);
+        if (!seen) scores[n][2 * row + j] = -CUDART_INF_F;
+      }
+    }
+  }
+}
+
+// Replaces logits by weights exp2(logit - max) and rescales what has been
+// accumulated to the new maximum. The four lanes of a row agree on it.
+template <int kHeadDim, int kColumns>
+__device__ __forceinline__ void UpdateSoftmax(
+    float (&scores)[kColumns][4], MmaAccumulator<kHeadDim>& acc) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float max = acc.max[row];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      max = fmaxf(max, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
+    }
+    max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
+    max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
+    const float shift = FiniteMax(max);
+    const float rescale = Exp2(acc.max[row] - shift);
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int j = 2 * row; j < 2 * row + 2; ++j) {
+        scores[n][j] = Exp2(scores[n][j] - shift);
+        sum += scores[n][j];
+      }
+    }
+    acc.max[row] = max;
+    acc.sum[row] = acc.sum[row] * rescale + sum;
+#pragma unroll
+    for (auto& columns : acc.out) {
+      columns[2 * row] *= rescale;
+      columns[2 * row + 1] *= rescale;
+    }
+  }
+}
+
+// Writes two neighbouring elements of a finished row: to `out`, normalised,
+// or to the split's partial result as they are.
+template <typename T>
+__device__ __forceinline__ void StorePair(const PagedAttentionArgs& args,
+                                          int64_t out_row,
+                                          int64_t partial_row, int column,
+                                          float x, float y, float sum) {
+  if (args.partial_out != nullptr) {
+    *reinterpret_cast<float2*>(args.partial_out +
+                               partial_row * args.head_dim + column) =
+        make_float2(x, y);
+    return;
+  }
+  // Compared with zero exactly: a NaN sum has to reach the output.
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(args.out) +
+                               out_row * args.head_dim + column) =
+      PackPair<T>(x * inverse, y * inverse);
+}
+
+// Each warp holds complete rows: write them from registers.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void StoreRows(
+    const PagedAttentionArgs& args, const QueryTile& tile, const RowMap& rows,
+    int first_row, int kv_head, int64_t split_start,
+    const MmaAccumulator<kHeadDim>& acc) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + lane / 4 + 8 * i;
+    if (tile.first_row + row >= tile.num_rows) continue;
+    const int64_t out_row = rows.OutRow(args, tile, kv_head, row);
+    const int64_t partial_row = split_start + out_row;
+    if (args.partial_out != nullptr && lane % 4 == 0) {
+      args.partial_max[partial_row] = acc.max[i];
+      args.partial_sum[partial_row] = acc.sum[i];
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      if (8 * n >= args.head_dim) break;
+      StorePair<T>(args, out_row, partial_row, 8 * n + 2 * (lane % 4),
+                   acc.out[n][2 * i], acc.out[n][2 * i + 1], acc.sum[i]);
+    }
+  }
+}
+
+// Each warp holds a part of the tokens of the same 16 rows: bring them to
+// one maximum, add them up through shared memory, and write.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void MergeAndStoreRows(
+    const PagedAttentionArgs& args, const QueryTile& tile, const RowMap& rows,
+    int kv_head, int64_t split_start, float* shared,
+    MmaAccumulator<kHeadDim>& acc) {
+  using Shape = MmaShape<kHeadDim, 1>;
+  constexpr int kStride = Shape::kMergeStride;
+  __shared__ float warp_max[Shape::kWarps][16];
+  __shared__ float warp_sum[Shape::kWarps][16];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  if (lane % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      warp_max[warp][lane / 4 + 8 * i] = acc.max[i];
+      warp_sum[warp][lane / 4 + 8 * i] = acc.sum[i];
+    }
+  }
+  __syncthreads();  // also: every warp is done with the tiles
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    float max = warp_max[0][row];
+#pragma unroll
+    for (int w = 1; w < Shape::kWarps; ++w) {
+      max = fmaxf(max, warp_max[w][row]);
+    }
+    const float rescale = Exp2(acc.max[i] - FiniteMax(max));
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(shared + (warp * 16 + row) * kStride +
+                                 8 * n + 2 * (lane % 4)) =
+          make_float2(acc.out[n][2 * i] * rescale,
+                      acc.out[n][2 * i + 1] * rescale);
+    }
+  }
+  __syncthreads();
+  for (int row = warp; row < 16; row += Shape::kWarps) {
+    if (tile.first_row + row >= tile.num_rows) break;
+    float max = warp_max[0][row];
+#pragma unroll
+    for (int w = 1; w < Shape::kWarps; ++w) {
+      max = fmaxf(max, warp_max[w][row]);
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) {
+      sum += warp_sum[w][row] * Exp2(warp_max[w][row] - FiniteMax(max));
+    }
+    const int64_t out_row = rows.OutRow(args, tile, kv_head, row);
+    const int64_t partial_row = split_start + out_row;
+    if (args.partial_out != nullptr && lane == 0) {
+      args.partial_max[partial_row] = max;
+      args.partial_sum[partial_row] = sum;
+    }
+    for (int column = 2 * lane; column < args.head_dim; column += 64) {
+      float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int w = 0; w < Shape::kWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(
+            shared + (w * 16 + row) * kStride + column);
+        total.x += part.x;
+        total.y += part.y;
+      }
+      StorePair<T>(args, out_row, partial_row, column, total.x, total.y, sum);
+    }
+  }
+}
+
+#endif  // XLA_OPS_HAS_MMA
+
+// Grid: x query tiles, y KV heads, z splits.
+template <typename T, int kHeadDim, int kWarpsM>
+__global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
+                                  MmaShape<kHeadDim, kWarpsM>::kMinBlocks)
+    PagedAttentionMmaKernel(const __grid_constant__ PagedAttentionArgs args) {
+#if XLA_OPS_HAS_MMA
+  using Shape = MmaShape<kHeadDim, kWarpsM>;
+  constexpr int kTileTokens = Shape::kTileTokens;
+  constexpr int kWarpTokens = Shape::kWarpTokens;
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ TileSearch search;
+  // Which of a tile's tokens exist, 16 bits from each warp that loads.
+  __shared__ __align__(8) uint16_t shared_valid[Shape::kWarps];
+
+  // Last tiles first: under a causal mask they have the most to do.
+  const int64_t tile_index = int64_t{gridDim.x} - 1 - blockIdx.x;
+  QueryTile tile;
+  if (!FindQueryTile(args, Shape::kTileRows, tile_index, search, &tile)) {
+    return;
+  }
+  const int kv_head = blockIdx.y;
+  const int64_t split_start =
+      int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int warp_row = kWarpsM > 1 ? 16 * warp : 0;
+  const int warp_token = kWarpsM > 1 ? 0 : kWarpTokens * warp;
+  const uint32_t query_tile = SharedAddress(shared);
+  const uint32_t key_tile = query_tile + Shape::kQueryBytes;
+  const uint32_t value_tile = key_tile + Shape::kTileBytes;
+  const RowMap rows(args, tile);
+
+  // KV positions: of row r of the tile, rows.Token(r) + shift.
+  const int context = ContextLength(args, tile.seq);
+  const int64_t shift = context - tile.num_tokens;
+  const int64_t last_row =
+      min(int64_t{Shape::kTileRows}, tile.num_rows - tile.first_row) - 1;
+  const TokenRange visible = VisibleTokens(
+      args, context, rows.Token(args, 0) + shift,
+      rows.Token(args, static_cast<int>(last_row)) + shift);
+  const int first_tile = visible.begin / kTileTokens;
+  const int end_tile =
+      visible.begin < visible.end
+          ? static_cast<int>((int64_t{visible.end} + kTileTokens - 1) /
+                             kTileTokens)
+          : first_tile;
+  const TokenRange split =
+      SplitRange(end_tile - first_tile, args.num_splits, blockIdx.z);
+
+  // The query tile; rows past the end and columns past head_dim are zero.
+  const T* query = static_cast<const T*>(args.query);
+  constexpr int kChunks = kHeadDim / kChunk;
+  for (int i = threadIdx.x; i < Shape::kTileRows * kChunks;
+       i += Shape::kThreads) {
+    const int row = i / kChunks;
+    const int chunk = i % kChunks;
+    const bool valid = row <= last_row && chunk * kChunk < args.head_dim;
+    const T* source =
+        valid ? query + rows.OutRow(args, tile, kv_head, row) * args.head_dim +
+                    chunk * kChunk
+              : query;
+    CopyAsync(TileAddress<kHeadDim>(query_tile, row, chunk), source, valid);
+  }
+
+  const T* keys = static_cast<const T*>(args.key_cache);
+  const T* values = static_cast<const T*>(args.value_cache);
+  const int32_t* table =
+      args.block_tables + max(tile.seq, 0) * args.max_blocks;
+  // This lane's token in a tile, as CopyTokens wants it.
+  const int load_row = Shape::kLoadTokens * warp;
+  const int load_token = load_row + lane % 16;
+  int64_t offset = -1;
+  uint32_t own_valid = 0;
+  const auto copy_keys = [&](const TokenPlace& place) {
+    offset = TokenOffset(args, place, kv_head);
+    own_valid = __ballot_sync(kFullWarp, offset >= 0) & 0xffff;
+    if (kWarpsM > 1 && lane == 0) shared_valid[warp] = own_valid;
+    CopyTokens<T, kHeadDim>(keys, key_tile, load_row, offset, args.head_dim);
+    CommitCopies();
+  };
+  // In the decode shape a warp reads only its own tokens.
+  const auto sync = [] {
+    if constexpr (kWarpsM > 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  };
+
+  MmaAccumulator<kHeadDim> acc;
+  acc.Clear();
+  int t = first_tile + split.begin;
+  const int t_end = first_tile + split.end;
+  if (t < t_end) {
+    copy_keys(FindToken(args, table, visible, t * kTileTokens + load_token));
+  }
+  CommitCopies();
+  WaitForCopies();
+  __syncthreads();
+  constexpr int kFragments = Shape::kQueryInRegisters ? kHeadDim / 16 : 1;
+  uint32_t query_fragments[kFragments][4];
+  if constexpr (Shape::kQueryInRegisters) {
+#pragma unroll
+    for (int k = 0; k < kFragments; ++k) {
+      LoadQueryFragment<kHeadDim>(query_tile, warp_row, k,
+                                  query_fragments[k]);
+    }
+  }
+
+  // A warp all of whose rows lie past the end still loads for the others.
+  const bool active = warp_row <= last_row;
+  const int position[2] = {
+      static_cast<int>(rows.Token(args, warp_row + lane / 4) + shift),
+      static_cast<int>(rows.Token(args, warp_row + lane / 4 + 8) + shift)};
+  // Of the warp's first and last row, for tiles that need no mask.
+  const int first_position = __shfl_sync(kFullWarp, position[0], 0);
+  const int last_position = __shfl_sync(kFullWarp, position[1], 31);
+
+  for (; t < t_end; ++t) {
+    TokenPlace next = {-1, 0};
+    if (t + 1 < t_end) {
+      next = FindToken(args, table, visible,
+                       (t + 1) * kTileTokens + load_token);
+    }
+    WaitForCopies();
+    sync();  // K is here, and the V tile is free
+    CopyTokens<T, kHeadDim>(values, value_tile, load_row, offset,
+                            args.head_dim);
+    CommitCopies();
+
+    float scores[kWarpTokens / 8][4];
+    if (active) {
+      MultiplyKeys<T, kHeadDim, kWarpTokens>(query_fragments, query_tile,
+                                             warp_row, key_tile, warp_token,
+                                             scores);
+      ScaleScores(args, scores);
+      constexpr uint64_t kAllValid = ~uint64_t{0} >> (64 - kWarpTokens);
+      const uint64_t valid =
+          kWarpsM > 1 ? *reinterpret_cast<const uint64_t*>(shared_valid)
+                      : uint64_t{own_valid};
+      const int token = t * kTileTokens + warp_token;
+      if (valid != kAllValid || token + kWarpTokens - 1 > first_position ||
+          (args.sliding_window > 0 &&
+           token <= last_position - args.sliding_window)) {
+        MaskScores(args, token, valid, position, scores);
+      }
+      UpdateSoftmax(scores, acc);
+    }
+    WaitForCopies();
+    sync();  // V is here, and the K tile is free
+    if (t + 1 < t_end) copy_keys(next);
+    if (active) {
+      MultiplyValues<T, kHeadDim, kWarpTokens>(scores, value_tile, warp_token,
+                                               acc.out);
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 1);
+    acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 2);
+  }
+  if constexpr (kWarpsM > 1) {
+    StoreRows<T, kHeadDim>(args, tile, rows, warp_row, kv_head, split_start,
+                           acc);
+  } else {
+    MergeAndStoreRows<T, kHeadDim>(args, tile, rows, kv_head, split_start,
+                                   reinterpret_cast<float*>(shared), acc);
+  }
+#endif  // XLA_OPS_HAS_MMA
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_CUH_
