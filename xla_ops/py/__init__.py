@@ -1,0 +1,13 @@
+"""vLLM-class CUDA kernels inside PyTorch/XLA graphs, as typed-FFI custom calls.
+
+The ops work on XLA tensors (lazily and under torch.compile(backend="openxla")) and, by
+the same handlers, on CPU and CUDA tensors. Importing this package defines them as
+torch.ops.xla_ops.* and torch.ops.xla_gpu.* too.
+"""
+
+from .core.debug import set_debug
+from .ops import *  # noqa: F403
+from .ops import __all__ as _ops
+from .version import __version__
+
+__all__ = [*_ops, "__version__", "set_debug"]

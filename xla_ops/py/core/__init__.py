@@ -1,0 +1,1 @@
+"""Machinery shared by all ops: declare, check, encode, call, update in place."""

@@ -1,0 +1,76 @@
+"""Argument checks, in the words that the C++ handlers use too.
+
+Every message reads `<op>: <argument> must <rule>, got <value>`; the C++ side is
+xla_ops/cc/core/error.h. Shapes and dtypes are known at trace time, so a wrong call
+fails where the user wrote it and not when the graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .dtypes import dtype_name
+
+
+class Checker:
+    """Checks the arguments of one op.
+
+    Example:
+        >>> check = Checker("rms_norm")
+        >>> check.shape("weight", torch.ones(3), [4])
+        Traceback (most recent call last):
+        ...
+        ValueError: rms_norm: weight must have shape [4], got [3]
+    """
+
+    def __init__(self, op: str):
+        self.op = op
+
+    def require(self, ok: bool, argument: str, rule: str, got: Any) -> None:
+        """Raises ValueError unless `ok`."""
+        if not ok:
+            raise ValueError(f"{self.op}: {argument} must {rule}, got {got}")
+
+    def tensor(self, argument: str, value: Any) -> None:
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{self.op}: {argument} must be a tensor, got {type(value).__name__}"
+            )
+
+    def dtype(self, argument: str, t: torch.Tensor, allowed: Iterable[torch.dtype]):
+        allowed = tuple(allowed)
+        names = [dtype_name(d) for d in allowed]
+        rule = "be " + (
+            names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+        )
+        self.require(t.dtype in allowed, argument, rule, dtype_name(t.dtype))
+
+    def rank(self, argument: str, t: torch.Tensor, shape: str) -> None:
+        """Checks the number of dimensions; `shape` names them: "[tokens, hidden]"."""
+        rank = shape.count(",") + 1
+        self.require(t.dim() == rank, argument, f"have shape {shape}", list(t.shape))
+
+    def shape(self, argument: str, t: torch.Tensor, shape: Sequence[int]) -> None:
+        shape = list(shape)
+        self.require(
+            list(t.shape) == shape, argument, f"have shape {shape}", list(t.shape)
+        )
+
+    def one_element(self, argument: str, t: torch.Tensor) -> None:
+        self.require(
+            t.numel() == 1, argument, "have 1 element", f"shape {list(t.shape)}"
+        )
+
+    def same_device(self, first: str, reference: torch.Tensor, **others) -> None:
+        """Checks that every tensor of `others` lies on `reference`'s device."""
+        for argument, t in others.items():
+            if t is not None:
+                self.require(
+                    t.device == reference.device,
+                    argument,
+                    f"be on {first}'s device {reference.device}",
+                    t.device,
+                )

@@ -1,0 +1,104 @@
+"""Runs one custom call: as a node of the XLA graph, or at once on CPU and CUDA tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import _runtime
+from . import handlers
+from .dtypes import primitive_type
+from .hlo import AttributeValue, Spec, encode_attributes, encode_module
+
+
+@dataclass(frozen=True)
+class CustomCall:
+    """What a lowering says: which handler, on what, giving what.
+
+    Attributes:
+        target: name of the handler, such as "xla_ops.rms_norm".
+        operands: tensors of one device, contiguous where that is not XLA.
+        results: shape and dtype of each result.
+        attributes: typed FFI attributes (int: i64, float: f32, bool, str).
+        aliases: result index -> index of the operand that it updates.
+        nothing_to_do: the call would leave its aliased results as they are (no
+            token to write, say), so it need not run.
+    """
+
+    target: str
+    operands: tuple[torch.Tensor, ...]
+    results: tuple[Spec, ...]
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    aliases: Mapping[int, int] = field(default_factory=dict)
+    nothing_to_do: bool = False
+
+
+@functools.lru_cache(maxsize=4096)
+def _computation(target, operands, results, backend_config, aliases):
+    """Returns the XLA computation of a signature.
+
+    Attributes enter the key as encoded text: as Python values, 1, 1.0 and True would
+    be one key, and so would 0.0 and -0.0.
+    """
+    import torch_xla.core.xla_builder as xb
+
+    module = encode_module(target, operands, results, backend_config, dict(aliases))
+    return xb.computation_from_module_proto(target, module)
+
+
+def call_in_graph(call: CustomCall) -> list[torch.Tensor]:
+    """Adds the call to the lazy graph of its XLA operands and returns its results."""
+    import torch_xla
+
+    computation = _computation(
+        call.target,
+        tuple(Spec.of(t) for t in call.operands),
+        tuple(call.results),
+        encode_attributes(call.attributes),
+        tuple(call.aliases.items()),
+    )
+    return torch_xla._XLAC._xla_user_computation(
+        call.target.replace(".", "::"), list(call.operands), computation
+    )
+
+
+def call_directly(call: CustomCall) -> list[torch.Tensor]:
+    """Runs the handler now, on CPU tensors or, on torch's stream, CUDA tensors.
+
+    An aliased result is the operand itself, updated in place.
+    """
+    device = call.operands[0].device
+    results = [
+        call.operands[call.aliases[i]]
+        if i in call.aliases
+        else torch.empty(spec.shape, dtype=spec.dtype, device=device)
+        for i, spec in enumerate(call.results)
+    ]
+    if device.type == "cuda":
+        platform = handlers.CUDA
+        handlers.load(platform)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            _run(call, platform, stream, results)
+    else:
+        handlers.load(handlers.HOST)
+        _run(call, handlers.HOST, 0, results)
+    return results
+
+
+def _run(call: CustomCall, platform: str, stream: int, results) -> None:
+    _runtime.call(
+        call.target,
+        platform,
+        stream,
+        [_buffer(t) for t in call.operands],
+        [_buffer(t) for t in results],
+        dict(call.attributes),
+    )
+
+
+def _buffer(t: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+    return t.data_ptr(), primitive_type(t.dtype), tuple(t.shape)

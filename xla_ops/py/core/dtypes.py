@@ -1,0 +1,35 @@
+"""The element types that custom calls carry, in the three numberings in use."""
+
+from __future__ import annotations
+
+import torch
+
+# torch dtype -> (XLA PrimitiveType, XLA_FFI_DataType). The FFI's C header and
+# xla_data.proto agree on these numbers; they are part of XLA's stable formats.
+_PRIMITIVE_TYPE = {
+    torch.bool: 1,
+    torch.int8: 2,
+    torch.int16: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.uint8: 6,
+    torch.float16: 10,
+    torch.float32: 11,
+    torch.float64: 12,
+    torch.bfloat16: 16,
+    torch.float8_e5m2: 19,
+    torch.float8_e4m3fn: 20,
+}
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def primitive_type(dtype: torch.dtype) -> int:
+    """Returns the number of `dtype` in HLO protos and in the FFI."""
+    return _PRIMITIVE_TYPE[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name used in error messages, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,124 @@
+"""Finds the op libraries and registers their handlers with the XLA client in use.
+
+Registration happens once a platform, at the first lowering of any op: early enough,
+because XLA looks a handler up when it compiles, and late enough, because a process that
+never meets an XLA tensor pays nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import threading
+import warnings
+
+from .. import _runtime
+
+HOST = "Host"
+CUDA = "CUDA"
+
+_LIB = pathlib.Path(__file__).parent.parent / "lib"
+_SUFFIX = {HOST: "cpu", CUDA: "cuda"}
+_lock = threading.Lock()
+_unavailable: dict[str, str] = {}
+_told: set[str] = set()
+
+
+def library_dir() -> pathlib.Path:
+    """Returns the folder of the op libraries and the PJRT bridge."""
+    return _LIB
+
+
+def bridge_path() -> pathlib.Path:
+    """Returns the path of the PJRT plugin that wraps JAX's CUDA plugin."""
+    return _LIB / "libxla_ops_pjrt.so"
+
+
+@functools.cache
+def load(platform: str) -> frozenset[str]:
+    """Loads all op libraries built for `platform`.
+
+    Args:
+        platform: "Host" or "CUDA".
+
+    Returns:
+        The custom-call targets found, such as "xla_ops.rms_norm".
+
+    Raises:
+        OSError: a library cannot be loaded; the message names it.
+    """
+    with _lock:
+        return frozenset(
+            target
+            for path in sorted(_LIB.glob(f"libxla_ops_*_{_SUFFIX[platform]}.so"))
+            for target, found in _runtime.load_library(str(path))
+            if found == platform
+        )
+
+
+def xla_platform() -> str:
+    """Returns the platform of torch_xla's client: "Host", "CUDA" or its own name."""
+    import torch_xla.runtime as xr
+
+    kind = xr.device_type()
+    return {"CPU": HOST, "GPU": CUDA, "CUDA": CUDA}.get(kind, kind or "unknown")
+
+
+@functools.cache
+def registered_targets(platform: str) -> frozenset[str]:
+    """Registers the handlers with torch_xla's client, and returns their targets.
+
+    Empty where the platform has no handlers or where they cannot be registered; why
+    is what `unavailable_reason` returns.
+    """
+    if platform not in _SUFFIX:
+        _unavailable[platform] = f"xla_ops has no handlers for {platform}"
+        return frozenset()
+    try:
+        targets = load(platform)
+        with _lock:
+            if platform == HOST:
+                import _XLAC
+
+                _runtime.register_cpu(_XLAC.__file__)
+            else:
+                _runtime.register_gpu(str(bridge_path()))
+    except (OSError, RuntimeError) as error:
+        _unavailable[platform] = str(error)
+        return frozenset()
+    return targets
+
+
+def unavailable_reason(platform: str, target: str) -> str:
+    """Returns why `target` has no registered handler on `platform`."""
+    return _unavailable.get(
+        platform, f"this build of xla_ops has no {platform} handler for {target}"
+    )
+
+
+def available(platform: str, target: str) -> bool:
+    """Returns whether XLA can call `target`; warns once an op where it cannot."""
+    if target in registered_targets(platform):
+        return True
+    _tell_once(target, unavailable_reason(platform, target))
+    return False
+
+
+def loaded(platform: str, target: str) -> bool:
+    """Returns whether `target` can be called directly; warns once where it cannot."""
+    if target in load(platform):
+        return True
+    _tell_once(
+        target, f"this build of xla_ops has no {platform} handler for {target}"
+    )
+    return False
+
+
+def _tell_once(target: str, reason: str) -> None:
+    if target not in _told:
+        _told.add(target)
+        warnings.warn(
+            f"{target}: using the plain torch reference, because {reason}. "
+            "`python -m xla_ops doctor` tells more.",
+            stacklevel=3,
+        )

@@ -1,0 +1,151 @@
+"""In-place semantics for every op that updates a tensor: one front, no copies.
+
+A mutable torch op whose kernel sits on the XLA key either raises or, under
+torch.compile, silently loses writes through views. So a mutable op here is a front
+(CompositeImplicitAutograd) over a functional op. The functional op's custom call aliases
+its result to the buffer it updates, and the front makes the result the tensor's new
+value. Where that happens differs:
+
+- lazily, the XLA tensor is a functionalization wrapper whose value is replaced, in
+  program order, as aten's own in-place ops do. The step marker then donates the old
+  buffer, so nothing is copied.
+- under torch.compile the same wrapper is AOTAutograd's. openxla donates an input only
+  when it is told to, so the functional op gets the traced input as its `donor` operand
+  and flags that buffer when the program is built. Users need not know.
+- CPU and CUDA tensors are simply written.
+
+A tensor that is a view (kv.unbind(0), a permuted HND cache) is written through the
+buffer it is a view of: `locate` finds that buffer and where in it the view lies.
+Decision and measurements: docs/adr/0007-in-place.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental import proxy_tensor
+
+
+class Located(NamedTuple):
+    """Where a tensor lies: `buffer` and, in elements, offset and strides in it."""
+
+    buffer: torch.Tensor
+    offset: int
+    strides: tuple[int, ...]
+
+
+def is_value(t: torch.Tensor) -> bool:
+    """Returns whether `t` can only be updated by giving it a new value.
+
+    True of XLA tensors and of everything that is being traced; False of plain CPU and
+    CUDA tensors, whose memory is written.
+    """
+    return (
+        type(t) not in (torch.Tensor, torch.nn.Parameter)
+        or t.device.type not in ("cpu", "cuda")
+        or torch._is_functional_tensor(t)
+    )
+
+
+def locate(t: torch.Tensor) -> Located:
+    """Finds the whole buffer that holds `t`.
+
+    Falls back to `t` itself, as a dense value, where the view cannot be traced to its
+    base (such as views made under inference_mode, which torch does not track): still
+    right, but the base is then rebuilt around the new value by XLA.
+    """
+    if not is_value(t):
+        extent = 1 + sum(
+            (size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)
+        )
+        flat = t.as_strided((extent if t.numel() else 0,), (1,))
+        return Located(flat, 0, t.stride())
+    base = t._base if t._is_view() else None
+    if base is not None and base.dtype == t.dtype:
+        view = _geometry(t, base)
+        if view is not None:
+            return Located(base, view.storage_offset(), view.stride())
+    return Located(t, 0, dense_strides(t.shape))
+
+
+def donor(t: torch.Tensor) -> torch.Tensor | None:
+    """Returns `t` if it is, unwritten so far, an input of the graph being traced.
+
+    Only then does the program overwrite the caller's buffer: a clone made inside the
+    graph must not donate what it was cloned from.
+    """
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None or not isinstance(t, FunctionalTensor):
+        return None
+    slot = proxy_tensor.get_proxy_slot(
+        torch._from_functional_tensor(t.elem), mode.tracer, None, lambda p: p.proxy
+    )
+    return t if slot is not None and slot.node.op == "placeholder" else None
+
+
+def assign(t: torch.Tensor, value: torch.Tensor) -> None:
+    """Makes `value` the value of `t`, of its base and of all views of them."""
+    wrapper = t.elem if isinstance(t, FunctionalTensor) else t
+    if not torch._is_functional_tensor(wrapper):
+        t.copy_(value)  # a fake tensor, or functionalization is off
+        return
+    new = value.elem if isinstance(value, FunctionalTensor) else value
+    old = torch._from_functional_tensor(wrapper)
+    torch._functionalize_replace(wrapper, torch._from_functional_tensor(new))
+    torch._functionalize_commit_update(wrapper)
+    torch._functionalize_sync(wrapper)
+    if t.device.type == "xla" and wrapper is t:
+        # Carries the alias id over, by which the step marker donates the old buffer.
+        torch.ops.aten._propagate_xla_data(old, torch._from_functional_tensor(wrapper))
+
+
+def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
+    """Raises ValueError where two updated graph inputs are views of one tensor.
+
+    AOTAutograd cannot handle that for XLA tensors, whose views carry no offset, and
+    fails on an assertion after tracing; this says what to do instead.
+    """
+    seen: dict[int, str] = {}
+    for name, t in tensors.items():
+        if not isinstance(t, FunctionalTensor) or t._is_view():
+            continue
+        inner = torch._from_functional_tensor(t.elem)
+        if inner.device.type != "xla" or not inner._is_view():
+            continue
+        storage = inner.untyped_storage()._cdata
+        if storage in seen:
+            raise ValueError(
+                f"{op}: {name} must not be a view, made outside the compiled function, "
+                f"of the tensor that {seen[storage]} is a view of, got both as graph "
+                "inputs; pass the stacked cache and take its views inside"
+            )
+        seen[storage] = name
+
+
+def _geometry(t: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
+    """Returns a tensor with the offset and strides of `t` in a dense `base`."""
+    if isinstance(t, FunctionalTensor):
+        dense = base.is_contiguous() and base.storage_offset() == 0
+        return t if dense else None
+    if t.device.type != "xla" or not torch._is_functional_tensor(t):
+        return None
+    # XLA tensors report no offset: replay the chain of views on a meta tensor.
+    try:
+        view = t._view_func_unsafe(
+            torch.empty(base.shape, dtype=base.dtype, device="meta")
+        )
+    except RuntimeError:  # a view that has no replay function
+        return None
+    return view if view.shape == t.shape else None
+
+
+def dense_strides(shape: torch.Size) -> tuple[int, ...]:
+    """Returns the strides of a row-major tensor of `shape`."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))

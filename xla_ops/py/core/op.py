@@ -1,0 +1,128 @@
+"""Turns the declaration of one op into a torch operator that runs everywhere.
+
+An op says what it checks, what shapes it gives, what it means in plain torch, and which
+custom call computes it; this module registers the kernels:
+
+    XLA        a node in the lazy graph, or the reference where XLA has no handler
+    CPU, CUDA  the same handler called at once, or the reference where it is missing
+    Meta       shapes only, after the same checks (what torch.compile traces with)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import handlers
+from .custom_call import CustomCall, call_directly, call_in_graph
+from .hlo import Spec
+
+NAMESPACE = "xla_ops"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+# Every declared op by name; the conformance test walks it.
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One functional op.
+
+    Attributes:
+        name: the op is `torch.ops.xla_ops.<name>`.
+        schema: arguments and results in torch's schema language. An op that updates
+            an argument's value takes a last argument `Tensor? donor`, see `in_place`.
+        lower: (*args) -> CustomCall. Checks its arguments first, so it is the one
+            place that knows what is legal. Sees tensors of any device, fake ones too.
+        reference: (*args) -> Tensor or tuple, the meaning in plain torch.
+    """
+
+    name: str
+    schema: str
+    lower: Callable[..., CustomCall]
+    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+
+    def __post_init__(self):
+        OPS[self.name] = self
+        _library.define(self.name + self.schema)
+        _library.impl(self.name, self._in_graph, "XLA")
+        _library.impl(self.name, self._at_once, "CPU")
+        _library.impl(self.name, self._at_once, "CUDA")
+        torch.library.register_fake(
+            f"{NAMESPACE}::{self.name}", self._fake, lib=_library
+        )
+
+    def __call__(self, *args):
+        return getattr(torch.ops.xla_ops, self.name).default(*args)
+
+    @property
+    def has_donor(self) -> bool:
+        return "Tensor? donor" in self.schema
+
+    def update_at_once(self, *args) -> list[torch.Tensor]:
+        """Runs the handler on CPU or CUDA tensors, updating aliased operands."""
+        call = self._lower(args)
+        if _is_empty(call):
+            return [_new(spec, call) for spec in call.results]
+        return call_directly(call)
+
+    def _lower(self, args) -> CustomCall:
+        return self.lower(*(args[:-1] if self.has_donor else args))
+
+    def _reference(self, args):
+        return self.reference(*(args[:-1] if self.has_donor else args))
+
+    def _fake(self, *args):
+        call = self._lower(args)
+        return _unpack([_new(spec, call) for spec in call.results])
+
+    def _in_graph(self, *args):
+        call = self._lower(args)
+        if _is_empty(call):
+            return _unpack(_untouched(call))
+        if not handlers.available(handlers.xla_platform(), call.target):
+            return self._reference(args)
+        results = call_in_graph(call)
+        if self.has_donor and args[-1] is not None:
+            import torch_xla
+
+            torch_xla._XLAC._set_buffer_donation(args[-1], True)
+        return _unpack(results)
+
+    def _at_once(self, *args):
+        call = self._lower(args)
+        if _is_empty(call):
+            return _unpack(_untouched(call))
+        platform = handlers.HOST
+        if call.operands[0].device.type == "cuda":
+            platform = handlers.CUDA
+        if not handlers.loaded(platform, call.target):
+            return self._reference(args)
+        # A functional op must not touch its arguments.
+        updated = set(call.aliases.values())
+        operands = tuple(
+            t.clone() if i in updated else t for i, t in enumerate(call.operands)
+        )
+        return _unpack(call_directly(CustomCall(**{**vars(call), "operands": operands})))
+
+
+def _new(spec: Spec, call: CustomCall) -> torch.Tensor:
+    return call.operands[0].new_empty(spec.shape, dtype=spec.dtype)
+
+
+def _is_empty(call: CustomCall) -> bool:
+    """Whether there is nothing to compute: no result, or no token to write."""
+    return call.nothing_to_do or all(0 in spec.shape for spec in call.results)
+
+
+def _untouched(call: CustomCall) -> list[torch.Tensor]:
+    return [
+        call.operands[call.aliases[i]].clone() if i in call.aliases else _new(spec, call)
+        for i, spec in enumerate(call.results)
+    ]
+
+
+def _unpack(results):
+    return results[0] if len(results) == 1 else tuple(results)

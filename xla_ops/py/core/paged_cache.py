@@ -1,0 +1,131 @@
+"""Where the K and V caches of a paged KV cache lie, for the ops that use one.
+
+A cache is [num_blocks, page_size, num_kv_heads, head_dim], dense in its last dimension.
+Other layouts are views of that shape: HND is a permuted
+[num_blocks, num_kv_heads, page_size, head_dim], a stacked cache is [2, ...] or
+[num_blocks, 2, ...] taken apart. The kernels get whole buffers plus offset and strides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import in_place
+from .checks import Checker
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """K and V caches, located in their buffers.
+
+    Attributes:
+        key_buffer, value_buffer: the buffers; one and the same for a stacked cache.
+        num_blocks, page_size, num_kv_heads, head_dim: the shape of both caches.
+        block_stride, page_stride, head_stride: elements from one block, offset in a
+            page and head to the next, in both.
+        key_offset, value_offset: elements before block 0 in each buffer.
+    """
+
+    key_buffer: torch.Tensor
+    value_buffer: torch.Tensor
+    num_blocks: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    block_stride: int
+    page_stride: int
+    head_stride: int
+    key_offset: int
+    value_offset: int
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.key_buffer is self.value_buffer
+
+    @property
+    def geometry(self) -> list[int]:
+        """The integers as the functional ops' `geometry` argument has them."""
+        return [
+            self.num_blocks,
+            self.page_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.block_stride,
+            self.page_stride,
+            self.head_stride,
+            self.key_offset,
+            self.value_offset,
+        ]
+
+
+ATTRIBUTES = (
+    "num_blocks",
+    "page_size",
+    "num_kv_heads",
+    "head_dim",
+    "block_stride",
+    "page_stride",
+    "head_stride",
+    "key_offset",
+    "value_offset",
+)
+
+
+def check_caches(
+    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor
+) -> None:
+    """Checks the two caches against each other."""
+    check.rank(
+        "key_cache", key_cache, "[num_blocks, page_size, num_kv_heads, head_dim]"
+    )
+    check.shape("value_cache", value_cache, key_cache.shape)
+    check.dtype("value_cache", value_cache, [key_cache.dtype])
+    check.require(key_cache.shape[1] > 0, "page_size", "be at least 1", 0)
+
+
+def locate(
+    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor
+) -> PagedCache | None:
+    """Locates both caches; None where their strides differ or are not dense enough.
+
+    The caller then works on dense copies (reading) or on one cache at a time (writing).
+    """
+    key, value = in_place.locate(key_cache), in_place.locate(value_cache)
+    if key.strides != value.strides or not _usable(key.strides, key_cache.shape):
+        if in_place.is_value(key_cache):
+            return None
+        check.require(
+            _usable(key.strides, key_cache.shape),
+            "key_cache",
+            "be dense in its last dimension and free of overlaps",
+            f"strides {list(key.strides)}",
+        )
+        check.require(
+            False,
+            "value_cache",
+            f"have key_cache's strides {list(key.strides)}",
+            list(value.strides),
+        )
+    return PagedCache(
+        key.buffer,
+        value.buffer,
+        *key_cache.shape,
+        *key.strides[:3],
+        key.offset,
+        value.offset,
+    )
+
+
+def dense(key_cache: torch.Tensor, value_cache: torch.Tensor) -> PagedCache:
+    """Takes the caches as dense values, without looking for a buffer below them."""
+    *strides, _ = in_place.dense_strides(key_cache.shape)
+    return PagedCache(key_cache, value_cache, *key_cache.shape, *strides, 0, 0)
+
+
+def _usable(strides: tuple[int, ...], shape: torch.Size) -> bool:
+    *outer, last = strides
+    return (last == 1 or shape[-1] == 1) and all(
+        stride > 0 or size <= 1 for stride, size in zip(outer, shape[:-1], strict=True)
+    )

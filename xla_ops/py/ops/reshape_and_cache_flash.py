@@ -1,0 +1,383 @@
+"""Writes new keys and values into a paged KV cache, in place."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core import debug, in_place, paged_cache
+from ..core.checks import Checker
+from ..core.custom_call import CustomCall
+from ..core.dtypes import FLOAT_DTYPES
+from ..core.hlo import Spec
+from ..core.op import NAMESPACE, Op
+
+_check = Checker("reshape_and_cache_flash")
+_FP8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+def reshape_and_cache_flash(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str = "auto",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Writes `key` and `value` into the caches at the slots of `slot_mapping`.
+
+    Token t goes to page slot // page_size at offset slot % page_size, where
+    slot = slot_mapping[t]. A negative slot skips its token (padding), and so does one
+    past the cache; `set_debug(True)` reports the latter. Of several tokens with one
+    slot any may win. With an fp8 cache the value stored is fp8(float(x) / scale),
+    rounded to nearest even and saturated; NaN stays NaN.
+
+    In place: lazily, under torch.compile(backend="openxla"), and through views such as
+    `kv.unbind(0)`. A stacked cache ([2, ...]) is written by one kernel, separate K and
+    V caches, on XLA, by two.
+
+    Args:
+        key, value: [num_key_tokens, num_kv_heads, head_dim], float32, float16 or
+            bfloat16; rows past slot_mapping's length are ignored.
+        key_cache, value_cache: [num_blocks, page_size, num_kv_heads, head_dim], the
+            last dimension dense; permuted views give other layouts. Of key's dtype with
+            kv_cache_dtype "auto", else uint8 or the fp8 type.
+        slot_mapping: [num_tokens], int64, num_tokens <= num_key_tokens.
+        kv_cache_dtype: "auto", "fp8", "fp8_e4m3" (the same) or "fp8_e5m2".
+        k_scale, v_scale: one float32 element each (default 1); read for fp8 caches.
+
+    Raises:
+        ValueError: an argument breaks one of the rules above.
+
+    Semantics: vLLM's `_C_cache_ops.reshape_and_cache_flash`.
+    """
+    for name, t in (
+        ("key", key),
+        ("value", value),
+        ("key_cache", key_cache),
+        ("value_cache", value_cache),
+        ("slot_mapping", slot_mapping),
+    ):
+        _check.tensor(name, t)
+    torch.ops.xla_ops.reshape_and_cache_flash(
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        key.new_ones((), dtype=torch.float32) if k_scale is None else k_scale,
+        key.new_ones((), dtype=torch.float32) if v_scale is None else v_scale,
+    )
+
+
+def _front(
+    key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+) -> None:
+    paged_cache.check_caches(_check, key_cache, value_cache)
+    _check_tensors(key, value, key_cache, slot_mapping, kv_cache_dtype)
+    _check.same_device("key", key, value_cache=value_cache)
+    in_place.check_graph_inputs(
+        _check.op, key_cache=key_cache, value_cache=value_cache
+    )
+    tail = (slot_mapping, k_scale, v_scale, kv_cache_dtype)
+    cache = paged_cache.locate(_check, key_cache, value_cache)
+    if cache is None:
+        _write_one(key, key_cache, slot_mapping, k_scale, kv_cache_dtype)
+        _write_one(value, value_cache, slot_mapping, v_scale, kv_cache_dtype)
+    elif not in_place.is_value(key_cache):
+        buffers = (cache.key_buffer, cache.value_buffer)
+        _both.update_at_once(
+            key, value, *buffers, *tail, cache.geometry, debug.enabled()
+        )
+    elif cache.is_stacked:
+        buffer = cache.key_buffer
+        donor = in_place.donor(buffer)
+        new = _stacked(
+            key, value, buffer, *tail, cache.geometry, debug.enabled(), donor
+        )
+        in_place.assign(buffer, new)
+    else:
+        # Two calls, not one with two results: XLA pairs donated buffers with results
+        # by order, and one call keeps every cache in place in some orders only.
+        _write_one(key, key_cache, slot_mapping, k_scale, kv_cache_dtype)
+        _write_one(value, value_cache, slot_mapping, v_scale, kv_cache_dtype)
+
+
+def _write_one(rows, cache, slot_mapping, scale, kv_cache_dtype) -> None:
+    place = paged_cache.locate(_check, cache, cache)
+    if place is None:  # an odd view: as a dense value
+        place = paged_cache.dense(cache, cache)
+    buffer = place.key_buffer
+    donor = in_place.donor(buffer)
+    new = _one(
+        rows,
+        buffer,
+        slot_mapping,
+        scale,
+        kv_cache_dtype,
+        place.geometry[:-1],
+        debug.enabled(),
+        donor,
+    )
+    in_place.assign(buffer, new)
+
+
+def _check_tensors(key, value, key_cache, slot_mapping, kv_cache_dtype) -> None:
+    _check_rows("key", key)
+    _check.dtype("value", value, [key.dtype])
+    _check.shape("value", value, key.shape)
+    _check.dtype("key_cache", key_cache, cache_dtypes(_check, key, kv_cache_dtype))
+    _check.require(
+        list(key_cache.shape[2:]) == list(key.shape[1:]),
+        "key_cache",
+        f"have heads and head_dim {list(key.shape[1:])}",
+        list(key_cache.shape[2:]),
+    )
+    _check_slots(key, slot_mapping)
+    _check.same_device(
+        "key", key, value=value, key_cache=key_cache, slot_mapping=slot_mapping
+    )
+
+
+def _check_rows(name, rows) -> None:
+    _check.dtype(name, rows, FLOAT_DTYPES)
+    _check.rank(name, rows, "[num_tokens, num_kv_heads, head_dim]")
+
+
+def _check_slots(rows, slot_mapping) -> None:
+    _check.dtype("slot_mapping", slot_mapping, [torch.int64])
+    _check.rank("slot_mapping", slot_mapping, "[num_tokens]")
+    _check.require(
+        slot_mapping.shape[0] <= rows.shape[0],
+        "slot_mapping",
+        f"have at most {rows.shape[0]} elements",
+        slot_mapping.shape[0],
+    )
+
+
+def _check_scale(name, scale, rows) -> None:
+    _check.dtype(name, scale, [torch.float32])
+    _check.one_element(name, scale)
+    _check.same_device("key", rows, **{name: scale})
+
+
+def cache_dtypes(
+    check: Checker, rows: torch.Tensor, kv_cache_dtype: str
+) -> list[torch.dtype]:
+    """Returns the element types a cache may have for `kv_cache_dtype`."""
+    check.require(
+        kv_cache_dtype == "auto" or kv_cache_dtype in _FP8,
+        "kv_cache_dtype",
+        "be auto, fp8, fp8_e4m3 or fp8_e5m2",
+        kv_cache_dtype,
+    )
+    if kv_cache_dtype == "auto":
+        return [rows.dtype]
+    return [_FP8[kv_cache_dtype], torch.uint8]
+
+
+def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUTES):
+    values = dict(zip(names, (int(n) for n in geometry), strict=True))
+    # The handler knows these two from the shape of key.
+    del values["num_kv_heads"], values["head_dim"]
+    return {"kv_cache_dtype": kv_cache_dtype, **values, "debug": debug_mode}
+
+
+def _lower_both(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    k_scale,
+    v_scale,
+    kv_cache_dtype,
+    geometry,
+    debug_mode,
+) -> CustomCall:
+    _check_rows("key", key)
+    _check.shape("value", value, key.shape)
+    _check_slots(key, slot_mapping)
+    _check_scale("k_scale", k_scale, key)
+    _check_scale("v_scale", v_scale, key)
+    return CustomCall(
+        "xla_ops.reshape_and_cache_flash",
+        (
+            key.contiguous(),
+            value.contiguous(),
+            key_cache,
+            value_cache,
+            slot_mapping.contiguous(),
+            k_scale.reshape(1),
+            v_scale.reshape(1),
+        ),
+        (Spec.of(key_cache), Spec.of(value_cache)),
+        _attributes(kv_cache_dtype, geometry, debug_mode),
+        {0: 2, 1: 3},
+        nothing_to_do=slot_mapping.numel() == 0 or key.numel() == 0,
+    )
+
+
+def _lower_stacked(
+    key,
+    value,
+    kv_cache,
+    slot_mapping,
+    k_scale,
+    v_scale,
+    kv_cache_dtype,
+    geometry,
+    debug_mode,
+) -> CustomCall:
+    _check_rows("key", key)
+    _check.shape("value", value, key.shape)
+    _check_slots(key, slot_mapping)
+    _check_scale("k_scale", k_scale, key)
+    _check_scale("v_scale", v_scale, key)
+    return CustomCall(
+        "xla_ops.reshape_and_cache_flash_stacked",
+        (
+            key.contiguous(),
+            value.contiguous(),
+            kv_cache,
+            slot_mapping.contiguous(),
+            k_scale.reshape(1),
+            v_scale.reshape(1),
+        ),
+        (Spec.of(kv_cache),),
+        _attributes(kv_cache_dtype, geometry, debug_mode),
+        {0: 2},
+        nothing_to_do=slot_mapping.numel() == 0 or key.numel() == 0,
+    )
+
+
+def _lower_one(
+    rows, cache, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
+) -> CustomCall:
+    _check_rows("key", rows)
+    _check_slots(rows, slot_mapping)
+    _check_scale("k_scale", scale, rows)
+    return CustomCall(
+        "xla_ops.reshape_and_cache_flash_one",
+        (rows.contiguous(), cache, slot_mapping.contiguous(), scale.reshape(1)),
+        (Spec.of(cache),),
+        _attributes(
+            kv_cache_dtype, geometry, debug_mode, paged_cache.ATTRIBUTES[:-1]
+        ),
+        {0: 1},
+        nothing_to_do=slot_mapping.numel() == 0 or rows.numel() == 0,
+    )
+
+
+def _reference_one(
+    rows, cache, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
+) -> torch.Tensor:
+    return _reference_write(
+        cache, rows, slot_mapping, scale, kv_cache_dtype, geometry[:-1], geometry[-1]
+    )
+
+
+def _reference_stacked(
+    key, value, kv_cache, slot_mapping, k_scale, v_scale, kv_cache_dtype, geometry, _
+) -> torch.Tensor:
+    *shape, key_offset, value_offset = geometry
+    for rows, scale, offset in (
+        (key, k_scale, key_offset),
+        (value, v_scale, value_offset),
+    ):
+        kv_cache = _reference_write(
+            kv_cache, rows, slot_mapping, scale, kv_cache_dtype, shape, offset
+        )
+    return kv_cache
+
+
+def _reference_both(
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, *rest
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kv_cache_dtype, (*shape, key_offset, value_offset), _ = rest
+    return (
+        _reference_write(
+            key_cache, key, slot_mapping, k_scale, kv_cache_dtype, shape, key_offset
+        ),
+        _reference_write(
+            value_cache,
+            value,
+            slot_mapping,
+            v_scale,
+            kv_cache_dtype,
+            shape,
+            value_offset,
+        ),
+    )
+
+
+def _reference_write(
+    buffer, rows, slot_mapping, scale, kv_cache_dtype, shape, offset
+) -> torch.Tensor:
+    """Returns `buffer` with the rows written into the cache that lies in it."""
+    num_blocks, page_size, num_kv_heads, head_dim, *strides = shape
+    block_stride, page_stride, head_stride = strides
+    rows = rows[: slot_mapping.shape[0]]
+    stored = _convert(rows, scale, kv_cache_dtype)
+    # fp8 arithmetic is rare: move the bits as bytes.
+    bits = buffer.view(torch.uint8) if buffer.element_size() == 1 else buffer
+    stored = stored.view(torch.uint8) if buffer.element_size() == 1 else stored
+    valid = (slot_mapping >= 0) & (slot_mapping < num_blocks * page_size)
+    block = torch.div(slot_mapping, page_size, rounding_mode="floor")
+    start = block * block_stride + (slot_mapping - block * page_size) * page_stride
+    heads = torch.arange(num_kv_heads, device=rows.device) * head_stride
+    lanes = torch.arange(head_dim, device=rows.device)
+    index = offset + start[:, None, None] + heads[:, None] + lanes
+    # Skipped rows land in one spare element past the end.
+    flat = torch.cat([bits.reshape(-1), bits.new_zeros(1)])
+    index = torch.where(valid[:, None, None], index, flat.numel() - 1)
+    flat = flat.index_put((index,), stored)
+    return flat[:-1].reshape(buffer.shape).view(buffer.dtype)
+
+
+def _convert(rows, scale, kv_cache_dtype):
+    if kv_cache_dtype == "auto":
+        return rows
+    dtype = _FP8[kv_cache_dtype]
+    limit = torch.finfo(dtype).max
+    scaled = rows.float() / scale.reshape(())
+    return scaled.clamp(-limit, limit).to(dtype)  # clamp keeps NaN
+
+
+_COMMON = "str kv_cache_dtype, SymInt[] geometry, bool debug"
+_both = Op(
+    "reshape_and_cache_flash_both",
+    "(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,"
+    " Tensor slot_mapping, Tensor k_scale, Tensor v_scale,"
+    f" {_COMMON}) -> (Tensor, Tensor)",
+    _lower_both,
+    _reference_both,
+)
+_stacked = Op(
+    "reshape_and_cache_flash_stacked",
+    "(Tensor key, Tensor value, Tensor kv_cache, Tensor slot_mapping,"
+    f" Tensor k_scale, Tensor v_scale, {_COMMON}, Tensor? donor) -> Tensor",
+    _lower_stacked,
+    _reference_stacked,
+)
+_one = Op(
+    "reshape_and_cache_flash_one",
+    "(Tensor key, Tensor key_cache, Tensor slot_mapping, Tensor scale,"
+    f" {_COMMON}, Tensor? donor) -> Tensor",
+    _lower_one,
+    _reference_one,
+)
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define(
+    "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache,"
+    " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype,"
+    " Tensor k_scale, Tensor v_scale) -> ()"
+)
+_library.impl("reshape_and_cache_flash", _front, "CompositeImplicitAutograd")

@@ -1,0 +1,78 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..core.checks import Checker
+from ..core.custom_call import CustomCall
+from ..core.dtypes import FLOAT_DTYPES
+from ..core.hlo import Spec
+from ..core.op import Op
+
+_check = Checker("rms_norm")
+
+
+def rms_norm(
+    input: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6
+) -> torch.Tensor:
+    """Normalises the last dimension by its root mean square.
+
+    out = T(T(x * rsqrt(mean(x^2) + eps)) * weight), where T rounds to the dtype and the
+    mean is taken in fp32: the two roundings of vLLM's `rms_norm`.
+
+    Args:
+        input: [..., hidden], float32, float16 or bfloat16.
+        weight: [hidden], of the same dtype.
+        eps: added to the mean square; positive.
+
+    Returns:
+        A tensor like `input`.
+
+    Raises:
+        ValueError: an argument breaks one of the rules above.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2))
+        tensor([[0.8485, 1.1314]])
+    """
+    _check.tensor("input", input)
+    _check.tensor("weight", weight)
+    return _op(input, weight, float(eps))
+
+
+def _lower(input: torch.Tensor, weight: torch.Tensor, eps: float) -> CustomCall:
+    _check.dtype("input", input, FLOAT_DTYPES)
+    _check.require(
+        input.dim() > 0, "input", "have rank 1 or more", f"shape {list(input.shape)}"
+    )
+    _check.dtype("weight", weight, [input.dtype])
+    _check.shape("weight", weight, [input.shape[-1]])
+    _check.require(
+        eps > 0 and math.isfinite(eps), "eps", "be positive and finite", f"{eps:g}"
+    )
+    _check.same_device("input", input, weight=weight)
+    return CustomCall(
+        "xla_ops.rms_norm",
+        (input.contiguous(), weight.contiguous()),
+        (Spec.of(input),),
+        {"eps": eps},
+    )
+
+
+def _reference(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = input.float()
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * scale).to(input.dtype) * weight
+
+
+_op = Op(
+    "rms_norm",
+    "(Tensor input, Tensor weight, float eps) -> Tensor",
+    _lower,
+    _reference,
+)
