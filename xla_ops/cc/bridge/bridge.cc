@@ -88,6 +88,7 @@ struct State {
   std::string path;
   PjrtPlugin plugin;
   PjrtApi* table = nullptr;  // null: nothing is open
+  std::string failure;       // what xla_ops_pjrt_fail was told
 };
 
 State& GetState() {
@@ -158,6 +159,12 @@ int xla_ops_pjrt_open(const char* plugin_path, char* error, size_t error_size) {
                          error_size);
 }
 
+void xla_ops_pjrt_fail(const char* reason) {
+  xla_ops::State& state = xla_ops::GetState();
+  std::lock_guard<std::mutex> lock(state.mutex);
+  state.failure = reason;
+}
+
 int xla_ops_pjrt_info(XlaOpsPjrtInfo* info) {
   xla_ops::State& state = xla_ops::GetState();
   std::lock_guard<std::mutex> lock(state.mutex);
@@ -191,6 +198,7 @@ const void* GetPjrtApi() {
   xla_ops::State& state = xla_ops::GetState();
   std::lock_guard<std::mutex> lock(state.mutex);
   if (state.table != nullptr) return state.table;
+  if (!state.failure.empty()) return xla_ops::FailedApi(state.failure);
   const char* path = std::getenv("XLA_OPS_PJRT_PLUGIN");
   if (path == nullptr || *path == '\0') {
     return xla_ops::FailedApi(

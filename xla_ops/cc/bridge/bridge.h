@@ -37,6 +37,11 @@ struct XlaOpsPjrtInfo {
 XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_open(const char* plugin_path,
                                             char* error, size_t error_size);
 
+// Makes the plugin fail: where nothing is open, GetPjrtApi returns a table whose
+// every function fails with `reason`. For a caller that found out itself why
+// no plugin can work, and has no other way to say so to the framework.
+XLA_OPS_BRIDGE_EXPORT void xla_ops_pjrt_fail(const char* reason);
+
 // Tells what was opened. Returns 0, or non-zero where nothing is open.
 XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_info(XlaOpsPjrtInfo* info);
 

@@ -95,6 +95,15 @@ void PyOpenPlugin(const std::string& bridge_path,
   ThrowIfRuntimeError(error);
 }
 
+void PyFailPlugin(const std::string& bridge_path, const std::string& reason) {
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    error = FailBridge(bridge_path, reason);
+  }
+  ThrowIfRuntimeError(error);
+}
+
 py::dict PyFindPluginInfo(const std::string& path) {
   PjrtPlugin plugin;
   std::string error;
@@ -257,6 +266,8 @@ RuntimeError.)");
 
 Raises RuntimeError, naming the fix, for a plugin that cannot be used, and for a
 second plugin in one process.)");
+  m.def("fail_plugin", &PyFailPlugin, py::arg("bridge_path"), py::arg("reason"),
+        "Has the bridge fail with this reason when torch_xla makes its client.");
   m.def("find_plugin_info", &PyFindPluginInfo, py::arg("path"),
         R"(Opens a PJRT plugin, without a client, and reads what it offers.
 
