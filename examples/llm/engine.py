@@ -1,0 +1,312 @@
+"""Batched generation with a paged KV cache, compiled by XLA.
+
+SPDX-License-Identifier: Apache-2.0
+
+XLA compiles one program for each set of shapes, so the engine uses few: prompts
+go in as flat rows of a few fixed lengths (`prefill_buckets`), decoding always
+runs `max_seqs` rows, and what is left over is padding. `warm_up` compiles them
+all; after it nothing compiles again, whatever prompts arrive.
+
+A request waits until there is room for all that it may become, then its prompt
+is prefilled (a long one in several steps), then it decodes with the others
+until it ends, and the next one takes its place.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch._dynamo
+import torch_xla.debug.metrics as xla_metrics
+
+from kv_cache import PAGE_SIZE, PagedKVCache, blocks_for
+from model import Decoder, StepInputs
+from sampling import Sampling, sample
+
+
+@dataclass
+class Stats:
+    """What was measured since the last reset. Times are wall clock, in seconds,
+    from building a step's inputs to having its tokens on the host."""
+
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cache_bytes_moved: int = 0  # buffers whose address changed over a step
+    compilations: int = 0
+
+
+@dataclass
+class _Sequence:
+    index: int  # its place in the caller's list
+    tokens: list[int]  # prompt and what was generated
+    num_prompt: int
+    max_len: int
+    generator: torch.Generator
+    blocks: list[int] = field(default_factory=list)
+    num_cached: int = 0  # tokens whose keys and values are in the cache
+
+    def slots(self, first: int, last: int) -> list[int]:
+        return [
+            self.blocks[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE
+            for i in range(first, last)
+        ]
+
+
+def prefill_buckets(max_tokens: int) -> tuple[int, ...]:
+    """Row lengths for prefill: 16, 64, 256, ... and max_tokens itself.
+
+    A factor of four: a step does at most four times the work that it needs
+    (in practice much less, since prompts are packed), and there is little to
+    compile.
+    """
+    sizes, size = [], 16
+    while size < max_tokens:
+        sizes.append(size)
+        size *= 4
+    return (*sizes, max_tokens)
+
+
+def compilations() -> int:
+    """Programs that were traced by Dynamo or compiled by XLA in this process."""
+    traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return traced + (xla_metrics.counter_value("UncachedCompile") or 0)
+
+
+class Engine:
+    """Runs prompts through a decoder.
+
+    Args:
+      decoder: on an XLA device.
+      max_len: most tokens a sequence may have, prompt and answer.
+      max_seqs: sequences that run together.
+      max_prefill_tokens: prompt tokens that one step takes at most.
+      num_blocks: size of the cache in blocks of 16 tokens; default: enough for
+        max_seqs sequences of max_len tokens.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_len: int,
+        max_seqs: int = 8,
+        max_prefill_tokens: int = 256,
+        num_blocks: int | None = None,
+    ):
+        config = decoder.config
+        for name, value in (
+            ("max_len", max_len),
+            ("max_seqs", max_seqs),
+            ("max_prefill_tokens", max_prefill_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"engine: {name} must be at least 1, got {value}")
+        limit = decoder.cos.shape[0]
+        if max_len > limit:
+            raise ValueError(
+                f"engine: max_len must be at most the decoder's {limit}, got {max_len}"
+            )
+        self.decoder = decoder
+        self.device = decoder.cos.device
+        self.max_len = max_len
+        self.max_seqs = max_seqs
+        self.buckets = prefill_buckets(max_prefill_tokens)
+        # Row lengths of all steps: decoding first, then prefill.
+        self.shapes = tuple(dict.fromkeys((max_seqs, *self.buckets)))
+        self.max_blocks = blocks_for(max_len)
+        self.cache = PagedKVCache(
+            config.num_layers,
+            num_blocks or max_seqs * self.max_blocks,
+            config.num_kv_heads,
+            config.head_dim,
+            decoder.model.embed_tokens.weight.dtype,
+            self.device,
+        )
+        # One traced graph a shape. Dynamo gives up compiling after 8 by default.
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, len(self.shapes)
+        )
+        self._compiled = torch.compile(
+            self._run, backend="openxla", fullgraph=True, dynamic=False
+        )
+        self.stats = Stats()
+        self._compiled_before = compilations()
+
+    def _run(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.decoder(step, self.cache.layers)
+        return logits.argmax(dim=-1), logits
+
+    def warm_up(self, progress: Callable[[int], None] = lambda tokens: None) -> None:
+        """Compiles every shape, with steps that hold padding alone."""
+        for num_tokens in self.shapes:
+            # Twice: the first run of a graph compiles it, the second shows that
+            # the first left nothing (a new buffer, a new layout) to compile for.
+            for _ in range(2):
+                self._step([], [], num_tokens)
+            progress(num_tokens)
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        self.stats = Stats()
+        self._compiled_before = compilations()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        on_token: Callable[[int, int], None] = lambda index, token: None,
+    ) -> list[list[int]]:
+        """Continues each prompt.
+
+        Args:
+          prompts: token ids.
+          max_new_tokens: most tokens to add to each; fewer where an
+            end-of-sequence token comes, which is the last one then.
+          sampling: greedy by default.
+          on_token: called with a prompt's index and its new token.
+
+        Returns:
+          The new tokens of each prompt.
+
+        Raises:
+          ValueError: a prompt is empty, too long, or has an unknown token.
+        """
+        waiting = deque(
+            self._sequence(i, list(prompt), max_new_tokens, sampling)
+            for i, prompt in enumerate(prompts)
+        )
+        sequences = list(waiting)
+        running: list[_Sequence] = []
+        while waiting or running:
+            self._admit(waiting, running)
+            batch, counts, num_tokens = self._plan(running)
+            for sequence, token in self._advance(batch, counts, num_tokens, sampling):
+                on_token(sequence.index, token)
+                self.stats.new_tokens += 1
+                sequence.tokens.append(token)
+                ended = token in self.decoder.config.eos_token_ids
+                if ended or len(sequence.tokens) == sequence.max_len:
+                    self.cache.allocator.give_back(sequence.blocks)
+                    running.remove(sequence)
+        self.stats.compilations = compilations() - self._compiled_before
+        return [s.tokens[s.num_prompt :] for s in sequences]
+
+    def _sequence(self, index, prompt, max_new_tokens, sampling) -> _Sequence:
+        vocab_size = self.decoder.config.vocab_size
+        if not prompt:
+            raise ValueError("generate: prompt must have at least 1 token, got 0")
+        if max_new_tokens < 1:
+            raise ValueError(
+                f"generate: max_new_tokens must be at least 1, got {max_new_tokens}"
+            )
+        unknown = [t for t in prompt if not 0 <= t < vocab_size]
+        if unknown:
+            raise ValueError(
+                f"generate: prompt tokens must be in 0..{vocab_size - 1}, "
+                f"got {unknown[0]}"
+            )
+        total = len(prompt) + max_new_tokens
+        blocks = self.cache.allocator.num_blocks
+        if total > self.max_len or blocks_for(total) > blocks:
+            most = min(self.max_len, blocks * PAGE_SIZE)
+            raise ValueError(
+                f"generate: prompt and max_new_tokens must be at most {most} tokens "
+                f"together, got {len(prompt)} + {max_new_tokens}"
+            )
+        generator = torch.Generator().manual_seed(sampling.seed + index)
+        return _Sequence(index, prompt, len(prompt), total, generator)
+
+    def _admit(self, waiting: deque[_Sequence], running: list[_Sequence]) -> None:
+        """Lets sequences in, first come first served, with all their blocks: one
+        that has begun can then always be finished."""
+        allocator = self.cache.allocator
+        while waiting and len(running) < self.max_seqs:
+            needed = blocks_for(waiting[0].max_len)
+            if needed > allocator.num_free:
+                break
+            sequence = waiting.popleft()
+            sequence.blocks = allocator.take(needed)
+            running.append(sequence)
+
+    def _plan(self, running: list[_Sequence]) -> tuple[list, list[int], int]:
+        """Chooses a step: (sequences, tokens of each, padded row length)."""
+        batch, counts, room = [], [], self.buckets[-1]
+        for sequence in running:
+            left = sequence.num_prompt - sequence.num_cached
+            if left > 0 and room > 0:
+                batch.append(sequence)
+                counts.append(min(left, room))
+                room -= counts[-1]
+        if batch:
+            used = self.buckets[-1] - room
+            return batch, counts, next(b for b in self.buckets if b >= used)
+        return running, [1] * len(running), self.max_seqs
+
+    def _advance(self, batch, counts, num_tokens, sampling):
+        """Runs one step; returns (sequence, next token) for those that have one."""
+        start = time.perf_counter()
+        prefill = batch[0].num_cached < batch[0].num_prompt
+        greedy, logits = self._step(batch, counts, num_tokens)
+        tokens = greedy.tolist()
+        if sampling.temperature > 0:
+            rows = logits.cpu()
+            tokens = [
+                sample(row, sampling, sequence.generator)
+                for row, sequence in zip(rows, batch)
+            ]
+        for sequence, count in zip(batch, counts, strict=True):
+            sequence.num_cached += count
+        elapsed = time.perf_counter() - start
+        if prefill:
+            self.stats.prefill_s.append(elapsed)
+            self.stats.prompt_tokens += sum(counts)
+        else:
+            self.stats.decode_s.append(elapsed)
+        # A prompt that is only part way through predicts a token that we know.
+        return [
+            (sequence, token)
+            for sequence, token in zip(batch, tokens)
+            if sequence.num_cached == len(sequence.tokens)
+        ]
+
+    @torch.no_grad()
+    def _step(self, batch, counts, num_tokens):
+        before = self.cache.addresses()
+        inputs = self._inputs(batch, counts, num_tokens)
+        greedy, logits = self._compiled(inputs)
+        greedy = greedy.cpu()  # waits for the step
+        self.stats.cache_bytes_moved += self.cache.bytes_moved(before)
+        return greedy, logits
+
+    def _inputs(self, batch, counts, num_tokens: int) -> StepInputs:
+        """Packs `counts[i]` uncached tokens of `batch[i]` into one padded row."""
+        ids, positions, slots, last_token, ends = [], [], [], [], [0]
+        tables = torch.zeros(self.max_seqs, self.max_blocks, dtype=torch.int32)
+        for row, (sequence, count) in enumerate(zip(batch, counts, strict=True)):
+            first, last = sequence.num_cached, sequence.num_cached + count
+            ids += sequence.tokens[first:last]
+            positions += range(first, last)
+            slots += sequence.slots(first, last)
+            ends.append(len(ids))
+            last_token.append(len(ids) - 1)
+            tables[row, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
+        lens = [s.num_cached + n for s, n in zip(batch, counts)]
+
+        def row(values, size, fill, dtype=torch.int32):
+            return torch.tensor(values + [fill] * (size - len(values)), dtype=dtype)
+
+        inputs = StepInputs(
+            token_ids=row(ids, num_tokens, 0),
+            positions=row(positions, num_tokens, 0),
+            slot_mapping=row(slots, num_tokens, -1, torch.int64),
+            block_tables=tables,
+            context_lens=row(lens, self.max_seqs, 0),
+            query_start_loc=row(ends, self.max_seqs + 1, ends[-1]),
+            num_seqs=torch.tensor([len(batch)], dtype=torch.int32),
+            last_token=row(last_token, self.max_seqs, 0),
+        )
+        return StepInputs(*(tensor.to(self.device) for tensor in inputs))

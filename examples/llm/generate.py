@@ -1,0 +1,175 @@
+"""Generates text from several prompts at once: the command line of the example.
+
+SPDX-License-Identifier: Apache-2.0
+
+    python examples/llm/generate.py --prompt "Pip the mouse" --prompt "One day"
+    python examples/llm/generate.py --device gpu --model DIR --prompt "..."
+
+DIR is a Hugging Face checkpoint folder of a Llama or Qwen3. Without --model it
+is the small one beside this file, which train_tiny.py made.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+from hlo import cache_copies, dump_flags
+
+HERE = Path(__file__).resolve().parent
+PROMPTS = [
+    "One rainy morning,",
+    "Pip the mouse could not",
+    "In the middle of the night, Hazel the hedgehog heard",
+    "Otto the owl and Fern the fox were best friends.",
+]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add(
+        "--model",
+        type=Path,
+        default=HERE / "tiny",
+        metavar="DIR",
+        help="Hugging Face checkpoint folder (default: the small one in the repo)",
+    )
+    add("--prompt", action="append", metavar="TEXT", help="repeatable")
+    add("--max-new-tokens", type=int, default=64, metavar="N")
+    add("--device", choices=("cpu", "gpu"), default="cpu")
+    add("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on gpu")
+    add("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--max-batch", type=int, default=8, help="sequences that run together")
+    add("--max-prefill-tokens", type=int, default=256, help="prompt tokens a step")
+    add("--max-len", type=int, help="tokens a sequence; default: what is needed")
+    add("--num-blocks", type=int, help="cache blocks of 16 tokens; default: enough")
+    return parser.parse_args()  # fmt: skip
+
+
+def start_xla(device: str, dump: Path) -> None:
+    """Settings that XLA reads once, when torch_xla starts: so before its import."""
+    os.environ["PJRT_DEVICE"] = device.upper()
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} {dump_flags(dump)}".strip()
+
+
+def run(args: argparse.Namespace, dump: Path) -> None:
+    import torch
+    import torch_xla.backends
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
+
+    import weights
+    from config import ModelConfig
+    from engine import Engine
+    from kv_cache import PAGE_SIZE, blocks_for
+    from sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    config = ModelConfig.from_folder(args.model)
+    if not (args.model / "tokenizer.json").exists():
+        raise FileNotFoundError(
+            f"model: folder must hold tokenizer.json, got {args.model}"
+        )
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    texts = args.prompt or PROMPTS
+    prompts = [tokenizer.encode(text).ids for text in texts]
+    needed = max(map(len, prompts)) + args.max_new_tokens
+    max_len = args.max_len or min(config.max_len, blocks_for(needed) * PAGE_SIZE)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    if args.device == "gpu" and dtype == "float32":
+        # The default there rounds the inputs of fp32 products to TF32.
+        torch_xla.backends.set_mat_mul_precision("highest")
+
+    device = torch_xla.device()
+    print(f"loading {args.model.name} ({config.architecture}, {dtype}) on {device}")
+    decoder = weights.load(args.model, config, max_len, getattr(torch, dtype), device)
+    engine = Engine(
+        decoder,
+        max_len=max_len,
+        max_seqs=min(args.max_batch, len(prompts)),
+        max_prefill_tokens=args.max_prefill_tokens,
+        num_blocks=args.num_blocks,
+    )
+    with tqdm(total=len(engine.shapes), desc="compile ", unit="program") as bar:
+        engine.warm_up(lambda tokens: bar.update())
+        compile_s = bar.format_dict["elapsed"]
+    with tqdm(
+        total=len(prompts) * args.max_new_tokens, desc="generate", unit="token"
+    ) as bar:
+        answers = engine.generate(
+            prompts, args.max_new_tokens, sampling, lambda index, token: bar.update()
+        )
+        bar.total = bar.n  # answers may end early
+    print()
+    for text, prompt, answer in zip(texts, prompts, answers, strict=True):
+        # Decoded together: what a token looks like depends on the one before it.
+        whole = tokenizer.decode(prompt + answer)
+        start = whole[: len(tokenizer.decode(prompt))]
+        print(f"> {text}\n{start}\033[1m{whole[len(start) :]}\033[0m\n")
+    copies = cache_copies(dump, engine.cache.shape, dtype)
+    report(engine, device, compile_s, copies)
+
+
+def report(engine, device, compile_s: float, copies: list[tuple[str, int]]) -> None:
+    stats, cache = engine.stats, engine.cache
+    steps = len(stats.prefill_s) + len(stats.decode_s)
+    seconds = sum(stats.prefill_s) + sum(stats.decode_s)
+    in_program = max((n for _, n in copies), default=0) * cache.nbytes_each
+    copied = stats.cache_bytes_moved / steps + in_program
+
+    def ms(times: list[float]) -> str:
+        if not times:
+            return "no steps"
+        return (
+            f"{1e3 * statistics.median(times):.2f} ms median of {len(times)} steps, "
+            f"{1e3 * max(times):.2f} ms slowest"
+        )
+
+    rows = {
+        "device": f"{device}, {device_name()}",
+        "plugin": plugin_name(),
+        "tokens/s": f"{stats.new_tokens / seconds:.1f} "
+        f"({stats.new_tokens} new, {stats.prompt_tokens} of prompts, {seconds:.2f} s)",
+        "prefill step": ms(stats.prefill_s),
+        "decode step": ms(stats.decode_s),
+        "warm-up": f"{compile_s:.1f} s for {len(engine.shapes)} programs",
+        "cache": f"{cache.nbytes} bytes, {cache.num_buffers} buffers",
+        "cache bytes copied per step": f"{copied:.0f} "
+        f"(addresses before and after {steps} steps; "
+        f"HLO of {len(copies)} programs)",
+        "recompilations after warm-up": stats.compilations,
+    }
+    for name, value in rows.items():
+        print(f"{name + ':':<30}{value}")
+
+
+def device_name() -> str:
+    import torch_xla.runtime as xr
+
+    return f"{xr.device_type()}, {xr.global_runtime_device_count()} visible"
+
+
+def plugin_name() -> str:
+    import torch_xla.runtime as xr
+
+    return "built into torch_xla" if xr.device_type() == "CPU" else "xla_ops bridge"
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump:
+        start_xla(args.device, Path(dump))
+        try:
+            run(args, Path(dump))
+        except (ValueError, FileNotFoundError, MemoryError) as error:
+            raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

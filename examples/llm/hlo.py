@@ -1,0 +1,80 @@
+"""Counts the cache-sized copies in what XLA really compiled.
+
+SPDX-License-Identifier: Apache-2.0
+
+A buffer that keeps its address over a step may still have been copied inside
+it, to a temporary and back. Whether it was stands in the optimised HLO, which
+XLA writes out where XLA_FLAGS says so (`dump_flags`). The rule used here is
+strict: an instruction whose result has the cache's shape makes a copy, unless
+it is one of those that only rename a buffer.
+"""
+
+import re
+from pathlib import Path
+
+# Instructions that own no buffer of their own: the result is an operand's, or
+# is counted where it is made (in a called computation; at copy-start).
+RENAMES = {
+    "parameter", "tuple", "get-tuple-element", "bitcast", "call", "while",
+    "conditional", "copy-done", "async-done", "async-update",
+    "opt-barrier", "optimization-barrier", "custom-call",
+}  # fmt: skip
+DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<op>[\w-]+)\(")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+FUSED = re.compile(r"fusion\(.*calls=%?([\w.-]+)")
+
+
+def dump_flags(folder: Path) -> str:
+    """XLA_FLAGS that write every program to `folder`; to be set before XLA starts."""
+    return f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+
+
+def copies_of(shape: str, hlo: str) -> int:
+    """Copies of an array of `shape`, such as "f32[64,16,2,64]", in one program.
+
+    Args:
+      shape: as HLO writes it, without layout.
+      hlo: a scheduled HLO module as text.
+    """
+    fused = set(FUSED.findall(hlo))  # inside a fusion there are no buffers
+    count, inside_fusion = 0, False
+    for line in hlo.splitlines():
+        computation = COMPUTATION.match(line)
+        if computation:
+            inside_fusion = computation["name"] in fused
+        instruction = INSTRUCTION.match(line)
+        if not instruction or inside_fusion or shape not in instruction["type"]:
+            continue
+        op = instruction["op"]
+        if op == "copy-start":  # its type names operand and result
+            count += 1
+        elif op == "custom-call":
+            # One that updates the cache must have been given it to overwrite.
+            made = instruction["type"].count(shape)
+            aliased = line.partition("output_to_operand_aliasing={")[2]
+            count += max(0, made - aliased.partition("})")[0].count("}: ("))
+        elif op not in RENAMES:
+            count += instruction["type"].count(shape)
+    return count
+
+
+def cache_copies(
+    folder: Path, cache_shape: tuple[int, ...], dtype: str
+) -> list[tuple[str, int]]:
+    """(program, copies of the cache) for each dumped program that has the cache.
+
+    Args:
+      folder: what dump_flags was given.
+      cache_shape: of one layer's K or V.
+      dtype: of the cache, as torch names it.
+    """
+    shape = f"{DTYPES[dtype]}[{','.join(map(str, cache_shape))}]"
+    found = []
+    for path in sorted(folder.glob("*after_optimizations.txt")):
+        hlo = path.read_text()
+        entry = re.search(r"^ENTRY .*$", hlo, re.MULTILINE)
+        if entry and shape in entry[0].partition(" -> ")[0]:
+            found.append((path.name, copies_of(shape, hlo)))
+    return found
