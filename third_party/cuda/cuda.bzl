@@ -5,7 +5,7 @@ load(":archs.bzl", "CudaArchsInfo")
 
 # What CUDA targets carry, so that `--config=cpu` skips them.
 CUDA_ONLY = select({
-    "//third_party/cuda:cpu_only": ["@platforms//:incompatible"],
+    "//third_party/cuda:cpu_only": ["//third_party/cuda:disabled"],
     "//conditions:default": [],
 })
 

@@ -1,0 +1,132 @@
+"""Rules that pack a wheel, gather several, and unpack one.
+
+Their outputs are folders, since a wheel's file name holds the platform tag,
+which is read from the binaries when they are there. The interpreter is the one
+that the wheel is for, given by path, so that packing needs no environment.
+"""
+
+# Where the sources of the Python package lie.
+_PACKAGE = "xla_ops/py/"
+
+def _destination(file):
+    path = file.short_path
+    if not path.startswith(_PACKAGE):
+        fail("srcs must lie in %s, got %s" % (_PACKAGE, path))
+    return "xla_ops/" + path[len(_PACKAGE):]
+
+def _wheel_impl(ctx):
+    out = ctx.actions.declare_directory(ctx.label.name)
+    arguments = ctx.actions.args()
+    arguments.add(ctx.file._build_wheel)
+    arguments.add("--out=" + out.path)
+    arguments.add("--python-tag=" + ctx.attr.tag)
+    versions = [f for f in ctx.files.srcs if f.short_path == _PACKAGE + "version.py"]
+    if len(versions) != 1:
+        fail("srcs must hold %sversion.py" % _PACKAGE)
+    arguments.add("--version-file=" + versions[0].path)
+    for file in ctx.files.readme:
+        arguments.add("--readme=" + file.path)
+    for file in ctx.files.license_files:
+        arguments.add("--license=" + file.path)
+    for file in ctx.files.srcs:
+        arguments.add("--file=%s=%s" % (_destination(file), file.path))
+    for file in ctx.files.libs:
+        arguments.add("--file=xla_ops/lib/%s=%s" % (file.basename, file.path))
+    for file in ctx.files.extension:
+        arguments.add("--file=xla_ops/%s=%s" % (file.basename, file.path))
+    ctx.actions.run(
+        executable = ctx.attr.interpreter,
+        arguments = ["-I", arguments],
+        inputs = ctx.files.srcs + ctx.files.libs + ctx.files.extension +
+                 ctx.files.license_files + ctx.files.readme +
+                 [ctx.file._build_wheel] + ctx.files._modules,
+        outputs = [out],
+        mnemonic = "Wheel",
+        progress_message = "Packing the wheel for " + ctx.attr.tag,
+    )
+    return [DefaultInfo(
+        files = depset([out]),
+        runfiles = ctx.runfiles(files = [out]),
+    )]
+
+wheel = rule(
+    implementation = _wheel_impl,
+    attrs = {
+        "extension": attr.label(
+            allow_files = [".so"],
+            doc = "The Python extension; goes beside the package's modules.",
+        ),
+        "interpreter": attr.string(
+            doc = "Path of the interpreter that the wheel is for.",
+            mandatory = True,
+        ),
+        "libs": attr.label_list(
+            allow_files = [".so"],
+            doc = "Shared objects; go into lib/.",
+        ),
+        "license_files": attr.label(allow_files = True),
+        "readme": attr.label(allow_files = True),
+        "srcs": attr.label_list(allow_files = True, mandatory = True),
+        "tag": attr.string(doc = "Such as cp311.", mandatory = True),
+        "_build_wheel": attr.label(
+            allow_single_file = True,
+            default = "//tools/wheel:build_wheel.py",
+        ),
+        "_modules": attr.label_list(
+            allow_files = True,
+            default = [
+                "//tools/wheel:elf.py",
+                "//tools/wheel:metadata.py",
+            ],
+        ),
+    },
+    doc = "Packs a wheel into the folder bazel-bin/PACKAGE/NAME.",
+)
+
+def _wheel_folder_impl(ctx):
+    out = ctx.actions.declare_directory(ctx.label.name)
+    arguments = ctx.actions.args()
+    arguments.add(out.path)
+    arguments.add_all(ctx.files.wheels, expand_directories = False)
+    ctx.actions.run_shell(
+        command = "out=\"$1\"; shift; for d in \"$@\"; do cp \"$d\"/*.whl \"$out/\"; done",
+        arguments = [arguments],
+        inputs = ctx.files.wheels,
+        outputs = [out],
+        mnemonic = "WheelFolder",
+    )
+    return [DefaultInfo(files = depset([out]))]
+
+wheel_folder = rule(
+    implementation = _wheel_folder_impl,
+    attrs = {"wheels": attr.label_list(mandatory = True)},
+    doc = "Gathers wheels in the folder bazel-bin/PACKAGE/NAME, the form " +
+          "that `pip install --find-links` takes.",
+)
+
+def _unpacked_wheel_impl(ctx):
+    out = ctx.actions.declare_directory(ctx.label.name)
+    arguments = ctx.actions.args()
+    arguments.add(ctx.attr.interpreter)
+    arguments.add_all(ctx.files.wheel, expand_directories = False)
+    arguments.add(out.path)
+    ctx.actions.run_shell(
+        command = "\"$1\" -I -m zipfile -e \"$2\"/*.whl \"$3\"",
+        arguments = [arguments],
+        inputs = ctx.files.wheel,
+        outputs = [out],
+        mnemonic = "UnpackWheel",
+    )
+    return [DefaultInfo(
+        files = depset([out]),
+        runfiles = ctx.runfiles(files = [out]),
+    )]
+
+unpacked_wheel = rule(
+    implementation = _unpacked_wheel_impl,
+    attrs = {
+        "interpreter": attr.string(mandatory = True),
+        "wheel": attr.label(mandatory = True),
+    },
+    doc = "Unpacks a wheel into a folder for sys.path, as pip would.",
+)
