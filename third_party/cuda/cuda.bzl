@@ -32,9 +32,9 @@ def _gencode(arch):
 
 def _include_options(context):
     options = []
-    for folder in context.quote_includes.to_list():
-        options += ["-iquote", folder]
-    for folder in context.includes.to_list():
+
+    # nvcc knows no -iquote.
+    for folder in context.quote_includes.to_list() + context.includes.to_list():
         options += ["-I", folder]
     for folder in context.system_includes.to_list():
         options += ["-isystem", folder]

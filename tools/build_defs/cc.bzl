@@ -4,6 +4,8 @@ COPTS = [
     "-std=c++17",
     "-O3",
     "-march=x86-64-v2",
+    "-ffunction-sections",
+    "-fdata-sections",
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-Wall",
@@ -32,6 +34,10 @@ def shared_object(name, exports, needs_all_symbols = True, linkopts = [], **kwar
         linkopts = [
             "-Wl,--version-script=$(location %s)" % exports,
             "-Wl,--as-needed",
+            # Unused parts of libstdc++.a would ask for a newer glibc. gold,
+            # which Bazel prefers, drops the code and keeps the demand.
+            "-Wl,--gc-sections",
+            "-fuse-ld=bfd",
             "-static-libgcc",
         ] + defs + linkopts,
         linkshared = True,
