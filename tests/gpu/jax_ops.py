@@ -1,0 +1,217 @@
+"""Calls the op libraries from JAX, without torch_xla or the wheel.
+
+Kernels can so be checked and timed on any machine with JAX: the libraries are
+plain XLA custom calls. Registration reads each library's own handler table, as
+the runtime of this project does.
+"""
+
+import ctypes
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+OPS = ("rms_norm", "reshape_and_cache_flash", "paged_attention")
+
+
+class _Handler(ctypes.Structure):
+    """`XlaOpsHandler` of xla_ops/cc/core/registry.h."""
+
+    _fields_ = [
+        ("target", ctypes.c_char_p),
+        ("platform", ctypes.c_char_p),
+        ("instantiate", ctypes.c_void_p),
+        ("prepare", ctypes.c_void_p),
+        ("initialize", ctypes.c_void_p),
+        ("execute", ctypes.c_void_p),
+    ]
+
+
+def register(lib_dir, platform="cuda"):
+    """Registers every handler of the op libraries in `lib_dir`.
+
+    Args:
+        platform: `cuda` or `cpu`.
+
+    Returns:
+        The architectures that each CUDA library was built for, by op.
+    """
+    archs = {}
+    for op in OPS:
+        path = pathlib.Path(lib_dir) / f"libxla_ops_{op}_{platform}.so"
+        library = ctypes.CDLL(str(path))
+        library.xla_ops_handlers.restype = ctypes.POINTER(_Handler)
+        count = ctypes.c_size_t()
+        handlers = library.xla_ops_handlers(ctypes.byref(count))
+        for handler in handlers[: count.value]:
+            stages = ("instantiate", "prepare", "initialize", "execute")
+            bundle = {
+                stage: jax.ffi.pycapsule(ctypes.c_void_p(getattr(handler, stage)))
+                for stage in stages
+                if getattr(handler, stage)
+            }
+            jax.ffi.register_ffi_target(
+                handler.target.decode(), bundle, platform=platform
+            )
+        if platform == "cuda":
+            library.xla_ops_cuda_archs.restype = ctypes.c_char_p
+            archs[op] = library.xla_ops_cuda_archs().decode()
+    return archs
+
+
+def _integers(**values):
+    return {name: np.int64(value) for name, value in values.items()}
+
+
+def rms_norm(x, weight, eps=1e-6):
+    call = jax.ffi.ffi_call("xla_ops.rms_norm", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(x, weight, eps=np.float32(eps))
+
+
+def geometry(layout, num_blocks, page_size, num_heads, head_dim):
+    """Shape of the buffer and the attributes that find the two caches in it.
+
+    Args:
+        layout: `NHD`, `HND`, `stacked` ([2, ...], NHD) or `interleaved`
+            ([num_blocks, 2, ...], NHD).
+    """
+    page = page_size * num_heads * head_dim
+    shape = (num_blocks, page_size, num_heads, head_dim)
+    strides = (page, num_heads * head_dim, head_dim)
+    offset = 0
+    if layout == "HND":
+        shape = (num_blocks, num_heads, page_size, head_dim)
+        strides = (page, head_dim, page_size * head_dim)
+    elif layout == "stacked":
+        shape = (2, *shape)
+        offset = num_blocks * page
+    elif layout == "interleaved":
+        shape = (num_blocks, 2, page_size, num_heads, head_dim)
+        strides = (2 * page, *strides[1:])
+        offset = page
+    elif layout != "NHD":
+        raise ValueError(f"layout must be a known one, got {layout}")
+    attributes = _integers(
+        num_blocks=num_blocks,
+        page_size=page_size,
+        block_stride=strides[0],
+        page_stride=strides[1],
+        head_stride=strides[2],
+        key_offset=0,
+        value_offset=offset,
+    )
+    return shape, attributes
+
+
+def logical_caches(buffers, layout):
+    """numpy views [num_blocks, page_size, num_heads, head_dim] of K and V."""
+    if layout == "stacked":
+        return buffers[0][0], buffers[0][1]
+    if layout == "interleaved":
+        return buffers[0][:, 0], buffers[0][:, 1]
+    if layout == "HND":
+        return tuple(np.swapaxes(b, 1, 2) for b in buffers)
+    return tuple(buffers)
+
+
+def reshape_and_cache_flash(
+    key,
+    value,
+    caches,
+    slot_mapping,
+    scales,
+    attributes,
+    kv_cache_dtype="auto",
+    debug=False,
+):
+    """Writes both caches in place; returns the list of cache buffers.
+
+    Args:
+        caches: [key_cache, value_cache], or [kv_cache] that holds both.
+    """
+    target = "xla_ops.reshape_and_cache_flash"
+    if len(caches) == 1:
+        target += "_stacked"
+    call = jax.ffi.ffi_call(
+        target,
+        tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches),
+        input_output_aliases={2 + i: i for i in range(len(caches))},
+    )
+    return call(
+        key,
+        value,
+        *caches,
+        slot_mapping,
+        *scales,
+        kv_cache_dtype=kv_cache_dtype,
+        debug=debug,
+        **attributes,
+    )
+
+
+def reshape_and_cache_flash_one(
+    key, cache, slot_mapping, scale, attributes, kv_cache_dtype="auto"
+):
+    """Writes one cache; the caller chose not to alias it, so it is copied."""
+    call = jax.ffi.ffi_call(
+        "xla_ops.reshape_and_cache_flash_one",
+        jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+    )
+    attributes = {k: v for k, v in attributes.items() if k != "value_offset"}
+    return call(
+        key,
+        cache,
+        slot_mapping,
+        scale,
+        kv_cache_dtype=kv_cache_dtype,
+        debug=False,
+        **attributes,
+    )
+
+
+def paged_attention(
+    query,
+    caches,
+    context_lens,
+    block_tables,
+    query_start_loc,
+    num_seqs,
+    num_kv_heads,
+    attributes,
+    scale,
+    sliding_window=0,
+    soft_cap=0.0,
+    num_splits=1,
+    debug=False,
+):
+    num_tokens, num_heads, head_dim = query.shape
+    workspace = 0
+    if num_splits > 1:
+        workspace = 4 * num_splits * num_tokens * num_heads * (head_dim + 2)
+    call = jax.ffi.ffi_call(
+        "xla_ops.paged_attention",
+        (
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+        ),
+    )
+    out, _ = call(
+        query,
+        caches[0],
+        caches[-1],
+        context_lens,
+        block_tables,
+        query_start_loc,
+        num_seqs,
+        scale=np.float32(scale),
+        soft_cap=np.float32(soft_cap),
+        debug=debug,
+        **_integers(
+            sliding_window=sliding_window,
+            num_splits=num_splits,
+            num_kv_heads=num_kv_heads,
+        ),
+        **attributes,
+    )
+    return out
