@@ -80,7 +80,9 @@ def _front(
     key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
 ) -> None:
     paged_cache.check_caches(_check, key_cache, value_cache)
-    _check_tensors(key, value, key_cache, slot_mapping, kv_cache_dtype)
+    _check_tensors(
+        key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+    )
     _check.same_device("key", key, value_cache=value_cache)
     in_place.check_graph_inputs(
         _check.op, key_cache=key_cache, value_cache=value_cache
@@ -128,7 +130,9 @@ def _write_one(rows, cache, slot_mapping, scale, kv_cache_dtype) -> None:
     in_place.assign(buffer, new)
 
 
-def _check_tensors(key, value, key_cache, slot_mapping, kv_cache_dtype) -> None:
+def _check_tensors(
+    key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+) -> None:
     _check_rows("key", key)
     _check.dtype("value", value, [key.dtype])
     _check.shape("value", value, key.shape)
@@ -140,6 +144,8 @@ def _check_tensors(key, value, key_cache, slot_mapping, kv_cache_dtype) -> None:
         list(key_cache.shape[2:]),
     )
     _check_slots(key, slot_mapping)
+    _check_scale("k_scale", k_scale, key)
+    _check_scale("v_scale", v_scale, key)
     _check.same_device(
         "key", key, value=value, key_cache=key_cache, slot_mapping=slot_mapping
     )

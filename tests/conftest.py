@@ -1,0 +1,51 @@
+"""Fixtures shared by the tests.
+
+Every test of an op runs on each path by which a user reaches the handlers: torch CPU
+tensors ("cpu"), XLA tensors lazily ("lazy") and under torch.compile ("compiled"). The
+XLA device is what PJRT_DEVICE names, the CPU unless a GPU target sets it; GPU targets
+add torch CUDA tensors ("cuda") by XLA_OPS_TEST_TORCH_CUDA=1. Nothing is skipped: a
+selected test that lacks its device fails.
+"""
+
+import os
+import pathlib
+import sys
+import tempfile
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+# The optimised HLO of every program: the in-place tests read it.
+HLO_DUMP = tempfile.mkdtemp(prefix="xla_ops_hlo_")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + f" --xla_dump_to={HLO_DUMP} --xla_dump_hlo_as_text"
+)
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch_xla  # noqa: E402, F401
+from support import Path  # noqa: E402
+
+PATHS = ["cpu", "lazy", "compiled"]
+if os.environ.get("XLA_OPS_TEST_TORCH_CUDA") == "1":
+    PATHS.append("cuda")
+
+
+@pytest.fixture(params=PATHS)
+def path(request) -> Path:
+    """How the op under test is reached."""
+    return Path(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def hlo_dump() -> pathlib.Path:
+    """The folder to which XLA writes each program that it compiles."""
+    return pathlib.Path(HLO_DUMP)

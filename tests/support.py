@@ -1,0 +1,95 @@
+"""Helpers for the tests: where an op runs, what its buffers are, how wrong it is."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to reach an op's handler: "cpu", "cuda", "lazy" or "compiled"."""
+
+    name: str
+
+    @property
+    def is_xla(self) -> bool:
+        return self.name in ("lazy", "compiled")
+
+    @property
+    def device(self):
+        return torch_xla.device() if self.is_xla else torch.device(self.name)
+
+    def put(self, tree):
+        """Moves the tensors of a tree to the path's device."""
+        moved = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), tree)
+        self.wait()
+        return moved
+
+    def function(self, f):
+        if self.name != "compiled":
+            return f
+        return torch.compile(f, backend="openxla", fullgraph=True)
+
+    def wait(self) -> None:
+        if self.is_xla:
+            torch_xla.sync()
+            xm.wait_device_ops()
+
+    def run(self, f, *args):
+        """Calls f on copies of the arguments and returns (result, arguments) on the CPU.
+
+        The arguments come back because f may update them.
+        """
+        args = self.put(pytree.tree_map_only(torch.Tensor, torch.clone, args))
+        result = self.function(f)(*args)
+        self.wait()
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), (result, args))
+
+
+def addresses(tensors) -> list[int]:
+    """Returns the device addresses of XLA tensors' buffers."""
+    torch_xla.sync()
+    xm.wait_device_ops()
+    return [torch_xla._XLAC._unsafe_buffer_pointer(t) for t in tensors]
+
+
+def copies_of(shape, dtype_name, hlo_dump) -> list[str]:
+    """Returns the optimised HLO's copy instructions that give an array of `shape`."""
+    dims = ",".join(map(str, shape))
+    pattern = re.compile(
+        rf"^.*= {dtype_name}\[{dims}\][^=]* (copy|copy-start|fusion)\(.*$", re.M
+    )
+    return [
+        match.group(0).strip()
+        for file in hlo_dump.glob("*after_optimizations.txt")
+        for match in pattern.finditer(file.read_text())
+    ]
+
+
+def assert_close_to_exact(actual, same_dtype, exact, floor=1e-6):
+    """The project's accuracy rule: no worse than twice a same-dtype torch reference.
+
+    Args:
+        actual: what the op gave.
+        same_dtype: a plain torch reference in the op's dtype.
+        exact: the same in float64.
+        floor: absolute error that is always allowed, times the largest exact value.
+    """
+    assert actual.shape == exact.shape
+    assert not torch.isnan(actual.double()).any()
+    error = (actual.double() - exact).abs().max().item() if exact.numel() else 0.0
+    allowed = (
+        (same_dtype.double() - exact).abs().max().item() if exact.numel() else 0.0
+    )
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    bound = 2 * allowed + floor * max(largest, 1.0)
+    assert error <= bound or math.isclose(error, bound), (error, bound)
+
+
+def int32(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
