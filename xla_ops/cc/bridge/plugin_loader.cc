@@ -4,6 +4,8 @@
 
 #include <dlfcn.h>
 
+#include "xla_ops/cc/bridge/padded_call.h"
+
 namespace xla_ops {
 namespace {
 
@@ -79,13 +81,15 @@ std::string TakeErrorText(const PjrtApi& api, PjrtError* error) {
   PjrtErrorMessageArgs message_args = {};
   message_args.base.struct_size = sizeof(message_args);
   message_args.error = error;
-  reinterpret_cast<PjrtVoidFunction*>(api.functions[kErrorMessage])(
+  PaddedVoidCall(
+      reinterpret_cast<PjrtVoidFunction*>(api.functions[kErrorMessage]),
       &message_args);
   std::string text(message_args.message, message_args.message_size);
   PjrtErrorDestroyArgs destroy_args = {};
   destroy_args.base.struct_size = sizeof(destroy_args);
   destroy_args.error = error;
-  reinterpret_cast<PjrtVoidFunction*>(api.functions[kErrorDestroy])(
+  PaddedVoidCall(
+      reinterpret_cast<PjrtVoidFunction*>(api.functions[kErrorDestroy]),
       &destroy_args);
   return text.empty() ? "the plugin gave no reason" : text;
 }
