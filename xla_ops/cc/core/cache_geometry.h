@@ -31,8 +31,8 @@ struct CacheGeometry {
 // Elements from the view's first to one past its last; zero for a view with
 // no elements, -1 where that number does not fit in 63 bits. Sizes and
 // strides must not be negative.
-inline int64_t CacheExtent(const CacheGeometry& geometry,
-                           int64_t num_kv_heads, int64_t head_dim) {
+inline int64_t CacheExtent(const CacheGeometry& geometry, int64_t num_kv_heads,
+                           int64_t head_dim) {
   const int64_t sizes[] = {geometry.num_blocks, geometry.page_size,
                            num_kv_heads, head_dim};
   const int64_t strides[] = {geometry.block_stride, geometry.page_stride,
@@ -52,8 +52,7 @@ inline int64_t CacheExtent(const CacheGeometry& geometry,
 }
 
 // The attributes by themselves.
-inline ffi::Error CheckGeometry(const char* op,
-                                const CacheGeometry& geometry) {
+inline ffi::Error CheckGeometry(const char* op, const CacheGeometry& geometry) {
   const struct {
     const char* name;
     int64_t value;
@@ -82,8 +81,7 @@ inline ffi::Error CheckCacheInBounds(const char* op, const char* argument,
                                      ffi::AnyBuffer buffer,
                                      const CacheGeometry& geometry,
                                      int64_t num_kv_heads, int64_t head_dim,
-                                     const char* offset_name,
-                                     int64_t offset) {
+                                     const char* offset_name, int64_t offset) {
   XLA_OPS_RETURN_IF_ERROR(CheckAtLeast(op, offset_name, offset, 0));
   const int64_t extent = CacheExtent(geometry, num_kv_heads, head_dim);
   if (extent == 0) return ffi::Error::Success();

@@ -42,8 +42,7 @@ struct Future {
 };
 
 XLA_FFI_Error* MakeError(XLA_FFI_Error_Code code, std::string message) {
-  return reinterpret_cast<XLA_FFI_Error*>(
-      new Error{code, std::move(message)});
+  return reinterpret_cast<XLA_FFI_Error*>(new Error{code, std::move(message)});
 }
 
 Context* FromC(XLA_FFI_ExecutionContext* ctx) {
@@ -53,8 +52,7 @@ Context* FromC(XLA_FFI_ExecutionContext* ctx) {
 // A handler built against older headers passes shorter structs; the fields
 // read here are all in version 0.1, the oldest.
 template <typename Args>
-XLA_FFI_Error* CheckSize(const Args* args, size_t expected,
-                         const char* name) {
+XLA_FFI_Error* CheckSize(const Args* args, size_t expected, const char* name) {
   if (args->struct_size >= expected) return nullptr;
   return MakeError(XLA_FFI_Error_Code_INVALID_ARGUMENT,
                    std::string("Unexpected ") + name + " size: expected " +
@@ -157,8 +155,7 @@ XLA_FFI_Error* ThreadPoolSchedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
   return nullptr;
 }
 
-XLA_FFI_Error* ThreadPoolNumThreads(
-    XLA_FFI_ThreadPool_NumThreads_Args* args) {
+XLA_FFI_Error* ThreadPoolNumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
   XLA_OPS_CHECK_SIZE(args, XLA_FFI_ThreadPool_NumThreads_Args);
   TaskRunner* runner = FromC(args->ctx)->runner;
   if (runner == nullptr) return NoThreadPool();
@@ -174,8 +171,7 @@ XLA_FFI_Error* FutureCreate(XLA_FFI_Future_Create_Args* args) {
 
 void Complete(XLA_FFI_Future* future, CallStatus status) {
   // A copy of the pointer: the waiter deletes `future` once it is done.
-  std::shared_ptr<FutureState> state =
-      reinterpret_cast<Future*>(future)->state;
+  std::shared_ptr<FutureState> state = reinterpret_cast<Future*>(future)->state;
   std::lock_guard<std::mutex> lock(state->mutex);
   state->status = std::move(status);
   state->done = true;
@@ -326,8 +322,7 @@ CallState::~CallState() {
   if (deleter_ != nullptr) deleter_(state_);
 }
 
-bool CallState::Set(XLA_FFI_TypeId type, void* state,
-                    void (*deleter)(void*)) {
+bool CallState::Set(XLA_FFI_TypeId type, void* state, void (*deleter)(void*)) {
   if (state_ != nullptr) return false;
   type_ = type;
   state_ = state;
@@ -347,8 +342,7 @@ CallFrame& CallFrame::AddArg(const void* data, XLA_FFI_DataType dtype,
   return *this;
 }
 
-CallFrame& CallFrame::AddResult(void* data, XLA_FFI_DataType dtype,
-                                Dims dims) {
+CallFrame& CallFrame::AddResult(void* data, XLA_FFI_DataType dtype, Dims dims) {
   results_.push_back({data, dtype, std::move(dims)});
   return *this;
 }
@@ -374,8 +368,7 @@ CallFrame& CallFrame::AddAttr(std::string_view name, float value) {
 CallFrame& CallFrame::AddAttr(std::string_view name, double value) {
   return PushAttr(name, value);
 }
-CallFrame& CallFrame::AddAttr(std::string_view name,
-                              std::string_view value) {
+CallFrame& CallFrame::AddAttr(std::string_view name, std::string_view value) {
   return PushAttr(name, std::string(value));
 }
 CallFrame& CallFrame::AddAttr(std::string_view name,
@@ -430,10 +423,8 @@ CallStatus CallFrame::Call(XLA_FFI_Handler* handler,
   }
   std::vector<void*> arg_pointers = Pointers(args);
   std::vector<void*> ret_pointers = Pointers(rets);
-  std::vector<XLA_FFI_ArgType> arg_types(args.size(),
-                                         XLA_FFI_ArgType_BUFFER);
-  std::vector<XLA_FFI_RetType> ret_types(rets.size(),
-                                         XLA_FFI_RetType_BUFFER);
+  std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
+  std::vector<XLA_FFI_RetType> ret_types(rets.size(), XLA_FFI_RetType_BUFFER);
 
   std::vector<CAttr> attrs(attrs_.size());
   std::vector<XLA_FFI_AttrType> attr_types(attrs.size());
@@ -470,13 +461,11 @@ CallStatus CallFrame::Call(XLA_FFI_Handler* handler,
   return status;
 }
 
-CallStatus QueryMetadata(XLA_FFI_Handler* handler,
-                         XLA_FFI_Metadata* metadata) {
+CallStatus QueryMetadata(XLA_FFI_Handler* handler, XLA_FFI_Metadata* metadata) {
   *metadata = XLA_FFI_Metadata{};
   metadata->struct_size = XLA_FFI_Metadata_STRUCT_SIZE;
   XLA_FFI_Metadata_Extension extension{};
-  extension.extension_base.struct_size =
-      XLA_FFI_Metadata_Extension_STRUCT_SIZE;
+  extension.extension_base.struct_size = XLA_FFI_Metadata_Extension_STRUCT_SIZE;
   extension.extension_base.type = XLA_FFI_Extension_Metadata;
   extension.metadata = metadata;
   XLA_FFI_CallFrame frame = EmptyFrame(XLA_FFI_ExecutionStage_EXECUTE);

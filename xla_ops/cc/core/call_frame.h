@@ -112,9 +112,8 @@ class CallFrame {
 
   // Runs `handler` and waits for its future, if it returns one. The frame
   // can be called again, for other stages or the same.
-  CallStatus Call(
-      XLA_FFI_Handler* handler,
-      XLA_FFI_ExecutionStage stage = XLA_FFI_ExecutionStage_EXECUTE);
+  CallStatus Call(XLA_FFI_Handler* handler, XLA_FFI_ExecutionStage stage =
+                                                XLA_FFI_ExecutionStage_EXECUTE);
 
  private:
   struct Buffer {

@@ -30,8 +30,8 @@ inline constexpr std::initializer_list<DType> kFloatDTypes = {
 
 // One dimension of a wanted shape: a number, or a name for "any size".
 struct Dim {
-  Dim(int64_t size) : size(size) {}         // NOLINT: implicit by design
-  Dim(const char* name) : name(name) {}     // NOLINT: implicit by design
+  Dim(int64_t size) : size(size) {}      // NOLINT: implicit by design
+  Dim(const char* name) : name(name) {}  // NOLINT: implicit by design
   int64_t size = -1;
   const char* name = nullptr;
 };
@@ -62,8 +62,7 @@ ffi::Error CheckDType(const char* op, const char* argument, Operand operand,
   for (const DType dtype : allowed) {
     if (got == ToFfi(dtype)) return ffi::Error::Success();
   }
-  return MustError(op, argument, "be " + FormatDTypes(allowed),
-                   DTypeName(got));
+  return MustError(op, argument, "be " + FormatDTypes(allowed), DTypeName(got));
 }
 
 template <typename Operand>

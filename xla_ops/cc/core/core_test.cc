@@ -36,16 +36,15 @@ std::string ErrorText(const ffi::Error& error) { return error.message(); }
 
 // Every kind of operand at once; the result says what arrived.
 ffi::Error Describe(ffi::AnyBuffer arg, ffi::Result<ffi::AnyBuffer> out,
-                    bool flag, int32_t i32, int64_t i64, float f32,
-                    double f64, std::string_view text,
-                    ffi::Span<const int64_t> sizes,
+                    bool flag, int32_t i32, int64_t i64, float f32, double f64,
+                    std::string_view text, ffi::Span<const int64_t> sizes,
                     ffi::Span<const float> factors) {
-  const bool right =
-      arg.element_type() == ffi::F32 && arg.dimensions().size() == 2 &&
-      arg.dimensions()[0] == 2 && arg.dimensions()[1] == 3 && flag &&
-      i32 == -7 && i64 == (int64_t{1} << 40) && f32 == 0.5f &&
-      f64 == 0.1 && text == "NHD" && sizes.size() == 2 && sizes[1] == 9 &&
-      factors.size() == 1 && factors[0] == 2.0f;
+  const bool right = arg.element_type() == ffi::F32 &&
+                     arg.dimensions().size() == 2 && arg.dimensions()[0] == 2 &&
+                     arg.dimensions()[1] == 3 && flag && i32 == -7 &&
+                     i64 == (int64_t{1} << 40) && f32 == 0.5f && f64 == 0.1 &&
+                     text == "NHD" && sizes.size() == 2 && sizes[1] == 9 &&
+                     factors.size() == 1 && factors[0] == 2.0f;
   *static_cast<int32_t*>(out->untyped_data()) = right ? 1 : 2;
   return ffi::Error::Success();
 }
@@ -95,8 +94,7 @@ XLA_OPS_TEST(FrameRefusesAnAttributeGivenTwice) {
   CallFrame frame;
   FillDescribeFrame(&frame, arg, &out);
   frame.AddAttr("i64", int64_t{3});
-  ExpectInvalid(frame.Call(DescribeHandler),
-                "attribute i64 is given twice");
+  ExpectInvalid(frame.Call(DescribeHandler), "attribute i64 is given twice");
   EXPECT_EQ(out, 0);
 }
 
@@ -120,9 +118,7 @@ XLA_OPS_TEST(WrongStageIsAnErrorOfTheBinding) {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     FailHandler,
-    [] {
-      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no room");
-    },
+    [] { return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no room"); },
     ffi::Ffi::Bind());
 
 XLA_OPS_TEST(ErrorsKeepCodeAndText) {
@@ -214,8 +210,8 @@ XLA_OPS_TEST(StateLivesFromInstantiateToExecute) {
           .SetState(&state);
       if (call == 0) {
         // Sees no buffers: its binding has none.
-        ExpectOk(frame.Call(InstantiateHandler,
-                            XLA_FFI_ExecutionStage_INSTANTIATE));
+        ExpectOk(
+            frame.Call(InstantiateHandler, XLA_FFI_ExecutionStage_INSTANTIATE));
       }
       out = 0;
       ExpectOk(frame.Call(ExecuteHandler));
@@ -238,13 +234,13 @@ XLA_OPS_TEST(AFrameKeepsItsOwnState) {
     const CallStatus early = frame.Call(ExecuteHandler);
     EXPECT_TRUE(early.message.find("the call has no state of this type") !=
                 std::string::npos);
-    ExpectOk(frame.Call(InstantiateHandler,
-                        XLA_FFI_ExecutionStage_INSTANTIATE));
+    ExpectOk(
+        frame.Call(InstantiateHandler, XLA_FFI_ExecutionStage_INSTANTIATE));
     ExpectOk(frame.Call(ExecuteHandler));
     EXPECT_EQ(out, 7);
     // A second state is refused and freed.
-    const CallStatus twice = frame.Call(InstantiateHandler,
-                                        XLA_FFI_ExecutionStage_INSTANTIATE);
+    const CallStatus twice =
+        frame.Call(InstantiateHandler, XLA_FFI_ExecutionStage_INSTANTIATE);
     EXPECT_EQ(twice.code, XLA_FFI_Error_Code_ALREADY_EXISTS);
     EXPECT_EQ(plans_alive.load(), 1);
   }
@@ -276,21 +272,20 @@ XLA_OPS_TEST(CallWaitsForFutures) {
   for (int i = 0; i < 20; ++i) {
     int64_t out = 0;
     CallFrame good;
-    good.AddAttr("value", int64_t{5})
-        .AddResult(&out, XLA_FFI_DataType_S64, {});
+    good.AddAttr("value", int64_t{5}).AddResult(&out, XLA_FFI_DataType_S64, {});
     ExpectOk(good.Call(LaterHandler));
     EXPECT_EQ(out, 5);
     CallFrame bad;
-    bad.AddAttr("value", int64_t{-5})
-        .AddResult(&out, XLA_FFI_DataType_S64, {});
+    bad.AddAttr("value", int64_t{-5}).AddResult(&out, XLA_FFI_DataType_S64, {});
     ExpectInvalid(bad.Call(LaterHandler), "negative");
     EXPECT_EQ(out, -5);
   }
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    CapturableHandler, [] { return ffi::Error::Success(); },
-    ffi::Ffi::Bind(), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CapturableHandler,
+                              [] { return ffi::Error::Success(); },
+                              ffi::Ffi::Bind(),
+                              {ffi::Traits::kCmdBufferCompatible});
 
 XLA_OPS_TEST(MetadataTellsVersionAndTraits) {
   XLA_FFI_Metadata metadata;
@@ -305,9 +300,9 @@ XLA_OPS_TEST(MetadataTellsVersionAndTraits) {
 
 // --- Dtypes ----------------------------------------------------------------
 
-constexpr DType kAllDTypes[] = {
-    DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3FN, DType::kF8E5M2,
-    DType::kS8,  DType::kU8,  DType::kS32,  DType::kS64};
+constexpr DType kAllDTypes[] = {DType::kF32,      DType::kF16,    DType::kBF16,
+                                DType::kF8E4M3FN, DType::kF8E5M2, DType::kS8,
+                                DType::kU8,       DType::kS32,    DType::kS64};
 
 XLA_OPS_TEST(DTypesConvertBothWays) {
   for (const DType dtype : kAllDTypes) {
@@ -341,12 +336,9 @@ class FakeBuffer {
  public:
   FakeBuffer(ffi::DataType dtype, std::vector<int64_t> dims)
       : dims_(std::move(dims)),
-        buffer_{XLA_FFI_Buffer_STRUCT_SIZE,
-                nullptr,
-                static_cast<XLA_FFI_DataType>(dtype),
-                nullptr,
-                static_cast<int64_t>(dims_.size()),
-                dims_.data()} {}
+        buffer_{XLA_FFI_Buffer_STRUCT_SIZE,           nullptr,
+                static_cast<XLA_FFI_DataType>(dtype), nullptr,
+                static_cast<int64_t>(dims_.size()),   dims_.data()} {}
   ffi::AnyBuffer get() { return ffi::AnyBuffer(&buffer_); }
 
  private:
@@ -419,15 +411,13 @@ XLA_OPS_TEST(CacheBoundsHold) {
   const CacheGeometry geometry = {3, 4, 64, 16, 8};
   const auto check = [&](const CacheGeometry& geometry, int64_t offset) {
     return ErrorText(CheckCacheInBounds("op", "key_cache", buffer.get(),
-                                        geometry, 2, 8, "key_offset",
-                                        offset));
+                                        geometry, 2, 8, "key_offset", offset));
   };
   EXPECT_EQ(check(geometry, 0), "");
   EXPECT_EQ(check(geometry, 192), "");
   EXPECT_EQ(check(geometry, 193),
             "op: key_cache must have at least 385 elements, got 384");
-  EXPECT_EQ(check(geometry, -1),
-            "op: key_offset must be at least 0, got -1");
+  EXPECT_EQ(check(geometry, -1), "op: key_offset must be at least 0, got -1");
   EXPECT_EQ(check(geometry, std::numeric_limits<int64_t>::max()),
             "op: key_cache must hold its view (offset and strides), got "
             "384 elements");
@@ -450,8 +440,7 @@ XLA_OPS_TEST(CacheBoundsHold) {
 constexpr int64_t kCount = 1000;
 
 struct ParallelProbe {
-  std::vector<std::atomic<int>> calls =
-      std::vector<std::atomic<int>>(kCount);
+  std::vector<std::atomic<int>> calls = std::vector<std::atomic<int>>(kCount);
   std::vector<std::atomic<int>> busy = std::vector<std::atomic<int>>(256);
   std::atomic<int> shared_workers{0};
   std::mutex mutex;
@@ -531,12 +520,13 @@ XLA_OPS_TEST(ParallelForNeedsNoOtherThread) {
 }  // namespace
 }  // namespace xla_ops
 
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.first", "Host",
-     {nullptr, nullptr, nullptr, xla_ops::FailHandler}},
-    {"xla_ops.second", "CUDA",
-     {xla_ops::InstantiateHandler, nullptr, nullptr,
-      xla_ops::ExecuteHandler}})
+XLA_OPS_EXPORT_HANDLERS({"xla_ops.first",
+                         "Host",
+                         {nullptr, nullptr, nullptr, xla_ops::FailHandler}},
+                        {"xla_ops.second",
+                         "CUDA",
+                         {xla_ops::InstantiateHandler, nullptr, nullptr,
+                          xla_ops::ExecuteHandler}})
 
 XLA_OPS_TEST(TableListsHandlers) {
   size_t count = 0;
@@ -545,8 +535,7 @@ XLA_OPS_TEST(TableListsHandlers) {
   EXPECT_EQ(std::string(handlers[0].target), "xla_ops.first");
   EXPECT_EQ(std::string(handlers[1].platform), "CUDA");
   EXPECT_TRUE(handlers[0].bundle.instantiate == nullptr);
-  EXPECT_TRUE(handlers[1].bundle.instantiate ==
-              xla_ops::InstantiateHandler);
+  EXPECT_TRUE(handlers[1].bundle.instantiate == xla_ops::InstantiateHandler);
 }
 
 XLA_OPS_TEST_MAIN()

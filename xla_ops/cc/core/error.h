@@ -20,10 +20,9 @@
 #include "xla/ffi/api/ffi.h"
 
 // Leaves the calling function with the error of `expr`, if it has one.
-#define XLA_OPS_RETURN_IF_ERROR(expr)                        \
-  if (::xla::ffi::Error xla_ops_error = (expr);              \
-      xla_ops_error.failure()) {                             \
-    return xla_ops_error;                                    \
+#define XLA_OPS_RETURN_IF_ERROR(expr)                                      \
+  if (::xla::ffi::Error xla_ops_error = (expr); xla_ops_error.failure()) { \
+    return xla_ops_error;                                                  \
   }
 
 namespace xla_ops {

@@ -145,8 +145,7 @@ inline float ToFloat(Float8E4M3FN value) {
   const uint32_t sign = (uint32_t{value.bits} & 0x80) << 24;
   const uint32_t code = value.bits & 0x7f;
   const float magnitude = internal::WidenMagnitude<3, 7, false>(code);
-  const uint32_t bits =
-      code == 0x7f ? 0x7fc00000 : internal::BitsOf(magnitude);
+  const uint32_t bits = code == 0x7f ? 0x7fc00000 : internal::BitsOf(magnitude);
   return internal::FloatOf(bits | sign);
 }
 

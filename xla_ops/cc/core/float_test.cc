@@ -62,10 +62,9 @@ double SlowDecode(const Format& format, uint32_t code) {
   }
   const double fraction =
       std::ldexp(static_cast<double>(mantissa), -format.mantissa_bits);
-  return exponent == 0
-             ? std::ldexp(fraction, 1 - format.bias)
-             : std::ldexp(1 + fraction,
-                          static_cast<int>(exponent) - format.bias);
+  return exponent == 0 ? std::ldexp(fraction, 1 - format.bias)
+                       : std::ldexp(1 + fraction,
+                                    static_cast<int>(exponent) - format.bias);
 }
 
 // The finite codes without sign are 0 .. LastFinite, in order of value.
@@ -159,8 +158,8 @@ void TestEncode() {
     ExpectCode<T>(slow, value);
     ExpectCode<T>(slow, middle);
     ExpectCode<T>(slow, std::nextafter(middle, 0.0f));
-    ExpectCode<T>(slow, std::nextafter(
-                            middle, std::numeric_limits<float>::infinity()));
+    ExpectCode<T>(
+        slow, std::nextafter(middle, std::numeric_limits<float>::infinity()));
   }
   ExpectCode<T>(slow, std::numeric_limits<float>::max());
   ExpectCode<T>(slow, std::numeric_limits<float>::infinity());
@@ -170,8 +169,7 @@ void TestEncode() {
     EXPECT_TRUE(std::isnan(ToFloat(FromFloat<T>(nan))));
   }
   // A NaN whose payload lies below the bits that are kept.
-  EXPECT_TRUE(
-      std::isnan(ToFloat(FromFloat<T>(internal::FloatOf(0x7f800001)))));
+  EXPECT_TRUE(std::isnan(ToFloat(FromFloat<T>(internal::FloatOf(0x7f800001)))));
 }
 
 template <typename T>

@@ -45,9 +45,9 @@ inline constexpr int64_t kMinTaskCost = 32768;
 inline int NumWorkers(const xla::ffi::ThreadPool& pool, int64_t count,
                       int64_t cost) {
   const int64_t per_piece = std::max<int64_t>(cost, 1);
-  const int64_t wanted =
-      count > INT64_MAX / per_piece ? INT64_MAX
-                                    : count * per_piece / kMinTaskCost;
+  const int64_t wanted = count > INT64_MAX / per_piece
+                             ? INT64_MAX
+                             : count * per_piece / kMinTaskCost;
   const int64_t threads = std::min({pool.num_threads(), count, wanted});
   return static_cast<int>(std::clamp<int64_t>(threads, 1, 256));
 }
@@ -83,7 +83,8 @@ void ParallelForWithWorker(xla::ffi::ThreadPool& pool, int64_t count,
     work->pieces_done += done;
     if (work->pieces_done == pieces) work->all_done.notify_all();
   };
-  for (int i = 1; i < workers; ++i) pool.Schedule(std::decay_t<decltype(run)>(run));
+  for (int i = 1; i < workers; ++i)
+    pool.Schedule(std::decay_t<decltype(run)>(run));
   run();
   std::unique_lock<std::mutex> lock(work->mutex);
   work->all_done.wait(lock, [&] { return work->pieces_done == pieces; });

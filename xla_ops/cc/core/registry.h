@@ -47,12 +47,12 @@ typedef const char* XlaOpsCudaArchsFn();
 #define XLA_OPS_EXPORT __attribute__((visibility("default")))
 
 // Defines `xla_ops_handlers`. Use it once a library, at global scope.
-#define XLA_OPS_EXPORT_HANDLERS(...)                                     \
-  extern "C" XLA_OPS_EXPORT const XlaOpsHandler* xla_ops_handlers(       \
-      size_t* count) {                                                   \
-    static const XlaOpsHandler kHandlers[] = {__VA_ARGS__};              \
-    *count = sizeof(kHandlers) / sizeof(kHandlers[0]);                   \
-    return kHandlers;                                                    \
+#define XLA_OPS_EXPORT_HANDLERS(...)                               \
+  extern "C" XLA_OPS_EXPORT const XlaOpsHandler* xla_ops_handlers( \
+      size_t* count) {                                             \
+    static const XlaOpsHandler kHandlers[] = {__VA_ARGS__};        \
+    *count = sizeof(kHandlers) / sizeof(kHandlers[0]);             \
+    return kHandlers;                                              \
   }
 
 #endif  // XLA_OPS_CC_CORE_REGISTRY_H_

@@ -47,8 +47,7 @@ class TestTensor {
       Set(i, std::numeric_limits<double>::quiet_NaN());
     }
   }
-  TestTensor(DType dtype, std::vector<int64_t> dims,
-             std::vector<double> values)
+  TestTensor(DType dtype, std::vector<int64_t> dims, std::vector<double> values)
       : TestTensor(dtype, std::move(dims)) {
     EXPECT_EQ(static_cast<int64_t>(values.size()), size());
     for (int64_t i = 0; i < size(); ++i) Set(i, values[i]);
@@ -141,14 +140,12 @@ class TestTensor {
   template <typename T>
   T At(int64_t i) const {
     T value;
-    std::memcpy(&value,
-                bytes_.data() + kGuardBytes + i * sizeof(T), sizeof(T));
+    std::memcpy(&value, bytes_.data() + kGuardBytes + i * sizeof(T), sizeof(T));
     return value;
   }
   template <typename T>
   void Put(int64_t i, T value) {
-    std::memcpy(bytes_.data() + kGuardBytes + i * sizeof(T), &value,
-                sizeof(T));
+    std::memcpy(bytes_.data() + kGuardBytes + i * sizeof(T), &value, sizeof(T));
   }
 
   DType dtype_;
@@ -159,8 +156,7 @@ class TestTensor {
 inline void AddArgs(CallFrame* frame,
                     std::initializer_list<const TestTensor*> tensors) {
   for (const TestTensor* t : tensors) {
-    frame->AddArg(t->data(),
-                  static_cast<XLA_FFI_DataType>(ToFfi(t->dtype())),
+    frame->AddArg(t->data(), static_cast<XLA_FFI_DataType>(ToFfi(t->dtype())),
                   t->dims());
   }
 }
@@ -168,9 +164,8 @@ inline void AddArgs(CallFrame* frame,
 inline void AddResults(CallFrame* frame,
                        std::initializer_list<TestTensor*> tensors) {
   for (TestTensor* t : tensors) {
-    frame->AddResult(t->data(),
-                     static_cast<XLA_FFI_DataType>(ToFfi(t->dtype())),
-                     t->dims());
+    frame->AddResult(
+        t->data(), static_cast<XLA_FFI_DataType>(ToFfi(t->dtype())), t->dims());
   }
 }
 

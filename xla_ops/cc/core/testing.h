@@ -69,8 +69,8 @@ template <typename A, typename B>
 void ExpectEq(const char* file, int line, const char* what, const A& got,
               const B& want) {
   if (got == want) return;
-  Fail(file, line, std::string(what) + ":\n  got  " + Show(got) +
-                       "\n  want " + Show(want));
+  Fail(file, line,
+       std::string(what) + ":\n  got  " + Show(got) + "\n  want " + Show(want));
 }
 
 inline int RunTests(int argc, char** argv) {
@@ -100,10 +100,10 @@ inline int RunTests(int argc, char** argv) {
 
 }  // namespace xla_ops::testing
 
-#define XLA_OPS_TEST(name)                                         \
-  static void Test##name();                                        \
-  static const ::xla_ops::testing::Registration registered_##name( \
-      #name, Test##name);                                          \
+#define XLA_OPS_TEST(name)                                                     \
+  static void Test##name();                                                    \
+  static const ::xla_ops::testing::Registration registered_##name(#name,       \
+                                                                  Test##name); \
   static void Test##name()
 
 #define XLA_OPS_TEST_MAIN()                          \
@@ -111,16 +111,14 @@ inline int RunTests(int argc, char** argv) {
     return ::xla_ops::testing::RunTests(argc, argv); \
   }
 
-#define EXPECT_EQ(got, want)                                           \
-  ::xla_ops::testing::ExpectEq(__FILE__, __LINE__, #got " == " #want, \
-                               got, want)
+#define EXPECT_EQ(got, want) \
+  ::xla_ops::testing::ExpectEq(__FILE__, __LINE__, #got " == " #want, got, want)
 
-#define EXPECT_TRUE(condition)                               \
-  do {                                                       \
-    if (!(condition)) {                                      \
-      ::xla_ops::testing::Fail(__FILE__, __LINE__,           \
-                               "not true: " #condition);     \
-    }                                                        \
+#define EXPECT_TRUE(condition)                                               \
+  do {                                                                       \
+    if (!(condition)) {                                                      \
+      ::xla_ops::testing::Fail(__FILE__, __LINE__, "not true: " #condition); \
+    }                                                                        \
   } while (false)
 
 #endif  // XLA_OPS_CC_CORE_TESTING_H_

@@ -17,8 +17,8 @@ constexpr int64_t kMaxHeadDim = 256;
 
 ffi::Error CheckQuery(ffi::AnyBuffer query) {
   XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, "query", query, kFloatDTypes));
-  XLA_OPS_RETURN_IF_ERROR(CheckShape(
-      kOp, "query", query, {"num_tokens", "num_heads", "head_dim"}));
+  XLA_OPS_RETURN_IF_ERROR(
+      CheckShape(kOp, "query", query, {"num_tokens", "num_heads", "head_dim"}));
   const int64_t head_dim = query.dimensions()[2];
   if (head_dim <= 0 || head_dim > kMaxHeadDim || head_dim % 8 != 0) {
     return MustError(kOp, "query",
@@ -45,8 +45,7 @@ ffi::Error BindCache(const char* name, ffi::AnyBuffer cache,
 }
 
 ffi::Error CheckInt32(const char* name, ffi::AnyBuffer buffer,
-                      std::initializer_list<Dim> shape,
-                      const int32_t** data) {
+                      std::initializer_list<Dim> shape, const int32_t** data) {
   XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, name, buffer, {DType::kS32}));
   XLA_OPS_RETURN_IF_ERROR(CheckShape(kOp, name, buffer, shape));
   *data = static_cast<const int32_t*>(buffer.untyped_data());
@@ -60,8 +59,7 @@ ffi::Error BindSequences(ffi::AnyBuffer context_lens,
                          ffi::AnyBuffer num_seqs,
                          PagedAttentionParams* params) {
   XLA_OPS_RETURN_IF_ERROR(CheckInt32("context_lens", context_lens,
-                                     {"max_num_seqs"},
-                                     &params->context_lens));
+                                     {"max_num_seqs"}, &params->context_lens));
   params->max_num_seqs = context_lens.dimensions()[0];
   XLA_OPS_RETURN_IF_ERROR(CheckInt32("block_tables", block_tables,
                                      {params->max_num_seqs, "max_blocks"},
@@ -70,8 +68,7 @@ ffi::Error BindSequences(ffi::AnyBuffer context_lens,
   XLA_OPS_RETURN_IF_ERROR(CheckInt32("query_start_loc", query_start_loc,
                                      {params->max_num_seqs + 1},
                                      &params->query_start_loc));
-  XLA_OPS_RETURN_IF_ERROR(
-      CheckDType(kOp, "num_seqs", num_seqs, {DType::kS32}));
+  XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, "num_seqs", num_seqs, {DType::kS32}));
   XLA_OPS_RETURN_IF_ERROR(CheckOneElement(kOp, "num_seqs", num_seqs));
   params->num_seqs = static_cast<const int32_t*>(num_seqs.untyped_data());
   // max_blocks * page_size bounds context_lens.
@@ -126,12 +123,11 @@ ffi::Error BindResults(ffi::AnyBuffer query, ffi::Result<ffi::AnyBuffer> out,
 }  // namespace
 
 ffi::Error MakePagedAttentionParams(
-    ffi::AnyBuffer query, ffi::AnyBuffer key_cache,
-    ffi::AnyBuffer value_cache, ffi::AnyBuffer context_lens,
-    ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
-    ffi::AnyBuffer num_seqs, ffi::Result<ffi::AnyBuffer> out,
-    ffi::Result<ffi::AnyBuffer> workspace, const PagedAttentionAttrs& attrs,
-    PagedAttentionParams* params) {
+    ffi::AnyBuffer query, ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
+    ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
+    ffi::AnyBuffer query_start_loc, ffi::AnyBuffer num_seqs,
+    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
+    const PagedAttentionAttrs& attrs, PagedAttentionParams* params) {
   *params = PagedAttentionParams{};
   XLA_OPS_RETURN_IF_ERROR(CheckQuery(query));
   params->dtype = *ToDType(query.element_type());
@@ -159,9 +155,8 @@ ffi::Error MakePagedAttentionParams(
   XLA_OPS_RETURN_IF_ERROR(BindCache("key_cache", key_cache, "key_offset",
                                     attrs.key_offset, geometry, *params,
                                     &params->key_cache));
-  XLA_OPS_RETURN_IF_ERROR(BindCache("value_cache", value_cache,
-                                    "value_offset", attrs.value_offset,
-                                    geometry, *params,
+  XLA_OPS_RETURN_IF_ERROR(BindCache("value_cache", value_cache, "value_offset",
+                                    attrs.value_offset, geometry, *params,
                                     &params->value_cache));
   XLA_OPS_RETURN_IF_ERROR(BindSequences(context_lens, block_tables,
                                         query_start_loc, num_seqs, params));

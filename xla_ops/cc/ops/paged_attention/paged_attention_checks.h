@@ -88,13 +88,10 @@ xla::ffi::Error MakePagedAttentionParams(
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::xla_ops::PagedAttentionAttrs, StructMember<float>("scale"),
     StructMember<int64_t>("sliding_window"), StructMember<float>("soft_cap"),
-    StructMember<int64_t>("num_splits"),
-    StructMember<int64_t>("num_kv_heads"),
+    StructMember<int64_t>("num_splits"), StructMember<int64_t>("num_kv_heads"),
     StructMember<int64_t>("num_blocks"), StructMember<int64_t>("page_size"),
-    StructMember<int64_t>("block_stride"),
-    StructMember<int64_t>("page_stride"),
-    StructMember<int64_t>("head_stride"),
-    StructMember<int64_t>("key_offset"),
+    StructMember<int64_t>("block_stride"), StructMember<int64_t>("page_stride"),
+    StructMember<int64_t>("head_stride"), StructMember<int64_t>("key_offset"),
     StructMember<int64_t>("value_offset"), StructMember<bool>("debug"));
 
 #endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_CHECKS_H_

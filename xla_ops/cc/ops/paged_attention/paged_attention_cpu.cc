@@ -39,13 +39,13 @@ constexpr int kMaxReports = 8;
 struct Sequence {
   int64_t first_row;  // in query
   int64_t num_rows;
-  int64_t context;    // KV tokens
+  int64_t context;  // KV tokens
 };
 
 // Up to kTileRows query tokens of one sequence.
 struct Tile {
   int64_t seq;
-  int64_t first_row;   // in query
+  int64_t first_row;  // in query
   int64_t num_rows;
   int64_t first_position;  // KV position of the first row; may be negative
   int64_t context;
@@ -102,9 +102,8 @@ float Dot(const float* a, const float* b, int64_t size) {
 // Gathers the tokens of [begin, end) that exist and returns how many.
 // `end - begin` is at most kTileTokens.
 template <typename T>
-int64_t Gather(const PagedAttentionParams& params, int64_t seq,
-               int64_t kv_head, int64_t begin, int64_t end,
-               Scratch* scratch) {
+int64_t Gather(const PagedAttentionParams& params, int64_t seq, int64_t kv_head,
+               int64_t begin, int64_t end, Scratch* scratch) {
   const int32_t* table = params.block_tables + seq * params.max_blocks;
   const T* keys = static_cast<const T*>(params.key_cache);
   const T* values = static_cast<const T*>(params.value_cache);
@@ -197,13 +196,11 @@ void AttendTile(const PagedAttentionParams& params, const Tile& tile,
       const int64_t position = tile.first_position + row / group;
       if (position < 0) continue;
       // Positions ascend: what the row sees is a run of them.
-      const int64_t from =
-          std::lower_bound(positions, positions + count,
-                           window_begin(position)) -
-          positions;
+      const int64_t from = std::lower_bound(positions, positions + count,
+                                            window_begin(position)) -
+                           positions;
       const int64_t to =
-          std::upper_bound(positions, positions + count, position) -
-          positions;
+          std::upper_bound(positions, positions + count, position) - positions;
       if (from < to) Attend(params, row, from, to, scratch);
     }
   }
@@ -225,13 +222,11 @@ Sequence ClampSequence(const PagedAttentionParams& params, int64_t seq,
                        int64_t first_row) {
   Sequence sequence;
   sequence.first_row = first_row;
-  sequence.num_rows =
-      std::clamp<int64_t>(params.query_start_loc[seq + 1], first_row,
-                          params.num_tokens) -
-      first_row;
-  sequence.context =
-      std::clamp<int64_t>(params.context_lens[seq], 0,
-                          params.max_blocks * params.page_size);
+  sequence.num_rows = std::clamp<int64_t>(params.query_start_loc[seq + 1],
+                                          first_row, params.num_tokens) -
+                      first_row;
+  sequence.context = std::clamp<int64_t>(params.context_lens[seq], 0,
+                                         params.max_blocks * params.page_size);
   return sequence;
 }
 
@@ -265,8 +260,8 @@ int64_t MakeTiles(const PagedAttentionParams& params, Tile* tiles) {
     std::fill_n(static_cast<char*>(params.out) + begin * row_bytes,
                 (end - begin) * row_bytes, char{0});
   };
-  int64_t row = std::clamp<int64_t>(params.query_start_loc[0], 0,
-                                    params.num_tokens);
+  int64_t row =
+      std::clamp<int64_t>(params.query_start_loc[0], 0, params.num_tokens);
   clear_rows(0, row);
   int64_t num_tiles = 0;
   int reports = 0;
@@ -299,8 +294,7 @@ ffi::Error PagedAttention(const PagedAttentionParams& params,
   if (num_tiles == 0) return ffi::Error::Success();
 
   const int64_t group = params.num_heads / params.num_kv_heads;
-  const int64_t tile_rows =
-      std::min(kTileRows, params.num_tokens) * group;
+  const int64_t tile_rows = std::min(kTileRows, params.num_tokens) * group;
   const int64_t floats = Scratch::Floats(tile_rows, params.head_dim);
   // An estimate: a tile's rows see half of the longest context.
   int64_t longest = 0;
@@ -308,34 +302,30 @@ ffi::Error PagedAttention(const PagedAttentionParams& params,
     longest = std::max(longest, tiles[i].context);
   }
   const int64_t pieces = num_tiles * params.num_kv_heads;
-  const int64_t cost =
-      (longest / 2 + 1) * std::min(tile_rows, int64_t{1} << 20) *
-      params.head_dim;
+  const int64_t cost = (longest / 2 + 1) *
+                       std::min(tile_rows, int64_t{1} << 20) * params.head_dim;
   const int workers = NumWorkers(pool, pieces, cost);
-  std::unique_ptr<float[]> memory(new (std::nothrow)
-                                      float[workers * floats]);
+  std::unique_ptr<float[]> memory(new (std::nothrow) float[workers * floats]);
   if (memory == nullptr) return no_memory;
 
   DispatchFloat(params.dtype, [&](auto dtype) {
     using T = CpuType<dtype.value>;
-    ParallelForWithWorker(
-        pool, pieces, cost, [&](int worker, int64_t piece) {
-          Scratch scratch(memory.get() + worker * floats, tile_rows,
-                          params.head_dim);
-          AttendTile<T>(params, tiles[piece / params.num_kv_heads],
-                        piece % params.num_kv_heads, &scratch);
-        });
+    ParallelForWithWorker(pool, pieces, cost, [&](int worker, int64_t piece) {
+      Scratch scratch(memory.get() + worker * floats, tile_rows,
+                      params.head_dim);
+      AttendTile<T>(params, tiles[piece / params.num_kv_heads],
+                    piece % params.num_kv_heads, &scratch);
+    });
   });
   return ffi::Error::Success();
 }
 
 ffi::Error PagedAttentionCpu(
-    ffi::AnyBuffer query, ffi::AnyBuffer key_cache,
-    ffi::AnyBuffer value_cache, ffi::AnyBuffer context_lens,
-    ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
-    ffi::AnyBuffer num_seqs, ffi::Result<ffi::AnyBuffer> out,
-    ffi::Result<ffi::AnyBuffer> workspace, PagedAttentionAttrs attrs,
-    ffi::ThreadPool pool) {
+    ffi::AnyBuffer query, ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
+    ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
+    ffi::AnyBuffer query_start_loc, ffi::AnyBuffer num_seqs,
+    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
+    PagedAttentionAttrs attrs, ffi::ThreadPool pool) {
   PagedAttentionParams params;
   XLA_OPS_RETURN_IF_ERROR(MakePagedAttentionParams(
       query, key_cache, value_cache, context_lens, block_tables,

@@ -34,8 +34,8 @@ ffi::Error MakeKeyParams(ffi::AnyBuffer key, ffi::AnyBuffer slot_mapping,
                          const CacheGeometry& geometry, bool debug,
                          ReshapeAndCacheFlashParams* params) {
   XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, "key", key, kFloatDTypes));
-  XLA_OPS_RETURN_IF_ERROR(CheckShape(
-      kOp, "key", key, {"num_tokens", "num_kv_heads", "head_dim"}));
+  XLA_OPS_RETURN_IF_ERROR(
+      CheckShape(kOp, "key", key, {"num_tokens", "num_kv_heads", "head_dim"}));
   XLA_OPS_RETURN_IF_ERROR(
       CheckDType(kOp, "slot_mapping", slot_mapping, {DType::kS64}));
   XLA_OPS_RETURN_IF_ERROR(
@@ -88,16 +88,15 @@ ffi::Error CheckCacheDType(std::string_view kv_cache_dtype,
 
 // Checks one cache, sets `*data` to its view's first element in the result
 // and lists the copy that an unaliased result needs.
-ffi::Error BindCache(const CacheOperand& operand,
-                     const CacheGeometry& geometry,
+ffi::Error BindCache(const CacheOperand& operand, const CacheGeometry& geometry,
                      std::string_view kv_cache_dtype,
                      ReshapeAndCacheFlashParams* params, void** data) {
   XLA_OPS_RETURN_IF_ERROR(CheckCacheDType(kv_cache_dtype, operand, params));
   XLA_OPS_RETURN_IF_ERROR(CheckCacheInBounds(
       kOp, operand.name, operand.cache, geometry, params->num_kv_heads,
       params->head_dim, operand.offset_name, operand.offset));
-  XLA_OPS_RETURN_IF_ERROR(CheckSameAs(kOp, operand.result_name,
-                                      operand.result, operand.cache));
+  XLA_OPS_RETURN_IF_ERROR(
+      CheckSameAs(kOp, operand.result_name, operand.result, operand.cache));
   ffi::Result<ffi::AnyBuffer> result = operand.result;
   *data = result->untyped_data();
   if (!IsEmpty(*params)) {
@@ -112,9 +111,8 @@ void AddCopy(ffi::AnyBuffer from, ffi::Result<ffi::AnyBuffer> to,
   if (from.untyped_data() == to->untyped_data() || from.size_bytes() == 0) {
     return;
   }
-  copies->copies[copies->count++] = {
-      from.untyped_data(), to->untyped_data(),
-      static_cast<int64_t>(from.size_bytes())};
+  copies->copies[copies->count++] = {from.untyped_data(), to->untyped_data(),
+                                     static_cast<int64_t>(from.size_bytes())};
 }
 
 ffi::Error BindScale(const char* name, ffi::AnyBuffer scale,
@@ -138,12 +136,10 @@ ffi::Error MakeTwoCacheParams(ffi::AnyBuffer key, ffi::AnyBuffer value,
       MakeKeyParams(key, slot_mapping, geometry, attrs.debug, params));
   XLA_OPS_RETURN_IF_ERROR(CheckSameAs(kOp, "value", value, key));
   params->value = value.untyped_data();
-  XLA_OPS_RETURN_IF_ERROR(BindCache(key_cache, geometry,
-                                    attrs.kv_cache_dtype, params,
-                                    &params->key_cache));
-  XLA_OPS_RETURN_IF_ERROR(BindCache(value_cache, geometry,
-                                    attrs.kv_cache_dtype, params,
-                                    &params->value_cache));
+  XLA_OPS_RETURN_IF_ERROR(BindCache(key_cache, geometry, attrs.kv_cache_dtype,
+                                    params, &params->key_cache));
+  XLA_OPS_RETURN_IF_ERROR(BindCache(value_cache, geometry, attrs.kv_cache_dtype,
+                                    params, &params->value_cache));
   XLA_OPS_RETURN_IF_ERROR(BindScale("k_scale", k_scale, &params->k_scale));
   return BindScale("v_scale", v_scale, &params->v_scale);
 }
@@ -156,15 +152,15 @@ ffi::Error MakeReshapeAndCacheFlashParams(
     ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
     ffi::Result<ffi::AnyBuffer> key_cache_result,
     ffi::Result<ffi::AnyBuffer> value_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs,
-    ReshapeAndCacheFlashParams* params, CacheCopies* copies) {
-  XLA_OPS_RETURN_IF_ERROR(MakeTwoCacheParams(
-      key, value,
-      {"key_cache", "key_cache result", "key_offset", key_cache,
-       key_cache_result, attrs.key_offset},
-      {"value_cache", "value_cache result", "value_offset", value_cache,
-       value_cache_result, attrs.value_offset},
-      slot_mapping, k_scale, v_scale, attrs, params));
+    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
+    CacheCopies* copies) {
+  XLA_OPS_RETURN_IF_ERROR(
+      MakeTwoCacheParams(key, value,
+                         {"key_cache", "key_cache result", "key_offset",
+                          key_cache, key_cache_result, attrs.key_offset},
+                         {"value_cache", "value_cache result", "value_offset",
+                          value_cache, value_cache_result, attrs.value_offset},
+                         slot_mapping, k_scale, v_scale, attrs, params));
   AddCopy(key_cache, key_cache_result, copies);
   AddCopy(value_cache, value_cache_result, copies);
   return ffi::Error::Success();
@@ -172,27 +168,25 @@ ffi::Error MakeReshapeAndCacheFlashParams(
 
 ffi::Error MakeReshapeAndCacheFlashStackedParams(
     ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::AnyBuffer kv_cache,
-    ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale,
-    ffi::AnyBuffer v_scale, ffi::Result<ffi::AnyBuffer> kv_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs,
-    ReshapeAndCacheFlashParams* params, CacheCopies* copies) {
+    ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
+    ffi::Result<ffi::AnyBuffer> kv_cache_result,
+    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
+    CacheCopies* copies) {
   CacheOperand operand = {"kv_cache", "kv_cache result", "key_offset",
                           kv_cache,   kv_cache_result,   attrs.key_offset};
   CacheOperand value_operand = operand;
   value_operand.offset_name = "value_offset";
   value_operand.offset = attrs.value_offset;
-  XLA_OPS_RETURN_IF_ERROR(MakeTwoCacheParams(key, value, operand,
-                                             value_operand, slot_mapping,
-                                             k_scale, v_scale, attrs,
-                                             params));
+  XLA_OPS_RETURN_IF_ERROR(MakeTwoCacheParams(key, value, operand, value_operand,
+                                             slot_mapping, k_scale, v_scale,
+                                             attrs, params));
   AddCopy(kv_cache, kv_cache_result, copies);
   return ffi::Error::Success();
 }
 
 ffi::Error MakeReshapeAndCacheFlashOneParams(
-    ffi::AnyBuffer key, ffi::AnyBuffer key_cache,
-    ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale,
-    ffi::Result<ffi::AnyBuffer> key_cache_result,
+    ffi::AnyBuffer key, ffi::AnyBuffer key_cache, ffi::AnyBuffer slot_mapping,
+    ffi::AnyBuffer k_scale, ffi::Result<ffi::AnyBuffer> key_cache_result,
     const ReshapeAndCacheFlashOneAttrs& attrs,
     ReshapeAndCacheFlashParams* params, CacheCopies* copies) {
   const CacheGeometry geometry = {attrs.num_blocks, attrs.page_size,
@@ -200,10 +194,10 @@ ffi::Error MakeReshapeAndCacheFlashOneParams(
                                   attrs.head_stride};
   XLA_OPS_RETURN_IF_ERROR(
       MakeKeyParams(key, slot_mapping, geometry, attrs.debug, params));
-  XLA_OPS_RETURN_IF_ERROR(BindCache(
-      {"key_cache", "key_cache result", "key_offset", key_cache,
-       key_cache_result, attrs.key_offset},
-      geometry, attrs.kv_cache_dtype, params, &params->key_cache));
+  XLA_OPS_RETURN_IF_ERROR(
+      BindCache({"key_cache", "key_cache result", "key_offset", key_cache,
+                 key_cache_result, attrs.key_offset},
+                geometry, attrs.kv_cache_dtype, params, &params->key_cache));
   XLA_OPS_RETURN_IF_ERROR(BindScale("k_scale", k_scale, &params->k_scale));
   AddCopy(key_cache, key_cache_result, copies);
   return ffi::Error::Success();

@@ -119,16 +119,16 @@ xla::ffi::Error MakeReshapeAndCacheFlashParams(
     xla::ffi::AnyBuffer v_scale,
     xla::ffi::Result<xla::ffi::AnyBuffer> key_cache_result,
     xla::ffi::Result<xla::ffi::AnyBuffer> value_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs,
-    ReshapeAndCacheFlashParams* params, CacheCopies* copies);
+    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
+    CacheCopies* copies);
 
 xla::ffi::Error MakeReshapeAndCacheFlashStackedParams(
     xla::ffi::AnyBuffer key, xla::ffi::AnyBuffer value,
     xla::ffi::AnyBuffer kv_cache, xla::ffi::AnyBuffer slot_mapping,
     xla::ffi::AnyBuffer k_scale, xla::ffi::AnyBuffer v_scale,
     xla::ffi::Result<xla::ffi::AnyBuffer> kv_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs,
-    ReshapeAndCacheFlashParams* params, CacheCopies* copies);
+    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
+    CacheCopies* copies);
 
 xla::ffi::Error MakeReshapeAndCacheFlashOneParams(
     xla::ffi::AnyBuffer key, xla::ffi::AnyBuffer key_cache,
@@ -150,19 +150,16 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::xla_ops::ReshapeAndCacheFlashAttrs,
     StructMember<std::string_view>("kv_cache_dtype"),
     StructMember<int64_t>("num_blocks"), StructMember<int64_t>("page_size"),
-    StructMember<int64_t>("block_stride"),
-    StructMember<int64_t>("page_stride"),
-    StructMember<int64_t>("head_stride"),
-    StructMember<int64_t>("key_offset"),
+    StructMember<int64_t>("block_stride"), StructMember<int64_t>("page_stride"),
+    StructMember<int64_t>("head_stride"), StructMember<int64_t>("key_offset"),
     StructMember<int64_t>("value_offset"), StructMember<bool>("debug"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::xla_ops::ReshapeAndCacheFlashOneAttrs,
     StructMember<std::string_view>("kv_cache_dtype"),
     StructMember<int64_t>("num_blocks"), StructMember<int64_t>("page_size"),
-    StructMember<int64_t>("block_stride"),
-    StructMember<int64_t>("page_stride"),
-    StructMember<int64_t>("head_stride"),
-    StructMember<int64_t>("key_offset"), StructMember<bool>("debug"));
+    StructMember<int64_t>("block_stride"), StructMember<int64_t>("page_stride"),
+    StructMember<int64_t>("head_stride"), StructMember<int64_t>("key_offset"),
+    StructMember<bool>("debug"));
 
 #endif  // XLA_OPS_CC_OPS_RESHAPE_AND_CACHE_FLASH_CHECKS_H_

@@ -68,8 +68,8 @@ void WriteHead(const ReshapeAndCacheFlashParams& params, const T* rows,
     Convert<T, CacheT>::Run(
         rows + (t * params.num_kv_heads + head) * params.head_dim,
         params.head_dim, scale,
-        cache + block * params.block_stride +
-            page_offset * params.page_stride + head * params.head_stride);
+        cache + block * params.block_stride + page_offset * params.page_stride +
+            head * params.head_stride);
   }
 }
 
@@ -80,18 +80,17 @@ void Write(const ReshapeAndCacheFlashParams& params, ffi::ThreadPool& pool) {
   const bool two = params.value != nullptr;
   const float v_scale = two && scaled ? *params.v_scale : 1.0f;
   const int64_t num_heads = params.num_kv_heads;
-  ParallelFor(
-      pool, two ? 2 * num_heads : num_heads,
-      params.num_tokens * params.head_dim, [&](int64_t i) {
-        if (i < num_heads) {
-          WriteHead(params, static_cast<const T*>(params.key), i, k_scale,
-                    static_cast<CacheT*>(params.key_cache));
-        } else {
-          WriteHead(params, static_cast<const T*>(params.value),
-                    i - num_heads, v_scale,
-                    static_cast<CacheT*>(params.value_cache));
-        }
-      });
+  ParallelFor(pool, two ? 2 * num_heads : num_heads,
+              params.num_tokens * params.head_dim, [&](int64_t i) {
+                if (i < num_heads) {
+                  WriteHead(params, static_cast<const T*>(params.key), i,
+                            k_scale, static_cast<CacheT*>(params.key_cache));
+                } else {
+                  WriteHead(params, static_cast<const T*>(params.value),
+                            i - num_heads, v_scale,
+                            static_cast<CacheT*>(params.value_cache));
+                }
+              });
 }
 
 void ReshapeAndCacheFlash(const ReshapeAndCacheFlashParams& params,
@@ -122,8 +121,7 @@ ffi::Error TwoCachesCpu(ffi::AnyBuffer key, ffi::AnyBuffer value,
                         ffi::AnyBuffer v_scale,
                         ffi::Result<ffi::AnyBuffer> key_cache_result,
                         ffi::Result<ffi::AnyBuffer> value_cache_result,
-                        ReshapeAndCacheFlashAttrs attrs,
-                        ffi::ThreadPool pool) {
+                        ReshapeAndCacheFlashAttrs attrs, ffi::ThreadPool pool) {
   ReshapeAndCacheFlashParams params;
   CacheCopies copies;
   XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashParams(
@@ -137,8 +135,7 @@ ffi::Error StackedCpu(ffi::AnyBuffer key, ffi::AnyBuffer value,
                       ffi::AnyBuffer kv_cache, ffi::AnyBuffer slot_mapping,
                       ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
                       ffi::Result<ffi::AnyBuffer> kv_cache_result,
-                      ReshapeAndCacheFlashAttrs attrs,
-                      ffi::ThreadPool pool) {
+                      ReshapeAndCacheFlashAttrs attrs, ffi::ThreadPool pool) {
   ReshapeAndCacheFlashParams params;
   CacheCopies copies;
   XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashStackedParams(
@@ -156,8 +153,8 @@ ffi::Error OneCacheCpu(ffi::AnyBuffer key, ffi::AnyBuffer key_cache,
   ReshapeAndCacheFlashParams params;
   CacheCopies copies;
   XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashOneParams(
-      key, key_cache, slot_mapping, k_scale, key_cache_result, attrs,
-      &params, &copies));
+      key, key_cache, slot_mapping, k_scale, key_cache_result, attrs, &params,
+      &copies));
   ReshapeAndCacheFlash(params, copies, pool);
   return ffi::Error::Success();
 }
@@ -180,8 +177,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     xla_ops_reshape_and_cache_flash_stacked_cpu, xla_ops::StackedCpu,
-    xla_ops::ReshapeAndCacheFlashStackedBinding()
-        .Ctx<xla::ffi::ThreadPool>());
+    xla_ops::ReshapeAndCacheFlashStackedBinding().Ctx<xla::ffi::ThreadPool>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     xla_ops_reshape_and_cache_flash_one_cpu, xla_ops::OneCacheCpu,
@@ -193,8 +189,7 @@ XLA_OPS_EXPORT_HANDLERS(
      {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_cpu}},
     {"xla_ops.reshape_and_cache_flash_stacked",
      "Host",
-     {nullptr, nullptr, nullptr,
-      xla_ops_reshape_and_cache_flash_stacked_cpu}},
+     {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_stacked_cpu}},
     {"xla_ops.reshape_and_cache_flash_one",
      "Host",
      {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_one_cpu}})

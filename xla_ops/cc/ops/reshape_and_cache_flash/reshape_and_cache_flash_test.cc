@@ -22,8 +22,7 @@
 
 extern "C" {
 XLA_FFI_Error* xla_ops_reshape_and_cache_flash_cpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* xla_ops_reshape_and_cache_flash_stacked_cpu(
-    XLA_FFI_CallFrame*);
+XLA_FFI_Error* xla_ops_reshape_and_cache_flash_stacked_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* xla_ops_reshape_and_cache_flash_one_cpu(XLA_FFI_CallFrame*);
 XlaOpsHandlersFn xla_ops_handlers;
 }
@@ -96,9 +95,8 @@ bool Same(double a, double b) {
 
 // Writes `rows` into `cache`, the slow way. Elements that no slot names keep
 // their value.
-void Model(const Attrs& attrs, const TestTensor& rows,
-           const TestTensor& slots, int64_t offset, float scale,
-           TestTensor* cache) {
+void Model(const Attrs& attrs, const TestTensor& rows, const TestTensor& slots,
+           int64_t offset, float scale, TestTensor* cache) {
   const int64_t heads = rows.dims()[1];
   const int64_t head_dim = rows.dims()[2];
   for (int64_t t = 0; t < slots.size(); ++t) {
@@ -108,15 +106,14 @@ void Model(const Attrs& attrs, const TestTensor& rows,
       continue;
     }
     const int64_t block = static_cast<int64_t>(slot) / attrs.page_size;
-    const int64_t page_offset =
-        static_cast<int64_t>(slot) % attrs.page_size;
+    const int64_t page_offset = static_cast<int64_t>(slot) % attrs.page_size;
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t d = 0; d < head_dim; ++d) {
         cache->Set(offset + block * attrs.block_stride +
-                       page_offset * attrs.page_stride +
-                       h * attrs.head_stride + d,
-                   Convert(rows, (t * heads + h) * head_dim + d,
-                           cache->dtype(), scale));
+                       page_offset * attrs.page_stride + h * attrs.head_stride +
+                       d,
+                   Convert(rows, (t * heads + h) * head_dim + d, cache->dtype(),
+                           scale));
       }
     }
   }
@@ -141,8 +138,8 @@ CallStatus RunBoth(const TestTensor& key, const TestTensor& value,
                    const TestTensor& v_scale = One(),
                    TaskRunner* threads = nullptr) {
   CallFrame frame;
-  AddArgs(&frame, {&key, &value, key_cache, value_cache, &slots, &k_scale,
-                   &v_scale});
+  AddArgs(&frame,
+          {&key, &value, key_cache, value_cache, &slots, &k_scale, &v_scale});
   AddResults(&frame, {key_cache, value_cache});
   attrs.AddTo(&frame);
   frame.SetTaskRunner(threads);
@@ -193,8 +190,7 @@ XLA_OPS_TEST(WritesNhdAndHnd) {
         TestTensor want_value = value_cache;
         Model(attrs, key, slots, 0, 1, &want_key);
         Model(attrs, value, slots, 0, 1, &want_value);
-        ExpectOk(RunBoth(key, value, &key_cache, &value_cache, slots,
-                         attrs));
+        ExpectOk(RunBoth(key, value, &key_cache, &value_cache, slots, attrs));
         ExpectSameValues(key_cache, want_key);
         ExpectSameValues(value_cache, want_value);
       }
@@ -274,8 +270,8 @@ XLA_OPS_TEST(ConvertsToFp8) {
         Model(attrs, value, slots, 0, 3e-4f, &want_value);
         ExpectOk(RunBoth(key, value, &key_cache, &value_cache, slots, attrs,
                          k_scale, v_scale));
-        EXPECT_TRUE(std::memcmp(key_cache.data(), want_key.data(),
-                                4 * 3 * 2 * 8) == 0);
+        EXPECT_TRUE(
+            std::memcmp(key_cache.data(), want_key.data(), 4 * 3 * 2 * 8) == 0);
         EXPECT_TRUE(std::memcmp(value_cache.data(), want_value.data(),
                                 4 * 3 * 2 * 8) == 0);
         key_cache.ExpectGuardsIntact();
@@ -299,8 +295,7 @@ XLA_OPS_TEST(AutoNeverReadsTheScales) {
   TestTensor key_cache(DType::kF16, {4, 3, 2, 8});
   TestTensor value_cache(DType::kF16, {4, 3, 2, 8});
   const TestTensor slots(DType::kS64, {1}, {2});
-  ExpectOk(RunBoth(key, key, &key_cache, &value_cache, slots, attrs, nan,
-                   nan));
+  ExpectOk(RunBoth(key, key, &key_cache, &value_cache, slots, attrs, nan, nan));
   EXPECT_EQ(key_cache.Get(2 * 16), key.Get(0));
 }
 
@@ -310,8 +305,7 @@ XLA_OPS_TEST(LastOfEqualSlotsWins) {
   TestTensor key(DType::kF32, {3, 2, 8});
   key.FillRandom(&random);
   TestTensor cache(DType::kF32, {4, 3, 2, 8});
-  ExpectOk(RunOne(key, &cache, TestTensor(DType::kS64, {3}, {7, 7, 7}),
-                  attrs));
+  ExpectOk(RunOne(key, &cache, TestTensor(DType::kS64, {3}, {7, 7, 7}), attrs));
   for (int64_t i = 0; i < 16; ++i) {
     EXPECT_EQ(cache.Get(7 * 16 + i), key.Get(2 * 16 + i));
   }
@@ -357,15 +351,15 @@ XLA_OPS_TEST(UnaliasedResultsAreCopiedFirst) {
   TestTensor key_out(DType::kF32, {4, 3, 2, 8});
   TestTensor value_out(DType::kF32, {4, 3, 2, 8});
   // With a token, and with none at all.
-  for (const TestTensor& slots : {TestTensor(DType::kS64, {1}, {4}),
-                                  TestTensor(DType::kS64, {0})}) {
+  for (const TestTensor& slots :
+       {TestTensor(DType::kS64, {1}, {4}), TestTensor(DType::kS64, {0})}) {
     key_out.Fill(NAN);
     value_out.Fill(NAN);
     TestTensor want = key_cache;
     Model(attrs, key, slots, 0, 1, &want);
     CallFrame frame;
-    AddArgs(&frame, {&key, &key, &key_cache, &value_cache, &slots, &One(),
-                     &One()});
+    AddArgs(&frame,
+            {&key, &key, &key_cache, &value_cache, &slots, &One(), &One()});
     AddResults(&frame, {&key_out, &value_out});
     attrs.AddTo(&frame);
     ExpectOk(frame.Call(xla_ops_reshape_and_cache_flash_cpu));
@@ -464,11 +458,11 @@ XLA_OPS_TEST(OperandErrors) {
          "k_scale must be float32, got float16");
   expect(RunOne(key, &cache, slots, attrs, TestTensor(DType::kF32, {2})),
          "k_scale must have 1 element, got shape [2]");
-  expect(RunBoth(key, TestTensor(DType::kF32, {4, 2, 8}), &cache, &cache,
-                 slots, attrs),
+  expect(RunBoth(key, TestTensor(DType::kF32, {4, 2, 8}), &cache, &cache, slots,
+                 attrs),
          "value must be float16, got float32");
-  expect(RunBoth(key, TestTensor(DType::kF16, {4, 2, 4}), &cache, &cache,
-                 slots, attrs),
+  expect(RunBoth(key, TestTensor(DType::kF16, {4, 2, 4}), &cache, &cache, slots,
+                 attrs),
          "value must have shape [4, 2, 8], got [4, 2, 4]");
   expect(RunBoth(key, key, &cache, &cache, slots, attrs, One(),
                  TestTensor(DType::kF32, {0})),

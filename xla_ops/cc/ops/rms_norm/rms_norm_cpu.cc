@@ -60,8 +60,7 @@ ffi::Error RmsNormCpu(ffi::AnyBuffer input, ffi::AnyBuffer weight,
                       ffi::Result<ffi::AnyBuffer> out, float eps,
                       ffi::ThreadPool pool) {
   RmsNormParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeRmsNormParams(input, weight, out, eps, &params));
+  XLA_OPS_RETURN_IF_ERROR(MakeRmsNormParams(input, weight, out, eps, &params));
   if (params.num_tokens == 0 || params.hidden_size == 0) {
     return ffi::Error::Success();
   }

@@ -70,8 +70,7 @@ void ExpectRmsNorm(const TestTensor& input, const TestTensor& weight,
     }
     const double scale = 1 / std::sqrt(sum / hidden + double{eps});
     for (int64_t i = 0; i < hidden; ++i) {
-      const double normed =
-          Round(dtype, input.Get(row * hidden + i) * scale);
+      const double normed = Round(dtype, input.Get(row * hidden + i) * scale);
       const double want = normed * weight.Get(i);
       const double got = out.Get(row * hidden + i);
       // Half's subnormal numbers are 2^-24 apart, whatever their size.
@@ -85,8 +84,8 @@ void ExpectRmsNorm(const TestTensor& input, const TestTensor& weight,
 XLA_OPS_TEST(MatchesTheDefinition) {
   std::mt19937 random(1);
   for (const DType dtype : kDTypes) {
-    for (const int64_t hidden : {1, 2, 7, 8, 15, 16, 17, 63, 64, 100, 257,
-                                 1024, 4099}) {
+    for (const int64_t hidden :
+         {1, 2, 7, 8, 15, 16, 17, 63, 64, 100, 257, 1024, 4099}) {
       for (const int64_t rows : {1, 3}) {
         TestTensor input(dtype, {rows, hidden});
         TestTensor weight(dtype, {hidden});
@@ -160,8 +159,7 @@ XLA_OPS_TEST(EmptyInputIsSuccess) {
 
 XLA_OPS_TEST(SpecialValuesStayInTheirRow) {
   const double inf = std::numeric_limits<double>::infinity();
-  TestTensor input(DType::kF32, {4, 2},
-                   {std::nan(""), 1, inf, 1, 0, 0, 3, 4});
+  TestTensor input(DType::kF32, {4, 2}, {std::nan(""), 1, inf, 1, 0, 0, 3, 4});
   TestTensor weight(DType::kF32, {2}, {1, 1});
   TestTensor out(DType::kF32, {4, 2});
   ExpectOk(Run(input, weight, &out, 1e-6f));
