@@ -62,3 +62,23 @@ cuda_archs_define = rule(
     doc = "Defines XLA_OPS_CUDA_ARCHS for what depends on it.",
     provides = [CcInfo],
 )
+
+def _cuda_archs_file_impl(ctx):
+    out = ctx.actions.declare_file(ctx.label.name)
+    archs = ctx.attr._archs[CudaArchsInfo].archs
+    ctx.actions.write(out, " ".join([arch.text for arch in archs]))
+    return [DefaultInfo(
+        files = depset([out]),
+        runfiles = ctx.runfiles(files = [out]),
+    )]
+
+cuda_archs_file = rule(
+    implementation = _cuda_archs_file_impl,
+    attrs = {
+        "_archs": attr.label(
+            default = "//third_party/cuda:archs",
+            providers = [CudaArchsInfo],
+        ),
+    },
+    doc = "A text file with the architectures, for tests; empty for none.",
+)

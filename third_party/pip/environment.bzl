@@ -17,6 +17,7 @@ py_runtime(
     name = "runtime",
     interpreter_path = "{python}",
     python_version = "PY3",
+    stub_shebang = "#!{base}",
 )
 
 py_runtime_pair(
@@ -53,7 +54,7 @@ def _pip_environment_impl(ctx):
     )
     python = str(folder.get_child("bin").get_child("python3"))
     run_pip_install(ctx, python, requirements, [])
-    ctx.file("BUILD", _BUILD.format(python = python), executable = False)
+    ctx.file("BUILD", _BUILD.format(base = base.path, python = python), executable = False)
 
 pip_environment = repository_rule(
     implementation = _pip_environment_impl,

@@ -18,8 +18,8 @@ import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-import elf  # noqa: E402
-import metadata  # noqa: E402
+import elf
+import metadata
 
 # What a manylinux wheel may take from the system (PEP 600), less libstdc++
 # and libgcc_s, which are linked statically.
