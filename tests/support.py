@@ -58,17 +58,18 @@ def addresses(tensors) -> list[int]:
     return [torch_xla._XLAC._unsafe_buffer_pointer(t) for t in tensors]
 
 
-def copies_of(shape, dtype_name, hlo_dump) -> list[str]:
-    """Returns the optimised HLO's copy instructions that give an array of `shape`."""
+def programs_with(shape, hlo_dump) -> list[str]:
+    """Returns the optimised HLO of each program with an op of ours on such an array."""
+    texts = (f.read_text() for f in hlo_dump.glob("*after_optimizations.txt"))
     dims = ",".join(map(str, shape))
-    pattern = re.compile(
-        rf"^.*= {dtype_name}\[{dims}\][^=]* (copy|copy-start|fusion)\(.*$", re.M
-    )
-    return [
-        match.group(0).strip()
-        for file in hlo_dump.glob("*after_optimizations.txt")
-        for match in pattern.finditer(file.read_text())
-    ]
+    return [t for t in texts if f"[{dims}]" in t and 'target="xla_ops.' in t]
+
+
+def copies_of(shape, program) -> list[str]:
+    """Returns the instructions of `program` that copy an array of `shape`."""
+    dims = ",".join(map(str, shape))
+    pattern = rf"^.* = \w+\[{dims}\]\S* (?:copy|copy-start|fusion)\(.*$"
+    return [line.strip() for line in re.findall(pattern, program, re.M)]
 
 
 def assert_close_to_exact(actual, same_dtype, exact, floor=1e-6):

@@ -20,9 +20,10 @@ import _XLAC
 import fakes
 import pytest
 import torch
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from xla_ops import _runtime
 
 S64 = 5
@@ -213,6 +214,7 @@ def test_threads_are_lent_and_run_all_tasks():
             [sys.executable, "-c", code, str(fakes.build("fake_ops"))],
             preexec_fn=lambda: os.sched_setaffinity(0, cpus),
             capture_output=True,
+            check=False,
             text=True,
         )
 
@@ -302,7 +304,9 @@ def elf(
     count = 1 + len(sections)
 
     def section(kind, offset, size, link, entry):
-        return struct.pack("<IIQQQQIIQQ", 0, kind, 0, 0, offset, size, link, 0, 1, entry)
+        return struct.pack(
+            "<IIQQQQIIQQ", 0, kind, 0, 0, offset, size, link, 0, 1, entry
+        )
 
     headers = section(0, 0, count if extended_count else 0, 0, 0)
     for name in sections:
@@ -311,8 +315,22 @@ def elf(
         elif name == "strtab":
             headers += section(3, strings_at, len(strings), 0, 0)
     header = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 0, sections_at, 0,
-                          header_size, 0, 0, 64, 0 if extended_count else count, 0)
+    header += struct.pack(
+        "<HHIQQQIHHHHHH",
+        3,
+        62,
+        1,
+        0,
+        0,
+        sections_at,
+        0,
+        header_size,
+        0,
+        0,
+        64,
+        0 if extended_count else count,
+        0,
+    )
     return header + table + strings + headers  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def register(lib_dir, platform="cuda"):
                 if getattr(handler, stage)
             }
             jax.ffi.register_ffi_target(
-                handler.target.decode(), bundle, platform=platform
+                handler.target.decode(), bundle, platform=platform.replace("cuda", "CUDA")
             )
         if platform == "cuda":
             library.xla_ops_cuda_archs.restype = ctypes.c_char_p

@@ -254,7 +254,9 @@ Error* RegisterCustomCall(RegisterArgs* args) {
   std::strncpy(entry.name, name.c_str(), sizeof(entry.name) - 1);
   entry.api_version = args->api_version;
   std::memcpy(entry.stages, args->stages, sizeof(entry.stages));
-  entry.traits = args->struct_size > without_traits ? args->traits : -1;
+  entry.traits = args->struct_size > without_traits
+                     ? static_cast<int64_t>(args->traits)
+                     : -1;
   return nullptr;
 }
 

@@ -1,0 +1,134 @@
+"""Rules that hold for every op, over all ops at once."""
+
+import inspect
+
+import pytest
+import torch
+import xla_ops
+from support import Path, int32
+from torch.library import opcheck
+from xla_ops.core import handlers
+from xla_ops.core.custom_call import call_directly
+from xla_ops.core.op import OPS
+
+GEOMETRY = [3, 4, 2, 16, 128, 32, 16, 0]
+ROWS = torch.ones(5, 2, 16)
+SLOTS = torch.arange(5)
+CACHE = torch.zeros(3, 4, 2, 16)
+ONE = torch.ones(1)
+WRITE = ("auto", GEOMETRY)
+
+# One legal call of each op.
+SAMPLES = {
+    "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
+    "reshape_and_cache_flash_both": (
+        *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),
+        *("auto", [*GEOMETRY, 0], False),
+    ),
+    "reshape_and_cache_flash_stacked": (
+        *(ROWS, ROWS, torch.zeros(2, 3, 4, 2, 16), SLOTS, ONE, ONE),
+        *("auto", [*GEOMETRY, 384], False, None),
+    ),
+    "reshape_and_cache_flash_one": (
+        *(ROWS, CACHE, SLOTS, ONE),
+        *("auto", GEOMETRY, False, None),
+    ),
+    "paged_attention": (
+        *(torch.randn(5, 4, 16), CACHE, CACHE.clone()),
+        *(int32(5), int32([0, 1]), int32(0, 5), int32(1)),
+        *(0.25, 0, 0.0, 1, [*GEOMETRY, 0], False),
+    ),
+}
+
+
+def test_every_op_has_a_sample():
+    assert set(SAMPLES) == set(OPS)
+
+
+def test_handlers_and_declarations_agree():
+    """Each target that a lowering names has a handler, and none is left over."""
+    wanted = {
+        OPS[name].lower(*(args[:-1] if OPS[name].has_donor else args)).target
+        for name, args in SAMPLES.items()
+    }
+    assert handlers.load(handlers.HOST) == wanted
+    cuda = handlers.load(handlers.CUDA)
+    assert cuda in (wanted, frozenset()), "a CUDA build has them all, a CPU build none"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    op = getattr(torch.ops.xla_ops, name).default
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(op, SAMPLES[name], test_utils=tests)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_handler_matches_reference_and_fake(name):
+    op = OPS[name]
+    args = SAMPLES[name]
+    bare = args[:-1] if op.has_donor else args
+    wanted = op.reference(*bare)
+    got = op(*args)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        fake = op(*args)
+    as_tuple = lambda r: r if isinstance(r, tuple) else (r,)  # noqa: E731
+    for g, w, f in zip(as_tuple(got), as_tuple(wanted), as_tuple(fake), strict=True):
+        assert g.shape == w.shape == f.shape
+        assert g.dtype == w.dtype == f.dtype
+        assert torch.allclose(g, w, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_reference_on_xla_matches(name):
+    op = OPS[name]
+    args = SAMPLES[name]
+    bare = args[:-1] if op.has_donor else args
+    wanted = op.reference(*bare)
+    got, _ = Path("lazy").run(op.reference, *bare)
+    as_tuple = lambda r: r if isinstance(r, tuple) else (r,)  # noqa: E731
+    for g, w in zip(as_tuple(got), as_tuple(wanted), strict=True):
+        assert torch.allclose(g, w, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_functional_ops_leave_their_arguments_alone(name):
+    args = SAMPLES[name]
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    OPS[name](*args)
+    for a, b in zip(args, before, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_deterministic(name):
+    op = OPS[name]
+    results = [op(*SAMPLES[name]) for _ in range(3)]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_handler_checks_what_python_checks(name):
+    """A call of wrong rank past Python's checks fails in the handler, in words."""
+    op = OPS[name]
+    args = SAMPLES[name]
+    call = op.lower(*(args[:-1] if op.has_donor else args))
+    operands = (call.operands[0].reshape(-1), *call.operands[1:])
+    broken = type(call)(**{**vars(call), "operands": operands})
+    with pytest.raises(ValueError, match=r"^\w+: \w+ must .*, got "):
+        call_directly(broken)
+
+
+@pytest.mark.parametrize("name", xla_ops.__all__)
+def test_public_functions_are_documented(name):
+    item = getattr(xla_ops, name)
+    if not inspect.isfunction(item):
+        return
+    doc = inspect.getdoc(item)
+    assert doc, name
+    if name in xla_ops.ops.__all__:
+        for section in ("Args:", "Raises:"):
+            assert section in doc, f"{name} lacks {section}"
