@@ -125,10 +125,9 @@ class Engine:
             decoder.model.embed_tokens.weight.dtype,
             self.device,
         )
-        # One traced graph a shape. Dynamo gives up compiling after 8 by default.
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, len(self.shapes)
-        )
+        # Dynamo compiles one function for 8 sets of inputs and then gives up: make
+        # room for this engine's shapes beside those of others in the process.
+        torch._dynamo.config.recompile_limit += len(self.shapes)
         self._compiled = torch.compile(
             self._run, backend="openxla", fullgraph=True, dynamic=False
         )

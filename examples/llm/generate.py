@@ -45,9 +45,24 @@ def parse_args() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--max-batch", type=int, default=8, help="sequences that run together")
-    add("--max-prefill-tokens", type=int, default=256, help="prompt tokens a step")
-    add("--max-len", type=int, help="tokens a sequence; default: what is needed")
-    add("--num-blocks", type=int, help="cache blocks of 16 tokens; default: enough")
+    add(
+        "--max-prefill-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens a step; default: all of the prompts', at most 256",
+    )
+    add(
+        "--max-len",
+        type=int,
+        metavar="N",
+        help="tokens a sequence; default: what is needed",
+    )
+    add(
+        "--num-blocks",
+        type=int,
+        metavar="N",
+        help="cache blocks of 16 tokens; default: enough",
+    )
     return parser.parse_args()  # fmt: skip
 
 
@@ -67,7 +82,7 @@ def run(args: argparse.Namespace, dump: Path) -> None:
     import weights
     from config import ModelConfig
     from engine import Engine
-    from kv_cache import PAGE_SIZE, blocks_for
+    from kv_cache import round_up
     from sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
@@ -80,7 +95,8 @@ def run(args: argparse.Namespace, dump: Path) -> None:
     texts = args.prompt or PROMPTS
     prompts = [tokenizer.encode(text).ids for text in texts]
     needed = max(map(len, prompts)) + args.max_new_tokens
-    max_len = args.max_len or min(config.max_len, blocks_for(needed) * PAGE_SIZE)
+    prompted = sum(map(len, prompts))
+    max_len = args.max_len or min(config.max_len, round_up(needed))
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     if args.device == "gpu" and dtype == "float32":
         # The default there rounds the inputs of fp32 products to TF32.
@@ -93,7 +109,7 @@ def run(args: argparse.Namespace, dump: Path) -> None:
         decoder,
         max_len=max_len,
         max_seqs=min(args.max_batch, len(prompts)),
-        max_prefill_tokens=args.max_prefill_tokens,
+        max_prefill_tokens=args.max_prefill_tokens or min(256, round_up(prompted)),
         num_blocks=args.num_blocks,
     )
     with tqdm(total=len(engine.shapes), desc="compile ", unit="program") as bar:

@@ -17,12 +17,13 @@ from pathlib import Path
 RENAMES = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "call", "while",
     "conditional", "copy-done", "async-done", "async-update",
-    "opt-barrier", "optimization-barrier", "custom-call",
+    "opt-barrier",
 }  # fmt: skip
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<op>[\w-]+)\(")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+ALIAS = re.compile(r"\{[\d, ]*\}: \(\d+, \{[\d, ]*\}")
 FUSED = re.compile(r"fusion\(.*calls=%?([\w.-]+)")
 
 
@@ -53,8 +54,8 @@ def copies_of(shape: str, hlo: str) -> int:
         elif op == "custom-call":
             # One that updates the cache must have been given it to overwrite.
             made = instruction["type"].count(shape)
-            aliased = line.partition("output_to_operand_aliasing={")[2]
-            count += max(0, made - aliased.partition("})")[0].count("}: ("))
+            attributes = line.partition("output_to_operand_aliasing={")[2]
+            count += max(0, made - len(ALIAS.findall(attributes)))
         elif op not in RENAMES:
             count += instruction["type"].count(shape)
     return count

@@ -68,6 +68,11 @@ def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_SIZE)
 
 
+def round_up(num_tokens: int) -> int:
+    """Tokens that fill the blocks which num_tokens need."""
+    return blocks_for(num_tokens) * PAGE_SIZE
+
+
 class PagedKVCache:
     """K and V of every layer, [num_blocks, page_size, num_kv_heads, head_dim].
 
@@ -90,7 +95,7 @@ class PagedKVCache:
             tuple(torch.zeros(self.shape, dtype=dtype, device=device) for _ in "kv")
             for _ in range(num_layers)
         ]
-        torch_xla.sync()  # the zeros are buffers from here on, not pending work
+        torch_xla.sync(wait=True)  # buffers from here on, not pending work
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for layer in self.layers for tensor in layer]

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import xla_ops
 from torch import nn
 
+import xla_ops
 from config import ModelConfig, RopeConfig
 
 Cache = tuple[torch.Tensor, torch.Tensor]
