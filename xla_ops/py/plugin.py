@@ -1,9 +1,8 @@
-"""The device plugin that gives torch_xla 2.9.0 an NVIDIA GPU.
+"""Finds, checks and configures the CUDA plugin that gives torch_xla 2.9.0 a GPU.
 
 torch_xla loads this module at `import torch_xla` in every process, through the
-entry points GPU and CUDA of the group `torch_xla.plugins`, while torch_xla itself
-is only partly imported. So it imports nothing else of xla_ops at the top, looks at
-nothing on the machine, and does its work only when a client is made, which is when
+entry points GPU and CUDA of the group `torch_xla.plugins` (xla_ops.plugin:GpuPlugin).
+So it looks at nothing on the machine until a client is made, which happens only where
 PJRT_DEVICE is GPU or CUDA. Then it finds JAX's CUDA plugin, checks what could make
 it fail, and has the bridge (`libxla_ops_pjrt.so`) wrap it.
 
@@ -35,8 +34,6 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from torch_xla.experimental import plugins
-
 PLUGIN_VARIABLE = "XLA_OPS_PJRT_PLUGIN"
 
 _LIB = pathlib.Path(__file__).parent / "lib"
@@ -50,55 +47,19 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
 
-class GpuPlugin(plugins.DevicePlugin):
-    """torch_xla's view of the GPU; torch_xla calls the methods."""
+def __getattr__(name: str):
+    """Makes `GpuPlugin` (device_plugin.py) an attribute of this module.
 
-    def library_path(self) -> str:
-        """Path of the bridge, which wraps the plugin that was found.
+    Its base class is torch_xla's, which loads the entry point while it is imported
+    itself: whichever is imported first, each finds the other complete.
+    """
+    if name != "GpuPlugin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import torch_xla  # noqa: F401
 
-        Called when the client is made. What would make that fail (open_bridge lists
-        it) becomes the error of the client, a RuntimeError of torch_xla's with the
-        same text at this and every later use of the device. An exception from here
-        would do so once: torch_xla would try anew, and abort the process because
-        it initialises logging twice.
-        """
-        try:
-            return open_bridge()
-        except (OSError, RuntimeError, ValueError) as error:
-            from xla_ops import _runtime
+    from .device_plugin import GpuPlugin
 
-            _runtime.fail_plugin(bridge_path(), str(error))
-            return bridge_path()
-
-    def client_create_options(self) -> dict:
-        """Options of PJRT_Client_Create, from the environment.
-
-        library_path, which is called before, has checked them.
-        """
-        return client_options(os.environ)
-
-    def physical_chip_count(self) -> int:
-        """How many processes xmp.spawn starts: one a visible GPU."""
-        number = _integer(os.environ, "GPU_NUM_DEVICES", None, minimum=1)
-        if number is not None:
-            return number
-        from xla_ops import cuda_driver
-
-        # Where there is no driver, the one process's client says so.
-        return max(cuda_driver.count() or 1, 1)
-
-    def configure_single_process(self) -> None:
-        """Nothing to do: a process without a rank uses all visible GPUs."""
-
-    def configure_multiprocess(self, local_rank: int, local_world_size: int) -> None:
-        """Nothing to do: torch_xla passes the rank on in the environment."""
-
-    def requires_xla_coordinator(self) -> bool:
-        """Whether processes have to find each other (NCCL needs it)."""
-        try:
-            return _Ranks(os.environ).world_size > 1
-        except ValueError:
-            return False  # library_path, called next, reports it
+    return GpuPlugin
 
 
 def bridge_path() -> str:
@@ -122,10 +83,18 @@ def open_bridge() -> str:
     bridge = bridge_path()
     plugin = find_plugin()
     check_machine(plugin)
-    from xla_ops import _runtime
+    from . import _runtime
 
     _runtime.open_plugin(bridge, str(plugin))
     return bridge
+
+
+def fail_bridge(reason: str) -> str:
+    """Has the client fail with `reason` when torch_xla makes it; returns bridge_path()."""
+    from . import _runtime
+
+    _runtime.fail_plugin(bridge_path(), reason)
+    return bridge_path()
 
 
 def installed_plugins() -> list[pathlib.Path]:
@@ -188,7 +157,7 @@ def check_machine(plugin: pathlib.Path) -> None:
       RuntimeError: no driver (cuda_driver.DriverError), a driver too old for
         `plugin`, or a GPU that the kernels were not built for.
     """
-    from xla_ops import cuda_driver
+    from . import cuda_driver
 
     driver = cuda_driver.query()
     match = re.fullmatch(r"xla_cuda(\d+)", plugin.parent.name)
@@ -213,7 +182,7 @@ def check_machine(plugin: pathlib.Path) -> None:
 
 def kernel_archs() -> dict[str, str]:
     """File name of each installed CUDA op library to its architectures."""
-    from xla_ops import _runtime
+    from . import _runtime
 
     return {
         path.name: _runtime.cuda_archs(str(path))
@@ -255,7 +224,21 @@ def _check_kernels(device) -> None:
         )
 
 
-class _Ranks:
+def process_count(environ: Mapping[str, str]) -> int:
+    """How many processes xmp.spawn starts: one a visible GPU.
+
+    Raises ValueError if GPU_NUM_DEVICES is set to anything but a positive integer.
+    """
+    number = _integer(environ, "GPU_NUM_DEVICES", None, minimum=1)
+    if number is not None:
+        return number
+    from . import cuda_driver
+
+    # Where there is no driver, the one process's client says so.
+    return max(cuda_driver.count() or 1, 1)
+
+
+class Ranks:
     """This process's place, from torchrun's or torch_xla's variables."""
 
     def __init__(self, environ: Mapping[str, str]):
@@ -290,7 +273,7 @@ def client_options(environ: Mapping[str, str]) -> dict:
     )
     if preallocate is not None:
         options["preallocate"] = preallocate
-    ranks = _Ranks(environ)
+    ranks = Ranks(environ)
     if ranks.world_size > 1:
         options["node_id"] = ranks.rank
         options["num_nodes"] = ranks.world_size
@@ -300,7 +283,7 @@ def client_options(environ: Mapping[str, str]) -> dict:
     return options
 
 
-def _device_of_process(environ: Mapping[str, str], ranks: _Ranks) -> int:
+def _device_of_process(environ: Mapping[str, str], ranks: Ranks) -> int:
     """Which of the visible GPUs is this process's, where each has its own."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

@@ -1,0 +1,23 @@
+"""`python -m xla_ops <command>`; the one command is `doctor`."""
+
+from __future__ import annotations
+
+import sys
+
+from . import doctor
+
+
+def main(argv: list[str]) -> int:
+    """Runs a command; returns the exit status."""
+    if argv[:1] == ["doctor"]:
+        return doctor.main(argv[1:])
+    print(
+        "usage: python -m xla_ops doctor [--json]\n\n"
+        "doctor: says what is installed, what works here, and how to mend the rest",
+        file=sys.stdout if argv in (["-h"], ["--help"]) else sys.stderr,
+    )
+    return 0 if argv in (["-h"], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
