@@ -77,6 +77,14 @@ inline float FloatOf(uint32_t bits) {
   return value;
 }
 
+// `a` where `condition` holds, else `b`. By masks, since compilers sink the
+// arithmetic of a conditional expression's operands into branches, and loops
+// with branches do not vectorise.
+inline uint32_t Select(bool condition, uint32_t a, uint32_t b) {
+  const uint32_t mask = uint32_t{0} - static_cast<uint32_t>(condition);
+  return (a & mask) | (b & ~mask);
+}
+
 // Rounds a float without its sign to a format of `kMantissa` mantissa bits
 // and exponent bias `kBias`, as if that format had no largest exponent: what
 // overflows, infinity and NaN included, is above its largest finite code.
@@ -94,7 +102,7 @@ inline uint32_t RoundMagnitude(uint32_t magnitude) {
   constexpr uint32_t kMagic = uint32_t{151 - kBias - kMantissa} << 23;
   const uint32_t subnormal =
       BitsOf(FloatOf(magnitude) + FloatOf(kMagic)) - kMagic;
-  return magnitude < kSmallestNormal ? subnormal : normal;
+  return Select(magnitude < kSmallestNormal, subnormal, normal);
 }
 
 // The inverse, for finite codes and, with `kHasInfinity`, the IEEE specials.
@@ -110,7 +118,8 @@ inline float WidenMagnitude(uint32_t code) {
   }
   constexpr uint32_t kMagic = uint32_t{151 - kBias - kMantissa} << 23;
   const float subnormal = FloatOf(kMagic + code) - FloatOf(kMagic);
-  return code < (uint32_t{1} << kMantissa) ? subnormal : FloatOf(normal);
+  return FloatOf(
+      Select(code < (uint32_t{1} << kMantissa), BitsOf(subnormal), normal));
 }
 
 inline uint32_t Min(uint32_t a, uint32_t b) { return a < b ? a : b; }
@@ -163,7 +172,8 @@ inline BFloat16 FromFloat<BFloat16>(float value) {
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40;
   const bool is_nan = (bits & ~internal::kSign) > internal::kInfinity;
-  return BFloat16{static_cast<uint16_t>(is_nan ? nan : rounded)};
+  return BFloat16{
+      static_cast<uint16_t>(internal::Select(is_nan, nan, rounded))};
 }
 
 template <>
@@ -172,7 +182,7 @@ inline Half FromFloat<Half>(float value) {
   const uint32_t magnitude = bits & ~internal::kSign;
   uint32_t code =
       internal::Min(internal::RoundMagnitude<10, 15>(magnitude), 0x7c00);
-  code = magnitude > internal::kInfinity ? 0x7e00 : code;
+  code = internal::Select(magnitude > internal::kInfinity, 0x7e00, code);
   return Half{static_cast<uint16_t>(code | ((bits >> 16) & 0x8000))};
 }
 
@@ -182,7 +192,7 @@ inline Float8E4M3FN FromFloat<Float8E4M3FN>(float value) {
   const uint32_t magnitude = bits & ~internal::kSign;
   uint32_t code =
       internal::Min(internal::RoundMagnitude<3, 7>(magnitude), 0x7e);
-  code = magnitude > internal::kInfinity ? 0x7f : code;
+  code = internal::Select(magnitude > internal::kInfinity, 0x7f, code);
   return Float8E4M3FN{static_cast<uint8_t>(code | ((bits >> 24) & 0x80))};
 }
 
@@ -192,7 +202,7 @@ inline Float8E5M2 FromFloat<Float8E5M2>(float value) {
   const uint32_t magnitude = bits & ~internal::kSign;
   uint32_t code =
       internal::Min(internal::RoundMagnitude<2, 15>(magnitude), 0x7b);
-  code = magnitude > internal::kInfinity ? 0x7f : code;
+  code = internal::Select(magnitude > internal::kInfinity, 0x7f, code);
   return Float8E5M2{static_cast<uint8_t>(code | ((bits >> 24) & 0x80))};
 }
 

@@ -20,21 +20,27 @@ namespace {
 // Independent partial sums: they vectorise without reordering a sum that the
 // source gives an order to, and round less than one running sum does.
 constexpr int kLanes = 16;
+// Elements that are widened to fp32 in one loop and added up in another;
+// compilers vectorise the two apart but not in one.
+constexpr int64_t kChunk = 256;
 
 // `row`: [size].
 template <typename T>
 float SumOfSquares(const T* row, int64_t size) {
   float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float x = ToFloat(row[i + lane]);
-      lanes[lane] += x * x;
+  float chunk[kChunk];
+  for (int64_t begin = 0; begin < size; begin += kChunk) {
+    const int64_t count = std::min(kChunk, size - begin);
+    for (int64_t i = 0; i < count; ++i) chunk[i] = ToFloat(row[begin + i]);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += chunk[i + lane] * chunk[i + lane];
+      }
     }
-  }
-  for (int lane = 0; i < size; ++i, ++lane) {
-    const float x = ToFloat(row[i]);
-    lanes[lane] += x * x;
+    for (int lane = 0; i < count; ++i, ++lane) {
+      lanes[lane] += chunk[i] * chunk[i];
+    }
   }
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) {
