@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Everything that has to be shown on a GPU, in one run: correctness first, then time.
+
+    proof.py --out DIR [--only PART ...] [--cache-mb 8192]
+
+Needs an NVIDIA GPU and the installed wheel; uses this checkout's tests, example and
+benchmarks. Writes DIR/proof.json (device, driver, versions, and for every part what
+passed, what failed and how long it took) and each part's log, prints a short table last
+and exits 1 if a part failed.
+
+Parts: doctor, ops (op tests on lazy, compiled and torch CUDA tensors), in_place (with
+caches of --cache-mb), calls, demo, llm, memcheck (compute-sanitizer on the op tests),
+table (ms per step against cache size).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+OPS = ("rms_norm", "reshape_and_cache_flash", "paged_attention")
+
+
+def pytest(*args):
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+            "--show-capture=no", "--tb=short", *args]  # fmt: skip
+
+
+def parts(out, cache_mb):
+    tests = [f"tests/test_{op}.py" for op in OPS]
+    cuda = {"XLA_OPS_TEST_TORCH_CUDA": os.environ.get("XLA_OPS_TEST_TORCH_CUDA", "1")}
+    in_place = {"XLA_OPS_TEST_CACHE_MB": str(cache_mb)}
+    generate = [sys.executable, "examples/llm/generate.py", "--device", "gpu"]
+    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86",
+                 "--target-processes", "all", "--launch-timeout", "120"]  # fmt: skip
+    # Memory errors show in any call; the smallest set that reaches every kernel.
+    small = pytest(*tests, "-k", "(lazy or cuda) and (numerics or auto or fp8 or"
+                   " out_of_range or bad_block or window or split)")  # fmt: skip
+    return {
+        "doctor": ([sys.executable, "-m", "xla_ops", "doctor"], {}),
+        "ops": (pytest(*tests), cuda),
+        "calls": (pytest("tests/test_custom_call.py", "tests/test_conformance.py"), {}),
+        "in_place": (pytest("tests/test_in_place.py"), in_place),
+        "demo": (generate, {}),
+        "llm": (pytest("tests/test_llm.py"), {}),
+        "memcheck": (sanitizer + small, cuda),
+        "table": (
+            [sys.executable, "benchmarks/in_place.py", "--out",
+             str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"],
+            {},
+        ),
+    }  # fmt: skip
+
+
+def run(name, command, env, out, timeout):
+    start = time.time()
+    log = out / f"{name}.log"
+    with log.open("w") as file:
+        try:
+            status = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "PJRT_DEVICE": "GPU", **env},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    text = log.read_text()
+    result = {"status": status, "seconds": round(time.time() - start, 1)}
+    for word in ("passed", "failed"):
+        found = re.findall(rf"(\d+) {word}", text)
+        if found:
+            result[word] = int(found[-1])
+    found = re.findall(r"ERROR SUMMARY: (\d+) error", text)
+    if found:
+        result["sanitizer_errors"] = sum(map(int, found))
+    return result, text
+
+
+def versions():
+    import importlib.metadata as metadata
+
+    query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem"
+    gpu = subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
+    found = {}
+    for package in ("xla_ops", "torch", "torch_xla", "jax-cuda12-pjrt",
+                    "jax-cuda13-pjrt"):  # fmt: skip
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return {"gpu": gpu, "python": sys.version.split()[0], **found}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--cache-mb", type=int, default=8192)
+    parser.add_argument("--timeout", type=int, default=300, help="seconds a part")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {"versions": versions(), "parts": {}}
+    todo = parts(args.out, args.cache_mb)
+    for name in args.only or todo:
+        result, text = run(name, *todo[name], args.out, args.timeout)
+        report["parts"][name] = result
+        (args.out / "proof.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(f"--- {name}: {result}", flush=True)
+        tail = 6 if result["status"] == 0 else 45
+        if name in ("doctor", "demo", "table"):
+            tail = 45
+        print("\n".join(text.splitlines()[-tail:]), flush=True)
+    print(json.dumps(report["versions"]))
+    for name, result in report["parts"].items():
+        print(f"{name:10s} {result}")
+    sys.exit(any(r["status"] for r in report["parts"].values()))
+
+
+if __name__ == "__main__":
+    main()
