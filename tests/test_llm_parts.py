@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "llm"))
 
-from hlo import cache_copies, copies_of  # noqa: E402
+from hlo import Program, copies_of, step_programs  # noqa: E402
 from kv_cache import BlockAllocator, blocks_for  # noqa: E402
 from sampling import Sampling, sample  # noqa: E402
 
@@ -106,7 +106,7 @@ ENTRY %step.1 (p0.1: f32[8,16,2,64], p1.2: f32[4,2,64]) -> (f32[8,16,2,64]) {
   %p0.1 = f32[8,16,2,64]{3,2,1,0} parameter(0)
   %p1.2 = f32[4,2,64]{2,1,0} parameter(1)
   %update.3 = f32[8,16,2,64]{3,2,1,0} custom-call(%p0.1, %p1.2), \
-custom_call_target="t", output_to_operand_aliasing={{}: (0, {})}
+custom_call_target="xla_ops.t", output_to_operand_aliasing={{}: (0, {})}
   ROOT %tuple.4 = (f32[8,16,2,64]{3,2,1,0}) tuple(%update.3)
 }
 """
@@ -191,5 +191,5 @@ def test_only_programs_that_take_the_cache_are_read(tmp_path):
     other = IN_PLACE.replace("8,16,2,64", "8,16,2,32")
     (tmp_path / "m2.cpu_after_optimizations.txt").write_text(other)
     (tmp_path / "m3.before_optimizations.txt").write_text(IN_PLACE)
-    found = cache_copies(tmp_path, (8, 16, 2, 64), "float32")
-    assert found == [("m1.cpu_after_optimizations.txt", 0)]
+    found = step_programs(tmp_path, (8, 16, 2, 64), "float32")
+    assert found == [Program("m1.cpu_after_optimizations.txt", 0, 1)]

@@ -174,11 +174,19 @@ class Engine:
         Raises:
           ValueError: a prompt is empty, too long, or has an unknown token.
         """
-        waiting = deque(
-            self._sequence(i, list(prompt), max_new_tokens, sampling)
+        for prompt in prompts:
+            self.check(prompt, max_new_tokens)
+        sequences = [
+            _Sequence(
+                index=i,
+                tokens=list(prompt),
+                num_prompt=len(prompt),
+                max_len=len(prompt) + max_new_tokens,
+                generator=torch.Generator().manual_seed(sampling.seed + i),
+            )
             for i, prompt in enumerate(prompts)
-        )
-        sequences = list(waiting)
+        ]
+        waiting = deque(sequences)
         running: list[_Sequence] = []
         while waiting or running:
             self._admit(waiting, running)
@@ -194,7 +202,8 @@ class Engine:
         self.stats.compilations = compilations() - self._compiled_before
         return [s.tokens[s.num_prompt :] for s in sequences]
 
-    def _sequence(self, index, prompt, max_new_tokens, sampling) -> _Sequence:
+    def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Raises the ValueError that `generate` would raise for this request."""
         vocab_size = self.decoder.config.vocab_size
         if not prompt:
             raise ValueError("generate: prompt must have at least 1 token, got 0")
@@ -208,16 +217,12 @@ class Engine:
                 f"generate: prompt tokens must be in 0..{vocab_size - 1}, "
                 f"got {unknown[0]}"
             )
-        total = len(prompt) + max_new_tokens
-        blocks = self.cache.allocator.num_blocks
-        if total > self.max_len or blocks_for(total) > blocks:
-            most = min(self.max_len, blocks * PAGE_SIZE)
+        most = min(self.max_len, self.cache.allocator.num_blocks * PAGE_SIZE)
+        if len(prompt) + max_new_tokens > most:
             raise ValueError(
                 f"generate: prompt and max_new_tokens must be at most {most} tokens "
                 f"together, got {len(prompt)} + {max_new_tokens}"
             )
-        generator = torch.Generator().manual_seed(sampling.seed + index)
-        return _Sequence(index, prompt, len(prompt), total, generator)
 
     def _admit(self, waiting: deque[_Sequence], running: list[_Sequence]) -> None:
         """Lets sequences in, first come first served, with all their blocks: one

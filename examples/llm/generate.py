@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from hlo import cache_copies, dump_flags
+from hlo import Program, dump_flags, step_programs
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = [
@@ -27,7 +27,7 @@ PROMPTS = [
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add(
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="cache blocks of 16 tokens; default: enough",
     )
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args(argv)  # fmt: skip
 
 
 def start_xla(device: str, dump: Path) -> None:
@@ -102,7 +102,10 @@ def run(args: argparse.Namespace, dump: Path) -> None:
         # The default there rounds the inputs of fp32 products to TF32.
         torch_xla.backends.set_mat_mul_precision("highest")
 
-    device = torch_xla.device()
+    try:
+        device = torch_xla.device()
+    except RuntimeError as error:  # no plugin, no driver, ...: it says what to do
+        raise SystemExit(f"error: {error}") from error
     print(f"loading {args.model.name} ({config.architecture}, {dtype}) on {device}")
     decoder = weights.load(args.model, config, max_len, getattr(torch, dtype), device)
     engine = Engine(
@@ -112,6 +115,8 @@ def run(args: argparse.Namespace, dump: Path) -> None:
         max_prefill_tokens=args.max_prefill_tokens or min(256, round_up(prompted)),
         num_blocks=args.num_blocks,
     )
+    for prompt in prompts:
+        engine.check(prompt, args.max_new_tokens)
     with tqdm(total=len(engine.shapes), desc="compile ", unit="program") as bar:
         engine.warm_up(lambda tokens: bar.update())
         compile_s = bar.format_dict["elapsed"]
@@ -128,15 +133,17 @@ def run(args: argparse.Namespace, dump: Path) -> None:
         whole = tokenizer.decode(prompt + answer)
         start = whole[: len(tokenizer.decode(prompt))]
         print(f"> {text}\n{start}\033[1m{whole[len(start) :]}\033[0m\n")
-    copies = cache_copies(dump, engine.cache.shape, dtype)
-    report(engine, device, compile_s, copies)
+    programs = step_programs(dump, engine.cache.shape, dtype)
+    report(engine, device, compile_s, programs)
 
 
-def report(engine, device, compile_s: float, copies: list[tuple[str, int]]) -> None:
+def report(engine, device, compile_s: float, programs: list[Program]) -> None:
+    device_text, plugin_text = device_and_plugin(device)
     stats, cache = engine.stats, engine.cache
     steps = len(stats.prefill_s) + len(stats.decode_s)
     seconds = sum(stats.prefill_s) + sum(stats.decode_s)
-    in_program = max((n for _, n in copies), default=0) * cache.nbytes_each
+    in_program = max(p.cache_copies for p in programs) * cache.nbytes_each
+    calls = [p.custom_calls for p in programs]
     copied = stats.cache_bytes_moved / steps + in_program
 
     def ms(times: list[float]) -> str:
@@ -148,8 +155,8 @@ def report(engine, device, compile_s: float, copies: list[tuple[str, int]]) -> N
         )
 
     rows = {
-        "device": f"{device}, {device_name()}",
-        "plugin": plugin_name(),
+        "device": device_text,
+        "plugin": plugin_text,
         "tokens/s": f"{stats.new_tokens / seconds:.1f} "
         f"({stats.new_tokens} new, {stats.prompt_tokens} of prompts, {seconds:.2f} s)",
         "prefill step": ms(stats.prefill_s),
@@ -158,27 +165,28 @@ def report(engine, device, compile_s: float, copies: list[tuple[str, int]]) -> N
         "cache": f"{cache.nbytes} bytes, {cache.num_buffers} buffers",
         "cache bytes copied per step": f"{copied:.0f} "
         f"(addresses before and after {steps} steps; "
-        f"HLO of {len(copies)} programs)",
+        f"optimised HLO of {len(programs)} programs)",
+        "xla_ops custom calls": f"{min(calls)} to {max(calls)} a step",
         "recompilations after warm-up": stats.compilations,
     }
     for name, value in rows.items():
         print(f"{name + ':':<30}{value}")
 
 
-def device_name() -> str:
+def device_and_plugin(device) -> tuple[str, str]:
     import torch_xla.runtime as xr
 
-    return f"{xr.device_type()}, {xr.global_runtime_device_count()} visible"
+    from xla_ops import cuda_driver, plugin
+
+    if xr.device_type() == "CPU":
+        return f"{device}, CPU, {os.cpu_count()} cores", "torch_xla's own"
+    name = cuda_driver.query().devices[0].name
+    found = plugin.describe_plugin(plugin.find_plugin())
+    return f"{device}, GPU, {name}", f"xla_ops bridge over {found}"
 
 
-def plugin_name() -> str:
-    import torch_xla.runtime as xr
-
-    return "built into torch_xla" if xr.device_type() == "CPU" else "xla_ops bridge"
-
-
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump:
         start_xla(args.device, Path(dump))
         try:

@@ -11,6 +11,7 @@ it is one of those that only rename a buffer.
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 # Instructions that own no buffer of their own: the result is an operand's, or
 # is counted where it is made (in a called computation; at copy-start).
@@ -25,6 +26,14 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<op>[\w-]+
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 ALIAS = re.compile(r"\{[\d, ]*\}: \(\d+, \{[\d, ]*\}")
 FUSED = re.compile(r"fusion\(.*calls=%?([\w.-]+)")
+
+
+class Program(NamedTuple):
+    """One compiled program: how often it copies the cache and calls xla_ops."""
+
+    name: str
+    cache_copies: int
+    custom_calls: int
 
 
 def dump_flags(folder: Path) -> str:
@@ -61,10 +70,10 @@ def copies_of(shape: str, hlo: str) -> int:
     return count
 
 
-def cache_copies(
+def step_programs(
     folder: Path, cache_shape: tuple[int, ...], dtype: str
-) -> list[tuple[str, int]]:
-    """(program, copies of the cache) for each dumped program that has the cache.
+) -> list[Program]:
+    """The dumped programs that take the cache: those of the steps.
 
     Args:
       folder: what dump_flags was given.
@@ -77,5 +86,6 @@ def cache_copies(
         hlo = path.read_text()
         entry = re.search(r"^ENTRY .*$", hlo, re.MULTILINE)
         if entry and shape in entry[0].partition(" -> ")[0]:
-            found.append((path.name, copies_of(shape, hlo)))
+            calls = hlo.count('custom_call_target="xla_ops.')
+            found.append(Program(path.name, copies_of(shape, hlo), calls))
     return found

@@ -1,0 +1,102 @@
+"""Runs the example's command line as a user does, in a process of its own, and
+reads what it reports; and tools/demo as far as it goes without building."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERATE = ROOT / "examples" / "llm" / "generate.py"
+DEMO = ROOT / "tools" / "demo"
+
+
+# A GPU target of tests/BUILD sets PJRT_DEVICE.
+DEVICE = "cpu" if os.environ.get("PJRT_DEVICE", "CPU") == "CPU" else "gpu"
+ITEM_SIZE = {"cpu": 4, "gpu": 2}[DEVICE]  # fp32, bf16
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        env=dict(os.environ, **env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def generate(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    command = (sys.executable, str(GENERATE), "--device", DEVICE, *arguments)
+    return run(*command, **env)
+
+
+def reported(output: str) -> dict[str, str]:
+    lines = re.findall(r"^([a-z][\w /-]*):\s+(.*)$", output, re.MULTILINE)
+    return dict(lines)
+
+
+def test_report():
+    done = generate(
+        "--prompt", "Pip the mouse", "--prompt", "In the middle of the night,",
+        "--max-new-tokens", "12", "--max-batch", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "> Pip the mouse\n" in done.stdout
+    assert "generate: 100%" in done.stderr  # progress
+    report = reported(done.stdout)
+    assert report["device"].startswith(f"xla:0, {DEVICE.upper()}")
+    assert report["plugin"].startswith(
+        {"cpu": "torch_xla's own", "gpu": "xla_ops bridge"}[DEVICE]
+    )
+    assert float(report["tokens/s"].split()[0]) > 0
+    assert re.match(r"[\d.]+ ms median of 1 steps", report["prefill step"])
+    assert re.match(r"[\d.]+ ms median of 11 steps", report["decode step"])
+    # 8 layers of K and V; 2 sequences of 2 blocks of 16 tokens of 2 heads of 64.
+    assert report["cache"].startswith(f"{16 * 2 * 2 * 16 * 2 * 64 * ITEM_SIZE} bytes")
+    copied = report["cache bytes copied per step"]
+    assert re.match(r"0 \(.* 12 steps; .* of 3 programs\)", copied), copied
+    assert report["recompilations after warm-up"] == "0"
+    # 17 norms, and 8 layers that write the cache and attend to it.
+    calls = re.match(r"(\d+) to (\d+) a step", report["xla_ops custom calls"])
+    assert calls and int(calls[1]) == int(calls[2]) >= 17 + 8 + 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/folder"], "folder must hold config.json"),
+        (["--top-p", "0"], r"sampling: top_p must be in \(0, 1\], got 0.0"),
+        (["--max-new-tokens", "2000"], "max_new_tokens must be at most 1024 tokens"),
+        (["--prompt", "a", "--num-blocks", "1"], "must be at most 16 tokens"),
+    ],
+)
+def test_errors_come_before_compiling(arguments, message, monkeypatch, capsys):
+    """In this process: it has XLA running, and a process of its own takes long."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    monkeypatch.setenv("PJRT_DEVICE", os.environ.get("PJRT_DEVICE", "CPU"))
+    monkeypatch.syspath_prepend(str(GENERATE.parent))
+    from generate import main
+
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main(["--device", DEVICE, *arguments])
+    assert "compile" not in capsys.readouterr().err
+
+
+def test_tools_demo_checks_its_device():
+    done = run("bash", str(DEMO), "--device", "tpu")
+    assert done.returncode == 1
+    assert "--device must be cpu or gpu, got 'tpu'" in done.stderr
+    done = run("bash", str(DEMO), "--device=gpu", PATH="/usr/bin:/bin")
+    assert done.returncode == 1
+    assert "must find an NVIDIA driver" in done.stderr
+
+
+def test_tools_demo_help_needs_no_build():
+    done = run("bash", str(DEMO), "--help")
+    assert done.returncode == 0
+    assert "--max-new-tokens" in done.stdout
