@@ -263,9 +263,12 @@ def test_find_plugin_info():
 
 # In processes of their own: a handler is registered once a process.
 REGISTER = """
-import ctypes, json, sys
-from xla_ops import _runtime
-bridge, fake, ops = sys.argv[1:]
+import ctypes, importlib.util, json, sys
+bridge, fake, ops, path = sys.argv[1:]
+# The module alone: it needs nothing of the package, whose torch takes seconds.
+spec = importlib.util.spec_from_file_location("_runtime", path)
+_runtime = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_runtime)
 _runtime.load_library(ops)
 try:
     if fake: _runtime.open_plugin(bridge, fake)
@@ -287,26 +290,22 @@ print(json.dumps({"names": names, "again": again, "registered": _runtime.registe
 """
 
 
-def register(tmp_path, prefix="fake", **macros):
-    path = fakes.build("fake_pjrt_plugin", **macros) if macros is not None else ""
-    return run_register(tmp_path, prefix, path)
-
-
-def run_register(tmp_path, prefix, path):
+def register(tmp_path, plugin_path, ops=None):
+    """Registers fake CUDA handlers in a new process; returns what it printed."""
     bridge = fakes.copy(BRIDGE, tmp_path / "libxla_ops_pjrt.so")
-    ops = fakes.build("fake_ops", PREFIX=prefix, PLATFORM="CUDA", ARCHS="9.0")
+    ops = ops or fakes.build("fake_ops", PLATFORM="CUDA", ARCHS="9.0")
+    arguments = [bridge, plugin_path, ops, _runtime.__file__]
     done = subprocess.run(
-        [sys.executable, "-c", REGISTER, str(bridge), str(path), str(ops)],
+        [sys.executable, "-c", REGISTER, *map(str, arguments)],
         check=True,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PJRT_DEVICE": "CPU"},
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(("extension", "traits"), [(2, -1), (3, 1)])
 def test_register_gpu_registers_all_stages_once(tmp_path, extension, traits):
-    answer = register(tmp_path, EXTENSION=extension)
+    answer = register(tmp_path, fakes.build("fake_pjrt_plugin", EXTENSION=extension))
     assert "fake.shapes" in answer["names"]
     assert answer["again"] == []
     assert answer["registered"] == {"Host": [], "CUDA": answer["names"]}
@@ -317,33 +316,25 @@ def test_register_gpu_registers_all_stages_once(tmp_path, extension, traits):
 
 
 def test_register_gpu_without_the_extension(tmp_path):
-    answer = register(tmp_path, EXTENSION=0)
+    answer = register(tmp_path, fakes.build("fake_pjrt_plugin", EXTENSION=0))
     assert "fake.shapes cannot be registered" in answer["error"]
     assert "has no custom-call extension: install jax-cuda12-pjrt" in answer["error"]
 
 
 def test_register_gpu_without_a_plugin(tmp_path):
-    answer = run_register(tmp_path, "fake", "")
-    assert "no PJRT plugin is open" in answer["error"]
+    assert "no PJRT plugin is open" in register(tmp_path, "")["error"]
 
 
 def test_register_gpu_gives_the_plugins_reason(tmp_path):
-    source = fakes.build("fake_ops", PREFIX="fake", PLATFORM="CUDA", ARCHS="9.0")
-    # The fake refuses the target fake.refused: rename one of the same length.
-    data = source.read_bytes().replace(b"fake.threads\0", b"fake.refused\0")
-    assert data != source.read_bytes()
+    # The fake plugin refuses the target fake.refused: rename one as long.
+    data = fakes.build("fake_ops", PLATFORM="CUDA", ARCHS="9.0").read_bytes()
+    assert b"fake.threads\0" in data
     ops = tmp_path / "refused.so"
-    ops.write_bytes(data)
-    bridge = fakes.copy(BRIDGE, tmp_path / "libxla_ops_pjrt.so")
-    path = fakes.build("fake_pjrt_plugin")
-    done = subprocess.run(
-        [sys.executable, "-c", REGISTER, str(bridge), str(path), str(ops)],
-        check=True,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PJRT_DEVICE": "CPU"},
+    ops.write_bytes(data.replace(b"fake.threads\0", b"fake.refused\0"))
+    answer = register(tmp_path, fakes.build("fake_pjrt_plugin"), ops)
+    assert answer["error"] == (
+        "fake.refused cannot be registered: fake plugin: refused"
     )
-    error = json.loads(done.stdout.splitlines()[-1])["error"]
-    assert error == "fake.refused cannot be registered: fake plugin: refused"
 
 
 # ------------------------------------------------------------- client options
