@@ -21,7 +21,7 @@
 // different frames are independent. There is no global mutable state.
 // Data pointers are borrowed; dimensions, names and attributes are copied.
 //
-// Tested by core_test.cc.
+// Tested by call_frame_test.cc.
 
 #ifndef XLA_OPS_CC_CORE_CALL_FRAME_H_
 #define XLA_OPS_CC_CORE_CALL_FRAME_H_

@@ -7,7 +7,7 @@
 // begun: a handler runs on a thread of the same pool, so waiting for tasks
 // that may never start would deadlock. Bodies must not throw.
 //
-// Tested by core_test.cc.
+// Tested by parallel_test.cc.
 
 #ifndef XLA_OPS_CC_CORE_PARALLEL_H_
 #define XLA_OPS_CC_CORE_PARALLEL_H_

@@ -31,7 +31,7 @@
 //   results out             as query
 //           workspace       u8 [PagedAttentionWorkspaceBytes(...)], scratch
 //   attrs   scale f32; sliding_window i64 (0: none); soft_cap f32 (0: none);
-//           num_splits i64 >= 1; num_kv_heads, num_blocks, page_size,
+//           num_splits i64, 1 to 1024; num_kv_heads, num_blocks, page_size,
 //           block_stride, page_stride, head_stride, key_offset,
 //           value_offset i64; debug bool
 // num_splits: into how many pieces each sequence's KV tokens are cut, each
@@ -62,7 +62,7 @@ struct PagedAttentionParams {
   int64_t page_size;
   int64_t max_num_seqs;
   int64_t max_blocks;     // width of block_tables
-  int64_t num_splits;     // >= 1
+  int64_t num_splits;     // 1 to 1024
   // Elements from one (block, offset in page, head) to the next.
   int64_t block_stride;
   int64_t page_stride;
