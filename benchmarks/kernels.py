@@ -32,20 +32,19 @@ def random(shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape, BF16)
 
 
-def measure(run, state, calls, repeats=7):
-    """Seconds a call. `run` maps the state to a new one, donated."""
-    compiled = jax.jit(run, donate_argnums=0).lower(state).compile()
-    state = compiled(state)
-    jax.block_until_ready(state)
+def measure(run, state, operands, calls, repeats=7):
+    """Seconds a call. `run(state, operands)` gives a new state, in place."""
+    compiled = jax.jit(run, donate_argnums=0).lower(state, operands).compile()
+    state = jax.block_until_ready(compiled(state, operands))
     start = time.perf_counter()
-    state = jax.block_until_ready(compiled(state))
+    state = jax.block_until_ready(compiled(state, operands))
     # Enough runs in a row that dispatch hides behind the device.
     runs = max(1, int(0.02 / (time.perf_counter() - start)))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(runs):
-            state = compiled(state)
+            state = compiled(state, operands)
         jax.block_until_ready(state)
         times.append((time.perf_counter() - start) / runs / calls)
     return statistics.median(times)
@@ -54,9 +53,9 @@ def measure(run, state, calls, repeats=7):
 def chained(call, calls):
     """`calls` dependent calls that XLA may not fuse with one another."""
 
-    def run(x):
+    def run(x, operands):
         for _ in range(calls):
-            x = jax.lax.optimization_barrier(call(x))
+            x = jax.lax.optimization_barrier(call(x, *operands))
         return x
 
     return run
@@ -64,7 +63,7 @@ def chained(call, calls):
 
 def bench_copy():
     x = random((1 << 28,))
-    seconds = measure(chained(jnp.negative, 8), x, 8)
+    seconds = measure(chained(jnp.negative, 8), x, (), 8)
     return {"name": "copy 512 MiB", "us": seconds * 1e6, "GB/s": 4 * x.size / seconds}
 
 
@@ -80,16 +79,17 @@ def bench_rms_norm(tokens, hidden):
     calls = 8 if x.size > 1 << 24 else 100
     moved = 4 * x.size
     result = {"name": f"rms_norm {tokens}x{hidden}"}
-    seconds = measure(chained(lambda x: jax_ops.rms_norm(x, weight), calls), x, calls)
+    seconds = measure(chained(jax_ops.rms_norm, calls), x, (weight,), calls)
     result |= {"us": seconds * 1e6, "GB/s": moved / seconds}
     x = random((tokens, hidden))
-    seconds = measure(chained(lambda x: xla_rms_norm(x, weight), calls), x, calls)
+    seconds = measure(chained(xla_rms_norm, calls), x, (weight,), calls)
     return result | {"xla_us": seconds * 1e6}
 
 
 def bench_reshape(tokens, kv_cache_dtype):
     heads, head_dim, page = 8, 128, 16
-    layers = 8 if tokens > 1000 else 32
+    # Few tokens: calls in a chain on one cache, which the L2 cache holds.
+    layers, calls = (8, 8) if tokens > 1000 else (1, 100)
     blocks = tokens // page + 8
     shape, attributes = jax_ops.geometry("NHD", blocks, page, heads, head_dim)
     fp8 = kv_cache_dtype != "auto"
@@ -100,21 +100,24 @@ def bench_reshape(tokens, kv_cache_dtype):
     slots = jnp.asarray(order[:tokens])
     scales = (jnp.ones(1, jnp.float32),) * 2
 
-    def run(caches):
-        return [
-            jax_ops.reshape_and_cache_flash(
-                rows[2 * i],
-                rows[2 * i + 1],
-                cache,
-                slots,
-                scales,
-                attributes,
-                kv_cache_dtype,
+    def run(caches, operands):
+        rows, slots, scales = operands
+        for i in range(calls):
+            layer = i % layers
+            caches[layer] = list(
+                jax_ops.reshape_and_cache_flash(
+                    rows[2 * layer],
+                    rows[2 * layer + 1],
+                    caches[layer],
+                    slots,
+                    scales,
+                    attributes,
+                    kv_cache_dtype,
+                )
             )
-            for i, cache in enumerate(caches)
-        ]
+        return caches
 
-    seconds = measure(run, caches, layers)
+    seconds = measure(run, caches, (rows, slots, scales), calls)
     moved = 2 * tokens * heads * head_dim * (3 if fp8 else 4)
     name = f"reshape_and_cache_flash {tokens}x{heads}x{head_dim} {kv_cache_dtype}"
     return {"name": name, "us": seconds * 1e6, "GB/s": moved / seconds}
@@ -133,15 +136,13 @@ def bench_attention(seqs, query_len, context, heads, kv_heads, head_dim, splits)
     starts = jnp.arange(seqs + 1, dtype=jnp.int32) * query_len
     count = jnp.full(1, seqs, jnp.int32)
 
-    def run(x):
+    def run(x, operands):
+        caches, integers = operands
         for cache in caches:
             x = jax_ops.paged_attention(
                 x,
                 cache,
-                lens,
-                tables,
-                starts,
-                count,
+                *integers,
                 num_kv_heads=kv_heads,
                 attributes=attributes,
                 scale=head_dim**-0.5,
@@ -150,7 +151,8 @@ def bench_attention(seqs, query_len, context, heads, kv_heads, head_dim, splits)
         return x
 
     x = random((seqs * query_len, heads, head_dim))
-    seconds = measure(run, x, layers)
+    operands = (caches, (lens, tables, starts, count))
+    seconds = measure(run, x, operands, layers)
     what = "decode" if query_len == 1 else "prefill"
     name = f"paged_attention {what} {seqs}x{context}, {heads}/{kv_heads}x{head_dim}"
     result = {"name": f"{name}, {splits} splits", "us": seconds * 1e6}
@@ -185,11 +187,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lib-dir", required=True)
     parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--only", default="", help="such as bench_attention(64,")
     options = parser.parse_args()
     jax_ops.register(options.lib_dir)
     device = jax.devices()[0]
     results = {"device": device.device_kind, "jax": jax.__version__, "rows": []}
     for bench, arguments in benchmarks():
+        if options.only not in f"{bench.__name__}{arguments}":
+            continue
         row = bench(*arguments)
         results["rows"].append(row)
         rate = ""

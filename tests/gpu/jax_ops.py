@@ -37,6 +37,7 @@ def register(lib_dir, platform="cuda"):
     Returns:
         The architectures that each CUDA library was built for, by op.
     """
+    names = {"cuda": "CUDA", "cpu": "cpu"}  # as JAX spells them
     archs = {}
     for op in OPS:
         path = pathlib.Path(lib_dir) / f"libxla_ops_{op}_{platform}.so"
@@ -52,7 +53,7 @@ def register(lib_dir, platform="cuda"):
                 if getattr(handler, stage)
             }
             jax.ffi.register_ffi_target(
-                handler.target.decode(), bundle, platform=platform.replace("cuda", "CUDA")
+                handler.target.decode(), bundle, platform=names[platform]
             )
         if platform == "cuda":
             library.xla_ops_cuda_archs.restype = ctypes.c_char_p
@@ -73,23 +74,27 @@ def geometry(layout, num_blocks, page_size, num_heads, head_dim):
     """Shape of the buffer and the attributes that find the two caches in it.
 
     Args:
-        layout: `NHD`, `HND`, `stacked` ([2, ...], NHD) or `interleaved`
-            ([num_blocks, 2, ...], NHD).
+        layout: `NHD`, `HND`, `stacked` ([2, ...], NHD), `interleaved`
+            ([num_blocks, 2, ...], NHD) or `odd` (NHD caches inside one flat
+            buffer, at offsets that are not aligned).
     """
     page = page_size * num_heads * head_dim
     shape = (num_blocks, page_size, num_heads, head_dim)
     strides = (page, num_heads * head_dim, head_dim)
-    offset = 0
+    key_offset, value_offset = 0, 0
     if layout == "HND":
         shape = (num_blocks, num_heads, page_size, head_dim)
         strides = (page, head_dim, page_size * head_dim)
     elif layout == "stacked":
         shape = (2, *shape)
-        offset = num_blocks * page
+        value_offset = num_blocks * page
     elif layout == "interleaved":
         shape = (num_blocks, 2, page_size, num_heads, head_dim)
         strides = (2 * page, *strides[1:])
-        offset = page
+        value_offset = page
+    elif layout == "odd":
+        shape = (2 * num_blocks * page + 8,)
+        key_offset, value_offset = 3, num_blocks * page + 8
     elif layout != "NHD":
         raise ValueError(f"layout must be a known one, got {layout}")
     attributes = _integers(
@@ -98,18 +103,22 @@ def geometry(layout, num_blocks, page_size, num_heads, head_dim):
         block_stride=strides[0],
         page_stride=strides[1],
         head_stride=strides[2],
-        key_offset=0,
-        value_offset=offset,
+        key_offset=key_offset,
+        value_offset=value_offset,
     )
     return shape, attributes
 
 
-def logical_caches(buffers, layout):
-    """numpy views [num_blocks, page_size, num_heads, head_dim] of K and V."""
+def logical_caches(buffers, layout, shape):
+    """numpy views of K and V of shape [num_blocks, page_size, num_heads, head_dim]."""
     if layout == "stacked":
         return buffers[0][0], buffers[0][1]
     if layout == "interleaved":
         return buffers[0][:, 0], buffers[0][:, 1]
+    if layout == "odd":
+        size = int(np.prod(shape))
+        starts = 3, size + 8
+        return tuple(buffers[0][i : i + size].reshape(shape) for i in starts)
     if layout == "HND":
         return tuple(np.swapaxes(b, 1, 2) for b in buffers)
     return tuple(buffers)

@@ -51,10 +51,14 @@ struct MmaShape {
           ? kQueryBytes + 2 * kTileBytes
           : kMergeBytes;
   // Query fragments stay in registers where they leave room for the
-  // accumulator, else they are read again for every tile.
-  static constexpr bool kQueryInRegisters = kHeadDim <= 128;
-  // Blocks a multiprocessor should hold, which bounds registers.
-  static constexpr int kMinBlocks = kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
+  // accumulator and matter to speed, else they are read for every tile;
+  // decode waits for memory, and gains from more blocks.
+  static constexpr bool kQueryInRegisters = kHeadDim <= 128 && kWarpsM > 1;
+  // Blocks that a multiprocessor should hold, which bounds registers; the
+  // numbers are the largest that do not spill inside the loop.
+  static constexpr int kMinBlocks =
+      kWarpsM > 1 ? (kHeadDim <= 64 ? 3 : kHeadDim <= 128 ? 2 : 1)
+                  : (kHeadDim <= 64 ? 5 : kHeadDim <= 128 ? 4 : 2);
 };
 
 #if XLA_OPS_HAS_MMA
@@ -273,15 +277,15 @@ __device__ __forceinline__ void StorePair(const PagedAttentionArgs& args,
 // Each warp holds complete rows: write them from registers.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void StoreRows(
-    const PagedAttentionArgs& args, const QueryTile& tile, const RowMap& rows,
-    int first_row, int kv_head, int64_t split_start,
+    const PagedAttentionArgs& args, const QueryTile& tile, int first_row,
+    int kv_head, int64_t split_start,
     const MmaAccumulator<kHeadDim>& acc) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first_row + lane / 4 + 8 * i;
-    if (tile.first_row + row >= tile.num_rows) continue;
-    const int64_t out_row = rows.OutRow(args, tile, kv_head, row);
+    if (row >= tile.num_rows) continue;
+    const int64_t out_row = tile.OutRow(args, kv_head, row);
     const int64_t partial_row = split_start + out_row;
     if (args.partial_out != nullptr && lane % 4 == 0) {
       args.partial_max[partial_row] = acc.max[i];
@@ -300,9 +304,8 @@ __device__ __forceinline__ void StoreRows(
 // one maximum, add them up through shared memory, and write.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void MergeAndStoreRows(
-    const PagedAttentionArgs& args, const QueryTile& tile, const RowMap& rows,
-    int kv_head, int64_t split_start, float* shared,
-    MmaAccumulator<kHeadDim>& acc) {
+    const PagedAttentionArgs& args, const QueryTile& tile, int kv_head,
+    int64_t split_start, float* shared, MmaAccumulator<kHeadDim>& acc) {
   using Shape = MmaShape<kHeadDim, 1>;
   constexpr int kStride = Shape::kMergeStride;
   __shared__ float warp_max[Shape::kWarps][16];
@@ -336,7 +339,7 @@ __device__ __forceinline__ void MergeAndStoreRows(
   }
   __syncthreads();
   for (int row = warp; row < 16; row += Shape::kWarps) {
-    if (tile.first_row + row >= tile.num_rows) break;
+    if (row >= tile.num_rows) break;
     float max = warp_max[0][row];
 #pragma unroll
     for (int w = 1; w < Shape::kWarps; ++w) {
@@ -347,7 +350,7 @@ __device__ __forceinline__ void MergeAndStoreRows(
     for (int w = 0; w < Shape::kWarps; ++w) {
       sum += warp_sum[w][row] * Exp2(warp_max[w][row] - FiniteMax(max));
     }
-    const int64_t out_row = rows.OutRow(args, tile, kv_head, row);
+    const int64_t out_row = tile.OutRow(args, kv_head, row);
     const int64_t partial_row = split_start + out_row;
     if (args.partial_out != nullptr && lane == 0) {
       args.partial_max[partial_row] = max;
@@ -399,16 +402,11 @@ __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
   const uint32_t query_tile = SharedAddress(shared);
   const uint32_t key_tile = query_tile + Shape::kQueryBytes;
   const uint32_t value_tile = key_tile + Shape::kTileBytes;
-  const RowMap rows(args, tile);
 
-  // KV positions: of row r of the tile, rows.Token(r) + shift.
   const int context = ContextLength(args, tile.seq);
-  const int64_t shift = context - tile.num_tokens;
-  const int64_t last_row =
-      min(int64_t{Shape::kTileRows}, tile.num_rows - tile.first_row) - 1;
-  const TokenRange visible = VisibleTokens(
-      args, context, rows.Token(args, 0) + shift,
-      rows.Token(args, static_cast<int>(last_row)) + shift);
+  const TokenRange visible =
+      VisibleTokens(args, context, tile.Position(args, context, 0),
+                    tile.Position(args, context, tile.num_rows - 1));
   const int first_tile = visible.begin / kTileTokens;
   const int end_tile =
       visible.begin < visible.end
@@ -425,9 +423,9 @@ __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
        i += Shape::kThreads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
-    const bool valid = row <= last_row && chunk * kChunk < args.head_dim;
+    const bool valid = row < tile.num_rows && chunk * kChunk < args.head_dim;
     const T* source =
-        valid ? query + rows.OutRow(args, tile, kv_head, row) * args.head_dim +
+        valid ? query + tile.OutRow(args, kv_head, row) * args.head_dim +
                     chunk * kChunk
               : query;
     CopyAsync(TileAddress<kHeadDim>(query_tile, row, chunk), source, valid);
@@ -479,10 +477,11 @@ __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
   }
 
   // A warp all of whose rows lie past the end still loads for the others.
-  const bool active = warp_row <= last_row;
+  const bool active = warp_row < tile.num_rows;
   const int position[2] = {
-      static_cast<int>(rows.Token(args, warp_row + lane / 4) + shift),
-      static_cast<int>(rows.Token(args, warp_row + lane / 4 + 8) + shift)};
+      static_cast<int>(tile.Position(args, context, warp_row + lane / 4)),
+      static_cast<int>(
+          tile.Position(args, context, warp_row + lane / 4 + 8))};
   // Of the warp's first and last row, for tiles that need no mask.
   const int first_position = __shfl_sync(kFullWarp, position[0], 0);
   const int last_position = __shfl_sync(kFullWarp, position[1], 31);
@@ -532,10 +531,9 @@ __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
     acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 2);
   }
   if constexpr (kWarpsM > 1) {
-    StoreRows<T, kHeadDim>(args, tile, rows, warp_row, kv_head, split_start,
-                           acc);
+    StoreRows<T, kHeadDim>(args, tile, warp_row, kv_head, split_start, acc);
   } else {
-    MergeAndStoreRows<T, kHeadDim>(args, tile, rows, kv_head, split_start,
+    MergeAndStoreRows<T, kHeadDim>(args, tile, kv_head, split_start,
                                    reinterpret_cast<float*>(shared), acc);
   }
 #endif  // XLA_OPS_HAS_MMA

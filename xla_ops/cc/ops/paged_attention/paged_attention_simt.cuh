@@ -48,7 +48,7 @@ __device__ __forceinline__ void LoadFloats(const T* source, float* target) {
 // Grid: x query tiles, y KV heads, z splits. kHeadDim is the padded
 // head_dim, 64, 128 or 256.
 template <typename T, int kHeadDim, bool kAligned>
-__global__ void __launch_bounds__(SimtShape::kThreads)
+__global__ void __launch_bounds__(SimtShape::kThreads, 2)
     PagedAttentionSimtKernel(const __grid_constant__ PagedAttentionArgs args) {
   constexpr int kLanes = SimtShape::kLanes;
   constexpr int kTokens = SimtShape::kTokens;
@@ -62,13 +62,12 @@ __global__ void __launch_bounds__(SimtShape::kThreads)
     return;
   }
   const int row = threadIdx.x / 32;
-  if (tile.first_row + row >= tile.num_rows) return;
+  if (row >= tile.num_rows) return;
   const int kv_head = blockIdx.y;
   const int lane = threadIdx.x % 32;
   const int piece = lane % kLanes;
   const int subwarp = lane / kLanes;
-  const RowMap rows(args, tile);
-  const int64_t out_row = rows.OutRow(args, tile, kv_head, row);
+  const int64_t out_row = tile.OutRow(args, kv_head, row);
 
   float query[kElements];
   float acc[kElements];
@@ -85,8 +84,7 @@ __global__ void __launch_bounds__(SimtShape::kThreads)
   }
 
   const int context = ContextLength(args, tile.seq);
-  const int64_t position =
-      rows.Token(args, row) + context - tile.num_tokens;
+  const int64_t position = tile.Position(args, context, row);
   const TokenRange visible =
       VisibleTokens(args, context, position, position);
   const TokenRange split = SplitRange(visible.end - visible.begin,

@@ -63,40 +63,59 @@ struct PagedAttentionArgs {
 
 // A block's tile.
 struct QueryTile {
-  int seq;              // -1: its rows belong to no sequence
-  int64_t first_token;  // of the segment, in the query tensor
-  int64_t num_tokens;   // of the segment
-  int64_t num_rows;     // packed rows of the segment
-  int64_t first_row;    // of the tile, in the segment; may be >= num_rows
+  int64_t token;        // of the first row, in the query tensor
+  int64_t tokens_left;  // from that one to the segment's end
+  int seq;              // -1: the rows belong to no sequence
+  int num_rows;         // of the tile; 0 if it lies past the segment's end
+  int head;             // of the first row, in the group
+
+  // Tokens from the first row's to that of packed row `row`.
+  __device__ __forceinline__ int TokenStep(const PagedAttentionArgs& args,
+                                           int row) const {
+    return args.group.Divide(head + row);
+  }
+
+  // Row of [num_tokens, num_heads] of packed row `row`.
+  __device__ __forceinline__ int64_t OutRow(const PagedAttentionArgs& args,
+                                            int kv_head, int row) const {
+    const int step = TokenStep(args, row);
+    const int row_head = head + row - step * args.group.value();
+    return (token + step) * args.num_heads + kv_head * args.group.value() +
+           row_head;
+  }
+
+  // KV position of packed row `row`: the last token of the segment is the
+  // last of its context.
+  __device__ __forceinline__ int64_t Position(const PagedAttentionArgs& args,
+                                              int context, int row) const {
+    return context - tokens_left + TokenStep(args, row);
+  }
 };
 
 struct TileSearch {
   int64_t warp_end[32];
   int64_t carry;
-  int64_t first_token;
-  int64_t end_token;
-  int64_t first_tile;
-  int segment;
+  QueryTile tile;
+  bool found;
 };
 
-// Finds the segment that tile `tile_index` belongs to; false if none does.
-// All threads of the block must call. The start of a segment is the running
-// maximum of query_start_loc clamped to [0, num_tokens], as the contract
-// defines it for values in any order, so this is a scan by the whole block
-// and not a binary search; for up to blockDim.x - 2 sequences it costs one
-// load a thread.
+// Finds tile `tile_index`; false if it has no rows. All threads of the block
+// must call. The start of a segment is the running maximum of
+// query_start_loc clamped to [0, num_tokens], as the contract defines it for
+// values in any order, so this is a scan by the whole block and not a binary
+// search; for up to blockDim.x - 2 sequences it costs one load a thread.
 __device__ inline bool FindQueryTile(const PagedAttentionArgs& args,
                                      int tile_rows, int64_t tile_index,
                                      TileSearch& shared, QueryTile* tile) {
   const int thread = threadIdx.x;
   const int lane = thread % 32;
   const int warp = thread / 32;
-  const int num_warps = blockDim.x / 32;
   const int group = args.group.value();
   const int num_seqs = min(max(*args.num_seqs, 0), args.max_num_seqs);
   if (thread == 0) {
     shared.carry = 0;
-    shared.segment = -1;
+    shared.found = false;
+    shared.tile.num_rows = 0;
   }
   __syncthreads();
   for (int base = 0; base < num_seqs + 2; base += blockDim.x) {
@@ -123,52 +142,25 @@ __device__ inline bool FindQueryTile(const PagedAttentionArgs& args,
     const int64_t end_tile = end * group / tile_rows + segment + 1;
     if (segment < num_seqs + 2 && first_tile <= tile_index &&
         tile_index < end_tile) {
-      shared.segment = segment;
-      shared.first_token = start;
-      shared.end_token = end;
-      shared.first_tile = first_tile;
+      const int64_t row = (tile_index - first_tile) * tile_rows;
+      const int64_t rows = (end - start) * group;
+      QueryTile& found = shared.tile;
+      found.token = start + row / group;
+      found.tokens_left = end - found.token;
+      found.seq = segment >= 1 && segment <= num_seqs ? segment - 1 : -1;
+      found.num_rows = static_cast<int>(
+          max(int64_t{0}, min(rows - row, int64_t{tile_rows})));
+      found.head = static_cast<int>(row % group);
+      shared.found = true;
     }
     __syncthreads();
-    if (shared.segment >= 0) break;
-    if (warp == num_warps - 1 && lane == 31) shared.carry = end;
+    if (shared.found) break;
+    if (thread == blockDim.x - 1) shared.carry = end;
     __syncthreads();
   }
-  const int segment = shared.segment;
-  if (segment < 0) return false;
-  tile->seq = segment >= 1 && segment <= num_seqs ? segment - 1 : -1;
-  tile->first_token = shared.first_token;
-  tile->num_tokens = shared.end_token - shared.first_token;
-  tile->num_rows = tile->num_tokens * group;
-  tile->first_row = (tile_index - shared.first_tile) * tile_rows;
-  return tile->first_row < tile->num_rows;
+  *tile = shared.tile;
+  return tile->num_rows > 0;
 }
-
-// Splits packed rows of a tile into token and head. Rows are counted from
-// the tile's first, so that the division per row is a 32-bit one.
-struct RowMap {
-  int64_t base_token;  // in the segment
-  int base_head;       // in the group
-
-  __device__ RowMap(const PagedAttentionArgs& args, const QueryTile& tile)
-      : base_token(tile.first_row / args.group.value()),
-        base_head(static_cast<int>(tile.first_row % args.group.value())) {}
-
-  // Token in the segment.
-  __device__ __forceinline__ int64_t Token(const PagedAttentionArgs& args,
-                                           int row) const {
-    return base_token + args.group.Divide(base_head + row);
-  }
-
-  // Row of [num_tokens, num_heads] of packed row `row` of the tile.
-  __device__ __forceinline__ int64_t OutRow(const PagedAttentionArgs& args,
-                                            const QueryTile& tile,
-                                            int kv_head, int row) const {
-    const int token = args.group.Divide(base_head + row);
-    const int head = base_head + row - token * args.group.value();
-    return (tile.first_token + base_token + token) * args.num_heads +
-           int64_t{kv_head} * args.group.value() + head;
-  }
-};
 
 // KV tokens [begin, end).
 struct TokenRange {
