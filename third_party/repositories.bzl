@@ -8,12 +8,14 @@ hashes in requirements.lock; each installs one section of that file:
     @xla_ops_env      virtual environment in which Python tests and tools run
     @xla_ops_ffi      headers of XLA's foreign function interface
     @pybind11         headers of pybind11
-    @cuda13, @cuda12  CUDA compilers, headers and static runtimes
+    @cuda13           nvcc with CUDA's headers and static runtime
+    @cuda12           clang with those of CUDA 12, for compute capability 7.0
     @cutlass          headers of CUTLASS and CuTe
 
 Nothing is fetched before a target needs it: CPU-only builds fetch no CUDA.
 """
 
+load("//third_party/cuda:clang.bzl", "clang_cuda")
 load("//third_party/pip:environment.bzl", "pip_environment")
 load("//third_party/pip:pins.bzl", "pip_pins")
 load("//third_party/pip:wheels.bzl", "pip_wheels")
@@ -51,6 +53,11 @@ def xla_ops_repositories():
         executable = ["cu13/bin", "cu13/nvvm/bin"],
         keep = ["nvidia/cu13"],
         requirements = "@xla_ops_pins//:cuda13.txt",
+    )
+    clang_cuda(
+        name = "cuda12",
+        build_file = "//third_party:cuda12.BUILD",
+        requirements = "@xla_ops_pins//:cuda12.txt",
     )
     pip_wheels(
         name = "cutlass",

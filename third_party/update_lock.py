@@ -5,8 +5,7 @@ Run it with `uv` on PATH (`pip install uv`):
 
     python3 third_party/update_lock.py [--upgrade]
 
-Sections are resolved in their order and each is a constraint on the next, so
-no package stands in the lock with two versions for one interpreter. Without
+Each section is installed on its own, so each is resolved on its own. Without
 --upgrade, versions that the present lock holds and that still fit are kept.
 """
 
@@ -61,8 +60,6 @@ def main() -> int:
     out = HEADER
     with tempfile.TemporaryDirectory() as tmp_name:
         tmp = pathlib.Path(tmp_name)
-        constraints = tmp / "constraints.txt"
-        constraints.write_text("")
         for name, options, requirements in sections(
             (HERE / "requirements.in").read_text()
         ):
@@ -73,22 +70,13 @@ def main() -> int:
             if not any(o.startswith("--python-version") for o in options):
                 command.append("--python-version=3.10")
             command += ["--generate-hashes", "--only-binary=:all:", "--no-header"]
-            command += ["--no-emit-index-url", f"--constraint={constraints}"]
-            command += [*options, source.name, f"--output-file={target.name}"]
+            command += ["--no-emit-index-url", *options]
+            command += [source.name, f"--output-file={target.name}"]
             subprocess.run(command, check=True, cwd=tmp)
             text = target.read_text()
-            # The comments name temporary files and constraints: noise.
+            # The comments name temporary files: noise.
             text = re.sub(r"^    #.*\n", "", text, flags=re.MULTILINE)
             out += f"\n# [{name}]\n{text}"
-            with constraints.open("a") as stream:
-                stream.write(
-                    "\n".join(
-                        line.removesuffix("\\").strip()
-                        for line in text.splitlines()
-                        if line and not line.startswith((" ", "#"))
-                    )
-                    + "\n"
-                )
     lock_path.write_text(out)
     return 0
 

@@ -9,12 +9,11 @@ CUDA_ONLY = select({
     "//conditions:default": [],
 })
 
+_COMMON_OPTIONS = ["-c", "-std=c++17", "-O3"]
+
 _NVCC_OPTIONS = [
     "-x",
     "cu",
-    "-c",
-    "-std=c++17",
-    "-O3",
     # constexpr functions of the standard library in device code.
     "--expt-relaxed-constexpr",
     # Every warning is an error, the device compilers' and the host's.
@@ -24,11 +23,41 @@ _NVCC_OPTIONS = [
     "--threads=2",
 ]
 
-def _gencode(arch):
-    code = "sm_" + arch.sm
-    if arch.ptx:
-        code = "[%s,compute_%s]" % (code, arch.sm)
-    return "-gencode=arch=compute_%s,code=%s" % (arch.sm, code)
+_CLANG_OPTIONS = [
+    "-x",
+    "cuda",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    # clang's own view of CUDA 12.9, and what it alone warns of: nvcc is the
+    # compiler that keeps the sources free of warnings.
+    "-Wno-unknown-cuda-version",
+    "-Wno-unknown-attributes",
+    "-Wno-sign-compare",
+    "-Wno-unused-parameter",
+    "--no-cuda-include-ptx=all",
+]
+
+def _nvcc_options(archs, host_compiler):
+    options = _NVCC_OPTIONS + ["-ccbin", host_compiler]
+    for arch in archs:
+        code = "sm_" + arch.sm
+        if arch.ptx:
+            code = "[%s,compute_%s]" % (code, arch.sm)
+        options.append("-gencode=arch=compute_%s,code=%s" % (arch.sm, code))
+    return options
+
+def _clang_options(archs, compiler):
+    # Beside bin/clang++: see clang.bzl.
+    root = compiler.dirname[:-len("bin")] + "cu12"
+    options = _CLANG_OPTIONS + ["--cuda-path=" + root]
+    for arch in archs:
+        options.append("--cuda-gpu-arch=sm_" + arch.sm)
+        if arch.ptx:
+            options.append("--cuda-include-ptx=sm_" + arch.sm)
+    return options
 
 def _include_options(context):
     options = []
@@ -60,16 +89,20 @@ def _cuda_objects_impl(ctx):
             source.basename[:-len(".cu.cc")],
         ))
         arguments = ctx.actions.args()
-        arguments.add_all(_NVCC_OPTIONS)
-        arguments.add("-ccbin", cc_toolchain.compiler_executable)
-        arguments.add_all(archs, map_each = _gencode)
+        arguments.add_all(_COMMON_OPTIONS)
+        if ctx.file._compiler.basename == "nvcc":
+            arguments.add_all(
+                _nvcc_options(archs, cc_toolchain.compiler_executable),
+            )
+        else:
+            arguments.add_all(_clang_options(archs, ctx.file._compiler))
         arguments.add_all(["-D" + d for d in context.defines.to_list()])
         arguments.add_all(_include_options(context))
         arguments.add_all(ctx.attr.copts)
         arguments.add(source)
         arguments.add("-o", output)
         ctx.actions.run(
-            executable = ctx.file._nvcc,
+            executable = ctx.file._compiler,
             arguments = [arguments],
             inputs = depset(
                 [source] + ctx.files.hdrs,
@@ -117,10 +150,12 @@ cuda_objects = rule(
         "_cc_toolchain": attr.label(
             default = "@bazel_tools//tools/cpp:current_cc_toolchain",
         ),
-        "_compiler_files": attr.label(default = "@cuda13//:compiler_files"),
-        "_nvcc": attr.label(
+        "_compiler": attr.label(
             allow_single_file = True,
-            default = "@cuda13//:nvcc",
+            default = "//third_party/cuda:compiler",
+        ),
+        "_compiler_files": attr.label(
+            default = "//third_party/cuda:compiler_files",
         ),
     },
     doc = "Compiles each .cu.cc into an object, for the `srcs` of a " +

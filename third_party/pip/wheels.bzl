@@ -5,7 +5,7 @@ load("//third_party/pip:pip.bzl", "pip_python", "run_pip_install")
 # One fixed target instead of the interpreter that happens to run pip: the
 # repository's content depends on the lock file alone. pip does not expand a
 # platform to the older ones that it includes, hence the list.
-_TARGET = [
+WHEEL_TARGET = [
     "--implementation=cp",
     "--python-version=3.11",
     "--platform=manylinux_2_28_x86_64",
@@ -24,7 +24,7 @@ def _pip_wheels_impl(ctx):
         ctx,
         pip_python(ctx),
         ctx.path(ctx.attr.requirements),
-        _TARGET + ["--no-compile", "--target", str(ctx.path("wheels"))],
+        WHEEL_TARGET + ["--no-compile", "--target", str(ctx.path("wheels"))],
     )
     for folder in ctx.attr.keep:
         target = folder.split("/")[-1]
