@@ -213,6 +213,26 @@ def test_answer_of_the_call_is_judged(tmp_path, monkeypatch, changes, status, te
     assert text in check.text
 
 
+@pytest.mark.parametrize(
+    ("device", "status", "verdict"),
+    [
+        ("gpu", "FAIL", "Not healthy"),
+        ("cpu", "FAIL", "Not healthy"),
+        ("TPU", "note", "Healthy, but on TPU the ops run their references."),
+    ],
+)
+def test_device_names_that_xla_ops_does_not_serve(machine, device, status, verdict):
+    report, _, _ = machine(device)
+    (check,) = [c for c in report.checks if c.name == "PJRT_DEVICE"]
+    assert check.status == status
+    assert check.fix == (f"PJRT_DEVICE={device.upper()}" if status == "FAIL" else "")
+    assert verdict in doctor.render(report)
+
+
+def test_an_empty_device_is_the_cpu(machine):
+    assert machine("")[0].requested == "CPU"
+
+
 def test_wrong_torch_xla_is_not_healthy(monkeypatch):
     real = doctor._version
     monkeypatch.setattr(

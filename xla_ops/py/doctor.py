@@ -102,15 +102,15 @@ class Report:
 def diagnose(environ: dict[str, str] | None = None) -> Report:
     """Runs all checks for the device that PJRT_DEVICE in `environ` asks for."""
     environ = dict(os.environ if environ is None else environ)
-    asked = environ.get("PJRT_DEVICE", "CPU").upper()
-    report = Report("GPU" if asked in ("GPU", "CUDA") else asked)
-    if report.requested not in ("CPU", "GPU"):
-        report.add(
-            "Versions",
-            "PJRT_DEVICE",
-            NOTE,
-            f"{asked}: ops run their references there; handlers are for CPU and GPU",
-        )
+    asked = environ.get("PJRT_DEVICE") or "CPU"
+    report = Report("GPU" if asked.upper() in ("GPU", "CUDA") else asked.upper())
+    if asked != asked.upper():
+        text = f"{asked!r}: torch_xla knows names in capitals alone"
+        fix = f"PJRT_DEVICE={asked.upper()}"
+        report.add("Versions", "PJRT_DEVICE", FAIL, text, fix)
+    elif report.requested not in ("CPU", "GPU"):
+        text = f"{asked}: ops run their references there; handlers are for CPU and GPU"
+        report.add("Versions", "PJRT_DEVICE", NOTE, text)
     # XLA's remarks at loading a plugin are not for a report.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     _check_versions(report)
@@ -432,6 +432,8 @@ def _verdict(report: Report) -> str:
         return f"Not healthy: {count} to mend, marked {FAIL}."
     if report.requested == "GPU":
         return "Healthy: the ops run on the GPU."
+    if report.requested != "CPU":
+        return f"Healthy, but on {report.requested} the ops run their references."
     gpu = report.facts.get("calls", {}).get("GPU", {})
     if gpu.get("custom_call"):
         return "Healthy: the ops run on the CPU, and on the GPU with PJRT_DEVICE=GPU."
