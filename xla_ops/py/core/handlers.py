@@ -12,7 +12,7 @@ import pathlib
 import threading
 import warnings
 
-from .. import _runtime
+from .. import _runtime, plugin
 
 HOST = "Host"
 CUDA = "CUDA"
@@ -22,16 +22,6 @@ _SUFFIX = {HOST: "cpu", CUDA: "cuda"}
 _lock = threading.Lock()
 _unavailable: dict[str, str] = {}
 _told: set[str] = set()
-
-
-def library_dir() -> pathlib.Path:
-    """Returns the folder of the op libraries and the PJRT bridge."""
-    return _LIB
-
-
-def bridge_path() -> pathlib.Path:
-    """Returns the path of the PJRT plugin that wraps JAX's CUDA plugin."""
-    return _LIB / "libxla_ops_pjrt.so"
 
 
 @functools.cache
@@ -82,7 +72,7 @@ def registered_targets(platform: str) -> frozenset[str]:
 
                 _runtime.register_cpu(_XLAC.__file__)
             else:
-                _runtime.register_gpu(str(bridge_path()))
+                _runtime.register_gpu(plugin.bridge_path())
     except (OSError, RuntimeError) as error:
         _unavailable[platform] = str(error)
         return frozenset()
