@@ -26,6 +26,9 @@ class CustomCall:
         aliases: result index -> index of the operand that it updates.
         nothing_to_do: the call would leave its aliased results as they are (no
             token to write, say), so it need not run.
+        may_overwrite: result index -> index of an operand in whose buffer the handler
+            may also be asked to put the result: it reads each element before it
+            writes it. XLA never asks; mutable fronts of CPU and CUDA tensors do.
     """
 
     target: str
@@ -34,6 +37,7 @@ class CustomCall:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     aliases: Mapping[int, int] = field(default_factory=dict)
     nothing_to_do: bool = False
+    may_overwrite: Mapping[int, int] = field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -65,18 +69,28 @@ def call_in_graph(call: CustomCall) -> list[torch.Tensor]:
     )
 
 
-def call_directly(call: CustomCall) -> list[torch.Tensor]:
+def call_directly(
+    call: CustomCall, into: Mapping[int, torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """Runs the handler now, on CPU tensors or, on torch's stream, CUDA tensors.
 
-    An aliased result is the operand itself, updated in place.
+    Args:
+        into: result index -> contiguous tensor of its dtype and number of elements
+            that takes the result; other results get new tensors.
+
+    Returns:
+        The results. An aliased one is the operand itself, updated in place.
     """
     device = call.operands[0].device
-    results = [
-        call.operands[call.aliases[i]]
-        if i in call.aliases
-        else torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        for i, spec in enumerate(call.results)
-    ]
+    into = into or {}
+    results = []
+    for i, spec in enumerate(call.results):
+        if i in call.aliases:
+            results.append(call.operands[call.aliases[i]])
+        elif i in into:
+            results.append(into[i])
+        else:
+            results.append(torch.empty(spec.shape, dtype=spec.dtype, device=device))
     if device.type == "cuda":
         platform = handlers.CUDA
         handlers.load(platform)
@@ -94,11 +108,11 @@ def _run(call: CustomCall, platform: str, stream: int, results) -> None:
         call.target,
         platform,
         stream,
-        [_buffer(t) for t in call.operands],
-        [_buffer(t) for t in results],
+        [_buffer(t, Spec.of(t)) for t in call.operands],
+        [_buffer(t, spec) for t, spec in zip(results, call.results, strict=True)],
         dict(call.attributes),
     )
 
 
-def _buffer(t: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
-    return t.data_ptr(), primitive_type(t.dtype), tuple(t.shape)
+def _buffer(t: torch.Tensor, spec: Spec) -> tuple[int, int, tuple[int, ...]]:
+    return t.data_ptr(), primitive_type(spec.dtype), tuple(spec.shape)

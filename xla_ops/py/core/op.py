@@ -10,7 +10,7 @@ custom call computes it; this module registers the kernels:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,23 +63,60 @@ class Op:
 
     def update_at_once(self, *args) -> list[torch.Tensor]:
         """Runs the handler on CPU or CUDA tensors, updating aliased operands."""
-        call = self._lower(args)
+        call = self.lowered(args)
         if _is_empty(call):
             return [_new(spec, call) for spec in call.results]
         return call_directly(call)
 
-    def _lower(self, args) -> CustomCall:
+    def lowered(self, args) -> CustomCall:
+        """Checks the arguments and returns the call that they make."""
         return self.lower(*(args[:-1] if self.has_donor else args))
+
+    def compute(
+        self, args, into: Mapping[int, torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Computes the results now, from CPU or CUDA tensors.
+
+        Args:
+            args: the op's arguments; none is changed, but by `into`.
+            into: result index -> tensor of its dtype and number of elements that
+                should take the result.
+
+        Returns:
+            The results. One that could go to its tensor in `into` directly is that
+            tensor; where it could not (a strided tensor, one that overlaps an operand
+            still to be read, no handler) it is another one, and the caller copies.
+        """
+        call = self.lowered(args)
+        if _is_empty(call):
+            return _untouched(call)
+        platform = handlers.HOST
+        if call.operands[0].device.type == "cuda":
+            platform = handlers.CUDA
+        if not handlers.loaded(platform, call.target):
+            results = self._reference(args)
+            return list(results) if isinstance(results, tuple) else [results]
+        # A functional op must not touch its arguments.
+        updated = set(call.aliases.values())
+        operands = tuple(
+            t.clone() if i in updated else t for i, t in enumerate(call.operands)
+        )
+        direct = {
+            i: t for i, t in (into or {}).items() if _may_write(call, i, operands, t)
+        }
+        return call_directly(
+            CustomCall(**{**vars(call), "operands": operands}), direct
+        )
 
     def _reference(self, args):
         return self.reference(*(args[:-1] if self.has_donor else args))
 
     def _fake(self, *args):
-        call = self._lower(args)
+        call = self.lowered(args)
         return _unpack([_new(spec, call) for spec in call.results])
 
     def _in_graph(self, *args):
-        call = self._lower(args)
+        call = self.lowered(args)
         if _is_empty(call):
             return _unpack(_untouched(call))
         if not handlers.available(handlers.xla_platform(), call.target):
@@ -92,20 +129,7 @@ class Op:
         return _unpack(results)
 
     def _at_once(self, *args):
-        call = self._lower(args)
-        if _is_empty(call):
-            return _unpack(_untouched(call))
-        platform = handlers.HOST
-        if call.operands[0].device.type == "cuda":
-            platform = handlers.CUDA
-        if not handlers.loaded(platform, call.target):
-            return self._reference(args)
-        # A functional op must not touch its arguments.
-        updated = set(call.aliases.values())
-        operands = tuple(
-            t.clone() if i in updated else t for i, t in enumerate(call.operands)
-        )
-        return _unpack(call_directly(CustomCall(**{**vars(call), "operands": operands})))
+        return _unpack(self.compute(args))
 
 
 def _new(spec: Spec, call: CustomCall) -> torch.Tensor:
@@ -122,6 +146,22 @@ def _untouched(call: CustomCall) -> list[torch.Tensor]:
         call.operands[call.aliases[i]].clone() if i in call.aliases else _new(spec, call)
         for i, spec in enumerate(call.results)
     ]
+
+
+def _may_write(call: CustomCall, i: int, operands, t: torch.Tensor) -> bool:
+    """Whether result `i` may go straight to `t`'s memory."""
+    if i in call.aliases or not t.is_contiguous():
+        return False
+    for j, operand in enumerate(operands):
+        same = t.data_ptr() == operand.data_ptr() and t.nbytes == operand.nbytes
+        if same and call.may_overwrite.get(i) == j:
+            continue
+        if (
+            t.data_ptr() < operand.data_ptr() + operand.nbytes
+            and operand.data_ptr() < t.data_ptr() + t.nbytes
+        ):
+            return False
+    return True
 
 
 def _unpack(results):

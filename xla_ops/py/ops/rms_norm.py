@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..core import mutable
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -61,6 +62,7 @@ def _lower(input: torch.Tensor, weight: torch.Tensor, eps: float) -> CustomCall:
         (input.contiguous(), weight.contiguous()),
         (Spec.of(input),),
         {"eps": eps},
+        may_overwrite={0: 0},
     )
 
 
@@ -75,4 +77,12 @@ _op = Op(
     "(Tensor input, Tensor weight, float eps) -> Tensor",
     _lower,
     _reference,
+)
+
+# vLLM's form. The functional op has the name's default overload.
+mutable.define(
+    "rms_norm.out(Tensor(a!) result, Tensor input, Tensor weight, float epsilon) -> ()",
+    lambda result, input, weight, epsilon: mutable.Update(
+        _op, (input, weight, epsilon), {"result": result}
+    ),
 )

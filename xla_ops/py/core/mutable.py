@@ -1,0 +1,95 @@
+"""vLLM-style mutable fronts: ops that write into tensors they are given.
+
+vLLM's ops take their results as arguments, `rms_norm(result!, input, weight, eps)`, or
+replace their inputs, `fused_add_rms_norm(input!, residual!, weight, eps)`. Ours compute
+new tensors. A front joins the two: it plans a call of the functional op and says which
+tensor each result is written to.
+
+    mutable.define(
+        "silu_and_mul(Tensor(a!) out, Tensor input) -> ()",
+        lambda out, input: mutable.Update(_op, (input,), {"out": out}),
+    )
+
+Plain CPU and CUDA tensors are written by the kernel itself. XLA tensors and everything
+that is being traced get the result as their new value, views included (`in_place`); no
+buffer is donated, because activations are temporary. Ops that update a KV cache have
+fronts of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from . import in_place
+from .checks import Checker
+from .op import NAMESPACE, Op
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class Update(NamedTuple):
+    """One call of a mutable front.
+
+    Attributes:
+        op: the functional op that computes the new values.
+        args: its arguments.
+        targets: for each result of the op, in order, the tensor that takes it, by its
+            argument's name in error texts. A target has its result's dtype and number
+            of elements; dimensions of size one may differ ([tokens] and [tokens, 1]).
+            None drops the result.
+    """
+
+    op: Op
+    args: tuple
+    targets: Mapping[str, torch.Tensor | None]
+
+
+def define(schema: str, plan: Callable[..., Update]) -> None:
+    """Defines a mutable op as torch.ops.xla_ops.<name>.
+
+    Args:
+        schema: name, arguments and "-> ()" in torch's schema language, with every
+            target marked as written: "name(Tensor(a!) out, Tensor input) -> ()".
+        plan: (*args) -> Update. Torch leaves out trailing arguments that equal their
+            defaults, so it must repeat the schema's defaults.
+    """
+    name = schema[: schema.index("(")]
+
+    def front(*args, **kwargs) -> None:
+        _apply(name.partition(".")[0], plan(*args, **kwargs))
+
+    _library.define(schema)
+    _library.impl(name, front, "CompositeImplicitAutograd")
+
+
+def _apply(name: str, update: Update) -> None:
+    op, args, targets = update
+    call = op.lowered(args)
+    check = Checker(name)
+    for (argument, target), spec in zip(targets.items(), call.results, strict=True):
+        if target is None:
+            continue
+        check.dtype(argument, target, [spec.dtype])
+        if _squeezed(target.shape) != _squeezed(spec.shape):
+            check.shape(argument, target, spec.shape)
+        check.same_device("input", call.operands[0], **{argument: target})
+    given = [t for t in targets.values() if t is not None]
+    if any(in_place.is_value(t) for t in (*given, *call.operands)):
+        results = op(*args)
+        results = results if isinstance(results, tuple) else (results,)
+        for target, value in zip(targets.values(), results, strict=True):
+            if target is not None and target.numel():
+                in_place.assign(target, value.reshape(target.shape))
+        return
+    into = {i: t for i, t in enumerate(targets.values()) if t is not None}
+    results = op.compute(args, into)
+    for i, target in into.items():
+        if results[i] is not target and target.numel():
+            target.copy_(results[i].reshape(target.shape))
+
+
+def _squeezed(shape) -> list[int]:
+    return [size for size in shape if size != 1]
