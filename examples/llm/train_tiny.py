@@ -6,7 +6,7 @@ SPDX-License-Identifier: Apache-2.0
 
 Trains a byte-level BPE tokenizer and a Llama of 1.7 million parameters on the
 stories of stories.py, and writes a Hugging Face checkpoint folder of less than
-4 MB. It takes about ten minutes on two CPU cores; nothing is downloaded.
+4 MB. It takes about ten minutes on a CPU core; nothing is downloaded.
 
 The shape is chosen to exercise the demo, not to be the best model of its size:
 eight layers (so sixteen caches must stay in place), grouped-query attention,
