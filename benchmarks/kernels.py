@@ -176,8 +176,9 @@ def benchmarks():
     for context, splits in ((1024, 1), (1024, 4), (4096, 1), (4096, 4)):
         yield bench_attention, (64, 1, context, 32, 8, 128, splits)
     yield bench_attention, (16, 1, 4096, 32, 32, 128, 1)
-    yield bench_attention, (8, 1, 4096, 32, 8, 128, 8)
-    for context, splits in ((1024, 8), (4096, 16), (4096, 32), (32768, 32)):
+    for splits in (4, 8, 16):
+        yield bench_attention, (8, 1, 4096, 32, 8, 128, splits)
+    for context, splits in ((1024, 4), (4096, 8), (4096, 16), (32768, 32), (32768, 64)):
         yield bench_attention, (1, 1, context, 32, 8, 128, splits)
     yield bench_attention, (64, 1, 4096, 32, 8, 64, 1)
     yield bench_attention, (64, 1, 2048, 16, 4, 256, 1)
@@ -190,8 +191,7 @@ def main():
     parser.add_argument("--only", default="", help="such as bench_attention(64,")
     options = parser.parse_args()
     jax_ops.register(options.lib_dir)
-    device = jax.devices()[0]
-    results = {"device": device.device_kind, "jax": jax.__version__, "rows": []}
+    results = jax_ops.describe_device() | {"rows": []}
     for bench, arguments in benchmarks():
         if options.only not in f"{bench.__name__}{arguments}":
             continue

@@ -7,6 +7,7 @@ the runtime of this project does.
 
 import ctypes
 import pathlib
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,17 @@ def register(lib_dir, platform="cuda"):
             library.xla_ops_cuda_archs.restype = ctypes.c_char_p
             archs[op] = library.xla_ops_cuda_archs().decode()
     return archs
+
+
+def describe_device():
+    """What a results file has to say of where it came from."""
+    device = jax.devices()[0]
+    facts = {"device": device.device_kind, "jax": jax.__version__}
+    if device.platform == "gpu":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        drivers = subprocess.run(query, capture_output=True, text=True, check=True)
+        facts["driver"] = drivers.stdout.split("\n")[0].strip()
+    return facts
 
 
 def _integers(**values):

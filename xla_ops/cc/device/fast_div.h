@@ -40,7 +40,9 @@ class FastDiv {
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-  int value() const { return static_cast<int>(divisor_); }
+      int value() const {
+    return static_cast<int>(divisor_);
+  }
 
  private:
   uint32_t divisor_ = 1;

@@ -12,8 +12,9 @@ namespace xla_ops {
 // Such as "rms_norm: CUDA launch failed: invalid argument
 // (cudaErrorInvalidValue)".
 inline std::string LaunchErrorText(const char* op, cudaError_t error) {
-  return std::string(op) + ": CUDA launch failed: " +
-         cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
+  return std::string(op) +
+         ": CUDA launch failed: " + cudaGetErrorString(error) + " (" +
+         cudaGetErrorName(error) + ")";
 }
 
 }  // namespace xla_ops

@@ -26,8 +26,7 @@ __device__ __forceinline__ float FiniteMax(float max) {
 // cap * tanh(logit / cap), in base 2: `logit_over_cap` is the true logit
 // over cap, `cap_log2` is cap * log2(e). The formula is exact to about one
 // fp32 ulp of 1, at both ends too.
-__device__ __forceinline__ float SoftCap(float logit_over_cap,
-                                         float cap_log2) {
+__device__ __forceinline__ float SoftCap(float logit_over_cap, float cap_log2) {
   const float e = Exp2(2.0f * kLog2E * logit_over_cap);
   return cap_log2 * (1.0f - __fdividef(2.0f, e + 1.0f));
 }

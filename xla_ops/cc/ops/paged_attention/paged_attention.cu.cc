@@ -2,20 +2,23 @@
 // bounds alone, and combines the splits.
 //
 //   paged_attention_tiles.cuh    tiles, masks, addresses
-//   paged_attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on
+//   paged_attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on;
+//                                its pieces in paged_attention_mma_tile.cuh
 //   paged_attention_simt.cuh     everything else
 //   paged_attention_combine.cuh  splits; debug report
 //
 // Tested by tests/gpu/check_kernels.py and tests/test_paged_attention.py.
 
+#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/once.h"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
 #include "xla_ops/cc/ops/paged_attention/paged_attention_combine.cuh"
 #include "xla_ops/cc/ops/paged_attention/paged_attention_launch.h"
 #include "xla_ops/cc/ops/paged_attention/paged_attention_mma.cuh"
@@ -129,8 +132,7 @@ cudaError_t LaunchMma(cudaStream_t stream, const PagedAttentionParams& params,
 }
 
 template <typename T, int kHeadDim>
-cudaError_t LaunchSimt(cudaStream_t stream,
-                       const PagedAttentionParams& params,
+cudaError_t LaunchSimt(cudaStream_t stream, const PagedAttentionParams& params,
                        const PagedAttentionArgs& args, bool aligned) {
   const int64_t tiles = MaxTiles(params, SimtShape::kTileRows);
   return LaunchTiles(stream,
@@ -194,8 +196,7 @@ PagedAttentionArgs MakeArgs(const PagedAttentionParams& params) {
     args.soft_cap = params.soft_cap * kLog2E;
   }
   if (args.num_splits > 1) {
-    const int64_t rows =
-        args.num_splits * params.num_tokens * params.num_heads;
+    const int64_t rows = args.num_splits * params.num_tokens * params.num_heads;
     args.partial_out = static_cast<float*>(params.workspace);
     args.partial_max = args.partial_out + rows * params.head_dim;
     args.partial_sum = args.partial_max + rows;
@@ -228,8 +229,7 @@ cudaError_t PreparePagedAttention() {
 
 cudaError_t LaunchPagedAttention(cudaStream_t stream,
                                  const PagedAttentionParams& params) {
-  if (params.num_tokens == 0 || params.num_heads == 0 ||
-      params.head_dim == 0) {
+  if (params.num_tokens == 0 || params.num_heads == 0 || params.head_dim == 0) {
     return cudaSuccess;
   }
   cudaError_t error = PreparePagedAttention();

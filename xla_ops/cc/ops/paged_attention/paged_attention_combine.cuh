@@ -24,9 +24,8 @@ constexpr int kCombineThreads = 128;
 // nothing; its accumulator is not read. The lanes first go over the splits,
 // then over head_dim, four elements each.
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads)
-    PagedAttentionCombineKernel(
-        const __grid_constant__ PagedAttentionArgs args) {
+__global__ void __launch_bounds__(kCombineThreads) PagedAttentionCombineKernel(
+    const __grid_constant__ PagedAttentionArgs args) {
   const int64_t num_rows = args.num_tokens * args.num_heads;
   const int64_t row =
       (int64_t{blockIdx.x} * kCombineThreads + threadIdx.x) / 32;

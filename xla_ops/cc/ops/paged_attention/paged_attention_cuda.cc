@@ -28,12 +28,11 @@ ffi::Error InitializePagedAttention(ffi::RemainingArgs, ffi::RemainingRets,
 }
 
 ffi::Error PagedAttentionCuda(
-    ffi::AnyBuffer query, ffi::AnyBuffer key_cache,
-    ffi::AnyBuffer value_cache, ffi::AnyBuffer context_lens,
-    ffi::AnyBuffer block_tables, ffi::AnyBuffer query_start_loc,
-    ffi::AnyBuffer num_seqs, ffi::Result<ffi::AnyBuffer> out,
-    ffi::Result<ffi::AnyBuffer> workspace, PagedAttentionAttrs attrs,
-    cudaStream_t stream) {
+    ffi::AnyBuffer query, ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
+    ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
+    ffi::AnyBuffer query_start_loc, ffi::AnyBuffer num_seqs,
+    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
+    PagedAttentionAttrs attrs, cudaStream_t stream) {
   PagedAttentionParams params;
   XLA_OPS_RETURN_IF_ERROR(MakePagedAttentionParams(
       query, key_cache, value_cache, context_lens, block_tables,
@@ -52,8 +51,7 @@ XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_cuda(
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_paged_attention_initialize_cuda,
-    xla_ops::InitializePagedAttention,
+    xla_ops_paged_attention_initialize_cuda, xla_ops::InitializePagedAttention,
     xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>()
         .RemainingArgs()
         .RemainingRets()

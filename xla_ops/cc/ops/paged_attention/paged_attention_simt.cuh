@@ -27,8 +27,8 @@ struct SimtShape {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileRows = kWarps;
-  static constexpr int kLanes = 8;               // for one token
-  static constexpr int kTokens = 32 / kLanes;    // in a warp at a time
+  static constexpr int kLanes = 8;             // for one token
+  static constexpr int kTokens = 32 / kLanes;  // in a warp at a time
 };
 
 // Reads kWideSize<T> elements as floats. kAligned: by one 16-byte load.
@@ -77,20 +77,18 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
   for (int i = 0; i < kPieces; ++i) {
     const int column = (i * kLanes + piece) * kSize;
     if (column < args.head_dim) {
-      LoadFloats<kAligned>(static_cast<const T*>(args.query) +
-                               out_row * args.head_dim + column,
-                           query + i * kSize);
+      LoadFloats<kAligned>(
+          static_cast<const T*>(args.query) + out_row * args.head_dim + column,
+          query + i * kSize);
     }
   }
 
   const int context = ContextLength(args, tile.seq);
   const int64_t position = tile.Position(args, context, row);
-  const TokenRange visible =
-      VisibleTokens(args, context, position, position);
-  const TokenRange split = SplitRange(visible.end - visible.begin,
-                                      args.num_splits, blockIdx.z);
-  const int32_t* table =
-      args.block_tables + max(tile.seq, 0) * args.max_blocks;
+  const TokenRange visible = VisibleTokens(args, context, position, position);
+  const TokenRange split =
+      SplitRange(visible.end - visible.begin, args.num_splits, blockIdx.z);
+  const int32_t* table = args.block_tables + max(tile.seq, 0) * args.max_blocks;
 
   float max = -CUDART_INF_F;
   float sum = 0.0f;
@@ -167,8 +165,7 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
     }
 #pragma unroll
     for (int i = 0; i < kElements; i += 4) {
-      const int column =
-          (i / kSize * kLanes + piece) * kSize + i % kSize;
+      const int column = (i / kSize * kLanes + piece) * kSize + i % kSize;
       if (column < args.head_dim) {
         *reinterpret_cast<float4*>(args.partial_out +
                                    partial_row * args.head_dim + column) =

@@ -49,16 +49,16 @@ struct PagedAttentionArgs {
   int64_t page_stride;
   int64_t head_stride;
   FastDiv page_size;
-  FastDiv group;         // num_heads / num_kv_heads
-  uint32_t num_blocks;   // at most 2^31, which no block id reaches
+  FastDiv group;        // num_heads / num_kv_heads
+  uint32_t num_blocks;  // at most 2^31, which no block id reaches
   int num_heads;
   int head_dim;
   int max_num_seqs;
-  int max_context;       // what a block table row can address
+  int max_context;  // what a block table row can address
   int num_splits;
-  int sliding_window;    // 0: none
-  float scale;           // times log2(e); with soft_cap, over soft_cap
-  float soft_cap;        // times log2(e); 0: none
+  int sliding_window;  // 0: none
+  float scale;         // times log2(e); with soft_cap, over soft_cap
+  float soft_cap;      // times log2(e); 0: none
 };
 
 // A block's tile.
@@ -184,8 +184,7 @@ __device__ __forceinline__ int64_t WindowBegin(const PagedAttentionArgs& args,
 
 // What queries at positions [first, last] see, together.
 __device__ __forceinline__ TokenRange VisibleTokens(
-    const PagedAttentionArgs& args, int context, int64_t first,
-    int64_t last) {
+    const PagedAttentionArgs& args, int context, int64_t first, int64_t last) {
   TokenRange range;
   const int64_t end = min(int64_t{context}, last + 1);
   const int64_t begin = max(int64_t{0}, WindowBegin(args, first));
@@ -204,9 +203,10 @@ struct TokenPlace {
 // The token range guards the table: `range` lies within max_context, so
 // that the page exists. Compared unsigned, for `token` may have run past
 // 2^31 at the end of the longest context.
-__device__ __forceinline__ TokenPlace FindToken(
-    const PagedAttentionArgs& args, const int32_t* table,
-    const TokenRange& range, int token) {
+__device__ __forceinline__ TokenPlace FindToken(const PagedAttentionArgs& args,
+                                                const int32_t* table,
+                                                const TokenRange& range,
+                                                int token) {
   TokenPlace place = {-1, 0};
   if (token >= range.begin &&
       static_cast<uint32_t>(token) < static_cast<uint32_t>(range.end)) {

@@ -8,6 +8,8 @@
 // Tested by tests/gpu/check_kernels.py and
 // tests/test_reshape_and_cache_flash.py.
 
+#include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -15,7 +17,6 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/fp8.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_launch.h"
 
 namespace xla_ops {
@@ -76,8 +77,7 @@ struct Geometry {
 
 // 64-bit division costs some 100 instructions; slots nearly always fit in
 // 32 bits.
-__device__ __forceinline__ int64_t DivideSlot(int64_t slot,
-                                              int64_t page_size) {
+__device__ __forceinline__ int64_t DivideSlot(int64_t slot, int64_t page_size) {
   if (((slot | page_size) >> 32) == 0) {
     return static_cast<uint32_t>(slot) / static_cast<uint32_t>(page_size);
   }
@@ -89,14 +89,15 @@ __device__ __forceinline__ int64_t DivideSlot(int64_t slot,
 // `value` and `value_cache` may be null. The slot mapping is read by every
 // thread of a token, one broadcast.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) ReshapeAndCacheFlashKernel(
-    const typename Unit::Source* __restrict__ key,
-    const typename Unit::Source* __restrict__ value,
-    typename Unit::Target* __restrict__ key_cache,
-    typename Unit::Target* __restrict__ value_cache,
-    const int64_t* __restrict__ slot_mapping,
-    const float* __restrict__ k_scale, const float* __restrict__ v_scale,
-    const Geometry geometry) {
+__global__ void __launch_bounds__(kThreads)
+    ReshapeAndCacheFlashKernel(const typename Unit::Source* __restrict__ key,
+                               const typename Unit::Source* __restrict__ value,
+                               typename Unit::Target* __restrict__ key_cache,
+                               typename Unit::Target* __restrict__ value_cache,
+                               const int64_t* __restrict__ slot_mapping,
+                               const float* __restrict__ k_scale,
+                               const float* __restrict__ v_scale,
+                               const Geometry geometry) {
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (token >= geometry.num_tokens) return;
   const int64_t slot = slot_mapping[token];

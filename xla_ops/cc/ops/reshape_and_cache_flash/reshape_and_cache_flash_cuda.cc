@@ -17,8 +17,7 @@
 namespace xla_ops {
 namespace {
 
-ffi::Error Launch(cudaStream_t stream,
-                  const ReshapeAndCacheFlashParams& params,
+ffi::Error Launch(cudaStream_t stream, const ReshapeAndCacheFlashParams& params,
                   const CacheCopies& copies) {
   cudaError_t error = cudaSuccess;
   for (int i = 0; i < copies.count && error == cudaSuccess; ++i) {
@@ -42,8 +41,7 @@ ffi::Error TwoCachesCuda(ffi::AnyBuffer key, ffi::AnyBuffer value,
                          ffi::AnyBuffer v_scale,
                          ffi::Result<ffi::AnyBuffer> key_cache_result,
                          ffi::Result<ffi::AnyBuffer> value_cache_result,
-                         ReshapeAndCacheFlashAttrs attrs,
-                         cudaStream_t stream) {
+                         ReshapeAndCacheFlashAttrs attrs, cudaStream_t stream) {
   ReshapeAndCacheFlashParams params;
   CacheCopies copies;
   XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashParams(
@@ -73,8 +71,8 @@ ffi::Error OneCacheCuda(ffi::AnyBuffer key, ffi::AnyBuffer key_cache,
   ReshapeAndCacheFlashParams params;
   CacheCopies copies;
   XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashOneParams(
-      key, key_cache, slot_mapping, k_scale, key_cache_result, attrs,
-      &params, &copies));
+      key, key_cache, slot_mapping, k_scale, key_cache_result, attrs, &params,
+      &copies));
   return Launch(stream, params, copies);
 }
 
@@ -114,8 +112,7 @@ XLA_OPS_EXPORT_HANDLERS(
      {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_cuda}},
     {"xla_ops.reshape_and_cache_flash_stacked",
      "CUDA",
-     {nullptr, nullptr, nullptr,
-      xla_ops_reshape_and_cache_flash_stacked_cuda}},
+     {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_stacked_cuda}},
     {"xla_ops.reshape_and_cache_flash_one",
      "CUDA",
      {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_one_cuda}})

@@ -8,13 +8,14 @@
 //
 // Tested by tests/gpu/check_kernels.py and tests/test_rms_norm.py.
 
+#include "xla_ops/cc/ops/rms_norm/rms_norm.h"
+
 #include <algorithm>
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/reduce.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/rms_norm/rms_norm.h"
 #include "xla_ops/cc/ops/rms_norm/rms_norm_launch.h"
 
 namespace xla_ops {
@@ -33,8 +34,7 @@ constexpr int64_t kFewRows = 256;
 // exact in fp32, so the second multiplication rounds once.
 template <typename T>
 __device__ __forceinline__ T ScaleElement(T x, float s, T weight) {
-  return FromFloat<T>(ToFloat(FromFloat<T>(ToFloat(x) * s)) *
-                      ToFloat(weight));
+  return FromFloat<T>(ToFloat(FromFloat<T>(ToFloat(x) * s)) * ToFloat(weight));
 }
 
 // Threads: blockDim.x share a row, blockDim.y rows a block. blockDim.x is a
@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   sum = BlockSum(sum, scratch);
   const float s = rsqrtf(sum / static_cast<float>(hidden_size) + eps);
   for (int64_t i = threadIdx.x; i < hidden_size; i += blockDim.x) {
-    out[row_start + i] =
-        ScaleElement(input[row_start + i], s, weight[i]);
+    out[row_start + i] = ScaleElement(input[row_start + i], s, weight[i]);
   }
 }
 
@@ -144,9 +143,9 @@ int VectorsPerThread(int64_t row_vectors, bool few_rows) {
 }
 
 template <typename T, int kVectors>
-cudaError_t LaunchVectors(cudaStream_t stream, const T* input,
-                          const T* weight, T* out, int64_t num_rows,
-                          int64_t row_vectors, float hidden_size, float eps) {
+cudaError_t LaunchVectors(cudaStream_t stream, const T* input, const T* weight,
+                          T* out, int64_t num_rows, int64_t row_vectors,
+                          float hidden_size, float eps) {
   const int64_t needed = (row_vectors + kVectors - 1) / kVectors;
   dim3 block;
   if (needed <= 32) {
@@ -192,9 +191,8 @@ cudaError_t LaunchRows(cudaStream_t stream, const RmsNormParams& params,
       return LaunchVectors<T, 2>(stream, input, weight, out, num_rows,
                                  row_vectors, hidden, params.eps);
     default:
-      return LaunchVectors<T, kMaxVectors>(stream, input, weight, out,
-                                           num_rows, row_vectors, hidden,
-                                           params.eps);
+      return LaunchVectors<T, kMaxVectors>(stream, input, weight, out, num_rows,
+                                           row_vectors, hidden, params.eps);
   }
 }
 

@@ -20,8 +20,7 @@ ffi::Error RmsNormCuda(ffi::AnyBuffer input, ffi::AnyBuffer weight,
                        ffi::Result<ffi::AnyBuffer> out, float eps,
                        cudaStream_t stream) {
   RmsNormParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeRmsNormParams(input, weight, out, eps, &params));
+  XLA_OPS_RETURN_IF_ERROR(MakeRmsNormParams(input, weight, out, eps, &params));
   const cudaError_t error = LaunchRmsNorm(stream, params);
   if (error != cudaSuccess) {
     return ffi::Error::Internal(LaunchErrorText("rms_norm", error));
