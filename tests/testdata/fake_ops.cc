@@ -192,7 +192,8 @@ void* ShowAttrs(CallFrame* frame) {
     const Span& name = *frame->attrs.names[i];
     const int type = frame->attrs.types[i];
     void* value = frame->attrs.values[i];
-    text += std::string(name.data, name.size) + ":" + std::to_string(type) + ":";
+    text += std::string(name.data, name.size) + ":";
+    text += std::to_string(type) + ":";
     if (type == 4) {
       const auto* span = static_cast<Span*>(value);
       append(0, span->data, span->size);
@@ -237,7 +238,9 @@ void DeleteState(void* state) { delete static_cast<int64_t*>(state); }
 void* Instantiate(CallFrame* frame) {
   if (AnswersMetadata(frame)) return nullptr;
   const int64_t value = IntAttr(frame, "value");
-  if (value < 0) return MakeError(frame, 3, "fake.stages: value must be 0 or more");
+  if (value < 0) {
+    return MakeError(frame, 3, "fake.stages: value must be 0 or more");
+  }
   ++instantiate_calls;
   RegisterStateType(frame);
   struct {
@@ -343,7 +346,8 @@ void* Stream(CallFrame* frame) {
 }
 
 // Waits for the first argument to change to 1, for at most 10 seconds; another
-// Python thread has to do that, so it must be free to run. Writes whether it did.
+// Python thread has to do that, so it must be free to run. Writes whether it
+// did.
 void* Wait(CallFrame* frame) {
   if (AnswersMetadata(frame)) return nullptr;
   const volatile int64_t* flag = frame->args.items[0]->data;

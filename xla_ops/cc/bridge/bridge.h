@@ -3,8 +3,8 @@
 //
 // It passes every call on to the wrapped plugin and changes three things:
 // arguments are padded for plugins newer than torch_xla (padded_call.h); the
-// client's platform is named "gpu", since torch_xla 2.9.0 aborts the process for
-// a device type named CUDA; and handlers can be registered through the plugin's
+// client's platform is named "gpu", since torch_xla 2.9.0 aborts the process
+// for a device type named CUDA; and handlers can be registered through the plugin's
 // custom-call extension, which torch_xla 2.9.0 cannot reach.
 //
 // The functions below are what the library exports, all in C.
@@ -37,8 +37,8 @@ struct XlaOpsPjrtInfo {
 XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_open(const char* plugin_path,
                                             char* error, size_t error_size);
 
-// Makes the plugin fail: where nothing is open, GetPjrtApi returns a table whose
-// every function fails with `reason`. For a caller that found out itself why
+// Makes the plugin fail: where nothing is open, GetPjrtApi returns a table
+// whose every function fails with `reason`. For a caller that found out itself why
 // no plugin can work, and has no other way to say so to the framework.
 XLA_OPS_BRIDGE_EXPORT void xla_ops_pjrt_fail(const char* reason);
 

@@ -2,8 +2,8 @@
 //
 // PJRT's structs carry their size, and grow at the end from version to version.
 // A plugin refuses a struct shorter than the one it was built with
-// ("Unexpected PJRT_ExecuteOptions size: expected 88, got 80"), although zero in
-// every newer field means "not set". So each call's struct, and the structs
+// ("Unexpected PJRT_ExecuteOptions size: expected 88, got 80"), although zero
+// in every newer field means "not set". So each call's struct, and the structs
 // inside it whose size plugins check too, are copied into larger zeroed ones,
 // and what the plugin wrote is copied back.
 //

@@ -8,8 +8,8 @@
 //   same. The bridge refuses any other major version (kPjrtMajor).
 // - The function table was last rearranged at minor version 57; the bridge asks
 //   for 75 (kPjrtMinMinor), the version of torch_xla 2.9.0 itself and of jax
-//   0.7.1's plugins. From there functions were only appended: read in PJRT's own
-//   change log, and in the tables of plugins 0.75, 0.76 and 0.116.
+//   0.7.1's plugins. From there functions were only appended: read in PJRT's
+//   own change log, and in the tables of plugins 0.75, 0.76 and 0.116.
 // - Every argument struct begins {size_t struct_size; void* extension_start}.
 
 #ifndef XLA_OPS_CC_BRIDGE_PJRT_ABI_H_

@@ -61,7 +61,8 @@ Instance& InstanceOf(const LoadedHandler& handler, const DirectAttrs& attrs) {
   };
   static Instances* const instances = new Instances;
   std::lock_guard<std::mutex> lock(instances->mutex);
-  std::unique_ptr<Instance>& instance = instances->by_key[{&handler, KeyOf(attrs)}];
+  std::unique_ptr<Instance>& instance =
+      instances->by_key[{&handler, KeyOf(attrs)}];
   if (instance == nullptr) instance = std::make_unique<Instance>();
   return *instance;
 }

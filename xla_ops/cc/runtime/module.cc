@@ -267,7 +267,7 @@ RuntimeError.)");
 Raises RuntimeError, naming the fix, for a plugin that cannot be used, and for a
 second plugin in one process.)");
   m.def("fail_plugin", &PyFailPlugin, py::arg("bridge_path"), py::arg("reason"),
-        "Has the bridge fail with this reason when torch_xla makes its client.");
+        "Has the bridge fail with this reason when torch_xla makes a client.");
   m.def("find_plugin_info", &PyFindPluginInfo, py::arg("path"),
         R"(Opens a PJRT plugin, without a client, and reads what it offers.
 
