@@ -1,6 +1,6 @@
-// Sums over the threads that share a row.
+// Sums and maxima over the threads that share a row.
 //
-// Tested through RmsNormKernel by tests/gpu/check_kernels.py.
+// Tested through the kernels of rows by tests/gpu/check_kernels.py.
 
 #ifndef XLA_OPS_CC_DEVICE_REDUCE_CUH_
 #define XLA_OPS_CC_DEVICE_REDUCE_CUH_
@@ -30,6 +30,24 @@ __device__ __forceinline__ float BlockSum(float x, float* scratch) {
   __syncthreads();
   // Every warp adds up the partial sums itself: no second barrier.
   return WarpSum(lane < num_warps ? scratch[lane] : 0.0f);
+}
+
+// The same for maxima. NaN counts as smaller than any number.
+__device__ __forceinline__ float WarpMax(float x, int width = 32) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
+  }
+  return x;
+}
+
+__device__ __forceinline__ float BlockMax(float x, float* scratch) {
+  const int thread = threadIdx.x + threadIdx.y * blockDim.x;
+  const int num_warps = blockDim.x * blockDim.y / 32;
+  const int lane = thread % 32;
+  x = WarpMax(x);
+  if (lane == 0) scratch[thread / 32] = x;
+  __syncthreads();
+  return WarpMax(scratch[lane < num_warps ? lane : 0]);
 }
 
 }  // namespace xla_ops

@@ -12,12 +12,11 @@
 #include "xla_ops/cc/ops/paged_attention/paged_attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
 #include "xla_ops/cc/device/dtype.cuh"
-#include "xla_ops/cc/device/once.h"
+#include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/paged_attention/paged_attention_combine.cuh"
 #include "xla_ops/cc/ops/paged_attention/paged_attention_launch.h"
@@ -36,28 +35,6 @@ cudaError_t DispatchHeadDim(int64_t head_dim, F&& f) {
   if (head_dim <= 128) return f(std::integral_constant<int, 128>{});
   if (head_dim <= 256) return f(std::integral_constant<int, 256>{});
   return cudaErrorInvalidValue;
-}
-
-// Whether the tensor-core kernels that were loaded for the current device
-// were compiled for an architecture that has the instructions. One query
-// serves all of them: they are compiled together.
-cudaError_t HasMma(bool* has_mma) {
-  static std::atomic<int> known[64];  // a device: 0 unknown, 1 no, 2 yes
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  std::atomic<int>* cached = device < 64 ? &known[device] : nullptr;
-  int value = cached == nullptr ? 0 : cached->load();
-  if (value == 0) {
-    cudaFuncAttributes attributes;
-    error = cudaFuncGetAttributes(&attributes,
-                                  PagedAttentionMmaKernel<__half, 64, 1>);
-    if (error != cudaSuccess) return error;
-    value = attributes.ptxVersion >= 80 ? 2 : 1;
-    if (cached != nullptr) cached->store(value);
-  }
-  *has_mma = value == 2;
-  return cudaSuccess;
 }
 
 template <typename Kernel>
@@ -89,6 +66,35 @@ cudaError_t PrepareKernels(bool has_mma) {
                               MmaShape<kHeadDim, 4>::kSharedBytes);
   }
   return error;
+}
+
+// Prepares all kernels for the current device, once, and says whether the
+// tensor-core ones that were loaded for it were compiled for an architecture
+// that has the instructions. One query serves all of them: they are compiled
+// together.
+cudaError_t Prepare(bool* has_mma) {
+  static PerDevice<bool> prepared;
+  return prepared.Get(
+      [](bool* result) {
+        cudaFuncAttributes attributes;
+        cudaError_t error = cudaFuncGetAttributes(
+            &attributes, PagedAttentionMmaKernel<__half, 64, 1>);
+        if (error != cudaSuccess) return error;
+        *result = attributes.ptxVersion >= 80;
+        for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+          for (const int head_dim : {64, 128, 256}) {
+            if (error != cudaSuccess) return error;
+            error = DispatchFloat(dtype, [&](auto tag) {
+              return DispatchHeadDim(head_dim, [&](auto padded) {
+                return PrepareKernels<typename decltype(tag)::type,
+                                      decltype(padded)::value>(*result);
+              });
+            });
+          }
+        }
+        return error;
+      },
+      has_mma);
 }
 
 // Tiles of `rows` packed rows that any query_start_loc could need
@@ -207,24 +213,8 @@ PagedAttentionArgs MakeArgs(const PagedAttentionParams& params) {
 }  // namespace
 
 cudaError_t PreparePagedAttention() {
-  static OncePerDevice once;
-  return once.Run([] {
-    bool has_mma = false;
-    const cudaError_t error = HasMma(&has_mma);
-    if (error != cudaSuccess) return error;
-    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
-      for (const int head_dim : {64, 128, 256}) {
-        const cudaError_t error = DispatchFloat(dtype, [&](auto tag) {
-          return DispatchHeadDim(head_dim, [&](auto padded) {
-            return PrepareKernels<typename decltype(tag)::type,
-                                  decltype(padded)::value>(has_mma);
-          });
-        });
-        if (error != cudaSuccess) return error;
-      }
-    }
-    return cudaSuccess;
-  });
+  bool has_mma = false;
+  return Prepare(&has_mma);
 }
 
 cudaError_t LaunchPagedAttention(cudaStream_t stream,
@@ -232,10 +222,8 @@ cudaError_t LaunchPagedAttention(cudaStream_t stream,
   if (params.num_tokens == 0 || params.num_heads == 0 || params.head_dim == 0) {
     return cudaSuccess;
   }
-  cudaError_t error = PreparePagedAttention();
-  if (error != cudaSuccess) return error;
   bool has_mma = false;
-  error = HasMma(&has_mma);
+  cudaError_t error = Prepare(&has_mma);
   if (error != cudaSuccess) return error;
 
   const PagedAttentionArgs args = MakeArgs(params);

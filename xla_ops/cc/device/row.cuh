@@ -1,0 +1,147 @@
+// Kernels that reduce each row of a matrix and then map it: how a row is
+// shared by threads and kept in registers between its passes.
+//
+//   template <typename T, typename Plan>
+//   __global__ void __launch_bounds__(kMaxRowThreads, 1) Kernel(...) {
+//     RowThreads<Plan> row(num_rows, row_vectors);
+//     Vector<T, Plan::kWidth> x[Plan::kSlots];
+//     row.ForEach([&](int i, int64_t v) { x[i] = <vector v of the row>; });
+//     ... = row.Sum(..., scratch);
+//   }
+//   DispatchRow<T>(num_rows, hidden_size, aligned,
+//                  [&](auto plan, const RowGrid& grid) {...});
+//
+// Held rows are read once. Rows that are too long for registers, not whole
+// 16-byte vectors or not aligned are read again in every pass, element by
+// element; a kernel asks Plan::kHeld whether to load anew.
+//
+// Tested through the kernels that use it.
+
+#ifndef XLA_OPS_CC_DEVICE_ROW_CUH_
+#define XLA_OPS_CC_DEVICE_ROW_CUH_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "xla_ops/cc/device/reduce.cuh"
+#include "xla_ops/cc/device/vector.cuh"
+
+namespace xla_ops {
+
+constexpr int kMaxRowThreads = 1024;
+
+// kWidth: elements of a vector. kVectors: of a row, held by each thread; 0
+// for rows that are not held.
+template <int kWidthValue, int kVectors>
+struct RowPlan {
+  static constexpr int kWidth = kWidthValue;
+  static constexpr bool kHeld = kVectors > 0;
+  static constexpr int kSlots = kHeld ? kVectors : 1;
+};
+
+// One thread's part of a row. blockDim.x threads share a row, a block has
+// blockDim.y rows; blockDim.x is a power of two up to 32, or a multiple of
+// 32 with one row a block. Thread x has vectors x, x + blockDim.x, ... A
+// thread past the last row has none, yet must take part in reductions.
+template <typename Plan>
+class RowThreads {
+ public:
+  __device__ __forceinline__ RowThreads(int64_t num_rows, int64_t row_vectors)
+      : index_(int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
+        in_range_(index_ < num_rows),
+        row_vectors_(in_range_ ? row_vectors : 0) {}
+
+  __device__ __forceinline__ int64_t index() const { return index_; }
+  // The thread that writes what a row has once.
+  __device__ __forceinline__ bool IsFirst() const {
+    return in_range_ && threadIdx.x == 0;
+  }
+
+  // Calls f(slot, vector) for each vector of this thread.
+  template <typename F>
+  __device__ __forceinline__ void ForEach(F&& f) const {
+    if constexpr (Plan::kHeld) {
+#pragma unroll
+      for (int i = 0; i < Plan::kSlots; ++i) {
+        const int v = threadIdx.x + i * blockDim.x;
+        if (v < row_vectors_) f(i, int64_t{v});
+      }
+    } else {
+      for (int64_t v = threadIdx.x; v < row_vectors_; v += blockDim.x) f(0, v);
+    }
+  }
+
+  // Reductions over the row. `scratch`: 32 floats of shared memory, used by
+  // one reduction of the kernel only.
+  __device__ __forceinline__ float Sum(float x, float* scratch) const {
+    return blockDim.x <= 32 ? WarpSum(x, blockDim.x) : BlockSum(x, scratch);
+  }
+  __device__ __forceinline__ float Max(float x, float* scratch) const {
+    return blockDim.x <= 32 ? WarpMax(x, blockDim.x) : BlockMax(x, scratch);
+  }
+
+ private:
+  int64_t index_;
+  bool in_range_;
+  int64_t row_vectors_;
+};
+
+struct RowGrid {
+  dim3 blocks;
+  dim3 threads;
+  int64_t row_vectors;
+};
+
+// Calls f(RowPlan, RowGrid) with the plan for rows of `hidden_size` elements
+// of T. `aligned`: all pointers are aligned to a vector. num_rows fits in a
+// grid; see ForEachRowGrid.
+template <typename T, typename F>
+cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
+                        F&& f) {
+  constexpr int kWidth = kWideSize<T>;
+  constexpr int kVectors = 4;  // 1024 threads leave 64 registers for each
+  constexpr int kSharedBlockThreads = 256;
+  // Below this many rows a GPU is not full: more threads a row then shorten
+  // the time to the reduction.
+  constexpr int64_t kFewRows = 256;
+  RowGrid grid;
+  if (!aligned || hidden_size % kWidth != 0 ||
+      hidden_size / kWidth > kVectors * kMaxRowThreads) {
+    grid.blocks = static_cast<unsigned>(num_rows);
+    grid.threads = static_cast<unsigned>(
+        std::min<int64_t>(kMaxRowThreads, (hidden_size + 31) / 32 * 32));
+    grid.row_vectors = hidden_size;
+    return f(RowPlan<1, 0>{}, grid);
+  }
+  grid.row_vectors = hidden_size / kWidth;
+  const bool one = grid.row_vectors <= (num_rows <= kFewRows ? kMaxRowThreads : 32);
+  const int64_t needed =
+      one ? grid.row_vectors : (grid.row_vectors + kVectors - 1) / kVectors;
+  if (needed <= 32) {
+    unsigned threads = 1;
+    while (threads < needed) threads *= 2;
+    grid.threads = dim3(threads, kSharedBlockThreads / threads);
+  } else {
+    grid.threads = static_cast<unsigned>((needed + 31) / 32 * 32);
+  }
+  grid.blocks = static_cast<unsigned>((num_rows + grid.threads.y - 1) /
+                                      grid.threads.y);
+  if (one) return f(RowPlan<kWidth, 1>{}, grid);
+  return f(RowPlan<kWidth, kVectors>{}, grid);
+}
+
+// Calls f(first_row, rows) until all rows are launched: a grid has at most
+// 2^31 - 1 blocks.
+template <typename F>
+cudaError_t ForEachRowGrid(int64_t num_rows, F&& f) {
+  constexpr int64_t kMaxRows = INT32_MAX;
+  for (int64_t row = 0; row < num_rows; row += kMaxRows) {
+    const cudaError_t error = f(row, std::min(kMaxRows, num_rows - row));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_DEVICE_ROW_CUH_
