@@ -18,6 +18,7 @@ load("//tools/build_defs:cc.bzl", "COPTS", "shared_object")
 load("//tools/build_defs:tests.bzl", "xla_ops_cc_test")
 
 OPS = [
+    "activation",
     "paged_attention",
     "reshape_and_cache_flash",
     "rms_norm",

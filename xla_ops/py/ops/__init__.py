@@ -1,7 +1,23 @@
 """One module an op. Importing this package defines all of them."""
 
+from .activation import (
+    gelu_and_mul,
+    gelu_tanh_and_mul,
+    mul_and_silu,
+    silu_and_mul,
+    silu_and_mul_quant,
+)
 from .paged_attention import paged_attention
 from .reshape_and_cache_flash import reshape_and_cache_flash
 from .rms_norm import rms_norm
 
-__all__ = ["paged_attention", "reshape_and_cache_flash", "rms_norm"]
+__all__ = [
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "mul_and_silu",
+    "paged_attention",
+    "reshape_and_cache_flash",
+    "rms_norm",
+    "silu_and_mul",
+    "silu_and_mul_quant",
+]

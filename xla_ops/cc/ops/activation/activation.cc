@@ -1,0 +1,77 @@
+// Operand checks of the gated activations, for every platform.
+
+#include "xla_ops/cc/ops/activation/activation.h"
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "xla_ops/cc/core/checks.h"
+#include "xla_ops/cc/ops/activation/activation_checks.h"
+
+namespace xla_ops {
+namespace {
+
+ffi::Error CheckInput(Activation activation, ffi::AnyBuffer input,
+                      ActivationParams* params) {
+  const char* op = Name(activation);
+  XLA_OPS_RETURN_IF_ERROR(CheckDType(op, "input", input, kFloatDTypes));
+  const auto dims = input.dimensions();
+  if (dims.size() == 0) {
+    return MustError(op, "input", "have rank 1 or more",
+                     "shape " + FormatShape(dims));
+  }
+  if (dims.back() % 2 != 0) {
+    return MustError(op, "input", "have an even last dimension",
+                     std::to_string(dims.back()));
+  }
+  *params = ActivationParams{};
+  params->activation = activation;
+  params->dtype = *ToDType(input.element_type());
+  params->num_tokens = 1;
+  for (const int64_t dim : dims.first(dims.size() - 1)) {
+    params->num_tokens *= dim;
+  }
+  params->size = dims.back() / 2;
+  params->input = input.untyped_data();
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckOut(ffi::AnyBuffer input, DType dtype,
+                    ffi::Result<ffi::AnyBuffer> out, ActivationParams* params) {
+  const char* op = Name(params->activation);
+  XLA_OPS_RETURN_IF_ERROR(CheckDType(op, "out", out, {dtype}));
+  const auto dims = input.dimensions();
+  std::vector<int64_t> wanted(dims.begin(), dims.end());
+  wanted.back() /= 2;
+  const ffi::Span<const int64_t> shape(wanted.data(), wanted.size());
+  if (!(out->dimensions() == shape)) {
+    return MustError(op, "out", "have shape " + FormatShape(shape),
+                     FormatShape(out->dimensions()));
+  }
+  params->out = out->untyped_data();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+ffi::Error MakeActivationParams(Activation activation, ffi::AnyBuffer input,
+                                ffi::Result<ffi::AnyBuffer> out,
+                                ActivationParams* params) {
+  XLA_OPS_RETURN_IF_ERROR(CheckInput(activation, input, params));
+  return CheckOut(input, params->dtype, out, params);
+}
+
+ffi::Error MakeActivationQuantParams(ffi::AnyBuffer input, ffi::AnyBuffer scale,
+                                     ffi::Result<ffi::AnyBuffer> out,
+                                     ActivationParams* params) {
+  constexpr Activation kQuant = Activation::kSiluAndMulQuant;
+  XLA_OPS_RETURN_IF_ERROR(CheckInput(kQuant, input, params));
+  XLA_OPS_RETURN_IF_ERROR(
+      CheckDType(Name(kQuant), "scale", scale, {DType::kF32}));
+  XLA_OPS_RETURN_IF_ERROR(CheckOneElement(Name(kQuant), "scale", scale));
+  params->scale = static_cast<const float*>(scale.untyped_data());
+  return CheckOut(input, DType::kF8E4M3FN, out, params);
+}
+
+}  // namespace xla_ops

@@ -1,0 +1,161 @@
+// Gated activations on CUDA: bound by memory. A thread reads a vector of each
+// half of a row, 16 bytes where size and alignment allow and one element
+// where they do not, and writes one vector.
+//
+// Tested by tests/gpu/check_kernels.py and tests/test_activation.py.
+
+#include "xla_ops/cc/ops/activation/activation.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/fp8.cuh"
+#include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/activation/activation_launch.h"
+
+namespace xla_ops {
+namespace {
+
+constexpr int kThreads = 256;
+// Blocks that fill any GPU; beyond it each thread does several vectors of
+// its row, so that fewer blocks come and go.
+constexpr int64_t kManyBlocks = 4096;
+constexpr int64_t kMaxGridY = 65535;
+
+template <Activation kActivation>
+__device__ __forceinline__ float Activate(float x) {
+  if constexpr (kActivation == Activation::kGeluAndMul) {
+    return x * 0.5f * (1.0f + erff(x * 0.70710678f));
+  } else if constexpr (kActivation == Activation::kGeluTanhAndMul) {
+    const float inner = 0.79788456f * (x + 0.044715f * (x * x * x));
+    return 0.5f * x * (1.0f + tanhf(inner));
+  } else {
+    return x / (1.0f + expf(-x));
+  }
+}
+
+// The two roundings of the contract. The product of two 16-bit floats is
+// exact in fp32, so the multiplication rounds once.
+template <Activation kActivation, typename T>
+__device__ __forceinline__ T Gate(T x, T y) {
+  if constexpr (kActivation == Activation::kMulAndSilu) {
+    return Gate<Activation::kSiluAndMul>(y, x);
+  } else {
+    const T activated = FromFloat<T>(Activate<kActivation>(ToFloat(x)));
+    return FromFloat<T>(ToFloat(activated) * ToFloat(y));
+  }
+}
+
+// fminf drops a NaN operand, so NaN becomes 448, as in the contract.
+__device__ __forceinline__ float ClampToE4M3(float x) {
+  return fmaxf(-448.0f, fminf(x, 448.0f));
+}
+
+// Threads: x and blockIdx.y run over the vectors of a row, y and blockIdx.x
+// over rows. All pointers are aligned to a vector (checked by the launcher).
+template <Activation kActivation, typename T, int kSize>
+__global__ void __launch_bounds__(kThreads)
+    ActivationKernel(const T* __restrict__ input,      // [num_rows, 2 * size]
+                     const float* __restrict__ scale,  // [1] or null
+                     void* __restrict__ out,           // [num_rows, size]
+                     int64_t num_rows, int64_t row_vectors) {
+  constexpr bool kQuant = kActivation == Activation::kSiluAndMulQuant;
+  const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  if (row >= num_rows) return;
+  const int64_t size = row_vectors * kSize;
+  const T* gate = input + row * 2 * size;
+  const T* up = gate + size;
+  float inverse_scale = 1.0f;
+  if constexpr (kQuant) inverse_scale = 1.0f / *scale;
+  const int64_t step = int64_t{blockDim.x} * gridDim.y;
+  for (int64_t v = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
+       v < row_vectors; v += step) {
+    const Vector<T, kSize> x = LoadVector<kSize>(gate + v * kSize);
+    const Vector<T, kSize> y = LoadVector<kSize>(up + v * kSize);
+    if constexpr (kQuant) {
+      Vector<uint8_t, kSize> result;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const float value = ToFloat(Gate<kActivation>(x[i], y[i]));
+        result[i] = ToFp8<__NV_E4M3>(ClampToE4M3(value * inverse_scale));
+      }
+      StoreVector(static_cast<uint8_t*>(out) + row * size + v * kSize, result);
+    } else {
+      Vector<T, kSize> result;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        result[i] = Gate<kActivation>(x[i], y[i]);
+      }
+      StoreVector(static_cast<T*>(out) + row * size + v * kSize, result);
+    }
+  }
+}
+
+int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <Activation kActivation, typename T, int kSize>
+cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params) {
+  constexpr bool kQuant = kActivation == Activation::kSiluAndMulQuant;
+  const int64_t row_vectors = params.size / kSize;
+  dim3 block(1, 1, 1);
+  while (block.x < row_vectors && block.x < kThreads) block.x *= 2;
+  block.y = kThreads / block.x;
+  // A grid is at most 2^31 - 1 blocks wide; more rows take more launches.
+  const int64_t max_rows = int64_t{INT32_MAX} * block.y;
+  for (int64_t first = 0; first < params.num_tokens; first += max_rows) {
+    const int64_t rows = std::min(max_rows, params.num_tokens - first);
+    const int64_t row_blocks = CeilDivide(rows, block.y);
+    const int64_t per_row = CeilDivide(row_vectors, block.x);
+    const int64_t columns = std::clamp<int64_t>(kManyBlocks / row_blocks, 1,
+                                                std::min(per_row, kMaxGridY));
+    const dim3 grid(static_cast<unsigned>(row_blocks),
+                    static_cast<unsigned>(columns));
+    const int64_t out_bytes = kQuant ? 1 : sizeof(T);
+    ActivationKernel<kActivation, T, kSize><<<grid, block, 0, stream>>>(
+        static_cast<const T*>(params.input) + first * 2 * params.size,
+        params.scale,
+        static_cast<char*>(params.out) + first * params.size * out_bytes, rows,
+        row_vectors);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <Activation kActivation>
+cudaError_t Launch(cudaStream_t stream, const ActivationParams& params) {
+  return DispatchFloat(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    constexpr int kSize = kWideSize<T>;
+    const int64_t out_bytes = params.scale != nullptr ? kSize : 16;
+    if (params.size % kSize == 0 && IsAligned(params.input, 16) &&
+        IsAligned(params.out, out_bytes)) {
+      return LaunchVectors<kActivation, T, kSize>(stream, params);
+    }
+    return LaunchVectors<kActivation, T, 1>(stream, params);
+  });
+}
+
+}  // namespace
+
+cudaError_t LaunchActivation(cudaStream_t stream,
+                             const ActivationParams& params) {
+  if (params.num_tokens == 0 || params.size == 0) return cudaSuccess;
+  switch (params.activation) {
+    case Activation::kSiluAndMul:
+      return Launch<Activation::kSiluAndMul>(stream, params);
+    case Activation::kMulAndSilu:
+      return Launch<Activation::kMulAndSilu>(stream, params);
+    case Activation::kGeluAndMul:
+      return Launch<Activation::kGeluAndMul>(stream, params);
+    case Activation::kGeluTanhAndMul:
+      return Launch<Activation::kGeluTanhAndMul>(stream, params);
+    case Activation::kSiluAndMulQuant:
+      return Launch<Activation::kSiluAndMulQuant>(stream, params);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace xla_ops

@@ -1,0 +1,158 @@
+// CPU kernels and handlers of the gated activations, rows spread over XLA's
+// threads.
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/dispatch.h"
+#include "xla_ops/cc/core/error.h"
+#include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/parallel.h"
+#include "xla_ops/cc/core/registry.h"
+#include "xla_ops/cc/ops/activation/activation.h"
+#include "xla_ops/cc/ops/activation/activation_checks.h"
+
+namespace xla_ops {
+namespace {
+
+// Inner-loop steps of ParallelFor's cost model that one exp, erf or tanh is.
+constexpr int64_t kFunctionCost = 16;
+
+template <Activation kActivation>
+float Activate(float x) {
+  if constexpr (kActivation == Activation::kGeluAndMul) {
+    return x * 0.5f * (1.0f + std::erf(x * 0.70710678f));
+  } else if constexpr (kActivation == Activation::kGeluTanhAndMul) {
+    const float inner = 0.79788456f * (x + 0.044715f * (x * x * x));
+    return 0.5f * x * (1.0f + std::tanh(inner));
+  } else {
+    return x / (1.0f + std::exp(-x));
+  }
+}
+
+// T(T(act(x)) * y), as a float that T can hold.
+template <Activation kActivation, typename T>
+float Gate(T x, T y) {
+  if constexpr (kActivation == Activation::kMulAndSilu) {
+    return Gate<Activation::kSiluAndMul>(y, x);
+  } else {
+    const T activated = FromFloat<T>(Activate<kActivation>(ToFloat(x)));
+    return ToFloat(FromFloat<T>(ToFloat(activated) * ToFloat(y)));
+  }
+}
+
+// Both comparisons are false for NaN, which so becomes 448.
+float ClampToE4M3(float x) {
+  x = x < 448.0f ? x : 448.0f;
+  return x > -448.0f ? x : -448.0f;
+}
+
+// `row`: [2 * size]; `out`: [size].
+template <Activation kActivation, typename T, typename Out>
+void ActivationRow(const T* row, int64_t size, float inverse_scale, Out* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    float value = Gate<kActivation>(row[i], row[size + i]);
+    if constexpr (kActivation == Activation::kSiluAndMulQuant) {
+      value = ClampToE4M3(value * inverse_scale);
+    }
+    out[i] = FromFloat<Out>(value);
+  }
+}
+
+template <Activation kActivation>
+void Run(const ActivationParams& params, ffi::ThreadPool& pool) {
+  constexpr bool kQuant = kActivation == Activation::kSiluAndMulQuant;
+  if (params.num_tokens == 0 || params.size == 0) return;
+  const float inverse_scale = kQuant ? 1.0f / *params.scale : 1.0f;
+  DispatchFloat(params.dtype, [&](auto dtype) {
+    using T = CpuType<dtype.value>;
+    using Out = std::conditional_t<kQuant, Float8E4M3FN, T>;
+    const int64_t size = params.size;
+    const T* input = static_cast<const T*>(params.input);
+    Out* out = static_cast<Out*>(params.out);
+    ParallelFor(pool, params.num_tokens, kFunctionCost * size,
+                [&](int64_t token) {
+                  ActivationRow<kActivation>(input + token * 2 * size, size,
+                                             inverse_scale, out + token * size);
+                });
+  });
+}
+
+template <Activation kActivation>
+ffi::Error ActivationCpu(ffi::AnyBuffer input, ffi::Result<ffi::AnyBuffer> out,
+                         ffi::ThreadPool pool) {
+  ActivationParams params;
+  XLA_OPS_RETURN_IF_ERROR(
+      MakeActivationParams(kActivation, input, out, &params));
+  Run<kActivation>(params, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error ActivationQuantCpu(ffi::AnyBuffer input, ffi::AnyBuffer scale,
+                              ffi::Result<ffi::AnyBuffer> out,
+                              ffi::ThreadPool pool) {
+  ActivationParams params;
+  XLA_OPS_RETURN_IF_ERROR(
+      MakeActivationQuantParams(input, scale, out, &params));
+  Run<Activation::kSiluAndMulQuant>(params, pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace xla_ops
+
+extern "C" {
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_silu_and_mul_cpu(
+    XLA_FFI_CallFrame* call_frame);
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_mul_and_silu_cpu(
+    XLA_FFI_CallFrame* call_frame);
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_gelu_and_mul_cpu(
+    XLA_FFI_CallFrame* call_frame);
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_gelu_tanh_and_mul_cpu(
+    XLA_FFI_CallFrame* call_frame);
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_silu_and_mul_quant_cpu(
+    XLA_FFI_CallFrame* call_frame);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_silu_and_mul_cpu,
+    xla_ops::ActivationCpu<xla_ops::Activation::kSiluAndMul>,
+    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_mul_and_silu_cpu,
+    xla_ops::ActivationCpu<xla_ops::Activation::kMulAndSilu>,
+    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_gelu_and_mul_cpu,
+    xla_ops::ActivationCpu<xla_ops::Activation::kGeluAndMul>,
+    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_gelu_tanh_and_mul_cpu,
+    xla_ops::ActivationCpu<xla_ops::Activation::kGeluTanhAndMul>,
+    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_silu_and_mul_quant_cpu, xla_ops::ActivationQuantCpu,
+    xla_ops::ActivationQuantBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_OPS_EXPORT_HANDLERS(
+    {"xla_ops.silu_and_mul",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_silu_and_mul_cpu}},
+    {"xla_ops.mul_and_silu",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_mul_and_silu_cpu}},
+    {"xla_ops.gelu_and_mul",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_gelu_and_mul_cpu}},
+    {"xla_ops.gelu_tanh_and_mul",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_gelu_tanh_and_mul_cpu}},
+    {"xla_ops.silu_and_mul_quant",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_silu_and_mul_quant_cpu}})
