@@ -27,6 +27,7 @@ SAMPLES = {
     "gelu_and_mul": (GATED,),
     "gelu_tanh_and_mul": (GATED,),
     "silu_and_mul_quant": (GATED, ONE / 8),
+    "fused_add_rms_norm_functional": (GATED, GATED + 1, torch.ones(16), 1e-6),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
     "reshape_and_cache_flash_both": (
         *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),

@@ -12,6 +12,7 @@
 #ifndef XLA_OPS_CC_CORE_CHECKS_H_
 #define XLA_OPS_CC_CORE_CHECKS_H_
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -106,6 +107,30 @@ ffi::Error CheckOneElement(const char* op, const char* argument,
   if (BufferOf(operand).element_count() == 1) return ffi::Error::Success();
   return MustError(op, argument, "have 1 element",
                    "shape " + FormatShape(BufferOf(operand).dimensions()));
+}
+
+inline ffi::Error CheckPositiveFinite(const char* op, const char* argument,
+                                      float value) {
+  // The comparison is false for NaN.
+  if (value > 0 && std::isfinite(value)) return ffi::Error::Success();
+  return MustError(op, argument, "be positive and finite", FormatFloat(value));
+}
+
+// `input` [..., hidden_size] of a type in kFloatDTypes, as a matrix
+// [num_tokens, hidden_size]; either size may be zero.
+inline ffi::Error BindRows(const char* op, ffi::AnyBuffer input, DType* dtype,
+                           int64_t* num_tokens, int64_t* hidden_size) {
+  XLA_OPS_RETURN_IF_ERROR(CheckDType(op, "input", input, kFloatDTypes));
+  const ffi::AnyBuffer::Dimensions dims = input.dimensions();
+  if (dims.size() == 0) {
+    return MustError(op, "input", "have rank 1 or more",
+                     "shape " + FormatShape(dims));
+  }
+  *dtype = *ToDType(input.element_type());
+  *num_tokens = 1;
+  for (const int64_t dim : dims.first(dims.size() - 1)) *num_tokens *= dim;
+  *hidden_size = dims.back();
+  return ffi::Error::Success();
 }
 
 inline ffi::Error CheckAtLeast(const char* op, const char* argument,

@@ -7,12 +7,13 @@ fails where the user wrote it and not when the graph runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from .dtypes import dtype_name
+from .dtypes import FLOAT_DTYPES, dtype_name
 
 
 class Checker:
@@ -58,6 +59,22 @@ class Checker:
         self.require(
             list(t.shape) == shape, argument, f"have shape {shape}", list(t.shape)
         )
+
+    def rows(self, argument: str, t: torch.Tensor) -> None:
+        """Checks a float tensor of shape [..., hidden_size]."""
+        self.dtype(argument, t, FLOAT_DTYPES)
+        self.require(
+            t.dim() > 0, argument, "have rank 1 or more", f"shape {list(t.shape)}"
+        )
+
+    def same_as(self, argument: str, t: torch.Tensor, other: torch.Tensor) -> None:
+        """Checks that dtype and shape are those of `other`."""
+        self.dtype(argument, t, [other.dtype])
+        self.shape(argument, t, other.shape)
+
+    def positive_finite(self, argument: str, value: float) -> None:
+        ok = value > 0 and math.isfinite(value)
+        self.require(ok, argument, "be positive and finite", f"{value:g}")
 
     def one_element(self, argument: str, t: torch.Tensor) -> None:
         self.require(

@@ -7,11 +7,13 @@ from .activation import (
     silu_and_mul,
     silu_and_mul_quant,
 )
+from .fused_add_rms_norm import fused_add_rms_norm
 from .paged_attention import paged_attention
 from .reshape_and_cache_flash import reshape_and_cache_flash
 from .rms_norm import rms_norm
 
 __all__ = [
+    "fused_add_rms_norm",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "mul_and_silu",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ..core import mutable
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
-from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
 from ..core.op import Op
 
@@ -47,15 +44,10 @@ def rms_norm(
 
 
 def _lower(input: torch.Tensor, weight: torch.Tensor, eps: float) -> CustomCall:
-    _check.dtype("input", input, FLOAT_DTYPES)
-    _check.require(
-        input.dim() > 0, "input", "have rank 1 or more", f"shape {list(input.shape)}"
-    )
+    _check.rows("input", input)
     _check.dtype("weight", weight, [input.dtype])
     _check.shape("weight", weight, [input.shape[-1]])
-    _check.require(
-        eps > 0 and math.isfinite(eps), "eps", "be positive and finite", f"{eps:g}"
-    )
+    _check.positive_finite("eps", eps)
     _check.same_device("input", input, weight=weight)
     return CustomCall(
         "xla_ops.rms_norm",

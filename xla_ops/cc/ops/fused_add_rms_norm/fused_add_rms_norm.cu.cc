@@ -1,0 +1,114 @@
+// Residual addition and RMSNorm on CUDA. Bound by memory: two rows are read
+// and two written, once each where a row fits in registers (device/row.cuh).
+//
+// Tested by tests/test_fused_add_rms_norm.py.
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/row.cuh"
+#include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm.h"
+#include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm_launch.h"
+
+namespace xla_ops {
+namespace {
+
+// Threads as RowThreads has them; vectors are aligned (the launcher checks).
+// `out` may be `input` and `residual_out` `residual`: every element is
+// written, after the row's reduction, by the thread that reads it.
+template <typename T, typename Plan>
+__global__ void __launch_bounds__(kMaxRowThreads, 1) FusedAddRmsNormKernel(
+    const T* input,                // [num_rows, hidden]
+    const T* residual,             // [num_rows, hidden]
+    const T* __restrict__ weight,  // [hidden]
+    T* out,                        // [num_rows, hidden]
+    T* residual_out,               // [num_rows, hidden]
+    int64_t num_rows, int64_t row_vectors, float hidden_size, float eps) {
+  constexpr int kWidth = Plan::kWidth;
+  using V = Vector<T, kWidth>;
+  __shared__ float scratch[32];
+  const RowThreads<Plan> row(num_rows, row_vectors);
+  const int64_t start = row.index() * row_vectors * kWidth;
+
+  V x[Plan::kSlots];
+  V z[Plan::kSlots];
+  const auto load = [&](int i, int64_t v) {
+    x[i] = LoadVector<kWidth>(input + start + v * kWidth);
+    z[i] = LoadVector<kWidth>(residual + start + v * kWidth);
+  };
+  const auto add = [&](int i) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      z[i][j] = FromFloat<T>(ToFloat(x[i][j]) + ToFloat(z[i][j]));
+    }
+  };
+  // In a loop of their own, so that all of a thread's loads are in flight.
+  if constexpr (Plan::kHeld) row.ForEach(load);
+  float sum = 0.0f;
+  row.ForEach([&](int i, int64_t v) {
+    if constexpr (!Plan::kHeld) load(i, v);
+    add(i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float value = ToFloat(z[i][j]);
+      sum += value * value;
+    }
+  });
+  const float s = rsqrtf(row.Sum(sum, scratch) / hidden_size + eps);
+
+  row.ForEach([&](int i, int64_t v) {
+    if constexpr (!Plan::kHeld) {
+      load(i, v);
+      add(i);
+    }
+    const V w = LoadVector<kWidth>(weight + v * kWidth);
+    V y;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const T normed = FromFloat<T>(ToFloat(z[i][j]) * s);
+      y[j] = FromFloat<T>(ToFloat(normed) * ToFloat(w[j]));
+    }
+    StoreVector(residual_out + start + v * kWidth, z[i]);
+    StoreVector(out + start + v * kWidth, y);
+  });
+}
+
+template <typename T>
+cudaError_t Launch(cudaStream_t stream, const FusedAddRmsNormParams& params,
+                   int64_t first_row, int64_t num_rows) {
+  const int64_t start = first_row * params.hidden_size;
+  const T* input = static_cast<const T*>(params.input) + start;
+  const T* residual = static_cast<const T*>(params.residual) + start;
+  const T* weight = static_cast<const T*>(params.weight);
+  T* out = static_cast<T*>(params.out) + start;
+  T* residual_out = static_cast<T*>(params.residual_out) + start;
+  const bool aligned = IsAligned(input, 16) && IsAligned(residual, 16) &&
+                       IsAligned(weight, 16) && IsAligned(out, 16) &&
+                       IsAligned(residual_out, 16);
+  return DispatchRow<T>(
+      num_rows, params.hidden_size, aligned,
+      [&](auto plan, const RowGrid& grid) {
+        FusedAddRmsNormKernel<T, decltype(plan)>
+            <<<grid.blocks, grid.threads, 0, stream>>>(
+                input, residual, weight, out, residual_out, num_rows,
+                grid.row_vectors, static_cast<float>(params.hidden_size),
+                params.eps);
+        return cudaGetLastError();
+      });
+}
+
+}  // namespace
+
+cudaError_t LaunchFusedAddRmsNorm(cudaStream_t stream,
+                                  const FusedAddRmsNormParams& params) {
+  if (params.num_tokens == 0 || params.hidden_size == 0) return cudaSuccess;
+  return ForEachRowGrid(params.num_tokens, [&](int64_t row, int64_t rows) {
+    return DispatchFloat(params.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      return Launch<T>(stream, params, row, rows);
+    });
+  });
+}
+
+}  // namespace xla_ops

@@ -1,0 +1,95 @@
+"""Residual addition and RMSNorm in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core import mutable
+from ..core.checks import Checker
+from ..core.custom_call import CustomCall
+from ..core.hlo import Spec
+from ..core.op import Op
+
+_check = Checker("fused_add_rms_norm")
+
+
+def fused_add_rms_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds the residual and normalises the sum by its root mean square.
+
+    z = T(input + residual) and out = T(T(z * rsqrt(mean(z^2) + eps)) * weight), where T
+    rounds to the dtype and the mean is taken in fp32. Neither argument is changed;
+    torch.ops.xla_ops.fused_add_rms_norm(input!, residual!, weight, epsilon) is vLLM's
+    form, which puts out into input and z into residual.
+
+    Args:
+        input: [..., hidden], float32, float16 or bfloat16.
+        residual: like input, in shape and dtype.
+        weight: [hidden], of the same dtype.
+        eps: added to the mean square; positive.
+
+    Returns:
+        (out, z), both like `input`.
+
+    Raises:
+        ValueError: an argument breaks one of the rules above.
+
+    Semantics: vLLM's `fused_add_rms_norm`.
+
+    Example:
+        >>> fused_add_rms_norm(torch.tensor([[1.0, 1.0]]), torch.ones(1, 2), torch.ones(2))
+        (tensor([[1.0000, 1.0000]]), tensor([[2., 2.]]))
+    """
+    _check.tensor("input", input)
+    _check.tensor("residual", residual)
+    _check.tensor("weight", weight)
+    return _op(input, residual, weight, float(eps))
+
+
+def _lower(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> CustomCall:
+    _check.rows("input", input)
+    _check.same_as("residual", residual, input)
+    _check.dtype("weight", weight, [input.dtype])
+    _check.shape("weight", weight, [input.shape[-1]])
+    _check.positive_finite("eps", eps)
+    _check.same_device("input", input, residual=residual, weight=weight)
+    return CustomCall(
+        "xla_ops.fused_add_rms_norm",
+        (input.contiguous(), residual.contiguous(), weight.contiguous()),
+        (Spec.of(input), Spec.of(input)),
+        {"eps": eps},
+        may_overwrite={0: 0, 1: 1},
+    )
+
+
+def _reference(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z = input + residual
+    x = z.float()
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * scale).to(input.dtype) * weight, z
+
+
+_op = Op(
+    "fused_add_rms_norm_functional",
+    "(Tensor input, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _lower,
+    _reference,
+)
+
+mutable.define(
+    "fused_add_rms_norm(Tensor(a!) input, Tensor(b!) residual, Tensor weight,"
+    " float epsilon) -> ()",
+    lambda input, residual, weight, epsilon: mutable.Update(
+        _op,
+        (input, residual, weight, epsilon),
+        {"input": input, "residual": residual},
+    ),
+)
