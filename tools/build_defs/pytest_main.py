@@ -5,12 +5,27 @@
 DIR, which xla_ops_py_test fills with the installed form of the wheel, comes
 first on sys.path here and in child processes, and Bazel's own entries go, so
 that tests see what a user sees after `pip install`. Running no test at all is
-a failure.
+a failure, and so is a skip: targets are chosen by their tags.
 """
 
 import os
 import pathlib
 import sys
+
+
+class _NoSkips:
+    """A pytest plugin that remembers which tests were skipped."""
+
+    def __init__(self):
+        self.skipped = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skipped.append(report.nodeid)
+
+    def pytest_collectreport(self, report):
+        if report.skipped:
+            self.skipped.append(report.nodeid)
 
 
 def main(argv: list[str]) -> int:
@@ -39,6 +54,7 @@ def main(argv: list[str]) -> int:
 
     options = ["-p", "no:cacheprovider", "--strict-markers", "-ra", "--color=no"]
     options += ["--import-mode=importlib", "--rootdir", os.getcwd()]
+    options += ["-o", "empty_parameter_set_mark=fail_at_collect"]
     if "XML_OUTPUT_FILE" in os.environ:
         options.append("--junitxml=" + os.environ["XML_OUTPUT_FILE"])
     if os.environ.get("TESTBRIDGE_TEST_ONLY"):  # bazel test --test_filter=...
@@ -46,8 +62,13 @@ def main(argv: list[str]) -> int:
 
     import pytest
 
+    no_skips = _NoSkips()
     # Exit status 5, no test collected, fails like any other but 0.
-    return int(pytest.main([*options, *rest]))
+    status = int(pytest.main([*options, *rest], plugins=[no_skips]))
+    if no_skips.skipped:
+        print("pytest_main: a test must not skip, got", *no_skips.skipped, sep="\n  ")
+        status = status or 1
+    return status
 
 
 if __name__ == "__main__":

@@ -95,7 +95,10 @@ def _wheel_folder_impl(ctx):
         outputs = [out],
         mnemonic = "WheelFolder",
     )
-    return [DefaultInfo(files = depset([out]))]
+    return [DefaultInfo(
+        files = depset([out]),
+        runfiles = ctx.runfiles(files = [out]),
+    )]
 
 wheel_folder = rule(
     implementation = _wheel_folder_impl,
