@@ -29,6 +29,14 @@ SAMPLES = {
     "silu_and_mul_quant": (GATED, ONE / 8),
     "fused_add_rms_norm_functional": (GATED, GATED + 1, torch.ones(16), 1e-6),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
+    "rotary_embedding_both": (
+        *(torch.arange(3)[None], torch.randn(1, 3, 64), torch.randn(1, 3, 32), 16),
+        *(torch.randn(4, 8), True),
+    ),
+    "rotary_embedding_one": (
+        *(torch.arange(3)[None], torch.randn(1, 3, 64), 16),
+        *(torch.randn(4, 8), False),
+    ),
     "reshape_and_cache_flash_both": (
         *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),
         *("auto", [*GEOMETRY, 0], False),

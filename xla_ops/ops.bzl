@@ -23,6 +23,7 @@ OPS = [
     "paged_attention",
     "reshape_and_cache_flash",
     "rms_norm",
+    "rotary_embedding",
 ]
 
 # The end of a .cu.cc file's name, and the capabilities that it is for.

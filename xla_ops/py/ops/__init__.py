@@ -11,6 +11,7 @@ from .fused_add_rms_norm import fused_add_rms_norm
 from .paged_attention import paged_attention
 from .reshape_and_cache_flash import reshape_and_cache_flash
 from .rms_norm import rms_norm
+from .rotary_embedding import rotary_embedding
 
 __all__ = [
     "fused_add_rms_norm",
@@ -20,6 +21,7 @@ __all__ = [
     "paged_attention",
     "reshape_and_cache_flash",
     "rms_norm",
+    "rotary_embedding",
     "silu_and_mul",
     "silu_and_mul_quant",
 ]

@@ -1,0 +1,199 @@
+// Rotary embedding on CUDA: bound by memory. A head is cut into units: some
+// rotate kPairs pairs, the rest copy what lies past rotary_dim (nothing to do
+// in place). Queries and keys share one launch.
+//
+// Tested by tests/gpu/check_kernels.py and tests/test_rotary_embedding.py.
+
+#include "xla_ops/cc/ops/rotary_embedding/rotary_embedding.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/fast_div.h"
+#include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_launch.h"
+
+namespace xla_ops {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxGridY = 65535;
+
+// T(a * b), as a float. __fmul_rn keeps fp32 products from being fused with
+// the addition: the contract rounds them.
+template <typename T>
+__device__ __forceinline__ float Product(T a, T b) {
+  return ToFloat(FromFloat<T>(__fmul_rn(ToFloat(a), ToFloat(b))));
+}
+
+template <typename T>
+__device__ __forceinline__ void Rotate(T cos, T sin, T* x, T* y) {
+  const T new_x = FromFloat<T>(Product(*x, cos) - Product(*y, sin));
+  *y = FromFloat<T>(Product(*y, cos) + Product(*x, sin));
+  *x = new_x;
+}
+
+template <typename T>
+struct Shape {
+  int64_t num_tokens;
+  int64_t max_position;
+  int64_t head_size;
+  int64_t rotary_dim;
+  // Units of a head: `rotating` ones, then copying ones.
+  FastDiv head_units;
+  int rotating;
+  int query_heads;
+  int key_heads;
+  const T* query;
+  const T* key;
+  T* query_out;
+  T* key_out;
+};
+
+// How many elements a copying unit moves.
+template <int kPairs, bool kNeox>
+constexpr int kCopySize = kPairs == 1 ? 1 : (kNeox ? kPairs : 2 * kPairs);
+
+// Threads: x and blockIdx.y run over the units of a token's heads, queries
+// first, y and blockIdx.x over tokens. All vectors are aligned (checked by
+// the launcher). `out` may be `in`: a thread reads its unit before writing.
+template <typename T, int kPairs, bool kNeox>
+__global__ void __launch_bounds__(kThreads)
+    RotaryEmbeddingKernel(const int64_t* __restrict__ positions,
+                          const T* __restrict__ cos_sin_cache,
+                          const Shape<T> shape) {
+  const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  if (token >= shape.num_tokens) return;
+  const int64_t position = positions[token];
+  const bool rotate = position >= 0 && position < shape.max_position;
+  const int64_t pairs = shape.rotary_dim / 2;
+  const T* cos_row = cos_sin_cache + position * shape.rotary_dim;
+  const int head_units = shape.head_units.value();
+  const int units = (shape.query_heads + shape.key_heads) * head_units;
+  for (int unit = blockIdx.y * blockDim.x + threadIdx.x; unit < units;
+       unit += blockDim.x * gridDim.y) {
+    int head = shape.head_units.Divide(unit);
+    const int part = unit - head * head_units;
+    const bool is_query = head < shape.query_heads;
+    if (!is_query) head -= shape.query_heads;
+    const int heads = is_query ? shape.query_heads : shape.key_heads;
+    const int64_t start = (token * heads + head) * shape.head_size;
+    const T* in = (is_query ? shape.query : shape.key) + start;
+    T* out = (is_query ? shape.query_out : shape.key_out) + start;
+    if (part >= shape.rotating) {
+      constexpr int kCopy = kCopySize<kPairs, kNeox>;
+      const int64_t at = shape.rotary_dim + (part - shape.rotating) * kCopy;
+      if (in != out) StoreVector(out + at, LoadVector<kCopy>(in + at));
+      continue;
+    }
+    const int64_t pair = int64_t{part} * kPairs;
+    if (!rotate && in == out) continue;
+    Vector<T, kPairs> cos;
+    Vector<T, kPairs> sin;
+    if (rotate) {
+      cos = LoadVector<kPairs>(cos_row + pair);
+      sin = LoadVector<kPairs>(cos_row + pairs + pair);
+    }
+    if constexpr (kNeox) {
+      Vector<T, kPairs> x = LoadVector<kPairs>(in + pair);
+      Vector<T, kPairs> y = LoadVector<kPairs>(in + pairs + pair);
+      if (rotate) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) Rotate(cos[i], sin[i], &x[i], &y[i]);
+      }
+      StoreVector(out + pair, x);
+      StoreVector(out + pairs + pair, y);
+    } else if constexpr (kPairs == 1) {
+      T x = in[2 * pair];
+      T y = in[2 * pair + 1];
+      if (rotate) Rotate(cos[0], sin[0], &x, &y);
+      out[2 * pair] = x;
+      out[2 * pair + 1] = y;
+    } else {
+      Vector<T, 2 * kPairs> xy = LoadVector<2 * kPairs>(in + 2 * pair);
+      if (rotate) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+          Rotate(cos[i], sin[i], &xy[2 * i], &xy[2 * i + 1]);
+        }
+      }
+      StoreVector(out + 2 * pair, xy);
+    }
+  }
+}
+
+int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T, int kPairs, bool kNeox>
+cudaError_t LaunchUnits(cudaStream_t stream,
+                        const RotaryEmbeddingParams& params) {
+  constexpr int kCopy = kCopySize<kPairs, kNeox>;
+  const int64_t rotating = params.rotary_dim / 2 / kPairs;
+  const int64_t head_units =
+      rotating + (params.head_size - params.rotary_dim) / kCopy;
+  const int64_t units =
+      (params.query.num_heads + params.key.num_heads) * head_units;
+  if (units == 0) return cudaSuccess;
+  // Units are counted in int, with room for one more step of the grid.
+  if (units > INT32_MAX - kThreads * kMaxGridY) return cudaErrorInvalidValue;
+  Shape<T> shape;
+  shape.max_position = params.max_position;
+  shape.head_size = params.head_size;
+  shape.rotary_dim = params.rotary_dim;
+  shape.head_units = FastDiv(head_units);
+  shape.rotating = static_cast<int>(rotating);
+  shape.query_heads = static_cast<int>(params.query.num_heads);
+  shape.key_heads = static_cast<int>(params.key.num_heads);
+
+  dim3 block(1, 1, 1);
+  while (block.x < units && block.x < kThreads) block.x *= 2;
+  block.y = kThreads / block.x;
+  // A grid is at most 2^31 - 1 blocks wide; more tokens take more launches.
+  const int64_t max_tokens = int64_t{INT32_MAX} * block.y;
+  for (int64_t first = 0; first < params.num_tokens; first += max_tokens) {
+    shape.num_tokens = std::min(max_tokens, params.num_tokens - first);
+    const int64_t query_start =
+        first * params.query.num_heads * params.head_size;
+    const int64_t key_start = first * params.key.num_heads * params.head_size;
+    shape.query = static_cast<const T*>(params.query.in) + query_start;
+    shape.query_out = static_cast<T*>(params.query.out) + query_start;
+    shape.key = static_cast<const T*>(params.key.in) + key_start;
+    shape.key_out = static_cast<T*>(params.key.out) + key_start;
+    const dim3 grid(
+        static_cast<unsigned>(CeilDivide(shape.num_tokens, block.y)),
+        static_cast<unsigned>(std::min(kMaxGridY, CeilDivide(units, block.x))));
+    RotaryEmbeddingKernel<T, kPairs, kNeox><<<grid, block, 0, stream>>>(
+        params.positions + first, static_cast<const T*>(params.cos_sin_cache),
+        shape);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// 16-byte vectors where every unit of every head is aligned to one.
+template <typename T, bool kNeox>
+cudaError_t Launch(cudaStream_t stream, const RotaryEmbeddingParams& params) {
+  constexpr int kPairs = kNeox ? kWideSize<T> : kWideSize<T> / 2;
+  const bool wide =
+      params.rotary_dim % (2 * kPairs) == 0 &&
+      params.head_size % kWideSize<T> == 0 && IsAligned(params.query.in, 16) &&
+      IsAligned(params.query.out, 16) && IsAligned(params.key.in, 16) &&
+      IsAligned(params.key.out, 16) && IsAligned(params.cos_sin_cache, 16);
+  return wide ? LaunchUnits<T, kPairs, kNeox>(stream, params)
+              : LaunchUnits<T, 1, kNeox>(stream, params);
+}
+
+}  // namespace
+
+cudaError_t LaunchRotaryEmbedding(cudaStream_t stream,
+                                  const RotaryEmbeddingParams& params) {
+  return DispatchFloat(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return params.is_neox ? Launch<T, true>(stream, params)
+                          : Launch<T, false>(stream, params);
+  });
+}
+
+}  // namespace xla_ops

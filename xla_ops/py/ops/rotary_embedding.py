@@ -1,0 +1,204 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core import mutable
+from ..core.checks import Checker
+from ..core.custom_call import CustomCall
+from ..core.dtypes import FLOAT_DTYPES
+from ..core.hlo import Spec
+from ..core.op import Op
+
+_check = Checker("rotary_embedding")
+
+
+def rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotates pairs of elements of each head by angles that grow with the position.
+
+    For a token at position p, cos[i] = cos_sin_cache[p, i] and sin[i] =
+    cos_sin_cache[p, rotary_dim / 2 + i]. Pair i of a head is (x, y) = elements
+    (i, i + rotary_dim / 2) with is_neox, (2 i, 2 i + 1) without, and becomes
+    (T(T(x cos) - T(y sin)), T(T(y cos) + T(x sin))), where T rounds to the dtype.
+    Elements from rotary_dim on stay. A position outside [0, max_position), which vLLM
+    leaves undefined, leaves its token unrotated.
+
+    vLLM's form, which updates query and key in place, is
+    `torch.ops.xla_ops.rotary_embedding(positions, query, key, head_size,
+    cos_sin_cache, is_neox)`; slices of a fused qkv and padded heads may be given.
+
+    Args:
+        positions: [num_tokens] or [batch_size, seq_len], int64.
+        query: [*positions.shape, num_heads * head_size] or [*positions.shape,
+            num_heads, head_size], float32, float16 or bfloat16.
+        key: likewise with num_kv_heads heads, a divisor of num_heads; or None.
+        head_size: elements of a head.
+        cos_sin_cache: [max_position, rotary_dim] of query's dtype; rotary_dim is even
+            and at most head_size.
+        is_neox: how elements pair up, see above.
+
+    Returns:
+        The new query and key (None if key is None), like the arguments.
+
+    Raises:
+        ValueError: an argument breaks one of the rules above.
+
+    Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
+    2021. Semantics: vLLM's `rotary_embedding`.
+    """
+    _check.tensor("positions", positions)
+    _check.tensor("query", query)
+    _check.tensor("cos_sin_cache", cos_sin_cache)
+    if key is None:
+        args = (positions, query, int(head_size), cos_sin_cache, bool(is_neox))
+        return _one(*args), None
+    _check.tensor("key", key)
+    return _both(positions, query, key, int(head_size), cos_sin_cache, bool(is_neox))
+
+
+def _plan(positions, query, key, head_size, cos_sin_cache, is_neox) -> mutable.Update:
+    tail = (head_size, cos_sin_cache, is_neox)
+    if key is None:
+        return mutable.Update(_one, (positions, query, *tail), {"query": query})
+    targets = {"query": query, "key": key}
+    return mutable.Update(_both, (positions, query, key, *tail), targets)
+
+
+def _check_heads(name, heads, positions, head_size) -> int:
+    """Checks the shape of queries or keys and returns their number of heads."""
+    *tokens, last = heads.shape if heads.dim() else (0,)
+    flat = heads.dim() == positions.dim() + 1
+    fits = last % head_size == 0 if flat else last == head_size
+    if not flat and tokens:
+        tokens.pop()
+    right = heads.dim() in (positions.dim() + 1, positions.dim() + 2)
+    start = "[" + "".join(f"{n}, " for n in positions.shape)
+    _check.require(
+        right and fits and tokens == list(positions.shape),
+        name,
+        f"have shape {start}num_heads * {head_size}] or {start}num_heads, {head_size}]",
+        list(heads.shape),
+    )
+    return last // head_size if flat else heads.shape[-2]
+
+
+def _check_query(positions, query, head_size) -> int:
+    _check.dtype("positions", positions, [torch.int64])
+    _check.require(
+        positions.dim() in (1, 2),
+        "positions",
+        "have shape [num_tokens] or [batch_size, seq_len]",
+        list(positions.shape),
+    )
+    _check.require(head_size >= 1, "head_size", "be at least 1", head_size)
+    _check.dtype("query", query, FLOAT_DTYPES)
+    return _check_heads("query", query, positions, head_size)
+
+
+def _check_cache(query, cos_sin_cache, head_size) -> None:
+    _check.dtype("cos_sin_cache", cos_sin_cache, [query.dtype])
+    _check.rank("cos_sin_cache", cos_sin_cache, "[max_position, rotary_dim]")
+    rotary_dim = cos_sin_cache.shape[1]
+    _check.require(
+        rotary_dim % 2 == 0 and rotary_dim <= head_size,
+        "cos_sin_cache",
+        f"have an even last dimension of at most {head_size}",
+        rotary_dim,
+    )
+
+
+def _lower_both(positions, query, key, head_size, cos_sin_cache, is_neox) -> CustomCall:
+    num_heads = _check_query(positions, query, head_size)
+    _check.dtype("key", key, [query.dtype])
+    num_kv_heads = _check_heads("key", key, positions, head_size)
+    _check.require(
+        num_heads % num_kv_heads == 0 if num_kv_heads else num_heads == 0,
+        "key",
+        f"have a number of heads that divides query's {num_heads}",
+        num_kv_heads,
+    )
+    _check_cache(query, cos_sin_cache, head_size)
+    _check.same_device(
+        "query", query, positions=positions, key=key, cos_sin_cache=cos_sin_cache
+    )
+    return CustomCall(
+        "xla_ops.rotary_embedding",
+        (
+            positions.contiguous(),
+            query.contiguous(),
+            key.contiguous(),
+            cos_sin_cache.contiguous(),
+        ),
+        (Spec.of(query), Spec.of(key)),
+        {"head_size": head_size, "is_neox": is_neox},
+        may_overwrite={0: 1, 1: 2},
+    )
+
+
+def _lower_one(positions, query, head_size, cos_sin_cache, is_neox) -> CustomCall:
+    _check_query(positions, query, head_size)
+    _check_cache(query, cos_sin_cache, head_size)
+    _check.same_device("query", query, positions=positions, cos_sin_cache=cos_sin_cache)
+    return CustomCall(
+        "xla_ops.rotary_embedding_one",
+        (positions.contiguous(), query.contiguous(), cos_sin_cache.contiguous()),
+        (Spec.of(query),),
+        {"head_size": head_size, "is_neox": is_neox},
+        may_overwrite={0: 1},
+    )
+
+
+def _rotate(positions, heads, head_size, cos_sin_cache, is_neox) -> torch.Tensor:
+    max_position, rotary_dim = cos_sin_cache.shape
+    if max_position == 0 or heads.numel() == 0:
+        return heads.clone()
+    split = heads.reshape(*positions.shape, -1, head_size)
+    valid = (positions >= 0) & (positions < max_position)
+    row = cos_sin_cache[positions.clamp(0, max_position - 1)].unsqueeze(-2)
+    cos, sin = row.chunk(2, dim=-1)
+    rotary, rest = split[..., :rotary_dim], split[..., rotary_dim:]
+    if is_neox:
+        x, y = rotary.chunk(2, dim=-1)
+    else:
+        x, y = rotary[..., ::2], rotary[..., 1::2]
+    pair = (x * cos - y * sin, y * cos + x * sin)
+    if is_neox:
+        rotated = torch.cat(pair, dim=-1)
+    else:
+        rotated = torch.stack(pair, dim=-1).flatten(-2)
+    rotated = torch.where(valid[..., None, None], rotated, rotary)
+    return torch.cat([rotated, rest], dim=-1).reshape(heads.shape)
+
+
+def _reference_both(positions, query, key, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rotate(positions, query, *rest), _rotate(positions, key, *rest)
+
+
+_both = Op(
+    "rotary_embedding_both",
+    "(Tensor positions, Tensor query, Tensor key, int head_size, Tensor cos_sin_cache,"
+    " bool is_neox) -> (Tensor, Tensor)",
+    _lower_both,
+    _reference_both,
+)
+_one = Op(
+    "rotary_embedding_one",
+    "(Tensor positions, Tensor query, int head_size, Tensor cos_sin_cache,"
+    " bool is_neox) -> Tensor",
+    _lower_one,
+    _rotate,
+)
+
+mutable.define(
+    "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!)? key,"
+    " int head_size, Tensor cos_sin_cache, bool is_neox) -> ()",
+    _plan,
+)
