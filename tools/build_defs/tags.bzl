@@ -7,9 +7,9 @@ compute capability on which they can run. They are chosen by a config
     gpu     any GPU that the kernels support
     sm80    8.0 and later (bf16 tensor cores, cp.async)
     sm89    8.9 and later (fp8 tensor cores)
-    sm90    9.0 (wgmma, TMA)
-    sm100   10.0
-    sm120   12.0
+    sm90    9.0 alone (wgmma, TMA)
+    sm100   10.0 alone
+    sm120   12.0 alone
 """
 
 GPU_TAGS = ["gpu", "sm80", "sm89", "sm90", "sm100", "sm120"]

@@ -25,7 +25,14 @@ def xla_ops_cc_test(name, copts = [], tags = [], **kwargs):
         **kwargs
     )
 
-def xla_ops_py_test(name, srcs, data = [], env = {}, tags = [], **kwargs):
+def xla_ops_py_test(
+        name,
+        srcs,
+        data = [],
+        env = {},
+        size = "large",
+        tags = [],
+        **kwargs):
     """Runs pytest on `srcs` against the wheel of the default interpreter.
 
     A GPU test (see tags.bzl) runs with PJRT_DEVICE=GPU, others with CPU.
@@ -36,6 +43,8 @@ def xla_ops_py_test(name, srcs, data = [], env = {}, tags = [], **kwargs):
         same folder may be among them.
       data: files that the tests read.
       env: environment variables.
+      size: of py_test; large, since importing torch_xla and compiling
+        graphs take long on a small machine.
       tags: of tags.bzl.
       **kwargs: further arguments of py_test.
     """
@@ -53,6 +62,7 @@ def xla_ops_py_test(name, srcs, data = [], env = {}, tags = [], **kwargs):
         env = dict({"PJRT_DEVICE": "GPU" if gpu else "CPU"}, **env),
         main = "//tools/build_defs:pytest_main.py",
         python_version = "PY3",
+        size = size,
         tags = tags + (_GPU_EXECUTION if gpu else []),
         **kwargs
     )
