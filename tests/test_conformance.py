@@ -28,6 +28,9 @@ SAMPLES = {
     "gelu_tanh_and_mul": (GATED,),
     "silu_and_mul_quant": (GATED, ONE / 8),
     "fused_add_rms_norm_functional": (GATED, GATED + 1, torch.ones(16), 1e-6),
+    "static_scaled_fp8_quant": (GATED, ONE / 8),
+    "dynamic_scaled_fp8_quant": (GATED,),
+    "dynamic_per_token_scaled_fp8_quant": (GATED, ONE),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
     "rotary_embedding_both": (
         *(torch.arange(3)[None], torch.randn(1, 3, 64), torch.randn(1, 3, 32), 16),

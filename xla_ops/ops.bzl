@@ -19,6 +19,7 @@ load("//tools/build_defs:tests.bzl", "xla_ops_cc_test")
 
 OPS = [
     "activation",
+    "fp8_quant",
     "fused_add_rms_norm",
     "paged_attention",
     "reshape_and_cache_flash",

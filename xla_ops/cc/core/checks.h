@@ -83,7 +83,18 @@ ffi::Error CheckShape(const char* op, const char* argument, Operand operand,
   return MustError(op, argument, rule + "]", FormatShape(dims));
 }
 
-// The shape and type of another operand, such as a result's argument.
+// The shape of another operand, such as a result's argument.
+template <typename Operand>
+ffi::Error CheckShapeOf(const char* op, const char* argument, Operand operand,
+                        ffi::AnyBuffer other) {
+  const ffi::AnyBuffer got = BufferOf(operand);
+  if (got.dimensions() == other.dimensions()) return ffi::Error::Success();
+  return MustError(op, argument,
+                   "have shape " + FormatShape(other.dimensions()),
+                   FormatShape(got.dimensions()));
+}
+
+// Its shape and type.
 template <typename Operand>
 ffi::Error CheckSameAs(const char* op, const char* argument, Operand operand,
                        ffi::AnyBuffer other) {
@@ -92,12 +103,7 @@ ffi::Error CheckSameAs(const char* op, const char* argument, Operand operand,
     return MustError(op, argument, "be " + DTypeName(other.element_type()),
                      DTypeName(got.element_type()));
   }
-  if (!(got.dimensions() == other.dimensions())) {
-    return MustError(op, argument,
-                     "have shape " + FormatShape(other.dimensions()),
-                     FormatShape(got.dimensions()));
-  }
-  return ffi::Error::Success();
+  return CheckShapeOf(op, argument, operand, other);
 }
 
 // A tensor of one element, whatever its rank: scales and counts.
@@ -131,6 +137,13 @@ inline ffi::Error BindRows(const char* op, ffi::AnyBuffer input, DType* dtype,
   for (const int64_t dim : dims.first(dims.size() - 1)) *num_tokens *= dim;
   *hidden_size = dims.back();
   return ffi::Error::Success();
+}
+
+// A scale in device memory: fp32, one element, whatever its rank.
+template <typename Operand>
+ffi::Error CheckScale(const char* op, const char* argument, Operand operand) {
+  XLA_OPS_RETURN_IF_ERROR(CheckDType(op, argument, operand, {DType::kF32}));
+  return CheckOneElement(op, argument, operand);
 }
 
 inline ffi::Error CheckAtLeast(const char* op, const char* argument,

@@ -109,12 +109,13 @@ cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
       hidden_size / kWidth > kVectors * kMaxRowThreads) {
     grid.blocks = static_cast<unsigned>(num_rows);
     grid.threads = static_cast<unsigned>(
-        std::min<int64_t>(kMaxRowThreads, (hidden_size + 31) / 32 * 32));
+        std::clamp<int64_t>((hidden_size + 31) / 32 * 32, 32, kMaxRowThreads));
     grid.row_vectors = hidden_size;
     return f(RowPlan<1, 0>{}, grid);
   }
   grid.row_vectors = hidden_size / kWidth;
-  const bool one = grid.row_vectors <= (num_rows <= kFewRows ? kMaxRowThreads : 32);
+  const bool one =
+      grid.row_vectors <= (num_rows <= kFewRows ? kMaxRowThreads : 32);
   const int64_t needed =
       one ? grid.row_vectors : (grid.row_vectors + kVectors - 1) / kVectors;
   if (needed <= 32) {

@@ -81,6 +81,11 @@ class Checker:
             t.numel() == 1, argument, "have 1 element", f"shape {list(t.shape)}"
         )
 
+    def scale(self, argument: str, t: torch.Tensor) -> None:
+        """Checks a scale that is read on the device: one float32 element."""
+        self.dtype(argument, t, [torch.float32])
+        self.one_element(argument, t)
+
     def same_device(self, first: str, reference: torch.Tensor, **others) -> None:
         """Checks that every tensor of `others` lies on `reference`'s device."""
         for argument, t in others.items():

@@ -7,6 +7,11 @@ from .activation import (
     silu_and_mul,
     silu_and_mul_quant,
 )
+from .fp8_quant import (
+    dynamic_per_token_scaled_fp8_quant,
+    dynamic_scaled_fp8_quant,
+    static_scaled_fp8_quant,
+)
 from .fused_add_rms_norm import fused_add_rms_norm
 from .paged_attention import paged_attention
 from .reshape_and_cache_flash import reshape_and_cache_flash
@@ -14,6 +19,8 @@ from .rms_norm import rms_norm
 from .rotary_embedding import rotary_embedding
 
 __all__ = [
+    "dynamic_per_token_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
     "fused_add_rms_norm",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
@@ -24,4 +31,5 @@ __all__ = [
     "rotary_embedding",
     "silu_and_mul",
     "silu_and_mul_quant",
+    "static_scaled_fp8_quant",
 ]

@@ -41,7 +41,8 @@ def fused_add_rms_norm(
     Semantics: vLLM's `fused_add_rms_norm`.
 
     Example:
-        >>> fused_add_rms_norm(torch.tensor([[1.0, 1.0]]), torch.ones(1, 2), torch.ones(2))
+        >>> one = torch.ones(1, 2)
+        >>> fused_add_rms_norm(one, one, one[0])
         (tensor([[1.0000, 1.0000]]), tensor([[2., 2.]]))
     """
     _check.tensor("input", input)

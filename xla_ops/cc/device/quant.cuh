@@ -1,0 +1,123 @@
+// Quantisation on CUDA; xla_ops/cc/core/quant.h says what it means and
+// computes the same to the last bit on the CPU.
+//
+// Tested through the kernels of the quantising ops.
+
+#ifndef XLA_OPS_CC_DEVICE_QUANT_CUH_
+#define XLA_OPS_CC_DEVICE_QUANT_CUH_
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/fp8.cuh"
+#include "xla_ops/cc/device/vector.cuh"
+
+namespace xla_ops {
+
+constexpr float kFp8Max = 448.0f;
+constexpr float kMinFp8Scale = 1.0f / (kFp8Max * 512.0f);
+constexpr float kMinInt8Scale = 1.1920928955078125e-07f;
+
+// fminf() drops a NaN operand, so NaN becomes 448.
+__device__ __forceinline__ float ClampToFp8(float x) {
+  return fmaxf(-kFp8Max, fminf(x, kFp8Max));
+}
+
+template <int kSize>
+__device__ __forceinline__ Vector<uint8_t, kSize> PackFp8(
+    const float (&x)[kSize]) {
+  Vector<uint8_t, kSize> packed;
+  if constexpr (kSize % 2 == 0) {
+    auto* pairs = reinterpret_cast<uint16_t*>(packed.data);
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      pairs[i] = ToFp8Pair<__NV_E4M3>(ClampToFp8(x[2 * i]),
+                                      ClampToFp8(x[2 * i + 1]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      packed[i] = ToFp8<__NV_E4M3>(ClampToFp8(x[i]));
+    }
+  }
+  return packed;
+}
+
+// The conversions round to nearest even and saturate; NaN becomes 0.
+__device__ __forceinline__ uint8_t ToInt8(float x) {
+  uint32_t bits;
+  asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return static_cast<uint8_t>(bits);
+}
+
+__device__ __forceinline__ int32_t ToInt32(float x) {
+  return __float2int_rn(x);
+}
+
+// Sum and result saturate: |azp| may be up to 2^31.
+__device__ __forceinline__ uint8_t AddZeroPoint(int32_t x, int32_t azp) {
+  const int64_t sum = int64_t{x} + azp;
+  return static_cast<uint8_t>(sum < -128 ? -128 : sum > 127 ? 127 : sum);
+}
+
+__device__ __forceinline__ float Fp8RowScale(float abs_max,
+                                             const float* upper_bound) {
+  if (upper_bound != nullptr) abs_max = fminf(abs_max, *upper_bound);
+  return fmaxf(abs_max / kFp8Max, kMinFp8Scale);
+}
+
+// out[i] = map.Apply(in[i]) for `size` elements, one vector a thread; the
+// last thread may have less. `Map` is copied to every thread; Load() is
+// called first and returns what Apply() needs beside the vector.
+template <int kWidth, typename T, typename Map>
+__global__ void __launch_bounds__(256)
+    QuantizeKernel(const T* __restrict__ in, uint8_t* __restrict__ out,
+                   int64_t size, const Map map) {
+  const int64_t first =
+      (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
+  if (first >= size) return;
+  const auto state = map.Load();
+  if (first + kWidth <= size) {
+    const Vector<T, kWidth> x = LoadVector<kWidth>(in + first);
+    float values[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) values[j] = ToFloat(x[j]);
+    StoreVector(out + first, map.Apply(values, state));
+  } else {
+    for (int64_t i = first; i < size; ++i) {
+      const float value[1] = {ToFloat(in[i])};
+      StoreVector(out + i, map.Apply(value, state));
+    }
+  }
+}
+
+// Queues QuantizeKernel for any size and alignment.
+template <typename T, typename Map>
+cudaError_t LaunchQuantize(cudaStream_t stream, const T* in, void* out,
+                           int64_t size, const Map& map) {
+  constexpr int kThreads = 256;
+  constexpr int kWidth = kWideSize<T>;
+  auto* bytes = static_cast<uint8_t*>(out);
+  const bool wide = IsAligned(in, 16) && IsAligned(out, kWidth);
+  const int64_t step = int64_t{kThreads} * (wide ? kWidth : 1);
+  // A grid has at most 2^31 - 1 blocks.
+  const int64_t most = step * INT32_MAX;
+  for (int64_t first = 0; first < size; first += most) {
+    const int64_t count = size - first < most ? size - first : most;
+    const auto blocks = static_cast<unsigned>((count + step - 1) / step);
+    if (wide) {
+      QuantizeKernel<kWidth><<<blocks, kThreads, 0, stream>>>(
+          in + first, bytes + first, count, map);
+    } else {
+      QuantizeKernel<1><<<blocks, kThreads, 0, stream>>>(
+          in + first, bytes + first, count, map);
+    }
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_DEVICE_QUANT_CUH_
