@@ -24,7 +24,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch_xla  # noqa: E402, F401
+import torch_xla.backends  # noqa: E402
 from support import Path  # noqa: E402
+
+# XLA:GPU would compute float32 products in TF32, which no reference does.
+torch_xla.backends.set_mat_mul_precision("highest")
 
 PATHS = ["cpu", "lazy", "compiled"]
 if os.environ.get("XLA_OPS_TEST_TORCH_CUDA") == "1":

@@ -152,7 +152,7 @@ def test_any_slots(data):
     draw = data.draw
     blocks, page = draw(st.integers(0, 4)), draw(st.integers(1, 5))
     heads, dim = draw(st.integers(1, 3)), draw(st.integers(1, 20))
-    tokens = draw(st.integers(0, 8))
+    tokens = draw(st.integers(0, min(8, blocks * page + 7)))
     extra = draw(st.integers(0, 2))
     # Distinct slots: of several tokens with one slot any may win.
     slots = draw(

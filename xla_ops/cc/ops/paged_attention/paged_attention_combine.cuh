@@ -76,7 +76,7 @@ __global__ void ReportPagedAttentionKernel(
   if (seq == 0 && threadIdx.x == 0 &&
       (num_seqs < 0 || num_seqs > args.max_num_seqs)) {
     printf(
-        "paged_attention: num_seqs must be from 0 to %d, got %d; it is "
+        "xla_ops: paged_attention: num_seqs must be from 0 to %d, got %d; it is "
         "clamped\n",
         args.max_num_seqs, num_seqs);
   }
@@ -85,15 +85,15 @@ __global__ void ReportPagedAttentionKernel(
   if (threadIdx.x == 0) {
     if (context < 0 || context > args.max_context) {
       printf(
-          "paged_attention: context_lens must be from 0 to %d, got %d at "
-          "sequence %d; it is clamped\n",
-          args.max_context, context, seq);
+          "xla_ops: paged_attention: context_lens[%d] must be from 0 to %d, "
+          "got %d; clamped\n",
+          seq, args.max_context, context);
     }
     const int start = args.query_start_loc[seq];
     const int end = args.query_start_loc[seq + 1];
     if (start < 0 || end < start || end > args.num_tokens) {
       printf(
-          "paged_attention: query_start_loc must rise from 0 to %lld, got %d "
+          "xla_ops: paged_attention: query_start_loc must rise from 0 to %lld, got %d "
           "and %d at sequence %d; it is clamped\n",
           static_cast<long long>(args.num_tokens), start, end, seq);
     }
@@ -105,9 +105,9 @@ __global__ void ReportPagedAttentionKernel(
     const int block = args.block_tables[seq * args.max_blocks + page];
     if (static_cast<uint32_t>(block) >= args.num_blocks) {
       printf(
-          "paged_attention: block_tables must be from 0 to num_blocks - 1 = "
-          "%lld, got %d at sequence %d, page %d; its tokens are masked\n",
-          static_cast<long long>(args.num_blocks) - 1, block, seq, page);
+          "xla_ops: paged_attention: block_tables[%d, %d] must be from 0 to "
+          "%lld, got %d; masked\n",
+          seq, page, static_cast<long long>(args.num_blocks) - 1, block);
     }
   }
 }

@@ -135,11 +135,10 @@ __global__ void ReportSlotsKernel(const int64_t* slot_mapping,
   const int64_t token = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (token >= num_tokens || slot_mapping[token] < num_slots) return;
   printf(
-      "reshape_and_cache_flash: slot_mapping must be below num_blocks * "
-      "page_size = %lld, got %lld at token %lld; the token is skipped\n",
-      static_cast<long long>(num_slots),
-      static_cast<long long>(slot_mapping[token]),
-      static_cast<long long>(token));
+      "xla_ops: reshape_and_cache_flash: slot_mapping[%lld] must be less than "
+      "%lld, got %lld; skipped\n",
+      static_cast<long long>(token), static_cast<long long>(num_slots),
+      static_cast<long long>(slot_mapping[token]));
 }
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
