@@ -32,6 +32,10 @@ SAMPLES = {
     "dynamic_scaled_fp8_quant": (GATED,),
     "dynamic_per_token_scaled_fp8_quant": (GATED, ONE),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
+    "merge_attn_states": (
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
+    ),
     "rotary_embedding_both": (
         *(torch.arange(3)[None], torch.randn(1, 3, 64), torch.randn(1, 3, 32), 16),
         *(torch.randn(4, 8), True),

@@ -21,6 +21,7 @@ OPS = [
     "activation",
     "fp8_quant",
     "fused_add_rms_norm",
+    "merge_attn_states",
     "paged_attention",
     "reshape_and_cache_flash",
     "rms_norm",

@@ -13,6 +13,7 @@ from .fp8_quant import (
     static_scaled_fp8_quant,
 )
 from .fused_add_rms_norm import fused_add_rms_norm
+from .merge_attn_states import merge_attn_states
 from .paged_attention import paged_attention
 from .reshape_and_cache_flash import reshape_and_cache_flash
 from .rms_norm import rms_norm
@@ -24,6 +25,7 @@ __all__ = [
     "fused_add_rms_norm",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
+    "merge_attn_states",
     "mul_and_silu",
     "paged_attention",
     "reshape_and_cache_flash",
