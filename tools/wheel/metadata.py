@@ -21,7 +21,6 @@ GPU = xla_ops.plugin:GpuPlugin
 
 CLASSIFIERS = [
     "Development Status :: 3 - Alpha",
-    "License :: OSI Approved :: Apache Software License",
     "Operating System :: POSIX :: Linux",
     "Programming Language :: C++",
     "Programming Language :: Python :: 3",
@@ -33,11 +32,11 @@ def metadata(version: str, python: str, readme: str, licenses: list[str]) -> str
     """Returns METADATA for the interpreter `python`, such as "3.11"."""
     minor = int(python.split(".")[1])
     lines = [
-        "Metadata-Version: 2.1",
+        "Metadata-Version: 2.4",
         f"Name: {NAME}",
         f"Version: {version}",
         f"Summary: {SUMMARY}",
-        "License: Apache-2.0",
+        "License-Expression: Apache-2.0",
         *(f"License-File: {name}" for name in licenses),
         *(f"Classifier: {name}" for name in CLASSIFIERS),
         f"Classifier: Programming Language :: Python :: {python}",
