@@ -7,7 +7,7 @@ case failed or none ran.
 
 import pathlib
 import sys
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 
 def count(file):
