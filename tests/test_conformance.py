@@ -31,6 +31,19 @@ SAMPLES = {
     "static_scaled_fp8_quant": (GATED, ONE / 8),
     "dynamic_scaled_fp8_quant": (GATED,),
     "dynamic_per_token_scaled_fp8_quant": (GATED, ONE),
+    "rms_norm_static_fp8_quant": (GATED, torch.ones(16), ONE / 8, 1e-6),
+    "fused_add_rms_norm_static_fp8_quant": (
+        *(GATED, GATED + 1, torch.ones(16), ONE / 8),
+        1e-6,
+    ),
+    "rms_norm_dynamic_per_token_quant": (
+        *(GATED, torch.ones(16)),
+        *(torch.float8_e4m3fn, 1e-6, ONE),
+    ),
+    "fused_add_rms_norm_dynamic_per_token_quant": (
+        *(GATED, GATED + 1, torch.ones(16)),
+        *(torch.int8, 1e-6, None),
+    ),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
     "merge_attn_states": (
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),

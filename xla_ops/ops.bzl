@@ -25,6 +25,7 @@ OPS = [
     "paged_attention",
     "reshape_and_cache_flash",
     "rms_norm",
+    "rms_norm_quant",
     "rotary_embedding",
 ]
 

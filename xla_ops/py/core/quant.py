@@ -59,7 +59,7 @@ def num_rows(shape) -> int:
 
 
 def first_rows(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The rows of `target` that take `source`: vLLM's result may have more, as padding."""
+    """The rows of `target` that take `source`: vLLM's results may have more."""
     same_row = target.dim() > 1 and target.shape[1:] == source.shape[1:]
     if same_row and target.shape[0] > source.shape[0]:
         return target[: source.shape[0]]

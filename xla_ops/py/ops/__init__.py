@@ -17,12 +17,18 @@ from .merge_attn_states import merge_attn_states
 from .paged_attention import paged_attention
 from .reshape_and_cache_flash import reshape_and_cache_flash
 from .rms_norm import rms_norm
+from .rms_norm_quant import (
+    fused_add_rms_norm_static_fp8_quant,
+    rms_norm_dynamic_per_token_quant,
+    rms_norm_static_fp8_quant,
+)
 from .rotary_embedding import rotary_embedding
 
 __all__ = [
     "dynamic_per_token_scaled_fp8_quant",
     "dynamic_scaled_fp8_quant",
     "fused_add_rms_norm",
+    "fused_add_rms_norm_static_fp8_quant",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "merge_attn_states",
@@ -30,6 +36,8 @@ __all__ = [
     "paged_attention",
     "reshape_and_cache_flash",
     "rms_norm",
+    "rms_norm_dynamic_per_token_quant",
+    "rms_norm_static_fp8_quant",
     "rotary_embedding",
     "silu_and_mul",
     "silu_and_mul_quant",

@@ -1,0 +1,193 @@
+// RMSNorm and quantisation on CUDA. Bound by memory: a row is read once,
+// where it fits in registers (device/row.cuh), and leaves as one byte an
+// element.
+//
+// Tested by tests/test_rms_norm_quant.py.
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/quant.cuh"
+#include "xla_ops/cc/device/row.cuh"
+#include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant.h"
+#include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant_launch.h"
+
+namespace xla_ops {
+namespace {
+
+enum class Quant { kStaticFp8, kDynamicFp8, kDynamicInt8 };
+
+// One set of rows; names and shapes as in RmsNormQuantParams.
+template <typename T>
+struct Rows {
+  const T* input;
+  const T* residual;
+  const T* weight;
+  const float* scale;
+  const float* scale_ub;
+  uint8_t* out;
+  float* scale_out;
+  T* residual_out;
+  int64_t num_rows;
+  int64_t row_vectors;
+  float hidden_size;
+  float eps;
+};
+
+// Threads as RowThreads has them; vectors are aligned (the launcher checks).
+// `residual_out` may be `residual`: it is written in the last pass, each
+// element by the thread that reads it.
+template <typename T, typename Plan, Quant kQuant, bool kResidual>
+__global__ void __launch_bounds__(kMaxRowThreads, 1)
+    RmsNormQuantKernel(const Rows<T> rows) {
+  constexpr int kWidth = Plan::kWidth;
+  constexpr bool kDynamic = kQuant != Quant::kStaticFp8;
+  using V = Vector<T, kWidth>;
+  __shared__ float sum_scratch[32];
+  __shared__ float max_scratch[32];
+  const RowThreads<Plan> row(rows.num_rows, rows.row_vectors);
+  const int64_t start = row.index() * rows.row_vectors * kWidth;
+
+  V x[Plan::kSlots];
+  V r[kResidual ? Plan::kSlots : 1];
+  const auto load = [&](int i, int64_t v) {
+    x[i] = LoadVector<kWidth>(rows.input + start + v * kWidth);
+    if constexpr (kResidual) {
+      r[i] = LoadVector<kWidth>(rows.residual + start + v * kWidth);
+    }
+  };
+  // x of the contract.
+  const auto value = [&](int i, int j) {
+    float exact = ToFloat(x[i][j]);
+    if constexpr (kResidual) {
+      exact += ToFloat(r[i][j]);
+      if constexpr (!kDynamic) exact = ToFloat(FromFloat<T>(exact));
+    }
+    return exact;
+  };
+  if constexpr (Plan::kHeld) row.ForEach(load);
+  float sum = 0.0f;
+  row.ForEach([&](int i, int64_t v) {
+    if constexpr (!Plan::kHeld) load(i, v);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum += value(i, j) * value(i, j);
+  });
+  const float s =
+      rsqrtf(row.Sum(sum, sum_scratch) / rows.hidden_size + rows.eps);
+
+  // Turns x[i] into y of the contract and r[i] into the rounded sum.
+  const auto normalize = [&](int i, int64_t v) {
+    const V w = LoadVector<kWidth>(rows.weight + v * kWidth);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float exact = value(i, j);
+      if constexpr (kResidual) r[i][j] = FromFloat<T>(exact);
+      x[i][j] = FromFloat<T>(ToFloat(FromFloat<T>(exact * s)) * ToFloat(w[j]));
+    }
+  };
+  float scale = 1.0f;
+  if constexpr (kDynamic) {
+    float max = 0.0f;
+    row.ForEach([&](int i, int64_t v) {
+      if constexpr (!Plan::kHeld) load(i, v);
+      normalize(i, v);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        max = fmaxf(max, fabsf(ToFloat(x[i][j])));
+      }
+    });
+    max = row.Max(max, max_scratch);
+    scale = kQuant == Quant::kDynamicFp8 ? Fp8RowScale(max, rows.scale_ub)
+                                         : fmaxf(max / 127.0f, kMinInt8Scale);
+    if (row.IsFirst()) rows.scale_out[row.index()] = scale;
+  } else {
+    scale = *rows.scale;
+  }
+  const float inverse = 1.0f / scale;
+
+  row.ForEach([&](int i, int64_t v) {
+    if constexpr (!Plan::kHeld) load(i, v);
+    if constexpr (!Plan::kHeld || !kDynamic) normalize(i, v);
+    float scaled[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const float y = ToFloat(x[i][j]);
+      scaled[j] = kQuant == Quant::kDynamicFp8 ? y / scale : y * inverse;
+    }
+    Vector<uint8_t, kWidth> codes;
+    if constexpr (kQuant == Quant::kDynamicInt8) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) codes[j] = ToInt8(scaled[j]);
+    } else {
+      codes = PackFp8(scaled);
+    }
+    StoreVector(rows.out + start + v * kWidth, codes);
+    if constexpr (kResidual) {
+      StoreVector(rows.residual_out + start + v * kWidth, r[i]);
+    }
+  });
+}
+
+template <Quant kQuant, bool kResidual, typename T>
+cudaError_t LaunchRows(cudaStream_t stream, Rows<T> rows,
+                       int64_t hidden_size) {
+  const bool aligned =
+      IsAligned(rows.input, 16) && IsAligned(rows.residual, 16) &&
+      IsAligned(rows.weight, 16) && IsAligned(rows.residual_out, 16) &&
+      IsAligned(rows.out, kWideSize<T>);
+  return DispatchRow<T>(
+      rows.num_rows, hidden_size, aligned,
+      [&](auto plan, const RowGrid& grid) {
+        rows.row_vectors = grid.row_vectors;
+        RmsNormQuantKernel<T, decltype(plan), kQuant, kResidual>
+            <<<grid.blocks, grid.threads, 0, stream>>>(rows);
+        return cudaGetLastError();
+      });
+}
+
+template <bool kResidual, typename T>
+cudaError_t Launch(cudaStream_t stream, const RmsNormQuantParams& params,
+                   int64_t first_row, int64_t num_rows) {
+  const int64_t start = first_row * params.hidden_size;
+  Rows<T> rows = {};
+  rows.input = static_cast<const T*>(params.input) + start;
+  if constexpr (kResidual) {
+    rows.residual = static_cast<const T*>(params.residual) + start;
+    rows.residual_out = static_cast<T*>(params.residual_out) + start;
+  }
+  rows.weight = static_cast<const T*>(params.weight);
+  rows.scale = params.scale;
+  rows.scale_ub = params.scale_ub;
+  rows.out = static_cast<uint8_t*>(params.out) + start;
+  rows.num_rows = num_rows;
+  rows.hidden_size = static_cast<float>(params.hidden_size);
+  rows.eps = params.eps;
+  if (params.scale != nullptr) {
+    return LaunchRows<Quant::kStaticFp8, kResidual>(stream, rows,
+                                                    params.hidden_size);
+  }
+  rows.scale_out = params.scale_out + first_row;
+  if (params.quant_dtype == DType::kF8E4M3FN) {
+    return LaunchRows<Quant::kDynamicFp8, kResidual>(stream, rows,
+                                                     params.hidden_size);
+  }
+  return LaunchRows<Quant::kDynamicInt8, kResidual>(stream, rows,
+                                                    params.hidden_size);
+}
+
+}  // namespace
+
+cudaError_t LaunchRmsNormQuant(cudaStream_t stream,
+                               const RmsNormQuantParams& params) {
+  return ForEachRowGrid(params.num_tokens, [&](int64_t row, int64_t rows) {
+    return DispatchFloat(params.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      return params.residual == nullptr
+                 ? Launch<false, T>(stream, params, row, rows)
+                 : Launch<true, T>(stream, params, row, rows);
+    });
+  });
+}
+
+}  // namespace xla_ops
