@@ -19,6 +19,7 @@ load("//tools/build_defs:tests.bzl", "xla_ops_cc_test")
 
 OPS = [
     "activation",
+    "copy_blocks",
     "fp8_quant",
     "fused_add_rms_norm",
     "merge_attn_states",

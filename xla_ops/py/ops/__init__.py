@@ -7,6 +7,7 @@ from .activation import (
     silu_and_mul,
     silu_and_mul_quant,
 )
+from .copy_blocks import copy_blocks
 from .fp8_quant import (
     dynamic_per_token_scaled_fp8_quant,
     dynamic_scaled_fp8_quant,
@@ -25,6 +26,7 @@ from .rms_norm_quant import (
 from .rotary_embedding import rotary_embedding
 
 __all__ = [
+    "copy_blocks",
     "dynamic_per_token_scaled_fp8_quant",
     "dynamic_scaled_fp8_quant",
     "fused_add_rms_norm",

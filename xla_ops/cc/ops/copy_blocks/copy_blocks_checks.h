@@ -1,0 +1,62 @@
+// From FFI operands to CopyBlocksParams; the CPU and the CUDA handler share
+// it.
+//
+// Errors (InvalidArgument), each after "copy_blocks: ":
+//   cache must be float32, float16, ..., int8 or uint8, got int64
+//   block_mapping must be int64, got int32
+//   block_mapping must have shape [num_pairs, 2], got [4]
+//   num_blocks must be at least 0, got -1    (and the other sizes, strides)
+//   offset must be at least 0, got -1
+//   cache must have at least 256 elements, got 128
+//   cache result must have shape [8, 32], got [8, 16]    (and dtype)
+//
+// Tested by copy_blocks_test.cc.
+
+#ifndef XLA_OPS_CC_OPS_COPY_BLOCKS_COPY_BLOCKS_CHECKS_H_
+#define XLA_OPS_CC_OPS_COPY_BLOCKS_COPY_BLOCKS_CHECKS_H_
+
+#include <cstdint>
+
+#include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
+
+namespace xla_ops {
+
+// Members are in the order of the registration below, which names them.
+struct CopyBlocksAttrs {
+  int64_t num_blocks;
+  int64_t page_size;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t block_stride;
+  int64_t page_stride;
+  int64_t head_stride;
+  int64_t offset;
+  bool debug;
+};
+
+// The binding of every platform; handlers append their context.
+inline auto CopyBlocksBinding() {
+  return xla::ffi::Ffi::Bind()
+      .Arg<xla::ffi::AnyBuffer>()  // cache
+      .Arg<xla::ffi::AnyBuffer>()  // block_mapping
+      .Ret<xla::ffi::AnyBuffer>()  // cache
+      .Attrs<CopyBlocksAttrs>();
+}
+
+// Reads no buffer. Empty operands are success.
+xla::ffi::Error MakeCopyBlocksParams(
+    xla::ffi::AnyBuffer cache, xla::ffi::AnyBuffer block_mapping,
+    xla::ffi::Result<xla::ffi::AnyBuffer> cache_result,
+    const CopyBlocksAttrs& attrs, CopyBlocksParams* params);
+
+}  // namespace xla_ops
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::xla_ops::CopyBlocksAttrs, StructMember<int64_t>("num_blocks"),
+    StructMember<int64_t>("page_size"), StructMember<int64_t>("num_kv_heads"),
+    StructMember<int64_t>("head_dim"), StructMember<int64_t>("block_stride"),
+    StructMember<int64_t>("page_stride"), StructMember<int64_t>("head_stride"),
+    StructMember<int64_t>("offset"), StructMember<bool>("debug"));
+
+#endif  // XLA_OPS_CC_OPS_COPY_BLOCKS_COPY_BLOCKS_CHECKS_H_

@@ -1,0 +1,197 @@
+"""Copies blocks of paged caches to other blocks, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..core import debug, in_place
+from ..core.checks import Checker
+from ..core.custom_call import CustomCall
+from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
+from ..core.hlo import Spec
+from ..core.op import NAMESPACE, Op
+
+_check = Checker("copy_blocks")
+_DTYPES = (*FLOAT_DTYPES, *FP8_DTYPES, torch.int8, torch.uint8)
+_ATTRIBUTES = (
+    "num_blocks",
+    "page_size",
+    "num_kv_heads",
+    "head_dim",
+    "block_stride",
+    "page_stride",
+    "head_stride",
+    "offset",
+)
+
+
+def copy_blocks(
+    key_caches: Sequence[torch.Tensor],
+    value_caches: Sequence[torch.Tensor],
+    block_mapping: torch.Tensor,
+) -> None:
+    """Copies blocks inside each of the caches, in place.
+
+    Each cache gets the result of copying block source to block destination for one pair
+    (source, destination) of `block_mapping` after the other, also where a block occurs
+    in several pairs, which vLLM leaves to chance. A pair with a negative number is
+    padding and is skipped; so is one with a number past the cache, which
+    `set_debug(True)` reports.
+
+    In place: lazily, under torch.compile(backend="openxla"), and through views such as
+    `kv.unbind(0)`. Every cache takes one kernel.
+
+    Args:
+        key_caches, value_caches: the caches of all layers, as many keys as values. A
+            cache is [num_blocks, ...], of any rank from 1 on and any layout, float32,
+            float16, bfloat16, fp8, int8 or uint8; they need not be alike.
+        block_mapping: [num_pairs, 2], int64, on the caches' device.
+
+    Raises:
+        ValueError: an argument breaks one of the rules above.
+
+    Semantics: vLLM's `_C_cache_ops.copy_blocks`.
+    """
+    _check.tensor("block_mapping", block_mapping)
+    for name, caches in (("key_caches", key_caches), ("value_caches", value_caches)):
+        for i, cache in enumerate(caches):
+            _check.tensor(f"{name}[{i}]", cache)
+    torch.ops.xla_ops.copy_blocks(list(key_caches), list(value_caches), block_mapping)
+
+
+def _front(key_caches, value_caches, block_mapping) -> None:
+    _check.require(
+        len(value_caches) == len(key_caches),
+        "value_caches",
+        f"have key_caches' length {len(key_caches)}",
+        len(value_caches),
+    )
+    caches = {f"key_caches[{i}]": t for i, t in enumerate(key_caches)}
+    caches |= {f"value_caches[{i}]": t for i, t in enumerate(value_caches)}
+    _check_mapping(block_mapping)
+    for name, cache in caches.items():
+        _check.dtype(name, cache, _DTYPES)
+        _check.require(cache.dim() > 0, name, "have rank 1 or more", "shape []")
+        _check.same_device(name, cache, block_mapping=block_mapping)
+    in_place.check_graph_inputs(_check.op, **caches)
+    for name, cache in caches.items():
+        if cache.numel():
+            _copy_one(name, cache, block_mapping)
+
+
+def _copy_one(name: str, cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
+    buffer, offset, strides = in_place.locate(cache)
+    geometry = _geometry(cache.shape, strides)
+    is_value = in_place.is_value(cache)
+    if geometry is None:
+        _check.require(
+            is_value,
+            name,
+            "be free of overlaps and, in a block, of more than two gaps",
+            f"strides {list(strides)}",
+        )
+        # An odd view: as a dense value.
+        buffer, offset = cache, 0
+        geometry = _geometry(cache.shape, in_place.dense_strides(cache.shape))
+    args = (buffer, block_mapping, [*geometry, offset], debug.enabled())
+    if is_value:
+        in_place.assign(buffer, _op(*args, in_place.donor(buffer)))
+    else:
+        _op.update_at_once(*args, None)
+
+
+def _geometry(shape: torch.Size, strides: tuple[int, ...]) -> list[int] | None:
+    """Describes blocks by three inner dimensions, the last one dense.
+
+    The order of a block's elements does not matter, so its dimensions are sorted by
+    stride and joined where one continues the other. None where three are not enough.
+    """
+    dims = [
+        (stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1
+    ]
+    if any(stride <= 0 for stride, size in dims if size):
+        return None
+    inner: list[tuple[int, int]] = []
+    for stride, size in sorted(zip(strides[1:], shape[1:], strict=True), reverse=True):
+        if size == 1:
+            continue
+        if inner and inner[-1][0] == stride * size:
+            inner[-1] = (stride, inner[-1][1] * size)
+        else:
+            inner.append((stride, size))
+    if not inner or inner[-1][0] != 1:
+        inner.append((1, 1))
+    if len(inner) > 3:
+        return None
+    inner = [(0, 1)] * (3 - len(inner)) + inner
+    (page_stride, page), (head_stride, heads), (_, dim) = inner
+    return [shape[0], page, heads, dim, strides[0], page_stride, head_stride]
+
+
+def _check_mapping(block_mapping) -> None:
+    _check.dtype("block_mapping", block_mapping, [torch.int64])
+    _check.require(
+        block_mapping.dim() == 2 and block_mapping.shape[1] == 2,
+        "block_mapping",
+        "have shape [num_pairs, 2]",
+        list(block_mapping.shape),
+    )
+
+
+def _lower(cache, block_mapping, geometry, debug_mode) -> CustomCall:
+    _check.dtype("cache", cache, _DTYPES)
+    _check_mapping(block_mapping)
+    _check.same_device("cache", cache, block_mapping=block_mapping)
+    values = dict(zip(_ATTRIBUTES, (int(n) for n in geometry), strict=True))
+    return CustomCall(
+        "xla_ops.copy_blocks",
+        (cache, block_mapping.contiguous()),
+        (Spec.of(cache),),
+        {**values, "debug": debug_mode},
+        {0: 0},
+        nothing_to_do=block_mapping.numel() == 0 or cache.numel() == 0,
+    )
+
+
+def _reference(cache, block_mapping, geometry, _) -> torch.Tensor:
+    num_blocks, page, heads, dim, *strides, offset = geometry
+    if num_blocks == 0 or page * heads * dim == 0:
+        return cache.clone()
+    # Which block's old content each block has in the end.
+    ids = torch.arange(num_blocks, device=cache.device)
+    origin = ids
+    for pair in block_mapping.unbind(0):
+        source, target = pair.unbind(0)
+        valid = (source >= 0) & (source < num_blocks) & (target >= 0)
+        content = origin[source.clamp(0, num_blocks - 1)]
+        origin = torch.where(valid & (ids == target), content, origin)
+    block_stride, page_stride, head_stride = strides
+    lanes = (
+        (torch.arange(page, device=cache.device) * page_stride)[:, None, None]
+        + (torch.arange(heads, device=cache.device) * head_stride)[:, None]
+        + torch.arange(dim, device=cache.device)
+    ).reshape(-1)
+    # fp8 arithmetic is rare: move the bits as bytes.
+    bits = cache.view(torch.uint8) if cache.element_size() == 1 else cache
+    flat = bits.reshape(-1)
+    start = offset + block_stride * ids[:, None] + lanes
+    moved = flat[offset + block_stride * origin[:, None] + lanes]
+    return flat.index_put((start,), moved).reshape(cache.shape).view(cache.dtype)
+
+
+_op = Op(
+    "copy_blocks_one",
+    "(Tensor cache, Tensor block_mapping, SymInt[] geometry, bool debug,"
+    " Tensor? donor) -> Tensor",
+    _lower,
+    _reference,
+)
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define(
+    "copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches,"
+    " Tensor block_mapping) -> ()"
+)
+_library.impl("copy_blocks", _front, "CompositeImplicitAutograd")
