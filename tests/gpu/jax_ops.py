@@ -29,18 +29,19 @@ class _Handler(ctypes.Structure):
     ]
 
 
-def register(lib_dir, platform="cuda"):
+def register(lib_dir, platform="cuda", ops=OPS):
     """Registers every handler of the op libraries in `lib_dir`.
 
     Args:
         platform: `cuda` or `cpu`.
+        ops: whose libraries.
 
     Returns:
         The architectures that each CUDA library was built for, by op.
     """
     names = {"cuda": "CUDA", "cpu": "cpu"}  # as JAX spells them
     archs = {}
-    for op in OPS:
+    for op in ops:
         path = pathlib.Path(lib_dir) / f"libxla_ops_{op}_{platform}.so"
         library = ctypes.CDLL(str(path))
         library.xla_ops_handlers.restype = ctypes.POINTER(_Handler)

@@ -2,7 +2,8 @@
 // half of a row, 16 bytes where size and alignment allow and one element
 // where they do not, and writes one vector.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_activation.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_activation.py.
 
 #include "xla_ops/cc/ops/activation/activation.h"
 

@@ -1,7 +1,8 @@
 // The CUDA handlers of the gated activations: check operands, then launch the
 // kernel on XLA's stream.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_activation.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_activation.py.
 
 #include <cuda_runtime_api.h>
 

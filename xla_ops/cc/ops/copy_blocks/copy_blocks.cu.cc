@@ -9,7 +9,8 @@
 // pair, so that this order needs no barrier. Conflicts are rare, and without
 // them the search reads the mapping once a thread block, from the L2 cache.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_copy_blocks.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_copy_blocks.py.
 
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
 

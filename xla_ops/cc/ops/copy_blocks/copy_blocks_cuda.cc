@@ -1,7 +1,8 @@
 // The CUDA handler of copy_blocks: checks operands, then launches the kernel
 // on XLA's stream.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_copy_blocks.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_copy_blocks.py.
 
 #include <cuda_runtime_api.h>
 

@@ -2,7 +2,8 @@
 // vector of each result, 16 bytes where head_dim and alignment allow and one
 // element where they do not, and computes its head's weights itself.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_merge_attn_states.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_merge_attn_states.py.
 
 #include "xla_ops/cc/ops/merge_attn_states/merge_attn_states.h"
 

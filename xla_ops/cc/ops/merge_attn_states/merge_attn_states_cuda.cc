@@ -1,7 +1,8 @@
 // The CUDA handler of merge_attn_states: checks operands, then launches the
 // kernel on XLA's stream.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_merge_attn_states.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_merge_attn_states.py.
 
 #include <cuda_runtime_api.h>
 

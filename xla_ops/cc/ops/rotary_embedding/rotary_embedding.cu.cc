@@ -2,7 +2,8 @@
 // rotate kPairs pairs, the rest copy what lies past rotary_dim (nothing to do
 // in place). Queries and keys share one launch.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_rotary_embedding.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_rotary_embedding.py.
 
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding.h"
 

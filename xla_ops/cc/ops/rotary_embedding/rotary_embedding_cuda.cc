@@ -1,7 +1,8 @@
 // The CUDA handlers of the rotary_embedding targets: check operands, then
 // launch the kernel on XLA's stream.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_rotary_embedding.py.
+// Tested by tests/gpu/check_elementwise.py and
+// tests/test_rotary_embedding.py.
 
 #include <cuda_runtime_api.h>
 

@@ -1,0 +1,324 @@
+#!/usr/bin/env python3
+"""Checks the elementwise kernels against numpy: activations, rotary_embedding,
+merge_attn_states and copy_blocks.
+
+    check_elementwise.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
+
+Needs a GPU, JAX and numpy, and the libraries libxla_ops_*_cuda.so in DIR;
+neither torch_xla nor the wheel. --quick runs a small set, for
+compute-sanitizer; --cpu checks libxla_ops_*_cpu.so by the same cases. Without
+either, arrays of more than 2^31 elements follow (40 GiB of GPU memory). Exit
+status 1 if a case fails.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import jax_ops
+import numpy as np
+from kernel_cases import BF16, DTYPES, F32, ROUNDING, poison
+
+jax.config.update("jax_enable_x64", True)
+
+OPS = ("activation", "rotary_embedding", "merge_attn_states", "copy_blocks")
+E4M3 = np.dtype(jnp.float8_e4m3fn)
+
+
+def call(target, results, *args, aliases=None, **attributes):
+    """Calls a target; `results` are arrays or (shape, dtype) pairs."""
+    shapes = [
+        jax.ShapeDtypeStruct(*(r if isinstance(r, tuple) else (r.shape, r.dtype)))
+        for r in results
+    ]
+    for shape in shapes:
+        if shape.dtype in DTYPES and shape.size < 2**26:
+            poison(shape.shape, shape.dtype)
+    f = jax.ffi.ffi_call(
+        f"xla_ops.{target}", tuple(shapes), input_output_aliases=aliases or {}
+    )
+    return jax.jit(lambda *args: f(*args, **attributes))(*args)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x):
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+# Each op's activation, and the half that it applies to.
+ACTIVATIONS = {
+    "silu_and_mul": (silu, 0),
+    "mul_and_silu": (silu, 1),
+    "gelu_and_mul": (gelu, 0),
+    "gelu_tanh_and_mul": (gelu_tanh, 0),
+}
+
+
+def check_activation(rng, name, dtype, tokens, size):
+    x = (rng.standard_normal((tokens, 2 * size)) * 3).astype(dtype)
+    (got,) = call(name, [((tokens, size), dtype)], x)
+    activate, half = ACTIVATIONS[name]
+    halves = x[:, :size].astype(np.float64), x[:, size:].astype(np.float64)
+    gate = activate(halves[half]).astype(dtype).astype(np.float64)
+    want = gate * halves[1 - half]
+    # The last bits of fp32's exp move the first rounding by one step at most;
+    # 1 + erf and 1 + tanh cancel below zero, to a few fp32 steps of x.
+    steps = 16 if dtype == F32 else 3
+    bound = steps * ROUNDING[dtype] * np.abs(want)
+    bound += 2.0**-21 * np.abs(halves[0] * halves[1]) + 2.0**-23
+    error = np.abs(np.asarray(got).astype(np.float64) - want)
+    assert (error <= bound).all(), f"{(error > bound).sum()} elements are off"
+
+
+def check_quant(rng, dtype, tokens, size):
+    x = (rng.standard_normal((tokens, 2 * size)) * 3).astype(dtype)
+    x[0, 0] = np.nan
+    scale = np.float32([0.013])
+    (gated,) = call("silu_and_mul", [((tokens, size), dtype)], x)
+    (got,) = call("silu_and_mul_quant", [((tokens, size), E4M3)], x, scale)
+    want = np.asarray(gated).astype(np.float32) * (np.float32(1) / scale)
+    want = np.nan_to_num(np.clip(want, -448, 448), nan=448.0).astype(E4M3)
+    assert np.array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
+
+
+def rotated(heads, positions, cache, is_neox):
+    """The definition, each product and sum rounded to the dtype."""
+    dtype, pairs = heads.dtype, cache.shape[1] // 2
+    out = heads.copy()
+    valid = (positions >= 0) & (positions < len(cache))
+    row = cache[positions[valid]][:, None]
+    cos, sin = row[..., :pairs], row[..., pairs:]
+    first = np.s_[..., :pairs] if is_neox else np.s_[..., : 2 * pairs : 2]
+    second = np.s_[..., pairs : 2 * pairs] if is_neox else np.s_[..., 1 : 2 * pairs : 2]
+    old = heads[valid].astype(np.float32)
+    x, y = old[first], old[second]
+
+    def product(a, b):
+        return (a * b.astype(np.float32)).astype(dtype).astype(np.float32)
+
+    new = heads[valid]
+    new[first] = (product(x, cos) - product(y, sin)).astype(dtype)
+    new[second] = (product(y, cos) + product(x, sin)).astype(dtype)
+    out[valid] = new
+    return out
+
+
+def check_rotary(rng, dtype, is_neox, tokens, heads, head_size, rotary_dim):
+    positions = rng.integers(-1, 12, tokens)
+    query = rng.standard_normal((tokens, 2 * heads, head_size)).astype(dtype)
+    key = rng.standard_normal((tokens, heads, head_size)).astype(dtype)
+    cache = rng.standard_normal((11, rotary_dim)).astype(dtype)
+    attributes = {"head_size": np.int64(head_size), "is_neox": is_neox}
+    got = call(
+        "rotary_embedding", [query, key], positions, query, key, cache, **attributes
+    )
+    for result, before in zip(got, (query, key), strict=True):
+        want = rotated(before, positions, cache, is_neox)
+        assert np.array_equal(np.asarray(result), want), "not the same to the bit"
+    (alone,) = call(
+        "rotary_embedding_one", [query], positions, query, cache, **attributes
+    )
+    assert np.array_equal(np.asarray(alone), np.asarray(got[0]))
+
+
+def check_merge(rng, dtype, tokens, heads, head_dim):
+    p, s = (rng.standard_normal((tokens, heads, head_dim)).astype(dtype) for _ in "ps")
+    pl, sl = (
+        (rng.standard_normal((heads, tokens)) * 4).astype(np.float32) for _ in "ps"
+    )
+    pl[0, 0], sl[-1, -1] = np.inf, -np.inf
+    if tokens * heads > 1:
+        p[0, 0], s[-1, -1] = np.nan, np.nan
+    got, lse = call("merge_attn_states", [p, pl], p, pl, s, sl)
+    p64, s64 = np.nan_to_num(p.astype(np.float64)), np.nan_to_num(s.astype(np.float64))
+    wp, ws = (
+        np.exp(np.where(x == np.inf, -np.inf, x).astype(np.float64)) for x in (pl, sl)
+    )
+    both = (wp + ws == 0).T[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a = p64 * np.where(both, 1, (wp / (wp + ws)).T[..., None])
+        b = s64 * np.where(both, 0, (ws / (wp + ws)).T[..., None])
+        want_lse = np.log(wp + ws)
+    bound = (
+        ROUNDING[dtype] * np.abs(a + b) + 2.0**-20 * (np.abs(a) + np.abs(b)) + 2.0**-25
+    )
+    error = np.abs(np.asarray(got).astype(np.float64) - (a + b))
+    assert (error <= bound).all(), f"{(error > bound).sum()} elements are off"
+    assert np.allclose(np.asarray(lse), want_lse, rtol=1e-6, atol=4e-6)
+
+
+def geometry(blocks, size, stride=None, offset=0):
+    """Blocks of `size` elements in one run, `stride` apart."""
+    values = {
+        "num_blocks": blocks,
+        "page_size": 1,
+        "num_kv_heads": 1,
+        "head_dim": size,
+        "block_stride": size if stride is None else stride,
+        "page_stride": 0,
+        "head_stride": 0,
+        "offset": offset,
+    }
+    return {name: np.int64(value) for name, value in values.items()} | {"debug": False}
+
+
+def check_copy(rng, dtype, blocks, size, pairs, offset):
+    stride = size + offset
+    cache = rng.integers(0, 100, blocks * stride + offset).astype(dtype)
+    mapping = rng.integers(-1, blocks + 1, (pairs, 2))
+    want = cache.copy()
+    rows = want[offset : offset + blocks * stride].reshape(blocks, stride)[:, :size]
+    for source, target in mapping:
+        if 0 <= source < blocks and 0 <= target < blocks:
+            rows[target] = rows[source].copy()
+    attributes = geometry(blocks, size, stride, offset)
+    for aliases in ({0: 0}, {}):
+        (got,) = call(
+            "copy_blocks", [cache], cache, mapping, aliases=aliases, **attributes
+        )
+        assert np.array_equal(np.asarray(got), want)
+
+
+def cases(quick):
+    sizes = (
+        [(1, 1), (3, 7), (5, 40)]
+        if quick
+        else [
+            *[(1, 1), (3, 7), (5, 40), (0, 8), (1, 14336), (300, 257), (5000, 96)],
+        ]
+    )
+    for name, dtype, (tokens, size) in itertools.product(ACTIVATIONS, DTYPES, sizes):
+        case = {"name": name, "dtype": dtype, "tokens": tokens, "size": size}
+        yield check_activation, case
+    for dtype, (tokens, size) in itertools.product(DTYPES, sizes):
+        if tokens:
+            yield check_quant, {"dtype": dtype, "tokens": tokens, "size": size}
+    heads = (
+        [(3, 1, 7, 6), (5, 2, 64, 32)]
+        if quick
+        else [
+            *[
+                (3, 1, 7, 6),
+                (5, 2, 64, 32),
+                (1, 1, 2, 2),
+                (4, 3, 80, 20),
+                (2, 2, 16, 0),
+            ],
+            *[(700, 4, 128, 128), (33, 8, 256, 64)],
+        ]
+    )
+    for dtype, is_neox, (tokens, count, size, rotary) in itertools.product(
+        DTYPES, (True, False), heads
+    ):
+        case = {"tokens": tokens, "heads": count, "head_size": size}
+        case |= {"dtype": dtype, "is_neox": is_neox, "rotary_dim": rotary}
+        yield check_rotary, case
+    outputs = (
+        [(2, 3, 7), (5, 2, 64)]
+        if quick
+        else [
+            *[
+                (2, 3, 7),
+                (5, 2, 64),
+                (1, 1, 1),
+                (17, 5, 40),
+                (900, 8, 128),
+                (3, 1, 4096),
+            ],
+        ]
+    )
+    for dtype, (tokens, count, size) in itertools.product(DTYPES, outputs):
+        case = {"tokens": tokens, "heads": count, "head_dim": size}
+        yield check_merge, case | {"dtype": dtype}
+    copies = (
+        [(3, 7, 5, 1), (9, 64, 6, 0)]
+        if quick
+        else [
+            *[(3, 7, 5, 1), (9, 64, 6, 0), (2, 1, 1, 3), (5, 4096, 40, 8)],
+            *[(40, 3000, 12, 2), (600, 32, 300, 0), (50, 48, 800, 16)],
+        ]
+    )
+    for dtype, (blocks, size, pairs, offset) in itertools.product(
+        (F32, BF16, np.dtype(np.uint8)), copies
+    ):
+        case = {"blocks": blocks, "size": size, "pairs": pairs, "offset": offset}
+        yield check_copy, case | {"dtype": dtype}
+
+
+def check_large():
+    """More than 2^31 elements: the last rows are as those of a small array."""
+    tokens, heads, size = 140_000, 128, 128  # 2.3e9 elements
+    x = jax.random.normal(jax.random.key(0), (tokens, heads * size), jnp.bfloat16)
+    last = slice(tokens - 8, tokens)
+    half = ((tokens, heads * size // 2), BF16)
+    (got,) = call("silu_and_mul", [half], x)
+    (want,) = call("silu_and_mul", [((8, half[0][1]), BF16)], x[last])
+    assert bool((got[last] == want).all()), "silu_and_mul"
+    cache = jax.random.normal(jax.random.key(1), (100, size), jnp.bfloat16)
+    positions = jnp.arange(tokens) % 100
+    rest = {"head_size": np.int64(size), "is_neox": True}
+    (got,) = call("rotary_embedding_one", [x], positions, x, cache, **rest)
+    (want,) = call(
+        "rotary_embedding_one", [x[last]], positions[last], x[last], cache, **rest
+    )
+    assert bool((got[last] == want).all()), "rotary_embedding"
+    del got
+    p = x.reshape(tokens, heads, size)
+    lse = jax.random.normal(jax.random.key(2), (heads, tokens), jnp.float32)
+    got, _ = call("merge_attn_states", [p, lse], p, lse, p, lse + 1)
+    want, _ = call(
+        "merge_attn_states",
+        [p[last], lse[:, last]],
+        *(p[last], lse[:, last], p[last], lse[:, last] + 1),
+    )
+    assert bool((got[last] == want).all()), "merge_attn_states"
+    del got, p
+    mapping = np.array([[0, tokens - 1], [tokens - 2, 1]])
+    (got,) = call("copy_blocks", [x], x, mapping, **geometry(tokens, heads * size))
+    assert bool((got[-1] == x[0]).all() and (got[1] == x[-2]).all()), "copy_blocks"
+    changed = int((got != x).any(axis=1).sum())
+    assert changed == 2, f"copy_blocks changed {changed} blocks"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lib-dir", required=True)
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    options = parser.parse_args()
+    platform = "cpu" if options.cpu else "cuda"
+    results = {"archs": jax_ops.register(options.lib_dir, platform, OPS)}
+    results |= jax_ops.describe_device() | {"cases": {}, "failures": []}
+    large = [] if options.quick or options.cpu else [(check_large, None)]
+    for i, (check, case) in enumerate([*cases(options.quick), *large]):
+        name = check.__name__
+        results["cases"][name] = results["cases"].get(name, 0) + 1
+        try:
+            check() if case is None else check(np.random.default_rng(i), **case)
+        except Exception:  # noqa: BLE001 - reported, and the exit status
+            text = f"{name} {case}: {traceback.format_exc()}"
+            print("FAIL", text[:800], flush=True)
+            results["failures"].append(text)
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump(results, file, indent=1)
+    print(results["cases"], f"{len(results['failures'])} failures")
+    return 1 if results["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
