@@ -66,11 +66,11 @@ def check_report():
         captured.seek(0)
         text = captured.read().decode()
     for piece in (
-        "slot_mapping must be below num_blocks * page_size = 8, got 999 at token 1",
+        "slot_mapping[1] must be less than 8, got 999; skipped",
         "num_seqs must be from 0 to 2, got 3",
-        "context_lens must be from 0 to 8, got 99 at sequence 1",
+        "context_lens[1] must be from 0 to 8, got 99; clamped",
         "query_start_loc must rise from 0 to 2, got 1 and 5 at sequence 1",
-        "block_tables must be from 0 to num_blocks - 1 = 1, got 7 at sequence 0",
+        "block_tables[0, 1] must be from 0 to 1, got 7; masked",
     ):
         assert piece in text, f"no {piece!r} in {text!r}"
     return {"text": text}

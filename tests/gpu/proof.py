@@ -106,7 +106,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--cache-mb", type=int, default=8192)
-    parser.add_argument("--timeout", type=int, default=300, help="seconds a part")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds a part")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"versions": versions(), "parts": {}}
