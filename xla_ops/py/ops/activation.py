@@ -8,14 +8,12 @@ import math
 
 import torch
 
-from ..core import mutable
+from ..core import mutable, quant
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
 from ..core.op import Op
-
-_FP8_MAX = 448.0
 
 
 def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
@@ -181,10 +179,8 @@ def _lower_quant(input: torch.Tensor, scale: torch.Tensor) -> CustomCall:
 
 
 def _reference_quant(input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    gated = _reference(input, _silu).float() * (1 / scale.reshape(()))
-    clamped = gated.clamp(-_FP8_MAX, _FP8_MAX)
-    clamped = torch.where(clamped.isnan(), _FP8_MAX, clamped)
-    return clamped.to(torch.float8_e4m3fn)
+    gated = _reference(input, _silu).float()
+    return quant.to_fp8(gated * (1 / scale.reshape(())))
 
 
 def _define(name: str, activate, gate: int = 0, result: str = "out") -> Op:

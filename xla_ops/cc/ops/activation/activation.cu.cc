@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "xla_ops/cc/device/dtype.cuh"
-#include "xla_ops/cc/device/fp8.cuh"
+#include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/activation/activation_launch.h"
 
@@ -49,11 +49,6 @@ __device__ __forceinline__ T Gate(T x, T y) {
   }
 }
 
-// fminf drops a NaN operand, so NaN becomes 448, as in the contract.
-__device__ __forceinline__ float ClampToE4M3(float x) {
-  return fmaxf(-448.0f, fminf(x, 448.0f));
-}
-
 // Threads: x and blockIdx.y run over the vectors of a row, y and blockIdx.x
 // over rows. All pointers are aligned to a vector (checked by the launcher).
 template <Activation kActivation, typename T, int kSize>
@@ -76,13 +71,13 @@ __global__ void __launch_bounds__(kThreads)
     const Vector<T, kSize> x = LoadVector<kSize>(gate + v * kSize);
     const Vector<T, kSize> y = LoadVector<kSize>(up + v * kSize);
     if constexpr (kQuant) {
-      Vector<uint8_t, kSize> result;
+      float values[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const float value = ToFloat(Gate<kActivation>(x[i], y[i]));
-        result[i] = ToFp8<__NV_E4M3>(ClampToE4M3(value * inverse_scale));
+        values[i] = ToFloat(Gate<kActivation>(x[i], y[i])) * inverse_scale;
       }
-      StoreVector(static_cast<uint8_t*>(out) + row * size + v * kSize, result);
+      StoreVector(static_cast<uint8_t*>(out) + row * size + v * kSize,
+                  PackFp8(values));
     } else {
       Vector<T, kSize> result;
 #pragma unroll

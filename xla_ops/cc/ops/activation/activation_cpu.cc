@@ -10,6 +10,7 @@
 #include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
 #include "xla_ops/cc/core/parallel.h"
+#include "xla_ops/cc/core/quant.h"
 #include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/activation/activation.h"
 #include "xla_ops/cc/ops/activation/activation_checks.h"
@@ -43,21 +44,16 @@ float Gate(T x, T y) {
   }
 }
 
-// Both comparisons are false for NaN, which so becomes 448.
-float ClampToE4M3(float x) {
-  x = x < 448.0f ? x : 448.0f;
-  return x > -448.0f ? x : -448.0f;
-}
-
 // `row`: [2 * size]; `out`: [size].
 template <Activation kActivation, typename T, typename Out>
 void ActivationRow(const T* row, int64_t size, float inverse_scale, Out* out) {
   for (int64_t i = 0; i < size; ++i) {
-    float value = Gate<kActivation>(row[i], row[size + i]);
+    const float value = Gate<kActivation>(row[i], row[size + i]);
     if constexpr (kActivation == Activation::kSiluAndMulQuant) {
-      value = ClampToE4M3(value * inverse_scale);
+      out[i] = ToFp8(value * inverse_scale);
+    } else {
+      out[i] = FromFloat<Out>(value);
     }
-    out[i] = FromFloat<Out>(value);
   }
 }
 
