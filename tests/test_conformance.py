@@ -44,6 +44,9 @@ SAMPLES = {
         *(GATED, GATED + 1, torch.ones(16)),
         *(torch.int8, 1e-6, None),
     ),
+    "static_scaled_int8_quant": (GATED, ONE / 8, int32(3)),
+    "dynamic_scaled_int8_quant": (GATED,),
+    "dynamic_scaled_int8_azp_quant": (GATED,),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
     "copy_blocks_one": (
         *(torch.randn(3, 8, 16), torch.tensor([[0, 1], [1, 2]])),

@@ -72,19 +72,20 @@ def test_per_token(path, shape, dtype, bound):
 
 
 def test_the_quotient_is_vllms(path):
-    """Static: times the inverse. Per token: divided. The codes can tell."""
-    x = torch.rand(1, 1 << 16) * 440
-    x[0, 0] = 448 * 0.7
-    scale = torch.tensor(0.7)
-    by_inverse = (x * (1 / scale)).clamp(-448, 448).to(E4M3).float()
-    divided = (x / scale).clamp(-448, 448).to(E4M3).float()
+    """Static: times the inverse. Per token: divided. Ties can tell."""
+    bound = torch.tensor(448 * 0.3)
+    scale = bound / 448
+    ties = torch.cat([torch.arange(17, 32, 2) * 2.0**e for e in range(-3, 4)])
+    x = torch.cat([ties * scale, bound[None]])[None]
+    by_inverse = (x * (1 / scale)).to(E4M3).float()
+    divided = (x / scale).to(E4M3).float()
+    assert not torch.equal(by_inverse, divided)
     out, _ = path.run(xla_ops.static_scaled_fp8_quant, x, scale)
     assert torch.equal(out.float(), by_inverse)
-    bound = torch.tensor(448 * 0.7)
     (out, token_scale), _ = path.run(
         xla_ops.dynamic_per_token_scaled_fp8_quant, x, bound
     )
-    divided = (x / token_scale).clamp(-448, 448).to(E4M3).float()
+    assert token_scale.item() == scale.item()
     assert torch.equal(out.float(), divided)
 
 

@@ -22,6 +22,7 @@ OPS = [
     "copy_blocks",
     "fp8_quant",
     "fused_add_rms_norm",
+    "int8_quant",
     "merge_attn_states",
     "paged_attention",
     "reshape_and_cache_flash",

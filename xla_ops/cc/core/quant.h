@@ -52,6 +52,12 @@ inline int32_t ToInt32(float x) {
   return static_cast<int32_t>(std::nearbyint(x));
 }
 
+// Sum and result saturate: |azp| may be up to 2^31.
+inline int8_t AddZeroPoint(int32_t x, int32_t azp) {
+  const int64_t sum = int64_t{x} + azp;
+  return static_cast<int8_t>(sum < -128 ? -128 : sum > 127 ? 127 : sum);
+}
+
 // The largest magnitude of row(i) for i in [0, size); NaN does not count.
 template <typename Row>
 float AbsMax(int64_t size, const Row& row) {

@@ -14,6 +14,7 @@ from .fp8_quant import (
     static_scaled_fp8_quant,
 )
 from .fused_add_rms_norm import fused_add_rms_norm
+from .int8_quant import dynamic_scaled_int8_quant, static_scaled_int8_quant
 from .merge_attn_states import merge_attn_states
 from .paged_attention import paged_attention
 from .reshape_and_cache_flash import reshape_and_cache_flash
@@ -29,6 +30,7 @@ __all__ = [
     "copy_blocks",
     "dynamic_per_token_scaled_fp8_quant",
     "dynamic_scaled_fp8_quant",
+    "dynamic_scaled_int8_quant",
     "fused_add_rms_norm",
     "fused_add_rms_norm_static_fp8_quant",
     "gelu_and_mul",
@@ -44,4 +46,5 @@ __all__ = [
     "silu_and_mul",
     "silu_and_mul_quant",
     "static_scaled_fp8_quant",
+    "static_scaled_int8_quant",
 ]
