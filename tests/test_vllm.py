@@ -1,0 +1,290 @@
+"""xla_ops.vllm: vLLM's own ops, by its schemas, on every path.
+
+Two ops are given, before the lowerings are registered, what vLLM's compiled library
+gives them: a schema and kernels. The others are defined by the lowerings.
+tests/test_vllm_code.py does the same with vLLM's own Python code.
+"""
+
+import pytest
+import torch
+import torch_xla
+import xla_ops
+import xla_ops.vllm
+from torch._dynamo.backends.common import aot_autograd
+
+EPS = 1e-5
+# Written by the kernels that stand for vLLM's own.
+OWN = 42.0
+
+_own = torch.library.Library("_C", "FRAGMENT")
+_own.define(
+    "rms_norm(Tensor! result, Tensor input, Tensor weight, float epsilon) -> ()"
+)
+_own_cache = torch.library.Library("_C_cache_ops", "FRAGMENT")
+_own_cache.define(
+    "copy_blocks(Tensor(a!)[] key_caches, Tensor[](b!) value_caches,"
+    " Tensor block_mapping) -> ()"
+)
+
+
+def own_rms_norm(result, input, weight, epsilon):
+    result.fill_(OWN)
+
+
+def own_copy_blocks(key_caches, value_caches, block_mapping):
+    for cache in (*key_caches, *value_caches):
+        cache.fill_(OWN)
+
+
+for _key in ("CPU", "CUDA"):
+    _own.impl("rms_norm", own_rms_norm, _key)
+    _own_cache.impl("copy_blocks", own_copy_blocks, _key)
+
+
+def graph_of_rms_norm():
+    """Returns the code of the graph that torch.compile makes of it on the CPU."""
+    code = []
+
+    def compiler(graph, _):
+        code.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    def f(result, x, w):
+        torch.ops._C.rms_norm(result, x, w, EPS)
+        return result + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend=aot_autograd(fw_compiler=compiler))
+    result = torch.zeros(2, 8)
+    with torch.no_grad():
+        plus_one = compiled(result, torch.ones(2, 8), torch.ones(8))
+    assert torch.all(result == OWN)
+    assert torch.all(plus_one == OWN + 1)
+    return code
+
+
+def schema_error():
+    """Returns what registering says where the op has another schema."""
+    other = torch.library.Library("_C", "FRAGMENT")
+    other.define("gelu_and_mul(Tensor! out, Tensor input, float limit) -> ()")
+    with pytest.raises(ValueError) as error:
+        xla_ops.vllm.register_gelu_and_mul_lowering()
+    other._destroy()
+    return str(error.value)
+
+
+GRAPH_BEFORE = graph_of_rms_norm()
+SCHEMA_ERROR = schema_error()
+xla_ops.vllm.register_lowerings()
+
+
+def rows(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def empty(*shape, dtype=torch.float32):
+    """A result to be overwritten: all bits set, which no op here gives."""
+    size = torch.empty((), dtype=dtype).element_size()
+    return torch.full((*shape[:-1], shape[-1] * size), 255, dtype=torch.uint8).view(
+        dtype
+    )
+
+
+FP8 = torch.float8_e4m3fn
+ONE = torch.ones(1)
+# By op: the arguments. Every one that vLLM writes is compared.
+CASES = {
+    "rms_norm": (empty(5, 24), rows(5, 24), rows(24), EPS),
+    "fused_add_rms_norm": (rows(5, 24), rows(5, 24), rows(24), EPS),
+    "rms_norm_static_fp8_quant": (
+        empty(5, 24, dtype=FP8),
+        rows(5, 24),
+        rows(24),
+        ONE / 64,
+        EPS,
+    ),
+    "fused_add_rms_norm_static_fp8_quant": (
+        empty(5, 24, dtype=FP8),
+        rows(5, 24),
+        rows(5, 24),
+        rows(24),
+        ONE / 64,
+        EPS,
+    ),
+    "rms_norm_dynamic_per_token_quant": (
+        empty(5, 24, dtype=torch.int8),
+        rows(5, 24),
+        rows(24),
+        empty(5, 1),
+        EPS,
+        None,
+        rows(5, 24),
+    ),
+    "rotary_embedding": (
+        torch.tensor([3, 0, 7]),
+        rows(3, 4 * 16),
+        rows(3, 2 * 16),
+        16,
+        rows(8, 16),
+        True,
+    ),
+    "silu_and_mul": (empty(5, 12), rows(5, 24)),
+    "mul_and_silu": (empty(5, 12), rows(5, 24)),
+    "gelu_and_mul": (empty(5, 12), rows(5, 24)),
+    "gelu_tanh_and_mul": (empty(5, 12), rows(5, 24)),
+    "silu_and_mul_quant": (
+        empty(5, 12, dtype=FP8),
+        rows(5, 24).half(),
+        ONE / 64,
+    ),
+    "static_scaled_fp8_quant": (empty(5, 24, dtype=FP8), rows(5, 24), ONE / 64),
+    "dynamic_scaled_fp8_quant": (empty(5, 24, dtype=FP8), rows(5, 24), empty(1)),
+    "dynamic_per_token_scaled_fp8_quant": (
+        empty(5, 24, dtype=FP8),
+        rows(5, 24),
+        empty(5, 1),
+        None,
+    ),
+    "static_scaled_int8_quant": (
+        empty(5, 24, dtype=torch.int8),
+        rows(5, 24),
+        ONE / 64,
+        torch.ones(1, dtype=torch.int32),
+    ),
+    "dynamic_scaled_int8_quant": (
+        empty(5, 24, dtype=torch.int8),
+        rows(5, 24),
+        empty(5, 1),
+        empty(5, 1, dtype=torch.int32),
+    ),
+    "merge_attn_states": (
+        empty(5, 4, 16),
+        empty(4, 5),
+        rows(5, 4, 16),
+        rows(4, 5),
+        rows(5, 4, 16) + 1,
+        rows(4, 5) + 1,
+    ),
+    "reshape_and_cache_flash": (
+        rows(3, 2, 16),
+        rows(3, 2, 16) + 1,
+        torch.zeros(4, 8, 2, 16),
+        torch.zeros(4, 8, 2, 16),
+        torch.tensor([9, -1, 30]),
+        "auto",
+        torch.ones(()),
+        torch.ones(()),
+    ),
+    "copy_blocks": (
+        [rows(4, 8, 2, 16)],
+        [rows(4, 8, 2, 16) + 1],
+        torch.tensor([[0, 2], [1, 3]]),
+    ),
+}
+
+
+def namespace(name):
+    cache_ops = ("reshape_and_cache_flash", "copy_blocks")
+    return torch.ops._C_cache_ops if name in cache_ops else torch.ops._C
+
+
+def front(name):
+    """The mutable op of ours that must do what vLLM's does."""
+    packet = getattr(torch.ops.xla_ops, name)
+    overload = "out" if "out" in packet.overloads() else "default"
+    return getattr(packet, overload)
+
+
+def flat(tree):
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    tensors = filter(is_tensor, leaves)
+    return [t.view(torch.uint8) if t.dtype == FP8 else t for t in tensors]
+
+
+def is_tensor(leaf):
+    return isinstance(leaf, torch.Tensor)
+
+
+def clones(tree):
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, tree)
+
+
+def test_every_lowering_has_a_case():
+    registrars = {f"register_{name}_lowering" for name in CASES}
+    public = {n for n in vars(xla_ops.vllm) if n.startswith("register_")}
+    assert public == registrars | {"register_lowerings"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_our_front(path, name):
+    args = clones(CASES[name])
+    front(name)(*args)
+    wanted = flat(args)
+    if not path.is_xla and name in ("rms_norm", "copy_blocks"):
+        (own_rms_norm if name == "rms_norm" else own_copy_blocks)(*args)
+        wanted = flat(args)
+    before = flat(CASES[name])
+    assert any(not torch.equal(a, b) for a, b in zip(before, wanted, strict=True))
+
+    def call(*args):
+        getattr(namespace(name), name)(*args)
+
+    _, after = path.run(call, *CASES[name])
+    for got, want in zip(flat(after), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("compiled", [False, True])
+# With and without kernels of vLLM's.
+@pytest.mark.parametrize("name", ["rms_norm", "silu_and_mul"])
+def test_through_a_view(name, compiled, mode):
+    result, *rest = CASES[name]
+    wanted = result.clone()
+    front(name)(wanted, *rest)
+
+    def call(base, *rest):
+        getattr(namespace(name), name)(base[1:6], *rest)
+        return base * 2
+
+    f = torch.compile(call, backend="openxla", fullgraph=True) if compiled else call
+    with mode():
+        device = torch_xla.device()
+        base = torch.full((7, result.shape[1]), 7.0).to(device)
+        rest = [t.to(device) if is_tensor(t) else t for t in rest]
+        torch_xla.sync()
+        doubled = f(base, *rest)
+        torch_xla.sync()
+        expected = torch.full((7, result.shape[1]), 7.0)
+        expected[1:6] = wanted
+        assert torch.equal(base.cpu(), expected)
+        assert torch.equal(doubled.cpu(), expected * 2)
+
+
+def test_own_kernels_keep_their_graph():
+    assert graph_of_rms_norm() == GRAPH_BEFORE
+    assert "_C.rms_norm.default" in GRAPH_BEFORE[0]
+    assert "auto_functionalized" in GRAPH_BEFORE[0]
+
+
+def test_again_does_nothing():
+    kernel = torch._C._dispatch_dump("_C::rms_norm")
+    xla_ops.vllm.register_lowerings()
+    xla_ops.vllm.register_rms_norm_lowering()
+    assert torch._C._dispatch_dump("_C::rms_norm") == kernel
+
+
+def test_our_checks_apply(path):
+    bad = (empty(4, 12), rows(5, 24))
+    with pytest.raises(Exception) as error:
+        path.run(lambda *args: torch.ops._C.silu_and_mul(*args), *bad)
+    text = "silu_and_mul: result must have shape [5, 12], got [4, 12]"
+    assert text in str(error.value)
+
+
+def test_other_schema():
+    assert SCHEMA_ERROR == (
+        "register_gelu_and_mul_lowering: torch.ops._C.gelu_and_mul must have the schema"
+        f" {torch.ops._C.gelu_and_mul.default._schema}, got _C::gelu_and_mul("
+        "Tensor($0! -> ) out, Tensor input, float limit) -> ()"
+    )

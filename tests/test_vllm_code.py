@@ -1,0 +1,154 @@
+"""vLLM 0.12.0's own Python code, vllm._custom_ops, on every path.
+
+A target tagged `manual`, because vLLM's wheel is half a gigabyte. XLA_OPS_TEST_VLLM is
+the folder that holds its package `vllm`; the wheel's *.py are enough (docs/vllm.md).
+With its compiled library in that folder too, the ops are those of the library.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+import xla_ops
+import xla_ops.vllm
+
+sys.path.insert(0, os.environ["XLA_OPS_TEST_VLLM"])
+import vllm._custom_ops as ops
+from vllm.version import __version__ as vllm_version
+
+xla_ops.vllm.register_lowerings()
+
+EPS = 1e-5
+FP8 = torch.float8_e4m3fn
+
+
+def same(got, *wanted):
+    for g, w in zip(got, wanted, strict=True):
+        assert torch.equal(g.float(), w.float())
+
+
+def test_version():
+    assert vllm_version == "0.12.0"
+
+
+def test_library_is_loaded_if_it_is_there():
+    folder = os.path.join(os.environ["XLA_OPS_TEST_VLLM"], "vllm")
+    there = os.path.exists(os.path.join(folder, "_C.abi3.so"))
+    own = torch._C._dispatch_has_kernel_for_dispatch_key("_C::rms_norm", "CUDA")
+    assert own == there
+
+
+def test_rms_norm(path):
+    x, w = torch.randn(5, 24), torch.randn(24)
+
+    def into_view(base, x, w):
+        ops.rms_norm(base[1:6], x, w, EPS)
+
+    _, (base, *_) = path.run(into_view, torch.zeros(7, 24), x, w)
+    same([base[1:6]], xla_ops.rms_norm(x, w, EPS))
+    assert not base[0].any() and not base[6].any()
+
+
+def test_fused_add_rms_norm(path):
+    x, residual, w = torch.randn(5, 24), torch.randn(5, 24), torch.randn(24)
+    _, got = path.run(
+        lambda x, r, w: ops.fused_add_rms_norm(x, r, w, EPS), x, residual, w
+    )
+    same(got[:2], *xla_ops.fused_add_rms_norm(x, residual, w, EPS))
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.int8])
+def test_rms_norm_dynamic_per_token_quant(path, dtype):
+    x, w = torch.randn(5, 24), torch.randn(24)
+    got, _ = path.run(
+        lambda x, w: ops.rms_norm_dynamic_per_token_quant(x, w, EPS, dtype), x, w
+    )
+    wanted = xla_ops.rms_norm_dynamic_per_token_quant(x, w, dtype, EPS)
+    same(got, wanted[0], wanted[1].reshape(5, 1))
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+def test_rotary_embedding(path, is_neox):
+    positions, cache = torch.tensor([3, 0, 7]), torch.randn(8, 16)
+    query, key = torch.randn(3, 64), torch.randn(3, 32)
+    _, got = path.run(
+        lambda p, q, k, c: ops.rotary_embedding(p, q, k, 16, c, is_neox),
+        *(positions, query, key, cache),
+    )
+    wanted = query.clone(), key.clone()
+    torch.ops.xla_ops.rotary_embedding(positions, *wanted, 16, cache, is_neox)
+    same(got[1:3], *wanted)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_scaled_fp8_quant(path, per_token):
+    x = torch.randn(5, 24)
+    got, _ = path.run(
+        lambda x: ops.scaled_fp8_quant(x, use_per_token_if_dynamic=per_token), x
+    )
+    dynamic = xla_ops.dynamic_scaled_fp8_quant
+    if per_token:
+        dynamic = xla_ops.dynamic_per_token_scaled_fp8_quant
+    result, scale = dynamic(x)
+    same(got, result, scale.reshape(got[1].shape))
+
+
+def test_scaled_fp8_quant_static_and_padded(path):
+    x, scale = torch.randn(5, 24), torch.full((1,), 1 / 64)
+    got, _ = path.run(
+        lambda x, s: ops.scaled_fp8_quant(x, s, num_token_padding=8), x, scale
+    )
+    assert got[0].shape == (8, 24)
+    same([got[0][:5]], xla_ops.static_scaled_fp8_quant(x, scale))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("static", [True, False])
+def test_scaled_int8_quant(path, static, symmetric):
+    x = torch.randn(5, 24)
+    scale = torch.full((1,), 1 / 64) if static else None
+    azp = torch.ones(1, dtype=torch.int32) if static and not symmetric else None
+    got, _ = path.run(
+        lambda x, scale, azp: ops.scaled_int8_quant(x, scale, azp, symmetric),
+        *(x, scale, azp),
+    )
+    result = torch.empty(5, 24, dtype=torch.int8)
+    if static:
+        torch.ops.xla_ops.static_scaled_int8_quant.out(result, x, scale, azp)
+        same([got[0]], result)
+        return
+    scale = torch.empty(5, 1)
+    azp = None if symmetric else torch.empty(5, 1, dtype=torch.int32)
+    torch.ops.xla_ops.dynamic_scaled_int8_quant.out(result, x, scale, azp)
+    same(got[:2], result, scale)
+    assert symmetric or torch.equal(got[2], azp)
+
+
+def test_merge_attn_states(path):
+    parts = torch.randn(5, 4, 16), torch.randn(4, 5)
+    parts += torch.randn(5, 4, 16), torch.randn(4, 5)
+    _, got = path.run(
+        lambda out, lse, *parts: ops.merge_attn_states(out, *parts, lse),
+        *(torch.zeros(5, 4, 16), torch.zeros(4, 5), *parts),
+    )
+    same(got[:2], *xla_ops.merge_attn_states(*parts))
+
+
+def test_kv_cache(path):
+    key, value = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
+    slots, one = torch.tensor([9, -1, 17]), torch.ones(())
+    blocks = torch.tensor([[1, 0], [2, 3]])
+
+    def write_and_copy(kv, key, value, slots, blocks, one):
+        k, v = kv.unbind(0)
+        ops.reshape_and_cache_flash(key, value, k, v, slots, "auto", one, one)
+        ops.copy_blocks([k], [v], blocks)
+
+    cache = torch.randn(2, 4, 8, 2, 16)
+    _, (got, *_) = path.run(write_and_copy, cache, key, value, slots, blocks, one)
+    wanted = cache.clone()
+    for kv, new in zip(wanted, (key, value), strict=True):
+        kv[1, 1], kv[2, 1] = new[0], new[2]
+        kv[0], kv[3] = kv[1].clone(), kv[2].clone()
+    assert torch.equal(got, wanted)

@@ -1,0 +1,215 @@
+"""Lets code written for vLLM's compiled ops run on XLA tensors.
+
+After `register_lowerings()`, torch.ops._C.rms_norm and the other ops below, and so the
+functions of vllm._custom_ops, take XLA tensors: lazily, through views, under inference
+mode and under torch.compile(backend="openxla"). vLLM's compiled library need not be
+there. Where it is, its CUDA (or CPU) kernels, and the graphs that torch.compile makes of
+them, stay as they were.
+
+    import vllm._custom_ops as ops
+    import xla_ops.vllm
+
+    xla_ops.vllm.register_lowerings()
+    ops.rms_norm(out, x, weight, 1e-6)  # out, x and weight on an XLA device
+
+Each op calls the mutable front of the same name, torch.ops.xla_ops.<name>, which says
+what the op computes and what it checks. docs/vllm.md tells how the dispatcher gets there.
+The schemas are those of vLLM 0.11.1 to 0.13.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import ops as _ops  # noqa: F401, defines torch.ops.xla_ops.*
+
+# Every lowering by op name, for register_lowerings.
+_registrars: dict[str, Callable[[], None]] = {}
+# What keeps the registrations alive, by namespace and op.
+_libraries: dict[tuple[str, str], torch.library.Library] = {}
+
+
+def register_lowerings() -> None:
+    """Makes every op below work on XLA tensors.
+
+    Imports vLLM's compiled library first, if it can be imported: it cannot be loaded
+    once its ops are defined here. Calling again does nothing.
+
+    Raises:
+        ValueError: an op of vLLM's library has another schema than the one known here.
+    """
+    for register in _registrars.values():
+        register()
+
+
+def _lowering(
+    name: str, arguments: str, *, namespace: str = "_C", overload: str = "out"
+) -> Callable[[], None]:
+    """Makes the function that registers one op.
+
+    Args:
+        name: of vLLM's op and of the front.
+        arguments: vLLM's, in torch's schema language.
+        namespace: the op is torch.ops.<namespace>.<name>.
+        overload: of the front, torch.ops.xla_ops.<name>.<overload>.
+    """
+
+    def register() -> None:
+        if (namespace, name) not in _libraries:
+            front = getattr(getattr(torch.ops.xla_ops, name), overload)
+            _register(namespace, name, f"({arguments}) -> ()", front)
+
+    register.__name__ = register.__qualname__ = f"register_{name}_lowering"
+    register.__doc__ = f"""Makes torch.ops.{namespace}.{name} work on XLA tensors.
+
+    The same as `register_lowerings`, for this op alone.
+    """
+    _registrars[name] = register
+    return register
+
+
+def _register(
+    namespace: str, name: str, schema: str, front: Callable[..., None]
+) -> None:
+    try:
+        importlib.import_module("vllm._C")
+    except ImportError:
+        pass  # no vLLM, or none that is compiled for this machine
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    if packet is None:
+        library.define(name + schema)
+        library.impl(name, front, "CompositeImplicitAutograd")
+    else:
+        op = packet.default
+        known = torch._C.parse_schema(f"{namespace}::{name}{schema}")
+        if op._schema != known:
+            raise ValueError(
+                f"register_{name}_lowering: torch.ops.{namespace}.{name} must have the "
+                f"schema {known}, got {op._schema}"
+            )
+        _add_to_kernels(library, op, front)
+    _libraries[namespace, name] = library
+
+
+def _add_to_kernels(
+    library: torch.library.Library,
+    op: torch._ops.OpOverload,
+    front: Callable[..., None],
+) -> None:
+    """Gives `op`, which has kernels for other devices, `front` for the rest.
+
+    A kernel on the XLA key would come after functionalization, which rejects mutable
+    ops; one on AutogradXLA is passed over under inference mode, and one on Functionalize
+    would change how torch.compile treats the op on CUDA. CompositeImplicitAutograd is
+    right for XLA in all modes and gives way to a device's own kernel, except that
+    tracing prefers a decomposition to a kernel. So tracing is told, by the kernel that
+    it looks for first (py_impl), that the op has none for such devices.
+    """
+
+    def kernel(*args) -> None:
+        # Fake tensors of other devices look like meta tensors to a kernel, and ask for
+        # shapes only: there is nothing to do.
+        if not any(t.device.type == "meta" for t in _tensors(args)):
+            front(*args)
+
+    def decomposition(*args):
+        if any(_has_own_kernel(op, t) for t in _tensors(args)):
+            return NotImplemented
+        return kernel(*args)
+
+    library.impl(op, kernel, "CompositeImplicitAutograd")
+    op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(decomposition)
+
+
+def _has_own_kernel(op: torch._ops.OpOverload, t: torch.Tensor) -> bool:
+    # A functionalization wrapper is past the point where the own kernel could be used.
+    if type(t) is torch.Tensor and torch._is_functional_tensor(t):
+        return False
+    key = torch._C._dispatch_key_for_device(t.device.type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
+
+def _tensors(args) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+
+
+register_rms_norm_lowering = _lowering(
+    "rms_norm", "Tensor! result, Tensor input, Tensor weight, float epsilon"
+)
+register_fused_add_rms_norm_lowering = _lowering(
+    "fused_add_rms_norm",
+    "Tensor! input, Tensor! residual, Tensor weight, float epsilon",
+    overload="default",
+)
+register_rms_norm_static_fp8_quant_lowering = _lowering(
+    "rms_norm_static_fp8_quant",
+    "Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon",
+)
+register_fused_add_rms_norm_static_fp8_quant_lowering = _lowering(
+    "fused_add_rms_norm_static_fp8_quant",
+    "Tensor! result, Tensor input, Tensor! residual, Tensor weight, Tensor scale,"
+    " float epsilon",
+)
+register_rms_norm_dynamic_per_token_quant_lowering = _lowering(
+    "rms_norm_dynamic_per_token_quant",
+    "Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon,"
+    " Tensor? scale_ub, Tensor!? residual",
+)
+register_rotary_embedding_lowering = _lowering(
+    "rotary_embedding",
+    "Tensor positions, Tensor! query, Tensor!? key, int head_size,"
+    " Tensor cos_sin_cache, bool is_neox",
+    overload="default",
+)
+register_silu_and_mul_lowering = _lowering(
+    "silu_and_mul", "Tensor! result, Tensor input"
+)
+register_mul_and_silu_lowering = _lowering("mul_and_silu", "Tensor! out, Tensor input")
+register_gelu_and_mul_lowering = _lowering("gelu_and_mul", "Tensor! out, Tensor input")
+register_gelu_tanh_and_mul_lowering = _lowering(
+    "gelu_tanh_and_mul", "Tensor! out, Tensor input"
+)
+register_silu_and_mul_quant_lowering = _lowering(
+    "silu_and_mul_quant", "Tensor! result, Tensor input, Tensor scale"
+)
+register_static_scaled_fp8_quant_lowering = _lowering(
+    "static_scaled_fp8_quant", "Tensor! result, Tensor input, Tensor scale"
+)
+register_dynamic_scaled_fp8_quant_lowering = _lowering(
+    "dynamic_scaled_fp8_quant", "Tensor! result, Tensor input, Tensor! scale"
+)
+register_dynamic_per_token_scaled_fp8_quant_lowering = _lowering(
+    "dynamic_per_token_scaled_fp8_quant",
+    "Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub",
+)
+register_static_scaled_int8_quant_lowering = _lowering(
+    "static_scaled_int8_quant",
+    "Tensor! result, Tensor input, Tensor scale, Tensor? azp",
+)
+register_dynamic_scaled_int8_quant_lowering = _lowering(
+    "dynamic_scaled_int8_quant",
+    "Tensor! result, Tensor input, Tensor! scale, Tensor!? azp",
+)
+register_merge_attn_states_lowering = _lowering(
+    "merge_attn_states",
+    "Tensor! output, Tensor!? output_lse, Tensor prefix_output, Tensor prefix_lse,"
+    " Tensor suffix_output, Tensor suffix_lse",
+)
+register_reshape_and_cache_flash_lowering = _lowering(
+    "reshape_and_cache_flash",
+    "Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache,"
+    " Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale",
+    namespace="_C_cache_ops",
+    overload="default",
+)
+register_copy_blocks_lowering = _lowering(
+    "copy_blocks",
+    "Tensor(a!)[] key_caches, Tensor[](b!) value_caches, Tensor block_mapping",
+    namespace="_C_cache_ops",
+    overload="default",
+)
