@@ -8,9 +8,9 @@ benchmarks. Writes DIR/proof.json (device, driver, versions, and for every part 
 passed, what failed and how long it took) and each part's log, prints a short table last
 and exits 1 if a part failed.
 
-Parts: doctor, ops (op tests on lazy, compiled and torch CUDA tensors), in_place (with
-caches of --cache-mb), calls, demo, llm, memcheck (compute-sanitizer on the op tests),
-table (ms per step against cache size).
+Parts: doctor, ops and catalogue (op tests on lazy, compiled and torch CUDA tensors),
+in_place (with caches of --cache-mb), calls, demo, llm, memcheck (compute-sanitizer on
+the op tests), table (ms per step against cache size).
 """
 
 import argparse
@@ -24,6 +24,17 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OPS = ("rms_norm", "reshape_and_cache_flash", "paged_attention")
+CATALOGUE = (
+    "activation",
+    "copy_blocks",
+    "fp8_quant",
+    "fused_add_rms_norm",
+    "int8_quant",
+    "merge_attn_states",
+    "mutable",
+    "rms_norm_quant",
+    "rotary_embedding",
+)
 
 
 def pytest(*args):
@@ -44,6 +55,7 @@ def parts(out, cache_mb):
     return {
         "doctor": ([sys.executable, "-m", "xla_ops", "doctor"], {}),
         "ops": (pytest(*tests), cuda),
+        "catalogue": (pytest(*[f"tests/test_{op}.py" for op in CATALOGUE]), cuda),
         "calls": (pytest("tests/test_custom_call.py", "tests/test_conformance.py"), {}),
         "in_place": (pytest("tests/test_in_place.py"), in_place),
         "demo": (generate, {}),
