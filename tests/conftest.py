@@ -7,7 +7,6 @@ add torch CUDA tensors ("cuda") by XLA_OPS_TEST_TORCH_CUDA=1. Nothing is skipped
 selected test that lacks its device fails.
 """
 
-import gc
 import os
 import pathlib
 import sys
@@ -46,7 +45,6 @@ def path(request) -> Path:
 def _fresh():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    gc.collect()  # compiled functions form cycles that hold their caches
     with torch.no_grad():
         yield
 

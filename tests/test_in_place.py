@@ -6,6 +6,7 @@ and look at the buffers' addresses, the optimised HLO, memory and time. The cach
 is XLA_OPS_TEST_CACHE_MB (both caches of all layers together; GPU targets set 8192).
 """
 
+import gc
 import os
 import resource
 import time
@@ -22,6 +23,15 @@ PAGE, HEADS, DIM = 16, 2, 32
 CACHE_MB = int(os.environ.get("XLA_OPS_TEST_CACHE_MB", "32"))
 BLOCKS = CACHE_MB * 2**20 // (LAYERS * 2 * PAGE * HEADS * DIM * 4)
 BLOCK = (PAGE, HEADS, DIM)
+
+
+@pytest.fixture(autouse=True)
+def _free_caches():
+    yield
+    # Compiled functions form cycles that hold their caches, which may be large.
+    torch._dynamo.reset()
+    gc.collect()
+
 
 XLA_PATHS = pytest.mark.parametrize("name", ["lazy", "compiled"])
 
