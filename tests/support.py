@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
 
 
@@ -90,6 +91,19 @@ def assert_close_to_exact(actual, same_dtype, exact, floor=1e-6):
     largest = exact.abs().max().item() if exact.numel() else 0.0
     bound = 2 * allowed + floor * max(largest, 1.0)
     assert error <= bound or math.isclose(error, bound), (error, bound)
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a result equals one computed on the CPU: bit for bit there.
+
+    A GPU adds in another order, so there the last bits of a sum may differ.
+    """
+    if xr.device_type() == "CPU":
+        return torch.equal(actual, expected)
+    tolerance = 1e-5 if actual.dtype == torch.float32 else 1e-2
+    return actual.dtype == expected.dtype and torch.allclose(
+        actual, expected, rtol=tolerance, atol=tolerance
+    )
 
 
 def int32(*values) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Path, assert_close_to_exact
+from support import Path, assert_close_to_exact, same
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -65,9 +65,9 @@ def test_in_place(path, dtype):
     x, r, w = inputs((5, 72), dtype)
     out, z = functional(x, r, w)
     _, (x_after, r_after, w_after) = path.run(in_place, x, r, w)
-    assert torch.equal(x_after, out)
-    assert torch.equal(r_after, z)
-    assert torch.equal(w_after, w)
+    assert same(x_after, out)
+    assert same(r_after, z)
+    assert same(w_after, w)
 
 
 def test_in_place_twice_as_layers_do(path):
@@ -82,8 +82,8 @@ def test_in_place_twice_as_layers_do(path):
     first, z = functional(x, r, w)
     wanted, z = functional(first * 2, z, w)
     y, (_, r_after, _) = path.run(layers, x, r, w)
-    assert torch.equal(y, wanted)
-    assert torch.equal(r_after, z)
+    assert same(y, wanted)
+    assert same(r_after, z)
 
 
 @pytest.mark.parametrize("dtype, r", [(torch.float16, 0.12), (torch.bfloat16, 0.9883)])
@@ -105,10 +105,10 @@ def test_strided_arguments(path):
 
     out, z = functional(base[:, 32:64], r, w)
     _, (after, r_after, _) = path.run(strided, base, r, w)
-    assert torch.equal(after[:, 32:64], out)
-    assert torch.equal(after[:, :32], base[:, :32])
-    assert torch.equal(after[:, 64:], base[:, 64:])
-    assert torch.equal(r_after, z)
+    assert same(after[:, 32:64], out)
+    assert same(after[:, :32], base[:, :32])
+    assert same(after[:, 64:], base[:, 64:])
+    assert same(r_after, z)
 
 
 def test_input_is_the_residual(path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import xla_ops
+from support import same
 from xla_ops import _runtime
 
 EPS = 1e-5
@@ -20,8 +21,8 @@ def test_writes_the_result(path):
     x, w = inputs()
     wanted = xla_ops.rms_norm(x, w, EPS)
     _, (result, after, _) = path.run(rms_norm_into, torch.full_like(x, torch.nan), x, w)
-    assert torch.equal(result, wanted)
-    assert torch.equal(after, x)
+    assert same(result, wanted)
+    assert same(after, x)
 
 
 def test_result_is_an_input(path):
@@ -32,8 +33,8 @@ def test_result_is_an_input(path):
         return x + 1
 
     plus_one, (after, _) = path.run(in_place, x, w)
-    assert torch.equal(after, xla_ops.rms_norm(x, w, EPS))
-    assert torch.equal(plus_one, after + 1)
+    assert same(after, xla_ops.rms_norm(x, w, EPS))
+    assert same(plus_one, after + 1)
 
 
 @pytest.mark.parametrize("which", ["rows", "columns", "transposed", "overlap"])
@@ -67,7 +68,7 @@ def test_result_is_a_view(path, which):
         expected[:5, :24] = x
         expected.view(-1)[7 : 7 + 120] = wanted.reshape(-1)
     _, (after, *_) = path.run(into_view, base, x, w)
-    assert torch.equal(after, expected)
+    assert same(after, expected)
 
 
 def test_views_of_the_result_see_it(path):
@@ -79,8 +80,8 @@ def test_views_of_the_result_see_it(path):
         return row * 2
 
     doubled, (result, *_) = path.run(through_view, torch.zeros_like(x), x, w)
-    assert torch.equal(result, xla_ops.rms_norm(x, w, EPS))
-    assert torch.equal(doubled, 2 * result[3])
+    assert same(result, xla_ops.rms_norm(x, w, EPS))
+    assert same(doubled, 2 * result[3])
 
 
 def test_twice_in_a_row(path):
@@ -92,7 +93,7 @@ def test_twice_in_a_row(path):
 
     once = xla_ops.rms_norm(x, w, EPS)
     _, (result, *_) = path.run(twice, torch.zeros_like(x), x, w)
-    assert torch.equal(result, xla_ops.rms_norm(once, w, EPS))
+    assert same(result, xla_ops.rms_norm(once, w, EPS))
 
 
 def test_no_tokens(path):
@@ -117,7 +118,7 @@ def test_plain_results_are_written_by_the_handler(monkeypatch, direct):
     result = torch.empty_like(x) if direct else torch.empty(5, 48)[:, :24]
     rms_norm_into(result, x, w)
     assert (written == [result.data_ptr()]) == direct
-    assert torch.equal(result, xla_ops.rms_norm(x, w, EPS))
+    assert same(result, xla_ops.rms_norm(x, w, EPS))
 
 
 @pytest.mark.parametrize(
