@@ -133,9 +133,7 @@ def _write_one(rows, cache, slot_mapping, scale, kv_cache_dtype) -> None:
 def _check_tensors(
     key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
 ) -> None:
-    _check_rows("key", key)
-    _check.dtype("value", value, [key.dtype])
-    _check.shape("value", value, key.shape)
+    _check_pair(key, value)
     _check.dtype("key_cache", key_cache, cache_dtypes(_check, key, kv_cache_dtype))
     _check.require(
         list(key_cache.shape[2:]) == list(key.shape[1:]),
@@ -149,6 +147,12 @@ def _check_tensors(
     _check.same_device(
         "key", key, value=value, key_cache=key_cache, slot_mapping=slot_mapping
     )
+
+
+def _check_pair(key, value) -> None:
+    _check_rows("key", key)
+    _check.dtype("value", value, [key.dtype])
+    _check.shape("value", value, key.shape)
 
 
 def _check_rows(name, rows) -> None:
@@ -195,45 +199,23 @@ def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUT
     return {"kv_cache_dtype": kv_cache_dtype, **values, "debug": debug_mode}
 
 
-def _lower_both(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    slot_mapping,
-    k_scale,
-    v_scale,
-    kv_cache_dtype,
-    geometry,
-    debug_mode,
-) -> CustomCall:
-    _check_rows("key", key)
-    _check.shape("value", value, key.shape)
-    _check_slots(key, slot_mapping)
-    _check_scale("k_scale", k_scale, key)
-    _check_scale("v_scale", v_scale, key)
-    return CustomCall(
-        "xla_ops.reshape_and_cache_flash",
-        (
-            key.contiguous(),
-            value.contiguous(),
-            key_cache,
-            value_cache,
-            slot_mapping.contiguous(),
-            k_scale.reshape(1),
-            v_scale.reshape(1),
-        ),
-        (Spec.of(key_cache), Spec.of(value_cache)),
-        _attributes(kv_cache_dtype, geometry, debug_mode),
-        {0: 2, 1: 3},
-        nothing_to_do=slot_mapping.numel() == 0 or key.numel() == 0,
+def _lower_both(key, value, key_cache, value_cache, *rest) -> CustomCall:
+    return _lower_pair(
+        "xla_ops.reshape_and_cache_flash", key, value, (key_cache, value_cache), *rest
     )
 
 
-def _lower_stacked(
+def _lower_stacked(key, value, kv_cache, *rest) -> CustomCall:
+    return _lower_pair(
+        "xla_ops.reshape_and_cache_flash_stacked", key, value, (kv_cache,), *rest
+    )
+
+
+def _lower_pair(
+    target,
     key,
     value,
-    kv_cache,
+    caches,
     slot_mapping,
     k_scale,
     v_scale,
@@ -241,24 +223,24 @@ def _lower_stacked(
     geometry,
     debug_mode,
 ) -> CustomCall:
-    _check_rows("key", key)
-    _check.shape("value", value, key.shape)
+    """Writes keys and values into `caches`: one buffer for each, or one for both."""
+    _check_pair(key, value)
     _check_slots(key, slot_mapping)
     _check_scale("k_scale", k_scale, key)
     _check_scale("v_scale", v_scale, key)
     return CustomCall(
-        "xla_ops.reshape_and_cache_flash_stacked",
+        target,
         (
             key.contiguous(),
             value.contiguous(),
-            kv_cache,
+            *caches,
             slot_mapping.contiguous(),
             k_scale.reshape(1),
             v_scale.reshape(1),
         ),
-        (Spec.of(kv_cache),),
+        tuple(Spec.of(cache) for cache in caches),
         _attributes(kv_cache_dtype, geometry, debug_mode),
-        {0: 2},
+        {i: 2 + i for i in range(len(caches))},
         nothing_to_do=slot_mapping.numel() == 0 or key.numel() == 0,
     )
 
