@@ -19,12 +19,12 @@ load("//tools/build_defs:tests.bzl", "xla_ops_cc_test")
 
 OPS = [
     "activation",
+    "attention",
     "copy_blocks",
     "fp8_quant",
     "fused_add_rms_norm",
     "int8_quant",
     "merge_attn_states",
-    "paged_attention",
     "reshape_and_cache_flash",
     "rms_norm",
     "rms_norm_quant",

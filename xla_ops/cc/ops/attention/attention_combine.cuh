@@ -3,8 +3,8 @@
 //
 // Tested by tests/gpu/check_kernels.py.
 
-#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_COMBINE_CUH_
-#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_COMBINE_CUH_
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_COMBINE_CUH_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_COMBINE_CUH_
 
 #include <math_constants.h>
 
@@ -14,7 +14,7 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_tiles.cuh"
+#include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
@@ -24,8 +24,8 @@ constexpr int kCombineThreads = 128;
 // nothing; its accumulator is not read. The lanes first go over the splits,
 // then over head_dim, four elements each.
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads) PagedAttentionCombineKernel(
-    const __grid_constant__ PagedAttentionArgs args) {
+__global__ void __launch_bounds__(kCombineThreads) AttentionCombineKernel(
+    const __grid_constant__ AttentionArgs args) {
   const int64_t num_rows = args.num_tokens * args.num_heads;
   const int64_t row =
       (int64_t{blockIdx.x} * kCombineThreads + threadIdx.x) / 32;
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kCombineThreads) PagedAttentionCombineKernel(
 
 // Debug only, a block a sequence: prints every value that the contract
 // clamps or masks.
-__global__ void ReportPagedAttentionKernel(
-    const __grid_constant__ PagedAttentionArgs args) {
+__global__ void ReportAttentionKernel(
+    const __grid_constant__ AttentionArgs args) {
   const int seq = blockIdx.x;
   const int num_seqs = *args.num_seqs;
   if (seq == 0 && threadIdx.x == 0 &&
@@ -114,4 +114,4 @@ __global__ void ReportPagedAttentionKernel(
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_COMBINE_CUH_
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_COMBINE_CUH_

@@ -1,13 +1,13 @@
 // Operand checks of paged_attention, for every platform.
 
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
+#include "xla_ops/cc/ops/attention/attention.h"
 
 #include <cmath>
 #include <string>
 
 #include "xla_ops/cc/core/cache_geometry.h"
 #include "xla_ops/cc/core/checks.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_checks.h"
+#include "xla_ops/cc/ops/attention/attention_checks.h"
 
 namespace xla_ops {
 namespace {
@@ -32,7 +32,7 @@ ffi::Error CheckQuery(ffi::AnyBuffer query) {
 ffi::Error BindCache(const char* name, ffi::AnyBuffer cache,
                      const char* offset_name, int64_t offset,
                      const CacheGeometry& geometry,
-                     const PagedAttentionParams& params, const void** data) {
+                     const AttentionParams& params, const void** data) {
   XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, name, cache, {params.dtype}));
   XLA_OPS_RETURN_IF_ERROR(
       CheckCacheInBounds(kOp, name, cache, geometry, params.num_kv_heads,
@@ -57,7 +57,7 @@ ffi::Error BindSequences(ffi::AnyBuffer context_lens,
                          ffi::AnyBuffer block_tables,
                          ffi::AnyBuffer query_start_loc,
                          ffi::AnyBuffer num_seqs,
-                         PagedAttentionParams* params) {
+                         AttentionParams* params) {
   XLA_OPS_RETURN_IF_ERROR(CheckInt32("context_lens", context_lens,
                                      {"max_num_seqs"}, &params->context_lens));
   params->max_num_seqs = context_lens.dimensions()[0];
@@ -81,7 +81,7 @@ ffi::Error BindSequences(ffi::AnyBuffer context_lens,
   return ffi::Error::Success();
 }
 
-ffi::Error CheckScalars(const PagedAttentionAttrs& attrs) {
+ffi::Error CheckScalars(const AttentionAttrs& attrs) {
   if (!std::isfinite(attrs.scale)) {
     return MustError(kOp, "scale", "be finite", FormatFloat(attrs.scale));
   }
@@ -101,12 +101,12 @@ ffi::Error CheckScalars(const PagedAttentionAttrs& attrs) {
 
 ffi::Error BindResults(ffi::AnyBuffer query, ffi::Result<ffi::AnyBuffer> out,
                        ffi::Result<ffi::AnyBuffer> workspace,
-                       PagedAttentionParams* params) {
+                       AttentionParams* params) {
   XLA_OPS_RETURN_IF_ERROR(CheckSameAs(kOp, "out", out, query));
   XLA_OPS_RETURN_IF_ERROR(
       CheckDType(kOp, "workspace", workspace, {DType::kU8}));
   const int64_t wanted =
-      PagedAttentionWorkspaceBytes(params->num_tokens, params->num_heads,
+      AttentionWorkspaceBytes(params->num_tokens, params->num_heads,
                                    params->head_dim, params->num_splits);
   const int64_t got = static_cast<int64_t>(workspace->element_count());
   if (got < wanted) {
@@ -122,13 +122,13 @@ ffi::Error BindResults(ffi::AnyBuffer query, ffi::Result<ffi::AnyBuffer> out,
 
 }  // namespace
 
-ffi::Error MakePagedAttentionParams(
+ffi::Error MakeAttentionParams(
     ffi::AnyBuffer query, ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
     ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
     ffi::AnyBuffer query_start_loc, ffi::AnyBuffer num_seqs,
     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-    const PagedAttentionAttrs& attrs, PagedAttentionParams* params) {
-  *params = PagedAttentionParams{};
+    const AttentionAttrs& attrs, AttentionParams* params) {
+  *params = AttentionParams{};
   XLA_OPS_RETURN_IF_ERROR(CheckQuery(query));
   params->dtype = *ToDType(query.element_type());
   params->num_tokens = query.dimensions()[0];

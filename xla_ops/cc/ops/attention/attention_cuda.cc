@@ -10,9 +10,9 @@
 #include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/device/launch_status.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_checks.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_launch.h"
+#include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention/attention_checks.h"
+#include "xla_ops/cc/ops/attention/attention_launch.h"
 
 namespace xla_ops {
 namespace {
@@ -22,22 +22,22 @@ ffi::Error ToError(cudaError_t error) {
   return ffi::Error::Internal(LaunchErrorText("paged_attention", error));
 }
 
-ffi::Error InitializePagedAttention(ffi::RemainingArgs, ffi::RemainingRets,
+ffi::Error InitializeAttention(ffi::RemainingArgs, ffi::RemainingRets,
                                     ffi::Dictionary) {
-  return ToError(PreparePagedAttention());
+  return ToError(PrepareAttention());
 }
 
-ffi::Error PagedAttentionCuda(
+ffi::Error AttentionCuda(
     ffi::AnyBuffer query, ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
     ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
     ffi::AnyBuffer query_start_loc, ffi::AnyBuffer num_seqs,
     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-    PagedAttentionAttrs attrs, cudaStream_t stream) {
-  PagedAttentionParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakePagedAttentionParams(
+    AttentionAttrs attrs, cudaStream_t stream) {
+  AttentionParams params;
+  XLA_OPS_RETURN_IF_ERROR(MakeAttentionParams(
       query, key_cache, value_cache, context_lens, block_tables,
       query_start_loc, num_seqs, out, workspace, attrs, &params));
-  return ToError(LaunchPagedAttention(stream, params));
+  return ToError(LaunchAttention(stream, params));
 }
 
 }  // namespace
@@ -46,12 +46,12 @@ ffi::Error PagedAttentionCuda(
 extern "C" {
 XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_initialize_cuda(
     XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_cuda(
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_attention_cuda(
     XLA_FFI_CallFrame* call_frame);
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_paged_attention_initialize_cuda, xla_ops::InitializePagedAttention,
+    xla_ops_paged_attention_initialize_cuda, xla_ops::InitializeAttention,
     xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>()
         .RemainingArgs()
         .RemainingRets()
@@ -59,8 +59,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_paged_attention_cuda, xla_ops::PagedAttentionCuda,
-    xla_ops::PagedAttentionBinding()
+    xla_ops_attention_cuda, xla_ops::AttentionCuda,
+    xla_ops::AttentionBinding()
         .Ctx<xla::ffi::PlatformStream<cudaStream_t>>(),
     {xla::ffi::Traits::kCmdBufferCompatible});
 
@@ -68,4 +68,4 @@ XLA_OPS_EXPORT_HANDLERS({"xla_ops.paged_attention",
                          "CUDA",
                          {nullptr, nullptr,
                           xla_ops_paged_attention_initialize_cuda,
-                          xla_ops_paged_attention_cuda}})
+                          xla_ops_attention_cuda}})

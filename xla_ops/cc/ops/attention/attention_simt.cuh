@@ -9,8 +9,8 @@
 //
 // Tested by tests/gpu/check_kernels.py.
 
-#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_SIMT_CUH_
-#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_SIMT_CUH_
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SIMT_CUH_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SIMT_CUH_
 
 #include <math_constants.h>
 
@@ -19,7 +19,7 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_tiles.cuh"
+#include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ void LoadFloats(const T* source, float* target) {
 // head_dim, 64, 128 or 256.
 template <typename T, int kHeadDim, bool kAligned>
 __global__ void __launch_bounds__(SimtShape::kThreads, 2)
-    PagedAttentionSimtKernel(const __grid_constant__ PagedAttentionArgs args) {
+    AttentionSimtKernel(const __grid_constant__ AttentionArgs args) {
   constexpr int kLanes = SimtShape::kLanes;
   constexpr int kTokens = SimtShape::kTokens;
   constexpr int kSize = kWideSize<T>;
@@ -197,4 +197,4 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_SIMT_CUH_
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SIMT_CUH_

@@ -1,21 +1,21 @@
 // The CUDA launcher of paged_attention; contract and parameters in
 // paged_attention.h.
 
-#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_LAUNCH_H_
-#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_LAUNCH_H_
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_LAUNCH_H_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_LAUNCH_H_
 
 #include <cuda_runtime_api.h>
 
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
+#include "xla_ops/cc/ops/attention/attention.h"
 
 namespace xla_ops {
 
 // Loads the kernels on the current device and raises their shared-memory
 // limit. Cheap after the first call for a device; safe from any thread.
-// LaunchPagedAttention does it too, but a handler's initialize stage should
+// LaunchAttention does it too, but a handler's initialize stage should
 // have done it before, since loading code is not allowed everywhere while a
 // stream is being captured.
-cudaError_t PreparePagedAttention();
+cudaError_t PrepareAttention();
 
 // Queues one kernel on `stream`, a second one that combines the splits when
 // num_splits > 1, and with params.debug one that prints what is masked for
@@ -24,9 +24,9 @@ cudaError_t PreparePagedAttention();
 // fp16 and bf16 run on tensor cores from compute capability 8.0 on, if
 // query, caches and strides are aligned to 16 bytes; everything else runs
 // on a plain kernel. The workspace must be aligned to 16 bytes.
-cudaError_t LaunchPagedAttention(cudaStream_t stream,
-                                 const PagedAttentionParams& params);
+cudaError_t LaunchAttention(cudaStream_t stream,
+                                 const AttentionParams& params);
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_LAUNCH_H_
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_LAUNCH_H_

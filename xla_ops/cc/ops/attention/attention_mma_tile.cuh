@@ -1,12 +1,12 @@
 // The pieces of the tensor-core attention kernel that work on one tile: its
 // shape, copies to shared memory, products, masks and the online softmax.
-// The kernel that strings them together is in paged_attention_mma.cuh.
+// The kernel that strings them together is in attention_mma.cuh.
 //
 // Fragments: lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of
 // every eight (xla_ops/cc/device/mma.cuh).
 
-#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_TILE_CUH_
-#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_TILE_CUH_
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_TILE_CUH_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_TILE_CUH_
 
 #include <math_constants.h>
 
@@ -14,7 +14,7 @@
 
 #include "xla_ops/cc/device/mma.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_tiles.cuh"
+#include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
@@ -167,7 +167,7 @@ __device__ __forceinline__ void MultiplyValues(
 
 // Turns scores into base-2 logits.
 template <int kColumns>
-__device__ __forceinline__ void ScaleScores(const PagedAttentionArgs& args,
+__device__ __forceinline__ void ScaleScores(const AttentionArgs& args,
                                             float (&scores)[kColumns][4]) {
 #pragma unroll
   for (auto& columns : scores) {
@@ -186,7 +186,7 @@ __device__ __forceinline__ void ScaleScores(const PagedAttentionArgs& args,
 // token `token` + c, its bit in `valid` says whether it exists; position[i]
 // is the KV position of row g + 8 i.
 template <int kColumns>
-__device__ __forceinline__ void MaskScores(const PagedAttentionArgs& args,
+__device__ __forceinline__ void MaskScores(const AttentionArgs& args,
                                            int token, uint64_t valid,
                                            const int (&position)[2],
                                            float (&scores)[kColumns][4]) {
@@ -248,4 +248,4 @@ __device__ __forceinline__ void UpdateSoftmax(float (&scores)[kColumns][4],
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_TILE_CUH_
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_TILE_CUH_

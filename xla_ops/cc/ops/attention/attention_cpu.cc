@@ -24,8 +24,8 @@
 #include "xla_ops/cc/core/float.h"
 #include "xla_ops/cc/core/parallel.h"
 #include "xla_ops/cc/core/registry.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_checks.h"
+#include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention/attention_checks.h"
 
 namespace xla_ops {
 namespace {
@@ -102,7 +102,7 @@ float Dot(const float* a, const float* b, int64_t size) {
 // Gathers the tokens of [begin, end) that exist and returns how many.
 // `end - begin` is at most kTileTokens.
 template <typename T>
-int64_t Gather(const PagedAttentionParams& params, int64_t seq, int64_t kv_head,
+int64_t Gather(const AttentionParams& params, int64_t seq, int64_t kv_head,
                int64_t begin, int64_t end, Scratch* scratch) {
   const int32_t* table = params.block_tables + seq * params.max_blocks;
   const T* keys = static_cast<const T*>(params.key_cache);
@@ -124,7 +124,7 @@ int64_t Gather(const PagedAttentionParams& params, int64_t seq, int64_t kv_head,
 }
 
 // Takes gathered tokens [from, to) into row `row` of the tile.
-void Attend(const PagedAttentionParams& params, int64_t row, int64_t from,
+void Attend(const AttentionParams& params, int64_t row, int64_t from,
             int64_t to, Scratch* scratch) {
   const int64_t size = params.head_dim;
   const float* query = scratch->query + row * size;
@@ -155,7 +155,7 @@ void Attend(const PagedAttentionParams& params, int64_t row, int64_t from,
 }
 
 template <typename T>
-void AttendTile(const PagedAttentionParams& params, const Tile& tile,
+void AttendTile(const AttentionParams& params, const Tile& tile,
                 int64_t kv_head, Scratch* scratch) {
   const int64_t size = params.head_dim;
   const int64_t group = params.num_heads / params.num_kv_heads;
@@ -218,7 +218,7 @@ void AttendTile(const PagedAttentionParams& params, const Tile& tile,
 }
 
 // Sequence `seq`, which begins where the one before it, clamped, ended.
-Sequence ClampSequence(const PagedAttentionParams& params, int64_t seq,
+Sequence ClampSequence(const AttentionParams& params, int64_t seq,
                        int64_t first_row) {
   Sequence sequence;
   sequence.first_row = first_row;
@@ -230,7 +230,7 @@ Sequence ClampSequence(const PagedAttentionParams& params, int64_t seq,
   return sequence;
 }
 
-void ReportMaskedBlocks(const PagedAttentionParams& params, int64_t seq,
+void ReportMaskedBlocks(const AttentionParams& params, int64_t seq,
                         const Sequence& sequence, int* reports) {
   if (sequence.num_rows == 0 || params.page_size == 0) return;
   const int64_t pages =
@@ -251,7 +251,7 @@ void ReportMaskedBlocks(const PagedAttentionParams& params, int64_t seq,
 
 // Cuts the sequences into tiles, writes zeros to the rows of none and
 // returns the number of tiles. `tiles` has room for MaxTiles.
-int64_t MakeTiles(const PagedAttentionParams& params, Tile* tiles) {
+int64_t MakeTiles(const AttentionParams& params, Tile* tiles) {
   const int64_t num_seqs =
       std::clamp<int64_t>(*params.num_seqs, 0, params.max_num_seqs);
   const int64_t row_bytes =
@@ -279,12 +279,12 @@ int64_t MakeTiles(const PagedAttentionParams& params, Tile* tiles) {
   return num_tiles;
 }
 
-int64_t MaxTiles(const PagedAttentionParams& params) {
+int64_t MaxTiles(const AttentionParams& params) {
   return std::min(params.num_tokens,
                   params.num_tokens / kTileRows + params.max_num_seqs);
 }
 
-ffi::Error PagedAttention(const PagedAttentionParams& params,
+ffi::Error Attention(const AttentionParams& params,
                           ffi::ThreadPool& pool) {
   const ffi::Error no_memory(ffi::ErrorCode::kResourceExhausted,
                              "paged_attention: out of host memory");
@@ -320,33 +320,33 @@ ffi::Error PagedAttention(const PagedAttentionParams& params,
   return ffi::Error::Success();
 }
 
-ffi::Error PagedAttentionCpu(
+ffi::Error AttentionCpu(
     ffi::AnyBuffer query, ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
     ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
     ffi::AnyBuffer query_start_loc, ffi::AnyBuffer num_seqs,
     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-    PagedAttentionAttrs attrs, ffi::ThreadPool pool) {
-  PagedAttentionParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakePagedAttentionParams(
+    AttentionAttrs attrs, ffi::ThreadPool pool) {
+  AttentionParams params;
+  XLA_OPS_RETURN_IF_ERROR(MakeAttentionParams(
       query, key_cache, value_cache, context_lens, block_tables,
       query_start_loc, num_seqs, out, workspace, attrs, &params));
   if (params.num_tokens == 0 || params.num_heads == 0) {
     return ffi::Error::Success();
   }
-  return PagedAttention(params, pool);
+  return Attention(params, pool);
 }
 
 }  // namespace
 }  // namespace xla_ops
 
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_cpu(
+extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_attention_cpu(
     XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_paged_attention_cpu, xla_ops::PagedAttentionCpu,
-    xla_ops::PagedAttentionBinding().Ctx<xla::ffi::ThreadPool>());
+    xla_ops_attention_cpu, xla_ops::AttentionCpu,
+    xla_ops::AttentionBinding().Ctx<xla::ffi::ThreadPool>());
 
 XLA_OPS_EXPORT_HANDLERS({"xla_ops.paged_attention",
                          "Host",
                          {nullptr, nullptr, nullptr,
-                          xla_ops_paged_attention_cpu}})
+                          xla_ops_attention_cpu}})

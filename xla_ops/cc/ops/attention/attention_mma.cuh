@@ -15,15 +15,15 @@
 //
 // Tested by tests/gpu/check_kernels.py.
 
-#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_CUH_
-#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_CUH_
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_CUH_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_CUH_
 
 #include <cstdint>
 
 #include "xla_ops/cc/device/mma.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_mma_tile.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_tiles.cuh"
+#include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
+#include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
@@ -32,7 +32,7 @@ namespace xla_ops {
 // Writes two neighbouring elements of a finished row: to `out`, normalised,
 // or to the split's partial result as they are.
 template <typename T>
-__device__ __forceinline__ void StorePair(const PagedAttentionArgs& args,
+__device__ __forceinline__ void StorePair(const AttentionArgs& args,
                                           int64_t out_row, int64_t partial_row,
                                           int column, float x, float y,
                                           float sum) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void StorePair(const PagedAttentionArgs& args,
 
 // Each warp holds complete rows: write them from registers.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void StoreRows(const PagedAttentionArgs& args,
+__device__ __forceinline__ void StoreRows(const AttentionArgs& args,
                                           const QueryTile& tile, int first_row,
                                           int kv_head, int64_t split_start,
                                           const MmaAccumulator<kHeadDim>& acc) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void StoreRows(const PagedAttentionArgs& args,
 // one maximum, add them up through shared memory, and write.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void MergeAndStoreRows(
-    const PagedAttentionArgs& args, const QueryTile& tile, int kv_head,
+    const AttentionArgs& args, const QueryTile& tile, int kv_head,
     int64_t split_start, float* shared, MmaAccumulator<kHeadDim>& acc) {
   using Shape = MmaShape<kHeadDim, 1>;
   constexpr int kStride = Shape::kMergeStride;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void MergeAndStoreRows(
 template <typename T, int kHeadDim, int kWarpsM>
 __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
                                   MmaShape<kHeadDim, kWarpsM>::kMinBlocks)
-    PagedAttentionMmaKernel(const __grid_constant__ PagedAttentionArgs args) {
+    AttentionMmaKernel(const __grid_constant__ AttentionArgs args) {
 #if XLA_OPS_HAS_MMA
   using Shape = MmaShape<kHeadDim, kWarpsM>;
   constexpr int kTileTokens = Shape::kTileTokens;
@@ -311,4 +311,4 @@ __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_MMA_CUH_
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_CUH_

@@ -17,8 +17,8 @@
 // sum over tile counts, and bounds the grid by
 // floor(num_tokens * group / kTileRows) + max_num_seqs + 2.
 
-#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_TILES_CUH_
-#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_TILES_CUH_
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_TILES_CUH_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_TILES_CUH_
 
 #include <cstdint>
 
@@ -27,9 +27,9 @@
 
 namespace xla_ops {
 
-// PagedAttentionParams in the form that the kernels want: clamped to 32 bits
+// AttentionParams in the form that the kernels want: clamped to 32 bits
 // where that loses nothing, and divisors prepared.
-struct PagedAttentionArgs {
+struct AttentionArgs {
   const void* query;
   const void* key_cache;
   const void* value_cache;
@@ -70,13 +70,13 @@ struct QueryTile {
   int head;             // of the first row, in the group
 
   // Tokens from the first row's to that of packed row `row`.
-  __device__ __forceinline__ int TokenStep(const PagedAttentionArgs& args,
+  __device__ __forceinline__ int TokenStep(const AttentionArgs& args,
                                            int row) const {
     return args.group.Divide(head + row);
   }
 
   // Row of [num_tokens, num_heads] of packed row `row`.
-  __device__ __forceinline__ int64_t OutRow(const PagedAttentionArgs& args,
+  __device__ __forceinline__ int64_t OutRow(const AttentionArgs& args,
                                             int kv_head, int row) const {
     const int step = TokenStep(args, row);
     const int row_head = head + row - step * args.group.value();
@@ -86,7 +86,7 @@ struct QueryTile {
 
   // KV position of packed row `row`: the last token of the segment is the
   // last of its context.
-  __device__ __forceinline__ int64_t Position(const PagedAttentionArgs& args,
+  __device__ __forceinline__ int64_t Position(const AttentionArgs& args,
                                               int context, int row) const {
     return context - tokens_left + TokenStep(args, row);
   }
@@ -104,7 +104,7 @@ struct TileSearch {
 // query_start_loc clamped to [0, num_tokens], as the contract defines it for
 // values in any order, so this is a scan by the whole block and not a binary
 // search; for up to blockDim.x - 2 sequences it costs one load a thread.
-__device__ inline bool FindQueryTile(const PagedAttentionArgs& args,
+__device__ inline bool FindQueryTile(const AttentionArgs& args,
                                      int tile_rows, int64_t tile_index,
                                      TileSearch& shared, QueryTile* tile) {
   const int thread = threadIdx.x;
@@ -169,14 +169,14 @@ struct TokenRange {
 };
 
 // The length of a sequence's context, clamped; zero for rows of none.
-__device__ __forceinline__ int ContextLength(const PagedAttentionArgs& args,
+__device__ __forceinline__ int ContextLength(const AttentionArgs& args,
                                              int seq) {
   if (seq < 0) return 0;
   return min(max(args.context_lens[seq], 0), args.max_context);
 }
 
 // First token that a query at KV position `position` sees.
-__device__ __forceinline__ int64_t WindowBegin(const PagedAttentionArgs& args,
+__device__ __forceinline__ int64_t WindowBegin(const AttentionArgs& args,
                                                int64_t position) {
   return args.sliding_window > 0 ? position - args.sliding_window + 1
                                  : int64_t{0};
@@ -184,7 +184,7 @@ __device__ __forceinline__ int64_t WindowBegin(const PagedAttentionArgs& args,
 
 // What queries at positions [first, last] see, together.
 __device__ __forceinline__ TokenRange VisibleTokens(
-    const PagedAttentionArgs& args, int context, int64_t first, int64_t last) {
+    const AttentionArgs& args, int context, int64_t first, int64_t last) {
   TokenRange range;
   const int64_t end = min(int64_t{context}, last + 1);
   const int64_t begin = max(int64_t{0}, WindowBegin(args, first));
@@ -203,7 +203,7 @@ struct TokenPlace {
 // The token range guards the table: `range` lies within max_context, so
 // that the page exists. Compared unsigned, for `token` may have run past
 // 2^31 at the end of the longest context.
-__device__ __forceinline__ TokenPlace FindToken(const PagedAttentionArgs& args,
+__device__ __forceinline__ TokenPlace FindToken(const AttentionArgs& args,
                                                 const int32_t* table,
                                                 const TokenRange& range,
                                                 int token) {
@@ -219,7 +219,7 @@ __device__ __forceinline__ TokenPlace FindToken(const PagedAttentionArgs& args,
 
 // Elements from the cache's start to the token's row of this KV head, or -1
 // for a masked token: one outside the range or in an invalid block.
-__device__ __forceinline__ int64_t TokenOffset(const PagedAttentionArgs& args,
+__device__ __forceinline__ int64_t TokenOffset(const AttentionArgs& args,
                                                const TokenPlace& place,
                                                int kv_head) {
   if (static_cast<uint32_t>(place.block) >= args.num_blocks) return -1;
@@ -239,4 +239,4 @@ __device__ __forceinline__ TokenRange SplitRange(int count, int num_splits,
 
 }  // namespace xla_ops
 
-#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_TILES_CUH_
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_TILES_CUH_

@@ -1,4 +1,4 @@
-// From FFI operands to PagedAttentionParams; the CPU and the CUDA handler
+// From FFI operands to AttentionParams; the CPU and the CUDA handler
 // share it.
 //
 // Errors (InvalidArgument) begin with "paged_attention: ":
@@ -23,15 +23,15 @@
 //   workspace must be uint8, got float32
 //   workspace must have at least 1056 elements, got 16
 //
-// Tested by paged_attention_test.cc.
+// Tested by attention_test.cc.
 
-#ifndef XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_CHECKS_H_
-#define XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_CHECKS_H_
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_CHECKS_H_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_CHECKS_H_
 
 #include <cstdint>
 
 #include "xla/ffi/api/ffi.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
+#include "xla_ops/cc/ops/attention/attention.h"
 
 namespace xla_ops {
 
@@ -40,7 +40,7 @@ namespace xla_ops {
 inline constexpr int64_t kMaxNumSplits = 1024;
 
 // Members are in the order of the registration below, which names them.
-struct PagedAttentionAttrs {
+struct AttentionAttrs {
   float scale;
   int64_t sliding_window;
   float soft_cap;
@@ -57,7 +57,7 @@ struct PagedAttentionAttrs {
 };
 
 // The binding of every platform; handlers append their context.
-inline auto PagedAttentionBinding() {
+inline auto AttentionBinding() {
   return xla::ffi::Ffi::Bind()
       .Arg<xla::ffi::AnyBuffer>()  // query
       .Arg<xla::ffi::AnyBuffer>()  // key_cache
@@ -68,25 +68,25 @@ inline auto PagedAttentionBinding() {
       .Arg<xla::ffi::AnyBuffer>()  // num_seqs
       .Ret<xla::ffi::AnyBuffer>()  // out
       .Ret<xla::ffi::AnyBuffer>()  // workspace
-      .Attrs<PagedAttentionAttrs>();
+      .Attrs<AttentionAttrs>();
 }
 
 // Reads no buffer. The cache pointers of `params` are moved to the view's
 // first element. An empty query (no token or no head) is success: the
 // handler has nothing to do then. An empty cache or no sequence is success
 // too, and every row of `out` is zero.
-xla::ffi::Error MakePagedAttentionParams(
+xla::ffi::Error MakeAttentionParams(
     xla::ffi::AnyBuffer query, xla::ffi::AnyBuffer key_cache,
     xla::ffi::AnyBuffer value_cache, xla::ffi::AnyBuffer context_lens,
     xla::ffi::AnyBuffer block_tables, xla::ffi::AnyBuffer query_start_loc,
     xla::ffi::AnyBuffer num_seqs, xla::ffi::Result<xla::ffi::AnyBuffer> out,
     xla::ffi::Result<xla::ffi::AnyBuffer> workspace,
-    const PagedAttentionAttrs& attrs, PagedAttentionParams* params);
+    const AttentionAttrs& attrs, AttentionParams* params);
 
 }  // namespace xla_ops
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    ::xla_ops::PagedAttentionAttrs, StructMember<float>("scale"),
+    ::xla_ops::AttentionAttrs, StructMember<float>("scale"),
     StructMember<int64_t>("sliding_window"), StructMember<float>("soft_cap"),
     StructMember<int64_t>("num_splits"), StructMember<int64_t>("num_kv_heads"),
     StructMember<int64_t>("num_blocks"), StructMember<int64_t>("page_size"),
@@ -94,4 +94,4 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<int64_t>("head_stride"), StructMember<int64_t>("key_offset"),
     StructMember<int64_t>("value_offset"), StructMember<bool>("debug"));
 
-#endif  // XLA_OPS_CC_OPS_PAGED_ATTENTION_PAGED_ATTENTION_CHECKS_H_
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_CHECKS_H_

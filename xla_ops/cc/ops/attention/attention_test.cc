@@ -3,7 +3,7 @@
 // bytes. Cache elements that no row may see are NaN, so that a kernel that
 // reads one and lets it count is found out.
 
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
+#include "xla_ops/cc/ops/attention/attention.h"
 
 #include <unistd.h>
 
@@ -22,7 +22,7 @@
 #include "xla_ops/cc/core/test_tensor.h"
 #include "xla_ops/cc/core/testing.h"
 
-extern "C" XLA_FFI_Error* xla_ops_paged_attention_cpu(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* xla_ops_attention_cpu(XLA_FFI_CallFrame*);
 extern "C" XlaOpsHandlersFn xla_ops_handlers;
 
 namespace xla_ops {
@@ -200,7 +200,7 @@ CallStatus Batch::Run(TaskRunner* threads) {
       .AddAttr("value_offset", value_offset)
       .AddAttr("debug", debug)
       .SetTaskRunner(threads);
-  return frame.Call(xla_ops_paged_attention_cpu);
+  return frame.Call(xla_ops_attention_cpu);
 }
 
 // The definition in double, row by row, from the operands as they are now.
@@ -456,7 +456,7 @@ XLA_OPS_TEST(SplitsNeedAWorkspaceAndChangeNothing) {
   Batch batch(shape, Mixed());
   batch.num_splits = 3;
   const int64_t bytes =
-      PagedAttentionWorkspaceBytes(batch.num_tokens, 4, 16, 3);
+      AttentionWorkspaceBytes(batch.num_tokens, 4, 16, 3);
   batch.workspace = TestTensor(DType::kU8, {bytes});
   ExpectOk(batch.Run());
   batch.ExpectResult();
@@ -594,7 +594,7 @@ XLA_OPS_TEST(TableNamesTheTarget) {
   EXPECT_EQ(count, 1u);
   EXPECT_EQ(std::string(handlers[0].target), "xla_ops.paged_attention");
   EXPECT_EQ(std::string(handlers[0].platform), "Host");
-  EXPECT_TRUE(handlers[0].bundle.execute == xla_ops_paged_attention_cpu);
+  EXPECT_TRUE(handlers[0].bundle.execute == xla_ops_attention_cpu);
 }
 
 }  // namespace

@@ -1,15 +1,15 @@
 // Launches paged attention on CUDA: picks a kernel, sizes its grid from
 // bounds alone, and combines the splits.
 //
-//   paged_attention_tiles.cuh    tiles, masks, addresses
-//   paged_attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on;
-//                                its pieces in paged_attention_mma_tile.cuh
-//   paged_attention_simt.cuh     everything else
-//   paged_attention_combine.cuh  splits; debug report
+//   attention_tiles.cuh    tiles, masks, addresses
+//   attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on;
+//                                its pieces in attention_mma_tile.cuh
+//   attention_simt.cuh     everything else
+//   attention_combine.cuh  splits; debug report
 //
 // Tested by tests/gpu/check_kernels.py and tests/test_paged_attention.py.
 
-#include "xla_ops/cc/ops/paged_attention/paged_attention.h"
+#include "xla_ops/cc/ops/attention/attention.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -18,11 +18,11 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_combine.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_launch.h"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_mma.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_simt.cuh"
-#include "xla_ops/cc/ops/paged_attention/paged_attention_tiles.cuh"
+#include "xla_ops/cc/ops/attention/attention_combine.cuh"
+#include "xla_ops/cc/ops/attention/attention_launch.h"
+#include "xla_ops/cc/ops/attention/attention_mma.cuh"
+#include "xla_ops/cc/ops/attention/attention_simt.cuh"
+#include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 namespace {
@@ -52,17 +52,17 @@ cudaError_t LoadKernel(Kernel* kernel) {
 
 template <typename T, int kHeadDim>
 cudaError_t PrepareKernels(bool has_mma) {
-  cudaError_t error = LoadKernel(PagedAttentionSimtKernel<T, kHeadDim, true>);
+  cudaError_t error = LoadKernel(AttentionSimtKernel<T, kHeadDim, true>);
   if (error != cudaSuccess) return error;
-  error = LoadKernel(PagedAttentionSimtKernel<T, kHeadDim, false>);
+  error = LoadKernel(AttentionSimtKernel<T, kHeadDim, false>);
   if (error != cudaSuccess) return error;
-  error = LoadKernel(PagedAttentionCombineKernel<T>);
+  error = LoadKernel(AttentionCombineKernel<T>);
   if constexpr (!std::is_same_v<T, float>) {
     if (!has_mma || error != cudaSuccess) return error;
-    error = AllowSharedMemory(PagedAttentionMmaKernel<T, kHeadDim, 1>,
+    error = AllowSharedMemory(AttentionMmaKernel<T, kHeadDim, 1>,
                               MmaShape<kHeadDim, 1>::kSharedBytes);
     if (error != cudaSuccess) return error;
-    error = AllowSharedMemory(PagedAttentionMmaKernel<T, kHeadDim, 4>,
+    error = AllowSharedMemory(AttentionMmaKernel<T, kHeadDim, 4>,
                               MmaShape<kHeadDim, 4>::kSharedBytes);
   }
   return error;
@@ -78,7 +78,7 @@ cudaError_t Prepare(bool* has_mma) {
       [](bool* result) {
         cudaFuncAttributes attributes;
         cudaError_t error = cudaFuncGetAttributes(
-            &attributes, PagedAttentionMmaKernel<__half, 64, 1>);
+            &attributes, AttentionMmaKernel<__half, 64, 1>);
         if (error != cudaSuccess) return error;
         *result = attributes.ptxVersion >= 80;
         for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
@@ -98,8 +98,8 @@ cudaError_t Prepare(bool* has_mma) {
 }
 
 // Tiles of `rows` packed rows that any query_start_loc could need
-// (paged_attention_tiles.cuh).
-int64_t MaxTiles(const PagedAttentionParams& params, int64_t rows) {
+// (attention_tiles.cuh).
+int64_t MaxTiles(const AttentionParams& params, int64_t rows) {
   const int64_t group = params.num_heads / params.num_kv_heads;
   return params.num_tokens * group / rows + params.max_num_seqs + 2;
 }
@@ -107,8 +107,8 @@ int64_t MaxTiles(const PagedAttentionParams& params, int64_t rows) {
 // Launches a kernel over tiles, KV heads and splits.
 template <typename Kernel>
 cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int64_t tiles,
-                        const PagedAttentionParams& params, int threads,
-                        int shared_bytes, const PagedAttentionArgs& args) {
+                        const AttentionParams& params, int threads,
+                        int shared_bytes, const AttentionArgs& args) {
   if (tiles > INT32_MAX || params.num_kv_heads > 65535) {
     return cudaErrorInvalidConfiguration;
   }
@@ -120,14 +120,14 @@ cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int64_t tiles,
 }
 
 template <typename T, int kHeadDim>
-cudaError_t LaunchMma(cudaStream_t stream, const PagedAttentionParams& params,
-                      const PagedAttentionArgs& args) {
+cudaError_t LaunchMma(cudaStream_t stream, const AttentionParams& params,
+                      const AttentionArgs& args) {
   // The short tile where 16 rows hold the average sequence, as in decode.
   const int64_t group = params.num_heads / params.num_kv_heads;
   const auto launch = [&](auto warps_m) {
     constexpr int kWarpsM = decltype(warps_m)::value;
     using Shape = MmaShape<kHeadDim, kWarpsM>;
-    return LaunchTiles(stream, PagedAttentionMmaKernel<T, kHeadDim, kWarpsM>,
+    return LaunchTiles(stream, AttentionMmaKernel<T, kHeadDim, kWarpsM>,
                        MaxTiles(params, Shape::kTileRows), params,
                        Shape::kThreads, Shape::kSharedBytes, args);
   };
@@ -138,17 +138,17 @@ cudaError_t LaunchMma(cudaStream_t stream, const PagedAttentionParams& params,
 }
 
 template <typename T, int kHeadDim>
-cudaError_t LaunchSimt(cudaStream_t stream, const PagedAttentionParams& params,
-                       const PagedAttentionArgs& args, bool aligned) {
+cudaError_t LaunchSimt(cudaStream_t stream, const AttentionParams& params,
+                       const AttentionArgs& args, bool aligned) {
   const int64_t tiles = MaxTiles(params, SimtShape::kTileRows);
   return LaunchTiles(stream,
-                     aligned ? PagedAttentionSimtKernel<T, kHeadDim, true>
-                             : PagedAttentionSimtKernel<T, kHeadDim, false>,
+                     aligned ? AttentionSimtKernel<T, kHeadDim, true>
+                             : AttentionSimtKernel<T, kHeadDim, false>,
                      tiles, params, SimtShape::kThreads, 0, args);
 }
 
 // Whether every row of query, caches and out starts on 16 bytes.
-bool RowsAligned(const PagedAttentionParams& params) {
+bool RowsAligned(const AttentionParams& params) {
   const int64_t size = 16 / SizeOf(params.dtype);
   return IsAligned(params.query, 16) && IsAligned(params.key_cache, 16) &&
          IsAligned(params.value_cache, 16) && IsAligned(params.out, 16) &&
@@ -158,13 +158,13 @@ bool RowsAligned(const PagedAttentionParams& params) {
 
 // A sequence's splits hold at least one piece of 64 tokens each at the
 // longest context; more would only add empty ones.
-int ChooseSplits(const PagedAttentionParams& params, int64_t max_context) {
+int ChooseSplits(const AttentionParams& params, int64_t max_context) {
   const int64_t pieces = std::max<int64_t>(1, (max_context + 63) / 64);
   return static_cast<int>(std::min(params.num_splits, pieces));
 }
 
-PagedAttentionArgs MakeArgs(const PagedAttentionParams& params) {
-  PagedAttentionArgs args = {};
+AttentionArgs MakeArgs(const AttentionParams& params) {
+  AttentionArgs args = {};
   args.query = params.query;
   args.key_cache = params.key_cache;
   args.value_cache = params.value_cache;
@@ -212,13 +212,13 @@ PagedAttentionArgs MakeArgs(const PagedAttentionParams& params) {
 
 }  // namespace
 
-cudaError_t PreparePagedAttention() {
+cudaError_t PrepareAttention() {
   bool has_mma = false;
   return Prepare(&has_mma);
 }
 
-cudaError_t LaunchPagedAttention(cudaStream_t stream,
-                                 const PagedAttentionParams& params) {
+cudaError_t LaunchAttention(cudaStream_t stream,
+                                 const AttentionParams& params) {
   if (params.num_tokens == 0 || params.num_heads == 0 || params.head_dim == 0) {
     return cudaSuccess;
   }
@@ -226,17 +226,17 @@ cudaError_t LaunchPagedAttention(cudaStream_t stream,
   cudaError_t error = Prepare(&has_mma);
   if (error != cudaSuccess) return error;
 
-  const PagedAttentionArgs args = MakeArgs(params);
+  const AttentionArgs args = MakeArgs(params);
   if (args.num_splits > 1 &&
       (!IsAligned(params.workspace, 16) ||
        params.workspace_bytes <
-           PagedAttentionWorkspaceBytes(params.num_tokens, params.num_heads,
+           AttentionWorkspaceBytes(params.num_tokens, params.num_heads,
                                         params.head_dim, args.num_splits))) {
     return cudaErrorInvalidValue;
   }
   if (params.debug) {
     const int blocks = std::max(1, args.max_num_seqs);
-    ReportPagedAttentionKernel<<<blocks, 128, 0, stream>>>(args);
+    ReportAttentionKernel<<<blocks, 128, 0, stream>>>(args);
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
@@ -258,7 +258,7 @@ cudaError_t LaunchPagedAttention(cudaStream_t stream,
     const int64_t blocks =
         (warps + kCombineThreads / 32 - 1) / (kCombineThreads / 32);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    PagedAttentionCombineKernel<T>
+    AttentionCombineKernel<T>
         <<<static_cast<unsigned>(blocks), kCombineThreads, 0, stream>>>(args);
     return cudaGetLastError();
   });
