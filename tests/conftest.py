@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = (
 )
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch_xla  # noqa: E402, F401
@@ -29,6 +30,29 @@ from support import Path  # noqa: E402
 
 # XLA:GPU would compute float32 products in TF32, which no reference does.
 torch_xla.backends.set_mat_mul_precision("highest")
+
+
+class _TorchRandom:
+    """Torch's random state, for Hypothesis to set anew for each example."""
+
+    def seed(self, value) -> None:
+        torch.default_generator.manual_seed(value)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state) -> None:
+        torch.set_rng_state(state)
+
+
+# An example is a function of its arguments (st.random_module() draws the seed of its
+# data), so that a failure replays; and every run tries the same examples, so that none
+# fails by luck. --hypothesis-profile=search looks for new ones.
+_TORCH_RANDOM = _TorchRandom()  # Hypothesis keeps a weak reference
+hypothesis.register_random(_TORCH_RANDOM)
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
 
 PATHS = ["cpu", "lazy", "compiled"]
 if os.environ.get("XLA_OPS_TEST_TORCH_CUDA") == "1":

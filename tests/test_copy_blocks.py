@@ -165,7 +165,7 @@ def test_views(path, view):
     assert torch.equal(k, take(wanted)[0]) and torch.equal(v, take(wanted)[1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_pairs(data):
     blocks = data.draw(st.integers(1, 6))
@@ -178,7 +178,7 @@ def test_any_pairs(data):
     assert torch.equal(values[0], expected(cache * 2, pairs))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_reference_counts_in_order(data):
     """The plain torch reference, which serves where there is no handler."""

@@ -67,14 +67,15 @@ def test_strided_input(path):
     assert_close_to_exact(out, two_roundings(x[:, 32:64], w), exact(x[:, 32:64], w))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.integers(0, 5),
     hidden=st.integers(1, 300),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     magnitude=st.sampled_from([1e-3, 1.0, 100.0]),
+    seed=st.random_module(),
 )
-def test_any_shape(rows, hidden, dtype, magnitude):
+def test_any_shape(rows, hidden, dtype, magnitude, seed):
     x = (torch.randn(rows, hidden) * magnitude).to(dtype)
     w = torch.randn(hidden).to(dtype)
     out, _ = Path("cpu").run(lambda x, w: xla_ops.rms_norm(x, w, EPS), x, w)

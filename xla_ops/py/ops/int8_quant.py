@@ -136,7 +136,9 @@ def _reference_static(input, scale, azp) -> torch.Tensor:
 def _symmetric(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of float32 rows [num_tokens, hidden]."""
     abs_max = quant.row_abs_max(x)
-    factor = torch.where(abs_max == 0, 0.0, 127.0 / abs_max)
+    # torch takes 127.0 / abs_max for 127.0 * abs_max.reciprocal(), which rounds twice.
+    factor = torch.full_like(abs_max, 127.0) / abs_max
+    factor = torch.where(abs_max == 0, 0.0, factor)
     return quant.to_int8(x * factor), abs_max / 127.0
 
 
