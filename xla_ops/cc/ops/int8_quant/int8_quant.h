@@ -10,8 +10,11 @@
 //                                      sat32(rne(-128 - min[t] / scale[t]))
 //
 // rne() rounds to nearest even, sat*() saturates and makes 0 of NaN. This is
-// vLLM's order of operations, so that codes agree to the bit. NaN does not
-// count in absmax, max and min, which are 0 for rows without numbers.
+// vLLM's order of operations, so that codes agree to the bit: of these forms
+// only the static one without azp divides by the scale, the others multiply
+// by its reciprocal, or by 127 / absmax, which rounds once (vLLM 0.12.0,
+// csrc/quantization/w8a8/int8/scaled_quant.cu). NaN does not count in
+// absmax, max and min, which are 0 for rows without numbers.
 //
 // A row of zeros has scale 0 and codes 0. A row whose (max - min) / 255 is
 // not positive, such as a constant one, divides by zero in vLLM; here it is
