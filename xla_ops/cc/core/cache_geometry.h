@@ -6,16 +6,18 @@
 //          + head * head_stride + d
 // elements into the buffer. NHD, HND and stacked caches all have this form.
 //
-// Tested by core_test.cc.
+// Tested by core_test.cc and by the tests of the ops with a cache.
 
 #ifndef XLA_OPS_CC_CORE_CACHE_GEOMETRY_H_
 #define XLA_OPS_CC_CORE_CACHE_GEOMETRY_H_
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/checks.h"
+#include "xla_ops/cc/core/dtype.h"
 
 namespace xla_ops {
 
@@ -95,6 +97,28 @@ inline ffi::Error CheckCacheInBounds(const char* op, const char* argument,
   return MustError(op, argument,
                    "have at least " + std::to_string(end) + " elements",
                    std::to_string(count));
+}
+
+// Holds a cache's element type to vLLM's name for it, and sets `*cache_dtype`
+// to what its elements are: `dtype`, that of the new keys or the query, or
+// an fp8 type, which uint8 may stand for.
+inline ffi::Error CheckCacheDType(const char* op, const char* argument,
+                                  ffi::AnyBuffer buffer,
+                                  std::string_view kv_cache_dtype, DType dtype,
+                                  DType* cache_dtype) {
+  if (kv_cache_dtype == "auto") {
+    *cache_dtype = dtype;
+    return CheckDType(op, argument, buffer, {dtype});
+  }
+  if (kv_cache_dtype == "fp8" || kv_cache_dtype == "fp8_e4m3") {
+    *cache_dtype = DType::kF8E4M3FN;
+  } else if (kv_cache_dtype == "fp8_e5m2") {
+    *cache_dtype = DType::kF8E5M2;
+  } else {
+    return MustError(op, "kv_cache_dtype",
+                     "be auto, fp8, fp8_e4m3 or fp8_e5m2", kv_cache_dtype);
+  }
+  return CheckDType(op, argument, buffer, {*cache_dtype, DType::kU8});
 }
 
 }  // namespace xla_ops

@@ -66,32 +66,14 @@ ffi::Error MakeKeyParams(ffi::AnyBuffer key, ffi::AnyBuffer slot_mapping,
   return ffi::Error::Success();
 }
 
-// Sets cache_dtype from kv_cache_dtype and holds the cache's type to it.
-ffi::Error CheckCacheDType(std::string_view kv_cache_dtype,
-                           const CacheOperand& operand,
-                           ReshapeAndCacheFlashParams* params) {
-  if (kv_cache_dtype == "auto") {
-    params->cache_dtype = params->dtype;
-    return CheckDType(kOp, operand.name, operand.cache, {params->dtype});
-  }
-  if (kv_cache_dtype == "fp8" || kv_cache_dtype == "fp8_e4m3") {
-    params->cache_dtype = DType::kF8E4M3FN;
-  } else if (kv_cache_dtype == "fp8_e5m2") {
-    params->cache_dtype = DType::kF8E5M2;
-  } else {
-    return MustError(kOp, "kv_cache_dtype",
-                     "be auto, fp8, fp8_e4m3 or fp8_e5m2", kv_cache_dtype);
-  }
-  return CheckDType(kOp, operand.name, operand.cache,
-                    {params->cache_dtype, DType::kU8});
-}
-
 // Checks one cache, sets `*data` to its view's first element in the result
 // and lists the copy that an unaliased result needs.
 ffi::Error BindCache(const CacheOperand& operand, const CacheGeometry& geometry,
                      std::string_view kv_cache_dtype,
                      ReshapeAndCacheFlashParams* params, void** data) {
-  XLA_OPS_RETURN_IF_ERROR(CheckCacheDType(kv_cache_dtype, operand, params));
+  XLA_OPS_RETURN_IF_ERROR(CheckCacheDType(kOp, operand.name, operand.cache,
+                                          kv_cache_dtype, params->dtype,
+                                          &params->cache_dtype));
   XLA_OPS_RETURN_IF_ERROR(CheckCacheInBounds(
       kOp, operand.name, operand.cache, geometry, params->num_kv_heads,
       params->head_dim, operand.offset_name, operand.offset));
