@@ -23,13 +23,16 @@
 // h / (num_heads / num_kv_heads).
 //
 // Defined for all values of the integer tensors, and never out of bounds:
-//   - a row that sees no token, and a row of no sequence, is zero, and its
-//     lse is +inf, with a sink too;
+//   - a row that sees no token, or none with a logit above -inf, and a row
+//     of no sequence, is zero, and its lse is +inf, with a sink too;
 //   - a block id outside [0, num_blocks) masks its tokens;
 //   - num_seqs is clamped to [0, max_num_seqs], cu_seqlens_q to [previous,
 //     num_tokens], cu_seqlens_k to [previous, num_kv_tokens], leftpad_k to
 //     [0, L_k], seqused_k to [0, what the sequence's pages or, contiguous,
 //     the rows from cu_seqlens_k[s] to the buffer's end hold].
+// With `debug` such values are reported, on stderr or a GPU's stdout, as in
+//   xla_ops: paged_attention: context_lens[3] must be from 0 to 24, got 99;
+//   clamped              (on one line; "masked" for a block id)
 //
 // Targets `xla_ops.flash_attn_varlen` and `xla_ops.paged_attention`, which
 // differ in how their errors name the arguments (attention_checks.h):
@@ -70,7 +73,7 @@
 // fp32, fp16, bf16; head_dim a multiple of 8 up to 256;
 // num_heads % num_kv_heads == 0; any page_size.
 //
-// Tested by attention_test.cc, tests/test_paged_attention.py and
+// Tested by attention*_test.cc, tests/test_paged_attention.py and
 // tests/test_flash_attn_varlen.py.
 
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_H_
@@ -135,8 +138,8 @@ constexpr int64_t kAttentionSchedulerBytes = 128;
 
 // Then, of every split and each query row and head, an unnormalised fp32
 // accumulator [head_dim], the running maximum and the sum.
-constexpr int64_t AttentionWorkspaceBytes(int64_t num_tokens,
-                                          int64_t num_heads, int64_t head_dim,
+constexpr int64_t AttentionWorkspaceBytes(int64_t num_tokens, int64_t num_heads,
+                                          int64_t head_dim,
                                           int64_t num_splits) {
   return kAttentionSchedulerBytes +
          (num_splits <= 1 ? 0

@@ -1,11 +1,11 @@
-// CPU kernel and handler of xla_ops.paged_attention.
+// CPU kernel and handlers of attention.
 //
 // A piece of work is a tile of up to kTileRows query tokens of one sequence
 // and the query heads that share one KV head. It walks the KV tokens that
 // any of its rows sees, kTileTokens at a time: gathers them through the
-// block table into fp32 scratch, once for all rows, then updates each row's
-// running maximum, sum and accumulator (online softmax). Pieces are spread
-// over XLA's threads.
+// block table, or from their rows, into fp32 scratch, once for all rows,
+// then updates each row's running maximum, sum and accumulator (online
+// softmax). Pieces are spread over XLA's threads.
 //
 // Tokens in blocks that do not exist are left out when gathering, so no
 // later step meets a mask other than "from .. to" of the row.
@@ -17,6 +17,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
@@ -34,12 +35,15 @@ constexpr int64_t kTileRows = 16;    // query tokens
 constexpr int64_t kTileTokens = 32;  // KV tokens
 constexpr int kLanes = 16;           // partial sums of a dot product
 constexpr int kMaxReports = 8;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// No distance of a token from a query's position reaches it: lengths are
+// 32-bit numbers.
+constexpr int64_t kUnbounded = int64_t{1} << 33;
 
-// A sequence, clamped to what the tensors' shapes allow.
-struct Sequence {
-  int64_t first_row;  // in query
-  int64_t num_rows;
-  int64_t context;  // KV tokens
+// The KV tokens of a sequence, clamped to what the tensors' shapes allow.
+struct KvTokens {
+  int64_t first_row;  // contiguous: of token 0, in key and value
+  int64_t count;      // L_k
 };
 
 // Up to kTileRows query tokens of one sequence.
@@ -48,7 +52,7 @@ struct Tile {
   int64_t first_row;  // in query
   int64_t num_rows;
   int64_t first_position;  // KV position of the first row; may be negative
-  int64_t context;
+  KvTokens kv;
 };
 
 // One thread's memory, carved out of one array of floats.
@@ -100,48 +104,75 @@ float Dot(const float* a, const float* b, int64_t size) {
 }
 
 // Gathers the tokens of [begin, end) that exist and returns how many.
-// `end - begin` is at most kTileTokens.
+// `end - begin` is at most kTileTokens. `T` is kv_dtype's.
 template <typename T>
-int64_t Gather(const AttentionParams& params, int64_t seq, int64_t kv_head,
+int64_t Gather(const AttentionParams& params, const Tile& tile, int64_t kv_head,
                int64_t begin, int64_t end, Scratch* scratch) {
-  const int32_t* table = params.block_tables + seq * params.max_blocks;
-  const T* keys = static_cast<const T*>(params.key_cache);
-  const T* values = static_cast<const T*>(params.value_cache);
+  const T* keys = static_cast<const T*>(params.key);
+  const T* values = static_cast<const T*>(params.value);
   const int64_t size = params.head_dim;
   int64_t count = 0;
-  for (int64_t token = begin; token < end; ++token) {
-    const int64_t block = table[token / params.page_size];
-    if (block < 0 || block >= params.num_blocks) continue;
-    const int64_t at = block * params.block_stride +
-                       token % params.page_size * params.page_stride +
-                       kv_head * params.head_stride;
+  const auto take = [&](int64_t token, int64_t at) {
+    at += kv_head * params.head_stride;
     Widen(keys + at, size, scratch->keys + count * size);
     Widen(values + at, size, scratch->values + count * size);
     scratch->positions[count] = token;
     ++count;
+  };
+  if (!params.paged) {
+    for (int64_t token = begin; token < end; ++token) {
+      take(token, (tile.kv.first_row + token) * params.page_stride);
+    }
+    return count;
+  }
+  const int32_t* table = params.block_table + tile.seq * params.max_blocks;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t block = table[token / params.page_size];
+    if (block < 0 || block >= params.num_blocks) continue;
+    take(token, block * params.block_stride +
+                    token % params.page_size * params.page_stride);
   }
   return count;
 }
 
-// Takes gathered tokens [from, to) into row `row` of the tile.
-void Attend(const AttentionParams& params, int64_t row, int64_t from,
-            int64_t to, Scratch* scratch) {
+int64_t Gather(const AttentionParams& params, const Tile& tile, int64_t kv_head,
+               int64_t begin, int64_t end, Scratch* scratch) {
+  switch (params.kv_dtype) {
+    case DType::kF8E4M3FN:
+      return Gather<Float8E4M3FN>(params, tile, kv_head, begin, end, scratch);
+    case DType::kF8E5M2:
+      return Gather<Float8E5M2>(params, tile, kv_head, begin, end, scratch);
+    default:
+      return DispatchFloat(params.kv_dtype, [&](auto dtype) {
+        return Gather<CpuType<dtype.value>>(params, tile, kv_head, begin, end,
+                                            scratch);
+      });
+  }
+}
+
+// Takes gathered tokens [from, to) into row `row` of the tile, whose query
+// is at KV position `position`.
+void Attend(const AttentionParams& params, int64_t row, int64_t position,
+            float alibi_slope, int64_t from, int64_t to, Scratch* scratch) {
   const int64_t size = params.head_dim;
   const float* query = scratch->query + row * size;
   float* out = scratch->out + row * size;
-  float tile_max = -std::numeric_limits<float>::infinity();
+  float tile_max = -kInfinity;
   for (int64_t t = from; t < to; ++t) {
     float logit = Dot(query, scratch->keys + t * size, size);
     if (params.soft_cap > 0) {
       logit = params.soft_cap * std::tanh(logit / params.soft_cap);
+    }
+    if (alibi_slope != 0) {
+      const int64_t distance = std::abs(position - scratch->positions[t]);
+      logit -= alibi_slope * static_cast<float>(distance);
     }
     scratch->weights[t] = logit;
     tile_max = std::max(tile_max, logit);
   }
   // A row whose logits are all -inf has no maximum to subtract.
   const float max = std::max(scratch->max[row], tile_max);
-  const float base =
-      max == -std::numeric_limits<float>::infinity() ? 0.0f : max;
+  const float base = max == -kInfinity ? 0.0f : max;
   const float rescale = std::exp(scratch->max[row] - base);
   scratch->max[row] = max;
   scratch->sum[row] *= rescale;
@@ -154,128 +185,225 @@ void Attend(const AttentionParams& params, int64_t row, int64_t from,
   }
 }
 
+// Divides row `row` by its denominator, to which a sink of the row's head
+// belongs, and writes it and its lse.
+template <typename T>
+void WriteRow(const AttentionParams& params, const Scratch& scratch,
+              int64_t row, const float* sink, float v_scale, T* out,
+              float* lse) {
+  const int64_t size = params.head_dim;
+  float max = scratch.max[row];
+  float denominator = scratch.sum[row];
+  // No token seen, or none whose weight is above zero.
+  if (denominator == 0) {
+    std::fill_n(out, size, FromFloat<T>(0));
+    *lse = kInfinity;
+    return;
+  }
+  float factor = v_scale;
+  if (sink != nullptr) {
+    const float top = std::max(max, *sink);
+    const float rescale = std::exp(max - top);
+    denominator = denominator * rescale + std::exp(*sink - top);
+    factor *= rescale;
+    max = top;
+  }
+  factor /= denominator;
+  const float* from = scratch.out + row * size;
+  for (int64_t d = 0; d < size; ++d) out[d] = FromFloat<T>(from[d] * factor);
+  *lse = max + std::log(denominator);
+}
+
+// Scale `index` (0: of keys, 1: of values) of a sequence's KV head.
+float KvScale(const AttentionParams& params, const float* scale, int index,
+              int64_t seq, int64_t kv_head) {
+  if (scale == nullptr) return 1.0f;
+  return scale[seq * params.kv_scale_seq_stride[index] +
+               kv_head * params.kv_scale_head_stride[index]];
+}
+
 template <typename T>
 void AttendTile(const AttentionParams& params, const Tile& tile,
                 int64_t kv_head, Scratch* scratch) {
   const int64_t size = params.head_dim;
   const int64_t group = params.num_heads / params.num_kv_heads;
   const int64_t rows = tile.num_rows * group;  // token-major, then head
+  const auto head_of = [&](int64_t row) {
+    return kv_head * group + row % group;
+  };
+  const auto token_of = [&](int64_t row) {
+    return tile.first_row + row / group;
+  };
   const auto row_offset = [&](int64_t row) {
-    return ((tile.first_row + row / group) * params.num_heads +
-            kv_head * group + row % group) *
-           size;
+    return (token_of(row) * params.num_heads + head_of(row)) * size;
   };
 
+  const float scale =
+      params.scale * KvScale(params, params.k_scale, 0, tile.seq, kv_head);
   for (int64_t row = 0; row < rows; ++row) {
     const T* from = static_cast<const T*>(params.query) + row_offset(row);
     float* query = scratch->query + row * size;
-    for (int64_t d = 0; d < size; ++d) {
-      query[d] = ToFloat(from[d]) * params.scale;
-    }
-    scratch->max[row] = -std::numeric_limits<float>::infinity();
+    for (int64_t d = 0; d < size; ++d) query[d] = ToFloat(from[d]) * scale;
+    scratch->max[row] = -kInfinity;
     scratch->sum[row] = 0;
   }
   std::fill_n(scratch->out, rows * size, 0.0f);
 
-  const int64_t window = params.sliding_window > 0
-                             ? params.sliding_window
-                             : std::numeric_limits<int64_t>::max();
-  // The first token that the query at KV position `position` >= 0 sees.
-  const auto window_begin = [&](int64_t position) {
-    return window > position ? int64_t{0} : position - window + 1;
+  const auto reach = [](int64_t window) {
+    return window < 0 ? kUnbounded : std::min(window, kUnbounded);
   };
+  const int64_t left = reach(params.window_left);
+  const int64_t right = reach(params.window_right);
+  const float* slopes = params.alibi_slopes;
+  if (slopes != nullptr) slopes += tile.seq * params.alibi_seq_stride;
+
   const int64_t last_position = tile.first_position + tile.num_rows - 1;
-  const int64_t end = std::min(last_position + 1, tile.context);
-  int64_t begin = window_begin(std::max<int64_t>(tile.first_position, 0));
+  const int64_t end = std::min(last_position + right + 1, tile.kv.count);
+  int64_t begin = std::max<int64_t>(tile.first_position - left, 0);
   for (; begin < end; begin += kTileTokens) {
-    const int64_t count =
-        Gather<T>(params, tile.seq, kv_head, begin,
-                  std::min(begin + kTileTokens, end), scratch);
+    const int64_t count = Gather(params, tile, kv_head, begin,
+                                 std::min(begin + kTileTokens, end), scratch);
     const int64_t* positions = scratch->positions;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t position = tile.first_position + row / group;
-      if (position < 0) continue;
       // Positions ascend: what the row sees is a run of them.
-      const int64_t from = std::lower_bound(positions, positions + count,
-                                            window_begin(position)) -
-                           positions;
+      const int64_t from =
+          std::lower_bound(positions, positions + count, position - left) -
+          positions;
       const int64_t to =
-          std::upper_bound(positions, positions + count, position) - positions;
-      if (from < to) Attend(params, row, from, to, scratch);
+          std::upper_bound(positions, positions + count, position + right) -
+          positions;
+      if (from >= to) continue;
+      Attend(params, row, position,
+             slopes == nullptr ? 0.0f : slopes[head_of(row)], from, to,
+             scratch);
     }
   }
 
+  const float v_scale = KvScale(params, params.v_scale, 1, tile.seq, kv_head);
   for (int64_t row = 0; row < rows; ++row) {
-    T* to = static_cast<T*>(params.out) + row_offset(row);
-    const float sum = scratch->sum[row];
-    // No token seen, or none with a finite logit: zero.
-    const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
-    const float* out = scratch->out + row * size;
-    for (int64_t d = 0; d < size; ++d) {
-      to[d] = FromFloat<T>(out[d] * inverse);
+    const float* sink =
+        params.sinks == nullptr ? nullptr : params.sinks + head_of(row);
+    WriteRow(params, *scratch, row, sink, v_scale,
+             static_cast<T*>(params.out) + row_offset(row),
+             params.lse + head_of(row) * params.num_tokens + token_of(row));
+  }
+}
+
+// Brings the values of the batch's tables into their range and, with
+// `debug`, says which were not.
+class Clamper {
+ public:
+  Clamper(const AttentionParams& params, const AttentionNames& names)
+      : params_(params), names_(names) {}
+
+  int64_t NumSeqs() {
+    if (params_.num_seqs == nullptr) return params_.max_num_seqs;
+    return Clamp("num_seqs", 0, *params_.num_seqs, 0, params_.max_num_seqs);
+  }
+
+  // `previous` is what this returned for the element before, or 0.
+  int64_t QueryRow(int64_t i, int64_t previous) {
+    return Clamp(names_.cu_seqlens_q, i, params_.cu_seqlens_q[i], previous,
+                 params_.num_tokens);
+  }
+  // Contiguous only.
+  int64_t KvRow(int64_t i, int64_t previous) {
+    return Clamp("cu_seqlens_k", i, params_.cu_seqlens_k[i], previous,
+                 params_.page_size);
+  }
+
+  // `begin` and `end` are the sequence's two KvRow; unused for pages.
+  KvTokens Tokens(int64_t seq, int64_t begin, int64_t end) {
+    const int64_t room = params_.paged ? params_.max_blocks * params_.page_size
+                                       : params_.page_size - begin;
+    KvTokens kv = {begin, end - begin};
+    if (params_.seqused_k != nullptr) {
+      kv.count = Clamp(names_.seqused_k, seq, params_.seqused_k[seq], 0, room);
+    }
+    if (params_.leftpad_k != nullptr) {
+      const int64_t pad =
+          Clamp("leftpad_k", seq, params_.leftpad_k[seq], 0, kv.count);
+      kv.first_row += pad;
+      kv.count -= pad;
+    }
+    return kv;
+  }
+
+  // Paged only; a debug mode's pass over the block ids.
+  void ReportMaskedBlocks(int64_t seq, const KvTokens& kv) {
+    if (kv.count == 0) return;
+    const int64_t pages = (kv.count - 1) / params_.page_size + 1;
+    for (int64_t page = 0; page < pages && reports_ < kMaxReports; ++page) {
+      const int64_t block =
+          params_.block_table[seq * params_.max_blocks + page];
+      if (block >= 0 && block < params_.num_blocks) continue;
+      Report(names_.block_table,
+             std::to_string(seq) + ", " + std::to_string(page), block, 0,
+             params_.num_blocks - 1, "masked");
     }
   }
-}
 
-// Sequence `seq`, which begins where the one before it, clamped, ended.
-Sequence ClampSequence(const AttentionParams& params, int64_t seq,
-                       int64_t first_row) {
-  Sequence sequence;
-  sequence.first_row = first_row;
-  sequence.num_rows = std::clamp<int64_t>(params.query_start_loc[seq + 1],
-                                          first_row, params.num_tokens) -
-                      first_row;
-  sequence.context = std::clamp<int64_t>(params.context_lens[seq], 0,
-                                         params.max_blocks * params.page_size);
-  return sequence;
-}
-
-void ReportMaskedBlocks(const AttentionParams& params, int64_t seq,
-                        const Sequence& sequence, int* reports) {
-  if (sequence.num_rows == 0 || params.page_size == 0) return;
-  const int64_t pages =
-      (sequence.context + params.page_size - 1) / params.page_size;
-  for (int64_t page = 0; page < pages && *reports < kMaxReports; ++page) {
-    const int64_t block = params.block_tables[seq * params.max_blocks + page];
-    if (block >= 0 && block < params.num_blocks) continue;
-    ++*reports;
-    std::fprintf(
-        stderr,
-        "xla_ops: paged_attention: block_tables[%lld, %lld] must be from 0 "
-        "to %lld, got %lld; masked\n",
-        static_cast<long long>(seq), static_cast<long long>(page),
-        static_cast<long long>(params.num_blocks - 1),
-        static_cast<long long>(block));
+ private:
+  int64_t Clamp(const char* name, int64_t index, int64_t value, int64_t low,
+                int64_t high) {
+    if (params_.debug && (value < low || value > high)) {
+      Report(name, std::to_string(index), value, low, high, "clamped");
+    }
+    return std::clamp(value, low, high);
   }
-}
+  void Report(const char* name, const std::string& index, int64_t value,
+              int64_t low, int64_t high, const char* what) {
+    if (reports_++ >= kMaxReports) return;
+    std::fprintf(
+        stderr, "xla_ops: %s: %s[%s] must be from %lld to %lld, got %lld; %s\n",
+        params_.op, name, index.c_str(), static_cast<long long>(low),
+        static_cast<long long>(high), static_cast<long long>(value), what);
+  }
 
-// Cuts the sequences into tiles, writes zeros to the rows of none and
-// returns the number of tiles. `tiles` has room for MaxTiles.
-int64_t MakeTiles(const AttentionParams& params, Tile* tiles) {
-  const int64_t num_seqs =
-      std::clamp<int64_t>(*params.num_seqs, 0, params.max_num_seqs);
+  const AttentionParams& params_;
+  const AttentionNames& names_;
+  int reports_ = 0;
+};
+
+// Rows [begin, end), which are no sequence's.
+void WriteEmptyRows(const AttentionParams& params, int64_t begin, int64_t end) {
   const int64_t row_bytes =
       params.num_heads * params.head_dim * SizeOf(params.dtype);
-  const auto clear_rows = [&](int64_t begin, int64_t end) {
-    std::fill_n(static_cast<char*>(params.out) + begin * row_bytes,
-                (end - begin) * row_bytes, char{0});
-  };
-  int64_t row =
-      std::clamp<int64_t>(params.query_start_loc[0], 0, params.num_tokens);
-  clear_rows(0, row);
-  int64_t num_tiles = 0;
-  int reports = 0;
-  for (int64_t seq = 0; seq < num_seqs; ++seq) {
-    const Sequence sequence = ClampSequence(params, seq, row);
-    if (params.debug) ReportMaskedBlocks(params, seq, sequence, &reports);
-    for (int64_t at = 0; at < sequence.num_rows; at += kTileRows) {
-      tiles[num_tiles++] = {
-          seq, row + at, std::min(kTileRows, sequence.num_rows - at),
-          sequence.context - sequence.num_rows + at, sequence.context};
-    }
-    row += sequence.num_rows;
+  std::fill_n(static_cast<char*>(params.out) + begin * row_bytes,
+              (end - begin) * row_bytes, char{0});
+  for (int64_t head = 0; head < params.num_heads; ++head) {
+    std::fill_n(params.lse + head * params.num_tokens + begin, end - begin,
+                kInfinity);
   }
-  clear_rows(row, params.num_tokens);
+}
+
+// Cuts the sequences into tiles, writes the rows of none and returns the
+// number of tiles. `tiles` has room for MaxTiles.
+int64_t MakeTiles(const AttentionParams& params, const AttentionNames& names,
+                  Tile* tiles) {
+  Clamper clamper(params, names);
+  const int64_t num_seqs = clamper.NumSeqs();
+  int64_t row = clamper.QueryRow(0, 0);
+  int64_t kv_row = params.paged ? 0 : clamper.KvRow(0, 0);
+  WriteEmptyRows(params, 0, row);
+  int64_t num_tiles = 0;
+  for (int64_t seq = 0; seq < num_seqs; ++seq) {
+    const int64_t end = clamper.QueryRow(seq + 1, row);
+    const int64_t kv_end = params.paged ? 0 : clamper.KvRow(seq + 1, kv_row);
+    const KvTokens kv = clamper.Tokens(seq, kv_row, kv_end);
+    const int64_t num_rows = end - row;
+    if (params.debug && params.paged && num_rows > 0) {
+      clamper.ReportMaskedBlocks(seq, kv);
+    }
+    for (int64_t at = 0; at < num_rows; at += kTileRows) {
+      tiles[num_tiles++] = {seq, row + at, std::min(kTileRows, num_rows - at),
+                            kv.count - num_rows + at, kv};
+    }
+    row = end;
+    kv_row = kv_end;
+  }
+  WriteEmptyRows(params, row, params.num_tokens);
   return num_tiles;
 }
 
@@ -284,22 +412,22 @@ int64_t MaxTiles(const AttentionParams& params) {
                   params.num_tokens / kTileRows + params.max_num_seqs);
 }
 
-ffi::Error Attention(const AttentionParams& params,
-                          ffi::ThreadPool& pool) {
+ffi::Error Attention(const AttentionParams& params, const AttentionNames& names,
+                     ffi::ThreadPool& pool) {
   const ffi::Error no_memory(ffi::ErrorCode::kResourceExhausted,
-                             "paged_attention: out of host memory");
+                             std::string(params.op) + ": out of host memory");
   std::unique_ptr<Tile[]> tiles(new (std::nothrow) Tile[MaxTiles(params)]);
   if (tiles == nullptr) return no_memory;
-  const int64_t num_tiles = MakeTiles(params, tiles.get());
+  const int64_t num_tiles = MakeTiles(params, names, tiles.get());
   if (num_tiles == 0) return ffi::Error::Success();
 
   const int64_t group = params.num_heads / params.num_kv_heads;
   const int64_t tile_rows = std::min(kTileRows, params.num_tokens) * group;
   const int64_t floats = Scratch::Floats(tile_rows, params.head_dim);
-  // An estimate: a tile's rows see half of the longest context.
+  // An estimate: a tile's rows see half of the longest sequence.
   int64_t longest = 0;
   for (int64_t i = 0; i < num_tiles; ++i) {
-    longest = std::max(longest, tiles[i].context);
+    longest = std::max(longest, tiles[i].kv.count);
   }
   const int64_t pieces = num_tiles * params.num_kv_heads;
   const int64_t cost = (longest / 2 + 1) *
@@ -320,33 +448,54 @@ ffi::Error Attention(const AttentionParams& params,
   return ffi::Error::Success();
 }
 
-ffi::Error AttentionCpu(
-    ffi::AnyBuffer query, ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
-    ffi::AnyBuffer context_lens, ffi::AnyBuffer block_tables,
-    ffi::AnyBuffer query_start_loc, ffi::AnyBuffer num_seqs,
-    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-    AttentionAttrs attrs, ffi::ThreadPool pool) {
+template <const AttentionNames& kNames>
+ffi::Error AttentionCpu(ffi::AnyBuffer query, ffi::AnyBuffer key,
+                        ffi::AnyBuffer value, ffi::AnyBuffer cu_seqlens_q,
+                        ffi::AnyBuffer cu_seqlens_k, ffi::AnyBuffer seqused_k,
+                        ffi::AnyBuffer block_table, ffi::AnyBuffer leftpad_k,
+                        ffi::AnyBuffer num_seqs, ffi::AnyBuffer alibi_slopes,
+                        ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale,
+                        ffi::AnyBuffer v_scale, ffi::Result<ffi::AnyBuffer> out,
+                        ffi::Result<ffi::AnyBuffer> lse,
+                        ffi::Result<ffi::AnyBuffer> workspace,
+                        AttentionAttrs attrs, ffi::ThreadPool pool) {
   AttentionParams params;
   XLA_OPS_RETURN_IF_ERROR(MakeAttentionParams(
-      query, key_cache, value_cache, context_lens, block_tables,
-      query_start_loc, num_seqs, out, workspace, attrs, &params));
+      kNames,
+      {query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+       leftpad_k, num_seqs, alibi_slopes, sinks, k_scale, v_scale, out, lse,
+       workspace},
+      attrs, &params));
   if (params.num_tokens == 0 || params.num_heads == 0) {
     return ffi::Error::Success();
   }
-  return Attention(params, pool);
+  return Attention(params, kNames, pool);
 }
 
 }  // namespace
 }  // namespace xla_ops
 
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_attention_cpu(
+extern "C" {
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_flash_attn_varlen_cpu(
     XLA_FFI_CallFrame* call_frame);
+XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_cpu(
+    XLA_FFI_CallFrame* call_frame);
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_attention_cpu, xla_ops::AttentionCpu,
+    xla_ops_flash_attn_varlen_cpu,
+    xla_ops::AttentionCpu<xla_ops::kFlashAttnVarlenNames>,
     xla_ops::AttentionBinding().Ctx<xla::ffi::ThreadPool>());
 
-XLA_OPS_EXPORT_HANDLERS({"xla_ops.paged_attention",
-                         "Host",
-                         {nullptr, nullptr, nullptr,
-                          xla_ops_attention_cpu}})
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    xla_ops_paged_attention_cpu,
+    xla_ops::AttentionCpu<xla_ops::kPagedAttentionNames>,
+    xla_ops::AttentionBinding().Ctx<xla::ffi::ThreadPool>());
+
+XLA_OPS_EXPORT_HANDLERS(
+    {"xla_ops.flash_attn_varlen",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_flash_attn_varlen_cpu}},
+    {"xla_ops.paged_attention",
+     "Host",
+     {nullptr, nullptr, nullptr, xla_ops_paged_attention_cpu}})

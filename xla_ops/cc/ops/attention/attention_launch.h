@@ -1,5 +1,4 @@
-// The CUDA launcher of paged_attention; contract and parameters in
-// paged_attention.h.
+// The CUDA launcher of attention; contract and parameters in attention.h.
 
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_LAUNCH_H_
 #define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_LAUNCH_H_
@@ -18,14 +17,14 @@ namespace xla_ops {
 cudaError_t PrepareAttention();
 
 // Queues one kernel on `stream`, a second one that combines the splits when
-// num_splits > 1, and with params.debug one that prints what is masked for
-// being out of range; neither allocates nor synchronises.
+// num_splits > 1, and with params.debug one that prints what is masked or
+// clamped for being out of range; never allocates or synchronises. With no
+// token or no head it queues nothing.
 //
 // fp16 and bf16 run on tensor cores from compute capability 8.0 on, if
-// query, caches and strides are aligned to 16 bytes; everything else runs
-// on a plain kernel. The workspace must be aligned to 16 bytes.
-cudaError_t LaunchAttention(cudaStream_t stream,
-                                 const AttentionParams& params);
+// query, keys, values and strides are aligned to 16 bytes; everything else
+// runs on a plain kernel. The workspace must be aligned to 16 bytes.
+cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params);
 
 }  // namespace xla_ops
 
