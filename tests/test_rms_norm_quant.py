@@ -5,7 +5,7 @@ import torch
 import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Path
+from support import Path, assert_close_to_exact
 from xla_ops.ops import rms_norm_quant
 
 EPS = 1e-5
@@ -33,6 +33,45 @@ def inputs(shape, dtype, magnitude=1.0):
 def exact_norm(x, w):
     """Of float64 rows, without rounding."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * w.double()
+
+
+def quantised(y, quant_dtype, scale=None):
+    """The definition in plain torch, without a bound; y is rounded to its dtype."""
+    largest = 127 if quant_dtype == torch.int8 else 448
+    y = y.reshape(-1, y.shape[-1]).float()
+    if scale is None:
+        scale = y.abs().amax(-1, keepdim=True) / largest
+    codes = (y / scale).clamp(-largest, largest)
+    return (codes.round() if quant_dtype == torch.int8 else codes).to(
+        quant_dtype
+    ), scale
+
+
+def check_error(out, scale, exact, normed, dynamic=False):
+    """The project's accuracy rule for what the codes stand for.
+
+    Args:
+        out, scale: what the op gave.
+        exact: the norm in float64.
+        normed: the same in plain torch, rounded to the op's dtype.
+        dynamic: whether the op chose the scales.
+    """
+    codes, plain_scale = quantised(normed, out.dtype, None if dynamic else scale)
+    exact = exact.reshape(codes.shape)
+    if not dynamic:
+        exact = exact.clamp(-448 * scale.double(), 448 * scale.double())
+    assert_close_to_exact(
+        out.reshape(codes.shape).float().double() * scale.double(),
+        codes.float().double() * plain_scale.double(),
+        exact,
+    )
+
+
+def two_roundings(x, w):
+    """Of rows in their dtype or, where the sum is not rounded, in float32."""
+    x = x.float()
+    s = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+    return (x * s).to(w.dtype) * w
 
 
 def check_codes(out, y, scale, dtype, quant_dtype=E4M3):
@@ -65,13 +104,17 @@ def test_static(path, shape, dtype):
     out, _ = path.run(
         lambda x, w, s: xla_ops.rms_norm_static_fp8_quant(x, w, s, EPS), x, w, scale
     )
-    check_codes(out, exact_norm(x.double(), w), scale, dtype)
+    exact = exact_norm(x.double(), w)
+    check_codes(out, exact, scale, dtype)
+    check_error(out, scale, exact, two_roundings(x, w))
     (out, z), _ = path.run(
         lambda *args: xla_ops.fused_add_rms_norm_static_fp8_quant(*args, EPS),
         *(x, r, w, scale),
     )
     assert torch.equal(z, x + r)
-    check_codes(out, exact_norm((x + r).double(), w), scale, dtype)
+    exact = exact_norm(z.double(), w)
+    check_codes(out, exact, scale, dtype)
+    check_error(out, scale, exact, two_roundings(z, w))
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -96,6 +139,8 @@ def test_dynamic(path, shape, dtype, quant_dtype, residual):
     assert scale.shape == wanted.shape
     assert ((scale.double() - wanted).abs() <= wanted * steps[dtype]).all()
     check_codes(out, y, scale, dtype, quant_dtype)
+    z = x.float() + r.float() if residual else x
+    check_error(out, scale, y, two_roundings(z, w), dynamic=True)
     if residual:
         assert torch.equal(rest[0], x + r)
 
@@ -263,8 +308,13 @@ def test_any_shape(rows, hidden, dtype, magnitude, seed):
         for g, w_ in zip(got, wanted, strict=True):
             assert g.shape == w_.shape
             assert g.dtype == w_.dtype
-            # One step of fp8 is an eighth.
-            assert torch.allclose(g.float(), w_.float(), rtol=0.13, atol=1.01)
+            # A step of codes; scales follow the largest element, rounded to dtype.
+            rtol, atol = {
+                E4M3: (1 / 8, 2**-9),
+                torch.int8: (0, 1),
+                torch.float32: (torch.finfo(dtype).eps * 2, 0),
+            }.get(g.dtype, (0, 0))
+            assert torch.allclose(g.float(), w_.float(), rtol=rtol, atol=atol)
 
 
 X = torch.ones(2, 8)
