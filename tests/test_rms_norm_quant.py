@@ -11,6 +11,8 @@ from xla_ops.ops import rms_norm_quant
 EPS = 1e-5
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# How far two roundings and, in fp32, a sum in another order move a result.
+STEPS = {torch.float32: 2**-19, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 SHAPES = [
     (1, 1),
     (7, 33),
@@ -82,12 +84,7 @@ def check_codes(out, y, scale, dtype, quant_dtype=E4M3):
     y = y.reshape(-1, y.shape[-1])
     codes = codes.reshape(y.shape)
     wanted = y / scale.double()
-    # fp32 sums of thousands of squares are off by some steps of their own.
-    y_error = wanted.abs() * {
-        torch.float32: 2**-19,
-        torch.float16: 2**-9,
-        torch.bfloat16: 2**-6,
-    }.get(dtype)
+    y_error = wanted.abs() * STEPS[dtype]
     if quant_dtype == torch.int8:
         wanted, step = wanted.clamp(-128, 127), torch.tensor(0.5)
     else:
@@ -134,10 +131,9 @@ def test_dynamic(path, shape, dtype, quant_dtype, residual):
     y = exact_norm(exact, w)
     largest = y.reshape(-1, shape[-1]).abs().amax(-1, keepdim=True)
     wanted = largest / (127 if quant_dtype == torch.int8 else 448)
-    steps = {torch.float32: 2**-19, torch.float16: 2**-9, torch.bfloat16: 2**-6}
     assert scale.dtype == torch.float32
     assert scale.shape == wanted.shape
-    assert ((scale.double() - wanted).abs() <= wanted * steps[dtype]).all()
+    assert ((scale.double() - wanted).abs() <= wanted * STEPS[dtype]).all()
     check_codes(out, y, scale, dtype, quant_dtype)
     z = x.float() + r.float() if residual else x
     check_error(out, scale, y, two_roundings(z, w), dynamic=True)
@@ -312,7 +308,7 @@ def test_any_shape(rows, hidden, dtype, magnitude, seed):
             rtol, atol = {
                 E4M3: (1 / 8, 2**-9),
                 torch.int8: (0, 1),
-                torch.float32: (torch.finfo(dtype).eps * 2, 0),
+                torch.float32: (STEPS[dtype], 0),
             }.get(g.dtype, (0, 0))
             assert torch.allclose(g.float(), w_.float(), rtol=rtol, atol=atol)
 
