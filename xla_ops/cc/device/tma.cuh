@@ -1,0 +1,107 @@
+// Barriers in shared memory, bulk tensor copies (TMA) and the roles of
+// warpgroups on compute capability 9.0a. PTX ISA, "mbarrier" and
+// "cp.async.bulk.tensor".
+//
+// A barrier's phases alternate in parity. A waiter keeps the parity of the
+// phase that it waits for, starting with 0; one that waits for a buffer to
+// become free starts with 1, which a new barrier lets pass at once.
+
+#ifndef XLA_OPS_CC_DEVICE_TMA_CUH_
+#define XLA_OPS_CC_DEVICE_TMA_CUH_
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/mma.cuh"
+#include "xla_ops/cc/device/wgmma.cuh"
+
+namespace xla_ops {
+
+#if XLA_OPS_HAS_WGMMA
+
+__device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(SharedAddress(barrier)),
+      "r"(arrivals)
+      : "memory");
+}
+
+// Makes new barriers known to the copy engine; the block's barrier follows.
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void Arrive(uint64_t* barrier) {
+  asm volatile(
+      "mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(SharedAddress(barrier))
+      : "memory");
+}
+
+// Arrives, and adds to what the phase waits for the bytes of copies.
+__device__ __forceinline__ void ArriveExpecting(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
+                   SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void Wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Orders this thread's writes to shared memory before reads of the tensor
+// cores and the copy engine that follow a barrier.
+__device__ __forceinline__ void FenceSharedForAsync() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// Starts the copy of a box of a tensor of rank 4 to shared memory; elements
+// outside the tensor become zero. Its bytes count towards `barrier`'s phase.
+__device__ __forceinline__ void CopyBox(const CUtensorMap* map,
+                                        uint64_t* barrier, uint32_t target,
+                                        int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile"
+      ".mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::
+          "r"(target),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+
+// Barrier `id` (1 to 15) of the block: SyncNamed waits until `threads`
+// threads have called either.
+__device__ __forceinline__ void SyncNamed(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void ArriveNamed(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Moves registers between warpgroups; all four warps must call.
+template <int kRegisters>
+__device__ __forceinline__ void GiveRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void TakeRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+#endif  // XLA_OPS_HAS_WGMMA
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_DEVICE_TMA_CUH_
