@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything that has to be shown on a GPU, in one run: correctness first, then time.
 
-    proof.py --out DIR [--only PART ...] [--cache-mb 8192]
+    proof.py --out DIR [--only PART ...] [--cache-mb 8192] [--kernel-races PROGRAM]
 
 Needs an NVIDIA GPU and the installed wheel; uses this checkout's tests, example and
 benchmarks. Writes DIR/proof.json (device, driver, versions, and for every part what
@@ -10,7 +10,9 @@ and exits 1 if a part failed.
 
 Parts: doctor, ops and catalogue (op tests on lazy, compiled and torch CUDA tensors),
 in_place (with caches of --cache-mb), calls, demo, llm, memcheck (compute-sanitizer on
-the op tests), table (ms per step against cache size).
+the op tests), table (ms per step against cache size). With --kernel-races, the program
+that `bazel build //tests/gpu:kernel_races` makes: races (it alone, with graph capture)
+and races_TOOL for each tool of compute-sanitizer.
 """
 
 import argparse
@@ -40,6 +42,19 @@ CATALOGUE = (
 def pytest(*args):
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
             "--show-capture=no", "--tb=short", *args]  # fmt: skip
+
+
+def race_parts(program):
+    """Every kernel alone; the sanitizer slows it down, so a graph's replays are left
+    to the part without."""
+    import xla_ops
+
+    libraries = str(pathlib.Path(xla_ops.__file__).parent / "lib")
+    found = {"races": ([program, libraries], {})}
+    for tool in ("memcheck", "initcheck", "racecheck", "synccheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
+        found[f"races_{tool}"] = ([*command, program, "--eager", libraries], {})
+    return found
 
 
 def parts(out, cache_mb):
@@ -119,10 +134,13 @@ def main():
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--cache-mb", type=int, default=8192)
     parser.add_argument("--timeout", type=int, default=400, help="seconds a part")
+    parser.add_argument("--kernel-races", help="the built program")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"versions": versions(), "parts": {}}
     todo = parts(args.out, args.cache_mb)
+    if args.kernel_races:
+        todo |= race_parts(args.kernel_races)
     for name in args.only or todo:
         result, text = run(name, *todo[name], args.out, args.timeout)
         report["parts"][name] = result
