@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch_xla
+import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import xla_ops
@@ -40,6 +41,21 @@ def test_attributes_are_part_of_the_computation_cache():
     assert len({id(c) for c in made}) == len(texts)
     again = custom_call._computation("t.t", spec, spec[:1], texts[0], ((0, 0),))
     assert again is made[0]
+
+
+def test_an_absent_operand_is_no_parameter():
+    """It is a constant of the call's own module, and another signature."""
+    spec = Spec((2, 8), torch.float32)
+    absent = Spec((0,), torch.int32)
+    texts = [
+        xb.get_computation_hlo(
+            custom_call._computation("t.t", operands, (spec,), "{}", (), missing)
+        )
+        for operands, missing in (((spec, absent), (1,)), ((spec, absent), ()))
+    ]
+    assert [text.count(" parameter(") for text in texts] == [1, 2]
+    assert "s32[0]{0} constant({})" in texts[0]
+    assert all('custom_call_target="t.t"' in text for text in texts)
 
 
 def test_repeated_calls_compile_once():

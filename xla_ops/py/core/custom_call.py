@@ -20,7 +20,8 @@ class CustomCall:
 
     Attributes:
         target: name of the handler, such as "xla_ops.rms_norm".
-        operands: tensors of one device, contiguous where that is not XLA.
+        operands: tensors of one device, contiguous where that is not XLA. A Spec of no
+            element stands for an operand that is absent; the first is a tensor.
         results: shape and dtype of each result.
         attributes: typed FFI attributes (int: i64, float: f32, bool, str).
         aliases: result index -> index of the operand that it updates.
@@ -29,19 +30,27 @@ class CustomCall:
         may_overwrite: result index -> index of an operand in whose buffer the handler
             may also be asked to put the result: it reads each element before it
             writes it. XLA never asks; mutable fronts of CPU and CUDA tensors do.
+        scratch: memory that the handler works in, as results after `results` that
+            nobody gets to see.
     """
 
     target: str
-    operands: tuple[torch.Tensor, ...]
+    operands: tuple[torch.Tensor | Spec, ...]
     results: tuple[Spec, ...]
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     aliases: Mapping[int, int] = field(default_factory=dict)
     nothing_to_do: bool = False
     may_overwrite: Mapping[int, int] = field(default_factory=dict)
+    scratch: tuple[Spec, ...] = ()
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The operands that are there."""
+        return [t for t in self.operands if isinstance(t, torch.Tensor)]
 
 
 @functools.lru_cache(maxsize=4096)
-def _computation(target, operands, results, backend_config, aliases):
+def _computation(target, operands, results, backend_config, aliases, absent=()):
     """Returns the XLA computation of a signature.
 
     Attributes enter the key as encoded text: as Python values, 1, 1.0 and True would
@@ -49,7 +58,9 @@ def _computation(target, operands, results, backend_config, aliases):
     """
     import torch_xla.core.xla_builder as xb
 
-    module = encode_module(target, operands, results, backend_config, dict(aliases))
+    module = encode_module(
+        target, operands, results, backend_config, dict(aliases), absent
+    )
     return xb.computation_from_module_proto(target, module)
 
 
@@ -59,14 +70,16 @@ def call_in_graph(call: CustomCall) -> list[torch.Tensor]:
 
     computation = _computation(
         call.target,
-        tuple(Spec.of(t) for t in call.operands),
-        tuple(call.results),
+        tuple(_spec(t) for t in call.operands),
+        (*call.results, *call.scratch),
         encode_attributes(call.attributes),
         tuple(call.aliases.items()),
+        tuple(i for i, t in enumerate(call.operands) if isinstance(t, Spec)),
     )
-    return torch_xla._XLAC._xla_user_computation(
-        call.target.replace(".", "::"), list(call.operands), computation
+    results = torch_xla._XLAC._xla_user_computation(
+        call.target.replace(".", "::"), call.tensors, computation
     )
+    return results[: len(call.results)]
 
 
 def call_directly(
@@ -90,29 +103,42 @@ def call_directly(
         elif i in into:
             results.append(into[i])
         else:
-            results.append(torch.empty(spec.shape, dtype=spec.dtype, device=device))
+            results.append(_new(spec, device))
+    scratch = [_new(spec, device) for spec in call.scratch]
     if device.type == "cuda":
         platform = handlers.CUDA
         handlers.load(platform)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            _run(call, platform, stream, results)
+            _run(call, platform, stream, results + scratch)
     else:
         handlers.load(handlers.HOST)
-        _run(call, handlers.HOST, 0, results)
+        _run(call, handlers.HOST, 0, results + scratch)
     return results
 
 
 def _run(call: CustomCall, platform: str, stream: int, results) -> None:
+    specs = (*call.results, *call.scratch)
     _runtime.call(
         call.target,
         platform,
         stream,
-        [_buffer(t, Spec.of(t)) for t in call.operands],
-        [_buffer(t, spec) for t, spec in zip(results, call.results, strict=True)],
+        [_buffer(t, _spec(t)) for t in call.operands],
+        [_buffer(t, spec) for t, spec in zip(results, specs, strict=True)],
         dict(call.attributes),
     )
 
 
-def _buffer(t: torch.Tensor, spec: Spec) -> tuple[int, int, tuple[int, ...]]:
-    return t.data_ptr(), primitive_type(spec.dtype), tuple(spec.shape)
+def _buffer(
+    t: torch.Tensor | Spec, spec: Spec
+) -> tuple[int, int, tuple[int, ...]]:
+    address = 0 if isinstance(t, Spec) else t.data_ptr()
+    return address, primitive_type(spec.dtype), tuple(spec.shape)
+
+
+def _spec(t: torch.Tensor | Spec) -> Spec:
+    return t if isinstance(t, Spec) else Spec.of(t)
+
+
+def _new(spec: Spec, device: torch.device) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device)

@@ -51,15 +51,18 @@ def encode_module(
     results: Sequence[Spec],
     backend_config: str,
     aliases: Mapping[int, int],
+    absent: Sequence[int] = (),
 ) -> bytes:
     """Returns a serialised HloModuleProto whose root is one typed-FFI custom call.
 
     Args:
         target: name under which the handler is registered.
-        operands: the call's operands, which are the module's parameters.
+        operands: the call's operands: the module's parameters, but for absent ones.
         results: the call's results; more than one gives a tuple.
         backend_config: typed FFI attributes, from `encode_attributes`.
         aliases: result index -> index of the operand whose buffer it shares.
+        absent: indices of operands of no element; they are constants of the module,
+            so that a call passes nothing for them.
     """
     operand_shapes = [_array_shape(s) for s in operands]
     result_shapes = [_array_shape(s) for s in results]
@@ -67,10 +70,20 @@ def encode_module(
         result_shapes[0] if len(results) == 1 else _tuple_shape(result_shapes)
     )
     # XlaBuilder aborts on computation and instruction names without a ".".
-    instructions = [
-        _instruction(f"p{i}.{i + 1}", "parameter", shape, i + 1, parameter_number=i)
-        for i, shape in enumerate(operand_shapes)
-    ]
+    instructions = []
+    parameter_shapes = []
+    for i, shape in enumerate(operand_shapes):
+        if i in absent:
+            literal = _message(8, _message(1, shape))
+            instructions.append(
+                _instruction(f"absent.{i + 1}", "constant", shape, i + 1) + literal
+            )
+            continue
+        n = len(parameter_shapes)
+        parameter_shapes.append(shape)
+        instructions.append(
+            _instruction(f"p{n}.{i + 1}", "parameter", shape, i + 1, parameter_number=n)
+        )
     root_id = len(operands) + 1
     instructions.append(
         _custom_call(
@@ -85,9 +98,9 @@ def encode_module(
             },
         )
     )
-    program_shape = b"".join(_message(1, s) for s in operand_shapes)
+    program_shape = b"".join(_message(1, s) for s in parameter_shapes)
     program_shape += _message(2, result_shape)
-    program_shape += b"".join(_text(3, f"p{i}") for i in range(len(operands)))
+    program_shape += b"".join(_text(3, f"p{n}") for n in range(len(parameter_shapes)))
     computation_id = root_id + 1
     entry = f"main.{computation_id}"
     computation = (

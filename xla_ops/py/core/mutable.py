@@ -59,13 +59,19 @@ def define(schema: str, plan: Callable[..., Update]) -> None:
     name = schema[: schema.index("(")]
 
     def front(*args, **kwargs) -> None:
-        _apply(name.partition(".")[0], plan(*args, **kwargs))
+        apply(name.partition(".")[0], plan(*args, **kwargs))
 
     _library.define(schema)
     _library.impl(name, front, "CompositeImplicitAutograd")
 
 
-def _apply(name: str, update: Update) -> None:
+def apply(name: str, update: Update) -> list[torch.Tensor]:
+    """Runs an update and returns the op's results, a target in place of its own.
+
+    Args:
+        name: the op's name in error texts.
+        update: what to run, and what to write.
+    """
     op, args, targets = update
     call = op.lowered(args)
     check = Checker(name)
@@ -77,18 +83,24 @@ def _apply(name: str, update: Update) -> None:
             check.shape(argument, target, spec.shape)
         check.same_device("input", call.operands[0], **{argument: target})
     given = [t for t in targets.values() if t is not None]
-    if any(in_place.is_value(t) for t in (*given, *call.operands)):
+    if any(in_place.is_value(t) for t in (*given, *call.tensors)):
         results = op(*args)
-        results = results if isinstance(results, tuple) else (results,)
-        for target, value in zip(targets.values(), results, strict=True):
+        results = list(results) if isinstance(results, tuple) else [results]
+        for i, target in enumerate(targets.values()):
             if target is not None and target.numel():
-                in_place.assign(target, value.reshape(target.shape))
-        return
+                in_place.assign(target, results[i].reshape(target.shape))
+        return _with_targets(results, targets)
     into = {i: t for i, t in enumerate(targets.values()) if t is not None}
     results = op.compute(args, into)
     for i, target in into.items():
         if results[i] is not target and target.numel():
             target.copy_(results[i].reshape(target.shape))
+    return _with_targets(results, targets)
+
+
+def _with_targets(results, targets) -> list[torch.Tensor]:
+    pairs = zip(results, targets.values(), strict=True)
+    return [result if target is None else target for result, target in pairs]
 
 
 def _squeezed(shape) -> list[int]:

@@ -153,6 +153,8 @@ def _may_write(call: CustomCall, i: int, operands, t: torch.Tensor) -> bool:
     if i in call.aliases or not t.is_contiguous():
         return False
     for j, operand in enumerate(operands):
+        if isinstance(operand, Spec):
+            continue
         same = t.data_ptr() == operand.data_ptr() and t.nbytes == operand.nbytes
         if same and call.may_overwrite.get(i) == j:
             continue
