@@ -78,8 +78,15 @@ SAMPLES = {
     ),
     "paged_attention": (
         *(torch.randn(5, 4, 16), CACHE, CACHE.clone()),
-        *(int32(5), int32([0, 1]), int32(0, 5), int32(1)),
-        *(0.25, 0, 0.0, 1, [*GEOMETRY, 0], False),
+        *(int32(0, 5), None, int32(5), int32([0, 1]), None, int32(1)),
+        *(None, None, None, None),
+        *(0.25, 3, 0, 0.0, "auto", 1, [*GEOMETRY, 0], False),
+    ),
+    "flash_attn_varlen": (
+        *(torch.randn(5, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)),
+        *(int32(0, 2, 5), int32(0, 4, 9), int32(4, 3), None, int32(1, 0), None),
+        *(torch.ones(2, 4) / 8, torch.randn(4), None, None),
+        *(0.25, -1, 0, 5.0, "auto", 2, [1, 9, 2, 16, 0, 32, 16, 0, 0], False),
     ),
 }
 

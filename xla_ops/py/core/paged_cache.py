@@ -1,4 +1,4 @@
-"""Where the K and V caches of a paged KV cache lie, for the ops that use one.
+"""Where keys and values lie, for the ops that read or write them.
 
 A cache is [num_blocks, page_size, num_kv_heads, head_dim], dense in its last dimension.
 Other layouts are views of that shape: HND is a permuted
@@ -73,20 +73,45 @@ ATTRIBUTES = (
 )
 
 
+# Element types of fp8 caches by vLLM's names for them.
+FP8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+# What error texts call the two caches, unless the op has other names for them.
+NAMES = ("key_cache", "value_cache")
+
+
+def dtypes(
+    check: Checker, rows: torch.Tensor, kv_cache_dtype: str
+) -> list[torch.dtype]:
+    """Returns the element types that a cache of `rows` may have."""
+    check.require(
+        kv_cache_dtype == "auto" or kv_cache_dtype in FP8,
+        "kv_cache_dtype",
+        "be auto, fp8, fp8_e4m3 or fp8_e5m2",
+        kv_cache_dtype,
+    )
+    if kv_cache_dtype == "auto":
+        return [rows.dtype]
+    return [FP8[kv_cache_dtype], torch.uint8]
+
+
 def check_caches(
-    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor
+    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor, names=NAMES
 ) -> None:
     """Checks the two caches against each other."""
-    check.rank(
-        "key_cache", key_cache, "[num_blocks, page_size, num_kv_heads, head_dim]"
-    )
-    check.shape("value_cache", value_cache, key_cache.shape)
-    check.dtype("value_cache", value_cache, [key_cache.dtype])
+    key, value = names
+    check.rank(key, key_cache, "[num_blocks, page_size, num_kv_heads, head_dim]")
+    check.shape(value, value_cache, key_cache.shape)
+    check.dtype(value, value_cache, [key_cache.dtype])
     check.require(key_cache.shape[1] > 0, "page_size", "be at least 1", 0)
 
 
 def locate(
-    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor
+    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor, names=NAMES
 ) -> PagedCache | None:
     """Locates both caches; None where their strides differ or are not dense enough.
 
@@ -98,14 +123,14 @@ def locate(
             return None
         check.require(
             _usable(key.strides, key_cache.shape),
-            "key_cache",
+            names[0],
             "be dense in its last dimension and free of overlaps",
             f"strides {list(key.strides)}",
         )
         check.require(
             False,
-            "value_cache",
-            f"have key_cache's strides {list(key.strides)}",
+            names[1],
+            f"have {names[0]}'s strides {list(key.strides)}",
             list(value.strides),
         )
     return PagedCache(
@@ -122,6 +147,37 @@ def dense(key_cache: torch.Tensor, value_cache: torch.Tensor) -> PagedCache:
     """Takes the caches as dense values, without looking for a buffer below them."""
     *strides, _ = in_place.dense_strides(key_cache.shape)
     return PagedCache(key_cache, value_cache, *key_cache.shape, *strides, 0, 0)
+
+
+def locate_to_read(
+    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor, names=NAMES
+) -> PagedCache:
+    """Locates both caches, or takes them as dense values where that cannot be done."""
+    cache = locate(check, key_cache, value_cache, names)
+    return dense(key_cache, value_cache) if cache is None else cache
+
+
+def locate_rows(keys: torch.Tensor, values: torch.Tensor) -> PagedCache:
+    """Takes keys and values [num_kv_tokens, num_kv_heads, head_dim] as one page each.
+
+    Views of one packed projection are located in it. Odd strides cost a copy.
+    """
+    key, value = in_place.locate(keys), in_place.locate(values)
+    if key.strides != value.strides or not _usable(key.strides, keys.shape):
+        strides = in_place.dense_strides(keys.shape)
+        key = in_place.Located(keys.contiguous(), 0, strides)
+        value = in_place.Located(values.contiguous(), 0, strides)
+    # A stride from one block to the next has no meaning.
+    return PagedCache(
+        key.buffer,
+        value.buffer,
+        1,
+        *keys.shape,
+        0,
+        *key.strides[:2],
+        key.offset,
+        value.offset,
+    )
 
 
 def _usable(strides: tuple[int, ...], shape: torch.Size) -> bool:

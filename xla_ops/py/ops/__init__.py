@@ -8,6 +8,7 @@ from .activation import (
     silu_and_mul_quant,
 )
 from .copy_blocks import copy_blocks
+from .flash_attn_varlen import flash_attn_varlen
 from .fp8_quant import (
     dynamic_per_token_scaled_fp8_quant,
     dynamic_scaled_fp8_quant,
@@ -31,6 +32,7 @@ __all__ = [
     "dynamic_per_token_scaled_fp8_quant",
     "dynamic_scaled_fp8_quant",
     "dynamic_scaled_int8_quant",
+    "flash_attn_varlen",
     "fused_add_rms_norm",
     "fused_add_rms_norm_static_fp8_quant",
     "gelu_and_mul",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from ..core import debug, paged_cache
+from ..core import paged_cache
 from ..core.checks import Checker
-from ..core.custom_call import CustomCall
-from ..core.dtypes import FLOAT_DTYPES
-from ..core.hlo import Spec
-from ..core.op import NAMESPACE, Op
+from . import attention
 
-_check = Checker("paged_attention")
-_INT_TENSORS = ("context_lens", "block_tables", "query_start_loc", "num_seqs")
+_NAMES = attention.Names(
+    op="paged_attention",
+    query="query",
+    key="key_cache",
+    value="value_cache",
+    cu_seqlens_q="query_start_loc",
+    seqused_k="context_lens",
+    block_table="block_tables",
+    scale="scale",
+    soft_cap="soft_cap",
+)
+_check = Checker(_NAMES.op)
 
 
 def paged_attention(
@@ -28,7 +34,14 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
-) -> torch.Tensor:
+    *,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    kv_cache_dtype: str = "auto",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attends each sequence's new tokens to its tokens in a paged KV cache.
 
     Prefill, chunked prefill and decode may be mixed in one batch: sequence s owns the
@@ -46,17 +59,27 @@ def paged_attention(
             a multiple of 8 up to 256.
         kv_cache: [2, num_blocks, page_size, num_kv_heads, head_dim], or a pair
             (key_cache, value_cache) of [num_blocks, page_size, num_kv_heads, head_dim]
-            each; query's dtype. num_kv_heads divides num_heads.
+            each; query's dtype, or see kv_cache_dtype. num_kv_heads divides num_heads.
         context_lens: [max_num_seqs], int32.
         block_tables: [max_num_seqs, max_blocks], int32.
         query_start_loc: [max_num_seqs + 1], int32, not decreasing.
         num_seqs: [1], int32: how many sequences there are.
         scale: factor of q.k, such as head_dim ** -0.5.
-        sliding_window: how many tokens a row sees at most; None: all.
-        soft_cap: C of C * tanh(logit / C); None: no cap.
+        sliding_window: how many tokens a row sees at most; None or 0: all.
+        soft_cap: C of C * tanh(logit / C); None or 0: no cap.
+        alibi_slopes: [num_heads] or [max_num_seqs, num_heads]; slope * distance in
+            tokens is taken off a logit, after the cap.
+        sinks: [num_heads], logits that add to the softmax's denominator only.
+        kv_cache_dtype: "auto" (query's dtype), "fp8", "fp8_e4m3" (the same) or
+            "fp8_e5m2"; an fp8 cache is uint8 or the fp8 type.
+        k_scale, v_scale: what an fp8 cache's elements are multiplied by: float32, one
+            element or [max_num_seqs, num_kv_heads]; None: 1.
+        return_lse: whether to return lse too.
 
     Returns:
-        A tensor like `query`.
+        out, like `query`; with return_lse (out, lse), lse float32 [num_heads,
+        num_tokens]: the natural logarithm of the softmax's denominator, the sink
+        included, and +inf for rows that see no token. `merge_attn_states` takes both.
 
     Raises:
         ValueError: an argument breaks one of the rules above.
@@ -65,12 +88,12 @@ def paged_attention(
     with PagedAttention, 2023; Dao, FlashAttention-2, 2023.
     """
     _check.tensor("query", query)
-    if isinstance(kv_cache, torch.Tensor):
-        op = torch.ops.xla_gpu.paged_attention.default
-    else:
+    ops = torch.ops.xla_gpu
+    op = ops.paged_attention_with_lse if return_lse else ops.paged_attention
+    stacked = isinstance(kv_cache, torch.Tensor)
+    if not stacked:
         kv_cache = list(kv_cache)
-        op = torch.ops.xla_gpu.paged_attention.separate
-    return op(
+    return (op.default if stacked else op.separate)(
         query,
         kv_cache,
         context_lens,
@@ -80,25 +103,36 @@ def paged_attention(
         scale,
         sliding_window,
         soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_cache_dtype=kv_cache_dtype,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
-def _front(query, kv_cache, *rest):
-    _check.require(
-        kv_cache.dim() == 5 and kv_cache.shape[0] == 2,
-        "kv_cache",
-        "have shape [2, num_blocks, page_size, num_kv_heads, head_dim]",
-        list(kv_cache.shape),
-    )
-    return _attend(query, kv_cache[0], kv_cache[1], *rest)
+def _front(query, kv_cache, *rest, **features):
+    """Attends over a stacked cache or a pair; returns (out, lse)."""
+    if isinstance(kv_cache, torch.Tensor):
+        _check.require(
+            kv_cache.dim() == 5 and kv_cache.shape[0] == 2,
+            "kv_cache",
+            "have shape [2, num_blocks, page_size, num_kv_heads, head_dim]",
+            list(kv_cache.shape),
+        )
+    else:
+        _check.require(
+            len(kv_cache) == 2,
+            "kv_cache",
+            "be a pair (key_cache, value_cache)",
+            f"{len(kv_cache)} tensors",
+        )
+    key_cache, value_cache = kv_cache[0], kv_cache[1]
+    return _attend(query, key_cache, value_cache, *rest, **features)
 
 
-def _front_separate(query, kv_cache, *rest):
-    _check.require(
-        len(kv_cache) == 2, "kv_cache", "be a pair (key_cache, value_cache)",
-        f"{len(kv_cache)} tensors",
-    )
-    return _attend(query, *kv_cache, *rest)
+def _front_out(*args, **features):
+    return _front(*args, **features)[0]
 
 
 def _attend(
@@ -112,225 +146,50 @@ def _attend(
     scale,
     sliding_window=None,
     soft_cap=None,
+    **features,
 ):
     paged_cache.check_caches(_check, key_cache, value_cache)
-    _check.dtype("query", query, FLOAT_DTYPES)
-    _check.rank("query", query, "[num_tokens, num_heads, head_dim]")
-    head_dim = query.shape[2]
-    _check.require(
-        key_cache.shape[3] == head_dim,
-        "key_cache",
-        f"have head_dim {head_dim}",
-        key_cache.shape[3],
-    )
-    _check.same_device("query", query, key_cache=key_cache, value_cache=value_cache)
-    cache = paged_cache.locate(_check, key_cache, value_cache)
-    if cache is None:
-        cache = paged_cache.dense(key_cache, value_cache)
-    rows = (query.shape[0], query.shape[1])
+    attention.check_query(_check, _NAMES, query, key_cache, value_cache)
+    window = sliding_window or 0
+    _check.require(window >= 0, "sliding_window", "be at least 0", window)
+    cache = paged_cache.locate_to_read(_check, key_cache, value_cache)
+    width = block_tables.shape[-1] if block_tables.dim() else 0
+    longest = width * cache.page_size
     return _op(
-        query,
-        cache.key_buffer,
-        cache.value_buffer,
-        context_lens,
-        block_tables,
-        query_start_loc,
-        num_seqs,
-        float(scale),
-        0 if sliding_window is None else sliding_window,
-        0.0 if soft_cap is None else float(soft_cap),
-        _num_splits(*rows, cache, block_tables),
-        cache.geometry,
-        debug.enabled(),
-    )[0]
-
-
-def _num_splits(num_tokens, num_heads, cache, block_tables) -> int:
-    """Chooses into how many pieces each sequence's KV tokens are cut.
-
-    The lengths are on the device, so only bounds are known here: enough pieces that a
-    batch of few tokens still occupies a large GPU (about 256 thread blocks), none
-    shorter than 256 tokens, and none at all for a prefill, whose rows fill it.
-    """
-    blocks_without = num_tokens * max(cache.num_kv_heads, 1)
-    longest = block_tables.shape[-1] * cache.page_size if block_tables.dim() else 0
-    return max(1, min(256 // max(blocks_without, 1), longest // 256, 64))
-
-
-def _lower(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    block_tables,
-    query_start_loc,
-    num_seqs,
-    scale,
-    sliding_window,
-    soft_cap,
-    num_splits,
-    geometry,
-    debug_mode,
-) -> CustomCall:
-    _check.dtype("query", query, FLOAT_DTYPES)
-    _check.rank("query", query, "[num_tokens, num_heads, head_dim]")
-    num_tokens, num_heads, head_dim = query.shape
-    _check.require(
-        head_dim % 8 == 0 and 0 < head_dim <= 256,
-        "query",
-        "have a head_dim that is a multiple of 8 up to 256",
-        head_dim,
-    )
-    _check.dtype("key_cache", key_cache, [query.dtype])
-    _check.dtype("value_cache", value_cache, [query.dtype])
-    values = dict(
-        zip(paged_cache.ATTRIBUTES, (int(n) for n in geometry), strict=True)
-    )
-    del values["head_dim"]
-    num_kv_heads = values["num_kv_heads"]
-    _check.require(
-        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
-        "num_kv_heads",
-        f"divide num_heads {num_heads}",
-        num_kv_heads,
-    )
-    tensors = (context_lens, block_tables, query_start_loc, num_seqs)
-    for name, t in zip(_INT_TENSORS, tensors, strict=True):
-        _check.dtype(name, t, [torch.int32])
-        _check.same_device("query", query, **{name: t})
-    _check.rank("context_lens", context_lens, "[max_num_seqs]")
-    max_num_seqs = context_lens.shape[0]
-    _check.require(
-        block_tables.dim() == 2 and block_tables.shape[0] == max_num_seqs,
-        "block_tables",
-        f"have shape [{max_num_seqs}, max_blocks]",
-        list(block_tables.shape),
-    )
-    _check.shape("query_start_loc", query_start_loc, [max_num_seqs + 1])
-    _check.one_element("num_seqs", num_seqs)
-    _check.require(math.isfinite(scale), "scale", "be finite", f"{scale:g}")
-    _check.require(
-        sliding_window >= 0, "sliding_window", "be at least 0", sliding_window
-    )
-    _check.require(
-        math.isfinite(soft_cap) and soft_cap >= 0,
-        "soft_cap",
-        "be finite and at least 0",
-        f"{soft_cap:g}",
-    )
-    # Of each split, for each row and head: an accumulator, its maximum and its sum.
-    partials = num_splits * num_tokens * num_heads * (head_dim + 2) * 4
-    return CustomCall(
-        "xla_ops.paged_attention",
-        (
-            query.contiguous(),
-            key_cache,
-            value_cache,
-            *(t.contiguous() for t in tensors),
-        ),
-        (
-            Spec.of(query),
-            Spec((partials if num_splits > 1 else 0,), torch.uint8),
-        ),
-        {
-            "scale": scale,
-            "sliding_window": int(sliding_window),
-            "soft_cap": soft_cap,
-            "num_splits": int(num_splits),
-            **values,
-            "debug": debug_mode,
-        },
-        nothing_to_do=query.numel() == 0,
-    )
-
-
-def _reference(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    block_tables,
-    query_start_loc,
-    num_seqs,
-    scale,
-    sliding_window,
-    soft_cap,
-    num_splits,
-    geometry,
-    debug_mode,
-):
-    num_blocks, page_size, num_kv_heads, head_dim, *strides, k_offset, v_offset = (
-        geometry
-    )
-    num_tokens, num_heads, _ = query.shape
-    max_num_seqs, max_blocks = block_tables.shape
-    shape = (num_blocks, page_size, num_kv_heads, head_dim)
-    keys = _take(key_cache, shape, strides, k_offset)
-    values = _take(value_cache, shape, strides, v_offset)
-    device = query.device
-    rows = torch.arange(num_tokens, device=device)
-    tokens = torch.arange(max_blocks * page_size, device=device)
-    grouped = query.float().reshape(
-        num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim
-    )
-    out = torch.zeros_like(grouped)
-    start = query_start_loc[0].clamp(0, num_tokens)
-    for s in range(max_num_seqs if num_blocks and max_blocks else 0):
-        end = torch.maximum(query_start_loc[s + 1].clamp(max=num_tokens), start)
-        context = context_lens[s].clamp(0, max_blocks * page_size)
-        block = block_tables[s]
-        readable = (block >= 0) & (block < num_blocks)
-        safe = torch.where(readable, block, 0)
-        key = keys[safe].reshape(-1, num_kv_heads, head_dim).float()
-        value = values[safe].reshape(-1, num_kv_heads, head_dim).float()
-        position = (rows - start + context - (end - start))[:, None]
-        owned = ((rows >= start) & (rows < end) & (num_seqs[0] > s))[:, None]
-        visible = owned & (tokens <= position) & (tokens < context)
-        visible &= readable.repeat_interleave(page_size)
-        if sliding_window:
-            visible &= tokens > position - sliding_window
-        logits = torch.einsum("tkgd,jkd->tkgj", grouped, key) * scale
-        if soft_cap:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
-        mask = visible[:, None, None, :]
-        weights = torch.softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
-        # A row without a visible token is 0 / 0 above; a masked token may hold NaN.
-        weights = torch.where(mask, weights, 0.0)
-        seen = visible.any(0)[:, None, None]
-        out = out + torch.einsum(
-            "tkgj,jkd->tkgd", weights, torch.where(seen, value, 0.0)
+        *attention.arguments(
+            _check,
+            query,
+            cache,
+            attention.Batch(
+                query_start_loc,
+                seqused_k=context_lens,
+                block_table=block_tables,
+                num_seqs=num_seqs,
+            ),
+            attention.Features(**features),
+            scale,
+            # A window as wide as the table hides nothing.
+            (window - 1 if window < longest else -1, 0),
+            soft_cap or 0.0,
+            longest,
         )
-        start = end
-    out = out.reshape(query.shape).to(query.dtype)
-    return out, torch.empty(0, dtype=torch.uint8, device=device)
+    )
 
 
-def _take(buffer, shape, strides, offset):
-    """Gathers the cache that lies in `buffer` as a dense tensor of `shape`."""
-    index = torch.full((), offset, device=buffer.device, dtype=torch.int64)
-    for axis, (size, stride) in enumerate(zip(shape, (*strides, 1), strict=True)):
-        step = torch.arange(size, device=buffer.device) * stride
-        index = index + step.reshape(-1, *[1] * (len(shape) - axis - 1))
-    return buffer.reshape(-1)[index]
-
-
-_op = Op(
-    "paged_attention",
-    "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor context_lens,"
-    " Tensor block_tables, Tensor query_start_loc, Tensor num_seqs, float scale,"
-    " SymInt sliding_window, float soft_cap, SymInt num_splits, SymInt[] geometry,"
-    " bool debug) -> (Tensor, Tensor)",
-    _lower,
-    _reference,
-)
+_op = attention.declare(_NAMES)
 
 _TAIL = (
     "Tensor context_lens, Tensor block_tables, Tensor query_start_loc,"
     " Tensor num_seqs, float scale, int? sliding_window=None,"
-    " float? soft_cap=None) -> Tensor"
+    f" float? soft_cap=None, *, {attention.FEATURES_SCHEMA})"
 )
 _library = torch.library.Library("xla_gpu", "FRAGMENT")
-_library.define(f"paged_attention(Tensor query, Tensor kv_cache, {_TAIL}")
-_library.define(f"paged_attention.separate(Tensor query, Tensor[] kv_cache, {_TAIL}")
-_library.impl("paged_attention", _front, "CompositeImplicitAutograd")
-_library.impl("paged_attention.separate", _front_separate, "CompositeImplicitAutograd")
+for _name, _kernel, _results in (
+    ("paged_attention", _front_out, "Tensor"),
+    ("paged_attention_with_lse", _front, "(Tensor out, Tensor lse)"),
+):
+    for _overload, _type in (("", "Tensor"), (".separate", "Tensor[]")):
+        _library.define(
+            f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}"
+        )
+        _library.impl(_name + _overload, _kernel, "CompositeImplicitAutograd")

@@ -12,11 +12,6 @@ from ..core.hlo import Spec
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("reshape_and_cache_flash")
-_FP8 = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 
 
 def reshape_and_cache_flash(
@@ -134,7 +129,7 @@ def _check_tensors(
     key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
 ) -> None:
     _check_pair(key, value)
-    _check.dtype("key_cache", key_cache, cache_dtypes(_check, key, kv_cache_dtype))
+    _check.dtype("key_cache", key_cache, paged_cache.dtypes(_check, key, kv_cache_dtype))
     _check.require(
         list(key_cache.shape[2:]) == list(key.shape[1:]),
         "key_cache",
@@ -175,21 +170,6 @@ def _check_scale(name, scale, rows) -> None:
     _check.dtype(name, scale, [torch.float32])
     _check.one_element(name, scale)
     _check.same_device("key", rows, **{name: scale})
-
-
-def cache_dtypes(
-    check: Checker, rows: torch.Tensor, kv_cache_dtype: str
-) -> list[torch.dtype]:
-    """Returns the element types a cache may have for `kv_cache_dtype`."""
-    check.require(
-        kv_cache_dtype == "auto" or kv_cache_dtype in _FP8,
-        "kv_cache_dtype",
-        "be auto, fp8, fp8_e4m3 or fp8_e5m2",
-        kv_cache_dtype,
-    )
-    if kv_cache_dtype == "auto":
-        return [rows.dtype]
-    return [_FP8[kv_cache_dtype], torch.uint8]
 
 
 def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUTES):
@@ -332,7 +312,7 @@ def _reference_write(
 def _convert(rows, scale, kv_cache_dtype):
     if kv_cache_dtype == "auto":
         return rows
-    dtype = _FP8[kv_cache_dtype]
+    dtype = paged_cache.FP8[kv_cache_dtype]
     limit = torch.finfo(dtype).max
     scaled = rows.float() / scale.reshape(())
     return scaled.clamp(-limit, limit).to(dtype)  # clamp keeps NaN
