@@ -1,10 +1,10 @@
 // Tensor-core and asynchronous-copy instructions of compute capability 8.0
 // and later, on 16-bit operands in shared memory.
 //
-// A shared tile is [rows][kColumns] of 16-bit elements, kColumns a multiple
-// of 64. Its 16-byte pieces ("chunks") are swizzled so that the eight rows
-// that one ldmatrix phase reads lie in different banks; TileAddress is the
-// only code that knows the order.
+// A shared tile is [rows][kColumns] of 16-bit elements, kColumns 32 or a
+// multiple of 64. Its 16-byte pieces ("chunks") are swizzled so that the eight
+// rows that one ldmatrix phase reads lie in different banks; TileAddress is
+// the only code that knows the order. A tile of bytes counts two a column.
 //
 // Fragments of mma.m16n8k16, for lane = 4 * g + t (PTX ISA, "Matrix
 // Fragments for mma.m16n8k16"): an accumulator holds
@@ -39,8 +39,9 @@ constexpr int kChunk = 8;
 template <int kColumns>
 __device__ __forceinline__ uint32_t TileAddress(uint32_t tile, int row,
                                                 int chunk) {
-  static_assert(kColumns % 64 == 0);
-  return tile + (row * (kColumns / kChunk) + (chunk ^ (row & 7))) * 16;
+  static_assert(kColumns == 32 || kColumns % 64 == 0);
+  const int swizzle = kColumns == 32 ? row >> 1 & 3 : row & 7;
+  return tile + (row * (kColumns / kChunk) + (chunk ^ swizzle)) * 16;
 }
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
@@ -64,9 +65,11 @@ __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
 
-// Waits for this thread's own copies; other threads' need a barrier too.
+// Waits for this thread's own copies, but for the `kPending` last committed
+// groups; other threads' copies need a barrier too.
+template <int kPending = 0>
 __device__ __forceinline__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
 // Loads four 8x8 matrices; lanes 8 i .. 8 i + 7 give the rows' addresses of

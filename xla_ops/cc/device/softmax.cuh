@@ -31,6 +31,27 @@ __device__ __forceinline__ float SoftCap(float logit_over_cap, float cap_log2) {
   return cap_log2 * (1.0f - __fdividef(2.0f, e + 1.0f));
 }
 
+// What a row's accumulator is multiplied by, and log(denominator), natural.
+struct SoftmaxEnd {
+  float factor;
+  float lse;
+};
+
+// Ends a row's softmax from its running maximum (base 2) and sum. `sink` is
+// a further logit, natural, that has no value; -inf for none. A row whose sum
+// is zero saw no token: it is zero, and its lse +inf.
+__device__ __forceinline__ SoftmaxEnd EndSoftmax(float max, float sum,
+                                                 float sink) {
+  // Compared with zero exactly: a NaN sum has to reach the output.
+  if (sum == 0.0f) return {0.0f, CUDART_INF_F};
+  sink *= kLog2E;
+  // The larger of the two becomes the base, so that neither overflows.
+  const float base = FiniteMax(fmaxf(max, sink));
+  const float rescale = Exp2(FiniteMax(max) - base);
+  const float total = sum * rescale + Exp2(sink - base);
+  return {rescale / total, (base + log2f(total)) / kLog2E};
+}
+
 }  // namespace xla_ops
 
 #endif  // XLA_OPS_CC_DEVICE_SOFTMAX_CUH_

@@ -1,72 +1,33 @@
-// Launches paged attention on CUDA: picks a kernel, sizes its grid from
-// bounds alone, and combines the splits.
+// Launches attention on CUDA: picks a kernel, sizes its grid from bounds
+// alone, and combines the splits.
 //
-//   attention_tiles.cuh    tiles, masks, addresses
-//   attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on;
-//                                its pieces in attention_mma_tile.cuh
+//   attention_sm90.h       prefill on Hopper's own tensor cores
+//   attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on; its
+//                          pieces in attention_mma_tile.cuh
 //   attention_simt.cuh     everything else
 //   attention_combine.cuh  splits; debug report
+//   attention_tiles.cuh    tiles and addresses; attention_rows.cuh: rows
+//   attention_fp8.cu.cc    compiles the kernels for 8-bit keys and values
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_paged_attention.py.
+// Tested by tests/gpu/check_kernels.py, tests/test_paged_attention.py and
+// tests/test_flash_attn_varlen.py.
 
 #include "xla_ops/cc/ops/attention/attention.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
+#include <string_view>
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_combine.cuh"
+#include "xla_ops/cc/ops/attention/attention_kernels.cuh"
 #include "xla_ops/cc/ops/attention/attention_launch.h"
-#include "xla_ops/cc/ops/attention/attention_mma.cuh"
-#include "xla_ops/cc/ops/attention/attention_simt.cuh"
-#include "xla_ops/cc/ops/attention/attention_tiles.cuh"
+#include "xla_ops/cc/ops/attention/attention_sm90.h"
 
 namespace xla_ops {
 namespace {
-
-// Calls f(std::integral_constant<int, N>) with the head_dim that a kernel is
-// compiled for, N >= head_dim.
-template <typename F>
-cudaError_t DispatchHeadDim(int64_t head_dim, F&& f) {
-  if (head_dim <= 64) return f(std::integral_constant<int, 64>{});
-  if (head_dim <= 128) return f(std::integral_constant<int, 128>{});
-  if (head_dim <= 256) return f(std::integral_constant<int, 256>{});
-  return cudaErrorInvalidValue;
-}
-
-template <typename Kernel>
-cudaError_t AllowSharedMemory(Kernel* kernel, int bytes) {
-  return cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
-// Loading a kernel is a side effect of asking for its attributes.
-template <typename Kernel>
-cudaError_t LoadKernel(Kernel* kernel) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel);
-}
-
-template <typename T, int kHeadDim>
-cudaError_t PrepareKernels(bool has_mma) {
-  cudaError_t error = LoadKernel(AttentionSimtKernel<T, kHeadDim, true>);
-  if (error != cudaSuccess) return error;
-  error = LoadKernel(AttentionSimtKernel<T, kHeadDim, false>);
-  if (error != cudaSuccess) return error;
-  error = LoadKernel(AttentionCombineKernel<T>);
-  if constexpr (!std::is_same_v<T, float>) {
-    if (!has_mma || error != cudaSuccess) return error;
-    error = AllowSharedMemory(AttentionMmaKernel<T, kHeadDim, 1>,
-                              MmaShape<kHeadDim, 1>::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    error = AllowSharedMemory(AttentionMmaKernel<T, kHeadDim, 4>,
-                              MmaShape<kHeadDim, 4>::kSharedBytes);
-  }
-  return error;
-}
 
 // Prepares all kernels for the current device, once, and says whether the
 // tensor-core ones that were loaded for it were compiled for an architecture
@@ -78,136 +39,118 @@ cudaError_t Prepare(bool* has_mma) {
       [](bool* result) {
         cudaFuncAttributes attributes;
         cudaError_t error = cudaFuncGetAttributes(
-            &attributes, AttentionMmaKernel<__half, 64, 1>);
+            &attributes, AttentionMmaKernel<__half, false, 64, 1>);
         if (error != cudaSuccess) return error;
         *result = attributes.ptxVersion >= 80;
-        for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
-          for (const int head_dim : {64, 128, 256}) {
-            if (error != cudaSuccess) return error;
-            error = DispatchFloat(dtype, [&](auto tag) {
-              return DispatchHeadDim(head_dim, [&](auto padded) {
-                return PrepareKernels<typename decltype(tag)::type,
-                                      decltype(padded)::value>(*result);
-              });
-            });
-          }
+        if (*result) {
+          error = PrepareMma<__half, false>();
+          if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>();
         }
+        if (error == cudaSuccess) error = PrepareSimt<float>();
+        if (error == cudaSuccess) error = PrepareSimt<__half>();
+        if (error == cudaSuccess) error = PrepareSimt<__nv_bfloat16>();
+        if (error == cudaSuccess) error = PrepareAttentionFp8(*result);
+        if (error == cudaSuccess) error = PrepareKernel(AttentionCombineKernel);
+        if (error == cudaSuccess) error = PrepareAttentionSm90();
         return error;
       },
       has_mma);
 }
 
-// Tiles of `rows` packed rows that any query_start_loc could need
-// (attention_tiles.cuh).
-int64_t MaxTiles(const AttentionParams& params, int64_t rows) {
-  const int64_t group = params.num_heads / params.num_kv_heads;
-  return params.num_tokens * group / rows + params.max_num_seqs + 2;
-}
-
-// Launches a kernel over tiles, KV heads and splits.
-template <typename Kernel>
-cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int64_t tiles,
-                        const AttentionParams& params, int threads,
-                        int shared_bytes, const AttentionArgs& args) {
-  if (tiles > INT32_MAX || params.num_kv_heads > 65535) {
-    return cudaErrorInvalidConfiguration;
-  }
-  const dim3 grid(static_cast<unsigned>(tiles),
-                  static_cast<unsigned>(params.num_kv_heads),
-                  static_cast<unsigned>(args.num_splits));
-  kernel<<<grid, threads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
-}
-
-template <typename T, int kHeadDim>
-cudaError_t LaunchMma(cudaStream_t stream, const AttentionParams& params,
-                      const AttentionArgs& args) {
-  // The short tile where 16 rows hold the average sequence, as in decode.
-  const int64_t group = params.num_heads / params.num_kv_heads;
-  const auto launch = [&](auto warps_m) {
-    constexpr int kWarpsM = decltype(warps_m)::value;
-    using Shape = MmaShape<kHeadDim, kWarpsM>;
-    return LaunchTiles(stream, AttentionMmaKernel<T, kHeadDim, kWarpsM>,
-                       MaxTiles(params, Shape::kTileRows), params,
-                       Shape::kThreads, Shape::kSharedBytes, args);
-  };
-  if (params.num_tokens * group <= 16 * params.max_num_seqs) {
-    return launch(std::integral_constant<int, 1>{});
-  }
-  return launch(std::integral_constant<int, 4>{});
-}
-
-template <typename T, int kHeadDim>
-cudaError_t LaunchSimt(cudaStream_t stream, const AttentionParams& params,
-                       const AttentionArgs& args, bool aligned) {
-  const int64_t tiles = MaxTiles(params, SimtShape::kTileRows);
-  return LaunchTiles(stream,
-                     aligned ? AttentionSimtKernel<T, kHeadDim, true>
-                             : AttentionSimtKernel<T, kHeadDim, false>,
-                     tiles, params, SimtShape::kThreads, 0, args);
-}
-
-// Whether every row of query, caches and out starts on 16 bytes.
+// Whether every row of query, key, value and out starts and ends on 16 bytes.
 bool RowsAligned(const AttentionParams& params) {
   const int64_t size = 16 / SizeOf(params.dtype);
-  return IsAligned(params.query, 16) && IsAligned(params.key_cache, 16) &&
-         IsAligned(params.value_cache, 16) && IsAligned(params.out, 16) &&
-         params.head_dim % size == 0 && params.block_stride % size == 0 &&
-         params.page_stride % size == 0 && params.head_stride % size == 0;
+  const int64_t kv_size = 16 / SizeOf(params.kv_dtype);
+  return IsAligned(params.query, 16) && IsAligned(params.key, 16) &&
+         IsAligned(params.value, 16) && IsAligned(params.out, 16) &&
+         params.head_dim % size == 0 && params.head_dim % kv_size == 0 &&
+         params.block_stride % kv_size == 0 &&
+         params.page_stride % kv_size == 0 && params.head_stride % kv_size == 0;
 }
 
-// A sequence's splits hold at least one piece of 64 tokens each at the
-// longest context; more would only add empty ones.
-int ChooseSplits(const AttentionParams& params, int64_t max_context) {
-  const int64_t pieces = std::max<int64_t>(1, (max_context + 63) / 64);
-  return static_cast<int>(std::min(params.num_splits, pieces));
+// What a row of the block table can address, or the rows of the contiguous
+// buffer. Divided first: the product may not fit in 64 bits.
+int MaxKvLength(const AttentionParams& params) {
+  const int64_t blocks = params.paged ? params.max_blocks : params.num_blocks;
+  if (params.page_size == 0 || blocks == 0) return 0;
+  if (blocks > INT32_MAX / params.page_size) return INT32_MAX;
+  return static_cast<int>(blocks * params.page_size);
+}
+
+// A window that no distance in 32 bits leaves hides nothing.
+int Window(int64_t window) {
+  return window < 0 || window >= INT32_MAX ? -1 : static_cast<int>(window);
 }
 
 AttentionArgs MakeArgs(const AttentionParams& params) {
   AttentionArgs args = {};
   args.query = params.query;
-  args.key_cache = params.key_cache;
-  args.value_cache = params.value_cache;
-  args.context_lens = params.context_lens;
-  args.block_tables = params.block_tables;
-  args.query_start_loc = params.query_start_loc;
+  args.key = params.key;
+  args.value = params.value;
+  args.cu_seqlens_q = params.cu_seqlens_q;
+  args.cu_seqlens_k = params.cu_seqlens_k;
+  args.seqused_k = params.seqused_k;
+  args.block_table = params.block_table;
+  args.leftpad_k = params.leftpad_k;
   args.num_seqs = params.num_seqs;
+  args.alibi_slopes = params.alibi_slopes;
+  args.sinks = params.sinks;
+  args.k_scale = params.k_scale;
+  args.v_scale = params.v_scale;
   args.out = params.out;
-  args.num_tokens = params.num_tokens;
+  args.lse = params.lse;
   args.max_blocks = params.max_blocks;
   args.block_stride = params.block_stride;
   args.page_stride = params.page_stride;
   args.head_stride = params.head_stride;
+  args.alibi_seq_stride = params.alibi_seq_stride;
+  for (int i = 0; i < 2; ++i) {
+    args.kv_scale_seq_stride[i] = params.kv_scale_seq_stride[i];
+    args.kv_scale_head_stride[i] = params.kv_scale_head_stride[i];
+  }
   args.page_size = FastDiv(std::max<int64_t>(1, params.page_size));
   args.group = FastDiv(params.num_heads / params.num_kv_heads);
   args.num_blocks = static_cast<uint32_t>(
       std::min(params.num_blocks, int64_t{INT32_MAX} + 1));
+  args.num_tokens = static_cast<int>(params.num_tokens);
   args.num_heads = static_cast<int>(params.num_heads);
   args.head_dim = static_cast<int>(params.head_dim);
   args.max_num_seqs = static_cast<int>(params.max_num_seqs);
-  // Divided first: the product may not fit in 64 bits.
-  args.max_context =
-      params.page_size == 0 || params.max_blocks == 0 ? 0
-      : params.max_blocks > INT32_MAX / params.page_size
-          ? INT32_MAX
-          : static_cast<int>(params.max_blocks * params.page_size);
-  args.num_splits = ChooseSplits(params, args.max_context);
-  // A window that reaches past the first possible token hides nothing.
-  args.sliding_window = params.sliding_window >= INT32_MAX
-                            ? 0
-                            : static_cast<int>(params.sliding_window);
+  args.max_kv_len = MaxKvLength(params);
+  // A sequence's splits hold at least one piece of 64 tokens each at the
+  // longest length; more would only add empty ones.
+  args.num_splits = static_cast<int>(std::min(
+      params.num_splits,
+      std::max<int64_t>(1, (int64_t{args.max_kv_len} + 63) / 64)));
+  args.window_left = Window(params.window_left);
+  args.window_right = Window(params.window_right);
   args.scale = params.scale * kLog2E;
   if (params.soft_cap > 0.0f) {
     args.scale = params.scale / params.soft_cap;
     args.soft_cap = params.soft_cap * kLog2E;
   }
+  args.dtype = params.dtype;
+  args.paged = params.paged;
+  args.e5m2 = params.kv_dtype == DType::kF8E5M2;
+  args.aligned = RowsAligned(params);
+  args.varlen = params.op == std::string_view("flash_attn_varlen");
   if (args.num_splits > 1) {
     const int64_t rows = args.num_splits * params.num_tokens * params.num_heads;
-    args.partial_out = static_cast<float*>(params.workspace);
+    args.partial_out = reinterpret_cast<float*>(
+        static_cast<char*>(params.workspace) + kAttentionSchedulerBytes);
     args.partial_max = args.partial_out + rows * params.head_dim;
     args.partial_sum = args.partial_max + rows;
   }
   return args;
+}
+
+cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args) {
+  const int warps = std::min(kCombineMaxWarps,
+                             (args.num_splits + kCombineBatch - 1) /
+                                 kCombineBatch);
+  AttentionCombineKernel<<<args.num_tokens * args.num_heads, 32 * warps, 0,
+                           stream>>>(args);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -218,9 +161,14 @@ cudaError_t PrepareAttention() {
 }
 
 cudaError_t LaunchAttention(cudaStream_t stream,
-                                 const AttentionParams& params) {
+                            const AttentionParams& params) {
   if (params.num_tokens == 0 || params.num_heads == 0 || params.head_dim == 0) {
     return cudaSuccess;
+  }
+  // The kernels count query rows and sequences in 32 bits.
+  if (params.num_tokens > INT32_MAX / params.num_heads ||
+      params.max_num_seqs > INT32_MAX / 2) {
+    return cudaErrorInvalidConfiguration;
   }
   bool has_mma = false;
   cudaError_t error = Prepare(&has_mma);
@@ -231,7 +179,7 @@ cudaError_t LaunchAttention(cudaStream_t stream,
       (!IsAligned(params.workspace, 16) ||
        params.workspace_bytes <
            AttentionWorkspaceBytes(params.num_tokens, params.num_heads,
-                                        params.head_dim, args.num_splits))) {
+                                   params.head_dim, args.num_splits))) {
     return cudaErrorInvalidValue;
   }
   if (params.debug) {
@@ -240,28 +188,24 @@ cudaError_t LaunchAttention(cudaStream_t stream,
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  const bool aligned = RowsAligned(params);
-  return DispatchFloat(params.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const cudaError_t error =
-        DispatchHeadDim(params.head_dim, [&](auto padded) {
-          constexpr int kHeadDim = decltype(padded)::value;
-          if constexpr (!std::is_same_v<T, float>) {
-            if (has_mma && aligned) {
-              return LaunchMma<T, kHeadDim>(stream, params, args);
-            }
-          }
-          return LaunchSimt<T, kHeadDim>(stream, params, args, aligned);
-        });
-    if (error != cudaSuccess || args.num_splits == 1) return error;
-    const int64_t warps = params.num_tokens * params.num_heads;
-    const int64_t blocks =
-        (warps + kCombineThreads / 32 - 1) / (kCombineThreads / 32);
-    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    AttentionCombineKernel<T>
-        <<<static_cast<unsigned>(blocks), kCombineThreads, 0, stream>>>(args);
-    return cudaGetLastError();
-  });
+  if (CanLaunchAttentionSm90(params)) {
+    return LaunchAttentionSm90(stream, params);
+  }
+  const bool use_mma =
+      has_mma && args.aligned && params.dtype != DType::kF32;
+  if (params.kv_dtype != params.dtype) {
+    error = LaunchAttentionFp8(stream, args, use_mma);
+  } else if (params.dtype == DType::kF32) {
+    error = LaunchSimt<float>(stream, args);
+  } else if (params.dtype == DType::kF16) {
+    error = use_mma ? LaunchMma<__half, false>(stream, args)
+                    : LaunchSimt<__half>(stream, args);
+  } else {
+    error = use_mma ? LaunchMma<__nv_bfloat16, false>(stream, args)
+                    : LaunchSimt<__nv_bfloat16>(stream, args);
+  }
+  if (error != cudaSuccess || args.num_splits == 1) return error;
+  return LaunchCombine(stream, args);
 }
 
 }  // namespace xla_ops

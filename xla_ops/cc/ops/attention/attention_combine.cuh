@@ -11,103 +11,172 @@
 #include <cstdint>
 #include <cstdio>
 
-#include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/attention/attention_rows.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
-constexpr int kCombineThreads = 128;
+constexpr int kCombineMaxWarps = 4;
+// Accumulators that a lane loads before it uses the first.
+constexpr int kCombineBatch = 4;
 
-// A warp a row of [num_tokens, num_heads]. A split whose sum is zero saw
-// nothing; its accumulator is not read. The lanes first go over the splits,
-// then over head_dim, four elements each.
-template <typename T>
-__global__ void __launch_bounds__(kCombineThreads) AttentionCombineKernel(
-    const __grid_constant__ AttentionArgs args) {
-  const int64_t num_rows = args.num_tokens * args.num_heads;
-  const int64_t row =
-      (int64_t{blockIdx.x} * kCombineThreads + threadIdx.x) / 32;
-  if (row >= num_rows) return;
+// A block a row of [num_tokens, num_heads], of 1 to kCombineMaxWarps warps,
+// each of which takes every so many-th split. A split whose sum is zero saw
+// nothing, and its accumulator is not read.
+__global__ void __launch_bounds__(32 * kCombineMaxWarps)
+    AttentionCombineKernel(const __grid_constant__ AttentionArgs args) {
+  const int num_rows = args.num_tokens * args.num_heads;
+  const int row = blockIdx.x;
   const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int num_warps = blockDim.x / 32;
+  const float* row_max = args.partial_max + row;
+  const float* row_sum = args.partial_sum + row;
 
+  // Every warp looks at all splits; that is cheaper than a barrier.
   float max = -CUDART_INF_F;
+  float sum = 0.0f;
   for (int split = lane; split < args.num_splits; split += 32) {
-    max = fmaxf(max, args.partial_max[split * num_rows + row]);
+    const int64_t at = int64_t{split} * num_rows;
+    const float split_max = row_max[at];
+    const float split_sum = row_sum[at];
+    const float new_max = fmaxf(max, split_max);
+    sum = sum * Exp2(max - FiniteMax(new_max)) +
+          split_sum * Exp2(split_max - FiniteMax(new_max));
+    max = new_max;
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, step));
+    const float new_max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, step));
+    sum *= Exp2(max - FiniteMax(new_max));
+    sum += __shfl_xor_sync(kFullWarp, sum, step);
+    max = new_max;
   }
-  max = FiniteMax(max);
-  float sum = 0.0f;
-  for (int split = lane; split < args.num_splits; split += 32) {
-    const int64_t partial_row = split * num_rows + row;
-    sum += args.partial_sum[partial_row] *
-           Exp2(args.partial_max[partial_row] - max);
-  }
-  sum = WarpSum(sum);
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  const int token = row / args.num_heads;
+  const float factor =
+      EndRow(args, {token, row - token * args.num_heads}, max, sum);
 
-  for (int column = 4 * lane; column < args.head_dim; column += 128) {
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int split = 0; split < args.num_splits; ++split) {
-      const int64_t partial_row = split * num_rows + row;
-      if (args.partial_sum[partial_row] == 0.0f) continue;
-      const float weight = Exp2(args.partial_max[partial_row] - max);
-      const Vector<float, 4> part = LoadVector<4>(
-          args.partial_out + partial_row * args.head_dim + column);
+  __shared__ Vector<float, 4> totals[kCombineMaxWarps][32];
+  for (int first = 0; first < args.head_dim; first += 128) {
+    const int column = first + 4 * lane;
+    const bool in_row = column < args.head_dim;
+    float total[4] = {};
+    for (int base = warp; base < args.num_splits;
+         base += kCombineBatch * num_warps) {
+      float weight[kCombineBatch];
+      Vector<float, 4> part[kCombineBatch];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) total[i] += weight * part[i];
+      for (int i = 0; i < kCombineBatch; ++i) {
+        const int split = base + i * num_warps;
+        const int64_t at = int64_t{min(split, args.num_splits - 1)} * num_rows;
+        const bool used = in_row && split < args.num_splits &&
+                          row_sum[at] != 0.0f;
+        weight[i] = used ? Exp2(row_max[at] - FiniteMax(max)) : 0.0f;
+        part[i] = {};
+        if (used) {
+          part[i] = LoadVector<4>(args.partial_out +
+                                  (at + row) * args.head_dim + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kCombineBatch; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[j] += weight[i] * part[i][j];
+      }
     }
-    T* out = static_cast<T*>(args.out) + row * args.head_dim + column;
+    if (num_warps > 1) {
+      __syncthreads();  // the last 128 columns' totals have been read
+      StoreVector(totals[warp][lane].data,
+                  Vector<float, 4>{total[0], total[1], total[2], total[3]});
+      __syncthreads();
+      if (warp != 0) continue;
+      for (int w = 1; w < num_warps; ++w) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = FromFloat<T>(total[i] * inverse);
+        for (int j = 0; j < 4; ++j) total[j] += totals[w][lane][j];
+      }
+    }
+    if (!in_row) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[j] *= factor;
+    StoreOut(args, int64_t{row} * args.head_dim + column, total);
   }
 }
 
 // Debug only, a block a sequence: prints every value that the contract
-// clamps or masks.
+// clamps or masks, by the names that the op's errors use.
+__device__ inline void ReportClamped(const char* op, const char* name,
+                                     int index, int low, int high, int value) {
+  if (value >= low && value <= high) return;
+  printf("xla_ops: %s: %s[%d] must be from %d to %d, got %d; clamped\n", op,
+         name, index, low, high, value);
+}
+
 __global__ void ReportAttentionKernel(
     const __grid_constant__ AttentionArgs args) {
+  const char* op = args.varlen ? "flash_attn_varlen" : "paged_attention";
+  const char* starts = args.varlen ? "cu_seqlens_q" : "query_start_loc";
+  const char* lengths = args.varlen ? "seqused_k" : "context_lens";
+  const char* blocks = args.varlen ? "block_table" : "block_tables";
   const int seq = blockIdx.x;
-  const int num_seqs = *args.num_seqs;
-  if (seq == 0 && threadIdx.x == 0 &&
-      (num_seqs < 0 || num_seqs > args.max_num_seqs)) {
-    printf(
-        "xla_ops: paged_attention: num_seqs must be from 0 to %d, got %d; it is "
-        "clamped\n",
-        args.max_num_seqs, num_seqs);
+  int num_seqs = args.max_num_seqs;
+  if (args.num_seqs != nullptr) {
+    num_seqs = min(max(*args.num_seqs, 0), args.max_num_seqs);
+    if (seq == 0 && threadIdx.x == 0) {
+      ReportClamped(op, "num_seqs", 0, 0, args.max_num_seqs, *args.num_seqs);
+    }
   }
-  if (seq >= min(num_seqs, args.max_num_seqs)) return;
-  const int context = args.context_lens[seq];
+  if (seq >= num_seqs) return;
+  // The running maxima of the sequences before, which the next value may not
+  // fall below.
+  int start = 0;
+  int kv_start = 0;
+  for (int i = 0; i <= seq; ++i) {
+    start = min(max(start, args.cu_seqlens_q[i]), args.num_tokens);
+    if (!args.paged) {
+      kv_start = min(max(kv_start, args.cu_seqlens_k[i]), args.max_kv_len);
+    }
+  }
+  QueryTile tile = {};
+  tile.seq = seq;
+  int kv_end = kv_start;
+  if (!args.paged) {
+    kv_end = min(max(kv_start, args.cu_seqlens_k[seq + 1]), args.max_kv_len);
+  }
+  const int used = args.seqused_k != nullptr ? args.seqused_k[seq] : 0;
+  SetKeys(args, used, kv_start, kv_end, tile);
   if (threadIdx.x == 0) {
-    if (context < 0 || context > args.max_context) {
-      printf(
-          "xla_ops: paged_attention: context_lens[%d] must be from 0 to %d, "
-          "got %d; clamped\n",
-          seq, args.max_context, context);
+    if (seq == 0) {
+      ReportClamped(op, starts, 0, 0, args.num_tokens, args.cu_seqlens_q[0]);
     }
-    const int start = args.query_start_loc[seq];
-    const int end = args.query_start_loc[seq + 1];
-    if (start < 0 || end < start || end > args.num_tokens) {
-      printf(
-          "xla_ops: paged_attention: query_start_loc must rise from 0 to %lld, got %d "
-          "and %d at sequence %d; it is clamped\n",
-          static_cast<long long>(args.num_tokens), start, end, seq);
+    ReportClamped(op, starts, seq + 1, start, args.num_tokens,
+                  args.cu_seqlens_q[seq + 1]);
+    if (!args.paged) {
+      if (seq == 0) {
+        ReportClamped(op, "cu_seqlens_k", 0, 0, args.max_kv_len,
+                      args.cu_seqlens_k[0]);
+      }
+      ReportClamped(op, "cu_seqlens_k", seq + 1, kv_start, args.max_kv_len,
+                    args.cu_seqlens_k[seq + 1]);
+    }
+    if (args.seqused_k != nullptr) {
+      ReportClamped(op, lengths, seq, 0, args.max_kv_len - kv_start, used);
+    }
+    if (args.leftpad_k != nullptr) {
+      ReportClamped(op, "leftpad_k", seq, 0,
+                    tile.kv_len + tile.kv_start - kv_start,
+                    args.leftpad_k[seq]);
     }
   }
-  const int clamped = ContextLength(args, seq);
-  if (clamped == 0) return;
-  const int num_pages = args.page_size.Divide(clamped - 1) + 1;
+  if (!args.paged || tile.kv_len == 0) return;
+  const int num_pages = args.page_size.Divide(tile.kv_len - 1) + 1;
   for (int page = threadIdx.x; page < num_pages; page += blockDim.x) {
-    const int block = args.block_tables[seq * args.max_blocks + page];
+    const int block = args.block_table[seq * args.max_blocks + page];
     if (static_cast<uint32_t>(block) >= args.num_blocks) {
-      printf(
-          "xla_ops: paged_attention: block_tables[%d, %d] must be from 0 to "
-          "%lld, got %d; masked\n",
-          seq, page, static_cast<long long>(args.num_blocks) - 1, block);
+      printf("xla_ops: %s: %s[%d, %d] must be from 0 to %lld, got %d; masked\n",
+             op, blocks, seq, page,
+             static_cast<long long>(args.num_blocks) - 1, block);
     }
   }
 }

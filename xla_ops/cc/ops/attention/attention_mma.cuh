@@ -1,17 +1,21 @@
-// Paged attention on tensor cores (mma.sync), for fp16 and bf16 from compute
+// Attention on tensor cores (mma.sync), for fp16 and bf16 from compute
 // capability 8.0 on. Online softmax as in FlashAttention-2 (Dao, 2023,
 // https://arxiv.org/abs/2307.08691), query heads packed by KV head, KV
 // tokens gathered through the block table by 16-byte asynchronous copies.
 //
 // A block of four warps works on one query tile, one KV head and one split
-// of the KV tokens, 64 tokens at a time. Two shapes:
-//   kWarpsM = 4  64 query rows, 16 a warp; the warps share K and V tiles.
-//   kWarpsM = 1  16 query rows (decode); each warp takes 16 of the 64 tokens
-//                and keeps its own softmax, merged at the end. A warp then
-//                reads only what it loaded itself: no block barrier.
-// Shared memory: the query tile, one K tile and one V tile. V of a tile
-// arrives while K is multiplied, K of the next while V is.
-// Alignment: query, caches and strides to 16 bytes, checked by the launcher.
+// of the KV tokens, a tile of tokens at a time. Two shapes:
+//   kWarpsM = 4  64 query rows, 16 a warp; the warps share K and V tiles of
+//                64 tokens. Two tiles of shared memory: V of a tile arrives
+//                while K is multiplied, K of the next while V is.
+//   kWarpsM = 1  16 query rows (decode); each warp takes a quarter of the 64
+//                or 128 tokens and keeps its own softmax, merged at the end.
+//                A warp then reads only what it loaded itself: no block
+//                barrier. A ring of three tiles (K, V, K, V, ...) keeps up to
+//                12 KB a warp on the way, which is what hides memory's
+//                latency where there are few blocks.
+// Alignment: query, key, value and strides to 16 bytes, checked by the
+// launcher.
 //
 // Tested by tests/gpu/check_kernels.py.
 
@@ -23,64 +27,69 @@
 #include "xla_ops/cc/device/mma.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
+#include "xla_ops/cc/ops/attention/attention_rows.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
 #if XLA_OPS_HAS_MMA
 
-// Writes two neighbouring elements of a finished row: to `out`, normalised,
-// or to the split's partial result as they are.
-template <typename T>
+// Writes two neighbouring elements of a row: to `out` or, with splits, to
+// the split's partial result.
+template <typename T, bool kFp8>
 __device__ __forceinline__ void StorePair(const AttentionArgs& args,
                                           int64_t out_row, int64_t partial_row,
-                                          int column, float x, float y,
-                                          float sum) {
+                                          int column, float x, float y) {
   if (args.partial_out != nullptr) {
     *reinterpret_cast<float2*>(args.partial_out + partial_row * args.head_dim +
                                column) = make_float2(x, y);
     return;
   }
-  // Compared with zero exactly: a NaN sum has to reach the output.
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  *reinterpret_cast<uint32_t*>(static_cast<T*>(args.out) +
-                               out_row * args.head_dim + column) =
-      PackPair<T>(x * inverse, y * inverse);
+  // The operands of 8-bit keys are fp16 whatever the query is.
+  const uint32_t pair = kFp8 && args.dtype == DType::kBF16
+                            ? PackPair<__nv_bfloat16>(x, y)
+                            : PackPair<T>(x, y);
+  reinterpret_cast<uint32_t*>(
+      args.out)[(out_row * args.head_dim + column) / 2] = pair;
 }
 
 // Each warp holds complete rows: write them from registers.
-template <typename T, int kHeadDim>
+template <typename T, bool kFp8, int kHeadDim>
 __device__ __forceinline__ void StoreRows(const AttentionArgs& args,
                                           const QueryTile& tile, int first_row,
                                           int kv_head, int64_t split_start,
+                                          float value_scale,
                                           const MmaAccumulator<kHeadDim>& acc) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first_row + lane / 4 + 8 * i;
     if (row >= tile.num_rows) continue;
-    const int64_t out_row = tile.OutRow(args, kv_head, row);
+    const QueryRow query_row = tile.Row(args, kv_head, row);
+    const int64_t out_row = query_row.Index(args);
     const int64_t partial_row = split_start + out_row;
-    if (args.partial_out != nullptr && lane % 4 == 0) {
-      args.partial_max[partial_row] = acc.max[i];
-      args.partial_sum[partial_row] = acc.sum[i];
-    }
+    const float factor =
+        value_scale * EndOrSplitRow(args, query_row, partial_row, acc.max[i],
+                                    acc.sum[i], lane % 4 == 0);
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      if (8 * n >= args.head_dim) break;
-      StorePair<T>(args, out_row, partial_row, 8 * n + 2 * (lane % 4),
-                   acc.out[n][2 * i], acc.out[n][2 * i + 1], acc.sum[i]);
+    for (int pair = 0; pair < kHeadDim / 8; ++pair) {
+      const int column = OutColumn<kFp8>(pair);
+      if (column >= args.head_dim) break;
+      const float2 out = OutPair<kFp8>(acc.out, pair, i);
+      StorePair<T, kFp8>(args, out_row, partial_row, column, out.x * factor,
+                         out.y * factor);
     }
   }
 }
 
 // Each warp holds a part of the tokens of the same 16 rows: bring them to
 // one maximum, add them up through shared memory, and write.
-template <typename T, int kHeadDim>
+template <typename T, bool kFp8, int kHeadDim>
 __device__ __forceinline__ void MergeAndStoreRows(
     const AttentionArgs& args, const QueryTile& tile, int kv_head,
-    int64_t split_start, float* shared, MmaAccumulator<kHeadDim>& acc) {
-  using Shape = MmaShape<kHeadDim, 1>;
+    int64_t split_start, float value_scale, float* shared,
+    const MmaAccumulator<kHeadDim>& acc) {
+  using Shape = MmaShape<kFp8, kHeadDim, 1>;
   constexpr int kStride = Shape::kMergeStride;
   __shared__ float warp_max[Shape::kWarps][16];
   __shared__ float warp_sum[Shape::kWarps][16];
@@ -104,11 +113,11 @@ __device__ __forceinline__ void MergeAndStoreRows(
     }
     const float rescale = Exp2(acc.max[i] - FiniteMax(max));
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      *reinterpret_cast<float2*>(shared + (warp * 16 + row) * kStride + 8 * n +
-                                 2 * (lane % 4)) =
-          make_float2(acc.out[n][2 * i] * rescale,
-                      acc.out[n][2 * i + 1] * rescale);
+    for (int pair = 0; pair < kHeadDim / 8; ++pair) {
+      const float2 out = OutPair<kFp8>(acc.out, pair, i);
+      *reinterpret_cast<float2*>(shared + (warp * 16 + row) * kStride +
+                                 OutColumn<kFp8>(pair)) =
+          make_float2(out.x * rescale, out.y * rescale);
     }
   }
   __syncthreads();
@@ -124,12 +133,12 @@ __device__ __forceinline__ void MergeAndStoreRows(
     for (int w = 0; w < Shape::kWarps; ++w) {
       sum += warp_sum[w][row] * Exp2(warp_max[w][row] - FiniteMax(max));
     }
-    const int64_t out_row = tile.OutRow(args, kv_head, row);
+    const QueryRow query_row = tile.Row(args, kv_head, row);
+    const int64_t out_row = query_row.Index(args);
     const int64_t partial_row = split_start + out_row;
-    if (args.partial_out != nullptr && lane == 0) {
-      args.partial_max[partial_row] = max;
-      args.partial_sum[partial_row] = sum;
-    }
+    const float factor =
+        value_scale *
+        EndOrSplitRow(args, query_row, partial_row, max, sum, lane == 0);
     for (int column = 2 * lane; column < args.head_dim; column += 64) {
       float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -139,31 +148,46 @@ __device__ __forceinline__ void MergeAndStoreRows(
         total.x += part.x;
         total.y += part.y;
       }
-      StorePair<T>(args, out_row, partial_row, column, total.x, total.y, sum);
+      StorePair<T, kFp8>(args, out_row, partial_row, column, total.x * factor,
+                         total.y * factor);
     }
   }
 }
 
+// The ring of K and V tiles: where the next tile goes, or is.
+template <typename Shape>
+__device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
+  const uint32_t next = slot + Shape::kTileBytes;
+  return next == Shape::kSlots * Shape::kTileBytes ? 0 : next;
+}
+
 #endif  // XLA_OPS_HAS_MMA
 
-// Grid: x query tiles, y KV heads, z splits.
-template <typename T, int kHeadDim, int kWarpsM>
-__global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
-                                  MmaShape<kHeadDim, kWarpsM>::kMinBlocks)
+// T is the tensor cores' operand type: query's, or __half with 8-bit keys
+// and values (kFp8). Grid: x query tiles, y KV heads, z splits.
+template <typename T, bool kFp8, int kHeadDim, int kWarpsM>
+__global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
+                                  MmaShape<kFp8, kHeadDim, kWarpsM>::kMinBlocks)
     AttentionMmaKernel(const __grid_constant__ AttentionArgs args) {
 #if XLA_OPS_HAS_MMA
-  using Shape = MmaShape<kHeadDim, kWarpsM>;
+  using Shape = MmaShape<kFp8, kHeadDim, kWarpsM>;
   constexpr int kTileTokens = Shape::kTileTokens;
   constexpr int kWarpTokens = Shape::kWarpTokens;
+  constexpr int kLoadTokens = Shape::kLoadTokens;
+  constexpr int kKvSize = kFp8 ? 1 : 2;
+  constexpr bool kOwnTokens = kWarpsM == 1;  // a warp multiplies what it loads
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ TileSearch search;
+  __shared__ TileRow rows[Shape::kTileRows];
+  __shared__ float row_scale[kFp8 ? Shape::kTileRows : 1];
   // Which of a tile's tokens exist, 16 bits from each warp that loads.
   __shared__ __align__(8) uint16_t shared_valid[Shape::kWarps];
 
   // Last tiles first: under a causal mask they have the most to do.
-  const int64_t tile_index = int64_t{gridDim.x} - 1 - blockIdx.x;
   QueryTile tile;
-  if (!FindQueryTile(args, Shape::kTileRows, tile_index, search, &tile)) {
+  if (!FindQueryTile(args, Shape::kTileRows,
+                     static_cast<int>(gridDim.x - 1 - blockIdx.x), search,
+                     &tile)) {
     return;
   }
   const int kv_head = blockIdx.y;
@@ -171,127 +195,186 @@ __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
       int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int warp_row = kWarpsM > 1 ? 16 * warp : 0;
-  const int warp_token = kWarpsM > 1 ? 0 : kWarpTokens * warp;
-  const uint32_t query_tile = SharedAddress(shared);
-  const uint32_t key_tile = query_tile + Shape::kQueryBytes;
-  const uint32_t value_tile = key_tile + Shape::kTileBytes;
-
-  const int context = ContextLength(args, tile.seq);
   const TokenRange visible =
-      VisibleTokens(args, context, tile.Position(args, context, 0),
-                    tile.Position(args, context, tile.num_rows - 1));
+      VisibleTokens(args, tile.kv_len, tile.Position(args, 0),
+                    tile.Position(args, tile.num_rows - 1));
   const int first_tile = visible.begin / kTileTokens;
   const int end_tile =
-      visible.begin < visible.end
-          ? static_cast<int>((int64_t{visible.end} + kTileTokens - 1) /
-                             kTileTokens)
-          : first_tile;
+      visible.begin < visible.end ? (visible.end - 1) / kTileTokens + 1
+                                  : first_tile;
   const TokenRange split =
       SplitRange(end_tile - first_tile, args.num_splits, blockIdx.z);
-
-  // The query tile; rows past the end and columns past head_dim are zero.
-  const T* query = static_cast<const T*>(args.query);
-  constexpr int kChunks = kHeadDim / kChunk;
-  for (int i = threadIdx.x; i < Shape::kTileRows * kChunks;
-       i += Shape::kThreads) {
-    const int row = i / kChunks;
-    const int chunk = i % kChunks;
-    const bool valid = row < tile.num_rows && chunk * kChunk < args.head_dim;
-    const T* source =
-        valid ? query + tile.OutRow(args, kv_head, row) * args.head_dim +
-                    chunk * kChunk
-              : query;
-    CopyAsync(TileAddress<kHeadDim>(query_tile, row, chunk), source, valid);
+  if (args.num_splits > 1 && split.begin == split.end) {
+    StoreEmptySplit(args, tile, kv_head, split_start);
+    return;
   }
+  int t = first_tile + split.begin;
+  const int t_end = first_tile + split.end;
 
-  const T* keys = static_cast<const T*>(args.key_cache);
-  const T* values = static_cast<const T*>(args.value_cache);
-  const int32_t* table = args.block_tables + max(tile.seq, 0) * args.max_blocks;
+  const uint8_t* keys = static_cast<const uint8_t*>(args.key);
+  const uint8_t* values = static_cast<const uint8_t*>(args.value);
+  const int32_t* table = args.block_table + max(tile.seq, 0) * args.max_blocks;
+  const uint32_t query_tile = SharedAddress(shared);
+  const uint32_t ring = query_tile + Shape::kQueryBytes;
   // This lane's token in a tile, as CopyTokens wants it.
-  const int load_row = Shape::kLoadTokens * warp;
-  const int load_token = load_row + lane % 16;
-  int64_t offset = -1;
-  uint32_t own_valid = 0;
-  const auto copy_keys = [&](const TokenPlace& place) {
-    offset = TokenOffset(args, place, kv_head);
-    own_valid = __ballot_sync(kFullWarp, offset >= 0) & 0xffff;
-    if (kWarpsM > 1 && lane == 0) shared_valid[warp] = own_valid;
-    CopyTokens<T, kHeadDim>(keys, key_tile, load_row, offset, args.head_dim);
-    CommitCopies();
+  const int load_row = kLoadTokens * warp;
+  const int load_token = load_row + lane % kLoadTokens;
+  const auto find = [&](int index) {
+    return FindToken(args, tile, table, visible,
+                     index * kTileTokens + load_token);
   };
-  // In the decode shape a warp reads only its own tokens.
+
+  // Copies are started in the order in which the tiles are used, each as one
+  // group, which is empty past the end.
+  int copy_tile = t;
+  uint32_t copy_slot = 0;
+  int64_t offset = -1;
+  uint32_t copy_valid = 0;
+  const auto copy_keys = [&](const TokenPlace& place) {
+    if (copy_tile < t_end) {
+      offset = TokenOffset(args, place, kv_head) * kKvSize;
+      copy_valid = __ballot_sync(kFullWarp, offset >= 0);
+      if (!kOwnTokens && lane == 0) {
+        shared_valid[warp] = static_cast<uint16_t>(copy_valid);
+      }
+      CopyTokens<Shape::kKvColumns, kLoadTokens>(
+          keys, ring + copy_slot, load_row, offset, args.head_dim * kKvSize);
+    }
+    CommitCopies();
+    ++copy_tile;
+    copy_slot = NextSlot<Shape>(copy_slot);
+  };
+  const auto copy_values = [&] {
+    if (copy_tile <= t_end) {
+      CopyTokens<Shape::kKvColumns, kLoadTokens>(
+          values, ring + copy_slot, load_row, offset, args.head_dim * kKvSize);
+    }
+    CommitCopies();
+    copy_slot = NextSlot<Shape>(copy_slot);
+  };
+  constexpr int kPending = kOwnTokens ? Shape::kSlots - 1 : 0;
   const auto sync = [] {
-    if constexpr (kWarpsM > 1) {
-      __syncthreads();
-    } else {
+    if constexpr (kOwnTokens) {
       __syncwarp();
+    } else {
+      __syncthreads();
     }
   };
+
+  TokenPlace place = find(t);
+  TokenPlace second = {-1, 0};
+  if constexpr (kOwnTokens) second = find(t + 1);
+  if constexpr (!kFp8) {
+    CopyQuery<T, kHeadDim, Shape::kTileRows>(args, tile, kv_head, query_tile);
+  }
+  copy_keys(place);
+  uint32_t own_valid = copy_valid;
+  if constexpr (kOwnTokens) {
+    copy_values();
+    copy_keys(second);
+  }
+  place = find(copy_tile);
+  if constexpr (kFp8) {
+    StoreQuery<kHeadDim, Shape::kTileRows>(args, tile, kv_head, shared,
+                                           row_scale);
+  }
+  for (int i = threadIdx.x; i < Shape::kTileRows; i += Shape::kThreads) {
+    // Rows past the end see what the last one does.
+    const int row = min(i, tile.num_rows - 1);
+    const int position = tile.Position(args, row);
+    rows[i] = {VisibleTokens(args, tile.kv_len, position, position), position,
+               AlibiSlope(args, tile.seq,
+                          tile.Row(args, kv_head, row).head)};
+  }
+  float scale[2] = {args.scale, args.scale};
+  float value_scale = 1.0f;
+  if constexpr (kFp8) {
+    scale[0] *= KvScale<0>(args, tile.seq, kv_head);
+    scale[1] = scale[0];
+    value_scale = KvScale<1>(args, tile.seq, kv_head);
+  }
+  WaitForCopies<kPending>();
+  __syncthreads();
+
+  const int warp_row = kOwnTokens ? 0 : 16 * warp;
+  const int warp_token = kOwnTokens ? kWarpTokens * warp : 0;
+  const QueryOperand<kHeadDim, Shape::kQueryInRegisters> query(query_tile,
+                                                               warp_row);
+  const TileRow* lane_rows = rows + warp_row + lane / 4;
+  if constexpr (kFp8) {
+    scale[0] *= row_scale[warp_row + lane / 4];
+    scale[1] *= row_scale[warp_row + lane / 4 + 8];
+  }
+  // Tokens that all rows of the warp see.
+  const TokenRange common = {rows[warp_row + 15].visible.begin,
+                             rows[warp_row].visible.end};
+  // A warp all of whose rows lie past the end still loads for the others.
+  const bool active = warp_row < tile.num_rows;
 
   MmaAccumulator<kHeadDim> acc;
   acc.Clear();
-  int t = first_tile + split.begin;
-  const int t_end = first_tile + split.end;
-  if (t < t_end) {
-    copy_keys(FindToken(args, table, visible, t * kTileTokens + load_token));
-  }
-  CommitCopies();
-  WaitForCopies();
-  __syncthreads();
-  constexpr int kFragments = Shape::kQueryInRegisters ? kHeadDim / 16 : 1;
-  uint32_t query_fragments[kFragments][4];
-  if constexpr (Shape::kQueryInRegisters) {
-#pragma unroll
-    for (int k = 0; k < kFragments; ++k) {
-      LoadQueryFragment<kHeadDim>(query_tile, warp_row, k, query_fragments[k]);
-    }
-  }
-
-  // A warp all of whose rows lie past the end still loads for the others.
-  const bool active = warp_row < tile.num_rows;
-  const int position[2] = {
-      static_cast<int>(tile.Position(args, context, warp_row + lane / 4)),
-      static_cast<int>(tile.Position(args, context, warp_row + lane / 4 + 8))};
-  // Of the warp's first and last row, for tiles that need no mask.
-  const int first_position = __shfl_sync(kFullWarp, position[0], 0);
-  const int last_position = __shfl_sync(kFullWarp, position[1], 31);
-
+  uint32_t slot = 0;
   for (; t < t_end; ++t) {
-    TokenPlace next = {-1, 0};
-    if (t + 1 < t_end) {
-      next =
-          FindToken(args, table, visible, (t + 1) * kTileTokens + load_token);
-    }
-    WaitForCopies();
-    sync();  // K is here, and the V tile is free
-    CopyTokens<T, kHeadDim>(values, value_tile, load_row, offset,
-                            args.head_dim);
-    CommitCopies();
-
-    float scores[kWarpTokens / 8][4];
+    WaitForCopies<kPending>();
+    sync();  // K is here; with two slots, the V tile is free
+    if constexpr (!kOwnTokens) copy_values();
+    float scores[kWarpTokens / 8][4] = {};
     if (active) {
-      MultiplyKeys<T, kHeadDim, kWarpTokens>(
-          query_fragments, query_tile, warp_row, key_tile, warp_token, scores);
-      ScaleScores(args, scores);
+      const uint32_t key_tile = ring + slot;
+      if constexpr (!kFp8) {
+        MultiplyKeys<T, kHeadDim, kWarpTokens>(query, key_tile, warp_token,
+                                               scores);
+      } else if (args.e5m2) {
+        MultiplyKeysFp8<__NV_E5M2, kHeadDim, kWarpTokens>(query, key_tile,
+                                                          warp_token, scores);
+      } else {
+        MultiplyKeysFp8<__NV_E4M3, kHeadDim, kWarpTokens>(query, key_tile,
+                                                          warp_token, scores);
+      }
+    }
+    slot = NextSlot<Shape>(slot);
+    if constexpr (kOwnTokens) {
+      __syncwarp();
+      copy_values();
+    }
+    if (active) {
+      const int token = t * kTileTokens + warp_token;
+      ScaleScores(args, scale, lane_rows, token, scores);
       constexpr uint64_t kAllValid = ~uint64_t{0} >> (64 - kWarpTokens);
       const uint64_t valid =
-          kWarpsM > 1 ? *reinterpret_cast<const uint64_t*>(shared_valid)
-                      : uint64_t{own_valid};
-      const int token = t * kTileTokens + warp_token;
-      if (valid != kAllValid || token + kWarpTokens - 1 > first_position ||
-          (args.sliding_window > 0 &&
-           token <= last_position - args.sliding_window)) {
-        MaskScores(args, token, valid, position, scores);
+          kOwnTokens ? own_valid & kAllValid
+                     : *reinterpret_cast<const uint64_t*>(shared_valid);
+      if (valid != kAllValid || token < common.begin ||
+          token > common.end - kWarpTokens) {
+        MaskScores(lane_rows, token, valid, scores);
       }
       UpdateSoftmax(scores, acc);
     }
-    WaitForCopies();
-    sync();  // V is here, and the K tile is free
-    if (t + 1 < t_end) copy_keys(next);
+    WaitForCopies<kPending>();
+    sync();  // V is here; with two slots, the K tile is free
+    if constexpr (!kOwnTokens) {
+      copy_keys(place);
+      place = find(copy_tile);
+    }
     if (active) {
-      MultiplyValues<T, kHeadDim, kWarpTokens>(scores, value_tile, warp_token,
-                                               acc.out);
+      const uint32_t value_tile = ring + slot;
+      if constexpr (!kFp8) {
+        MultiplyValues<T, kHeadDim, kWarpTokens>(scores, value_tile, warp_token,
+                                                 acc.out);
+      } else if (args.e5m2) {
+        MultiplyValuesFp8<__NV_E5M2, kHeadDim, kWarpTokens>(
+            scores, value_tile, warp_token, acc.out);
+      } else {
+        MultiplyValuesFp8<__NV_E4M3, kHeadDim, kWarpTokens>(
+            scores, value_tile, warp_token, acc.out);
+      }
+    }
+    slot = NextSlot<Shape>(slot);
+    if constexpr (kOwnTokens) {
+      __syncwarp();
+      own_valid = copy_valid;
+      copy_keys(place);
+      place = find(copy_tile);
     }
   }
 
@@ -300,11 +383,12 @@ __global__ void __launch_bounds__(MmaShape<kHeadDim, kWarpsM>::kThreads,
     acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 1);
     acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 2);
   }
-  if constexpr (kWarpsM > 1) {
-    StoreRows<T, kHeadDim>(args, tile, warp_row, kv_head, split_start, acc);
+  if constexpr (kOwnTokens) {
+    MergeAndStoreRows<T, kFp8>(args, tile, kv_head, split_start, value_scale,
+                               reinterpret_cast<float*>(shared), acc);
   } else {
-    MergeAndStoreRows<T, kHeadDim>(args, tile, kv_head, split_start,
-                                   reinterpret_cast<float*>(shared), acc);
+    StoreRows<T, kFp8>(args, tile, warp_row, kv_head, split_start, value_scale,
+                       acc);
   }
 #endif  // XLA_OPS_HAS_MMA
 }

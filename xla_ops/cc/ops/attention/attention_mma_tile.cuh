@@ -4,6 +4,14 @@
 //
 // Fragments: lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of
 // every eight (xla_ops/cc/device/mma.cuh).
+//
+// 8-bit keys and values are copied as they are and become fp16 on the way
+// from shared memory to the fragments. ldmatrix moves pairs of bytes, so a
+// lane gets other columns than of 16-bit elements, four neighbouring ones of
+// each sixteen; that is made good where it costs nothing:
+//   K  the columns of Q are permuted to match, as Q is stored (StoreQuery)
+//   V  output columns are permuted: of columns 16 c .. 16 c + 15, fragment
+//      2 c has the even ones and 2 c + 1 the odd ones (OutColumn, OutPair)
 
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_TILE_CUH_
 #define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_TILE_CUH_
@@ -12,45 +20,56 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/device/fp8.cuh"
 #include "xla_ops/cc/device/mma.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
+#include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
-// kHeadDim is the padded head_dim: 64, 128 or 256.
-template <int kHeadDim, int kWarpsM>
+// kFp8: 8-bit keys and values. kHeadDim is the padded head_dim: 64, 128 or
+// 256.
+template <bool kFp8, int kHeadDim, int kWarpsM>
 struct MmaShape {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpsN = kWarps / kWarpsM;
   static constexpr int kTileRows = 16 * kWarpsM;
-  static constexpr int kTileTokens = 64;
-  // Tokens that one warp multiplies, and that one warp loads.
+  // Tokens that one warp loads, and that one warp multiplies.
+  static constexpr int kLoadTokens =
+      kWarpsM == 1 && (kFp8 || kHeadDim == 64) ? 32 : 16;
+  static constexpr int kTileTokens = kLoadTokens * kWarps;
   static constexpr int kWarpTokens = kTileTokens / kWarpsN;
-  static constexpr int kLoadTokens = kTileTokens / kWarps;
+  // Shared memory: the query tile, then a ring of K and V tiles.
   static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
-  static constexpr int kTileBytes = kTileTokens * kHeadDim * 2;
+  static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
+  static constexpr int kTileBytes = kTileTokens * kKvColumns * 2;
+  static constexpr int kSlots = kWarpsM == 1 ? 3 : 2;
   // The warps' accumulators, merged through the same memory; rows are padded
   // by 32 bytes to spread them over the banks.
   static constexpr int kMergeStride = kHeadDim + 8;
   static constexpr int kMergeBytes =
       kWarpsN > 1 ? kWarps * 16 * kMergeStride * 4 : 0;
-  static constexpr int kSharedBytes = kQueryBytes + 2 * kTileBytes > kMergeBytes
-                                          ? kQueryBytes + 2 * kTileBytes
-                                          : kMergeBytes;
+  static constexpr int kCopyBytes = kQueryBytes + kSlots * kTileBytes;
+  static constexpr int kSharedBytes =
+      kCopyBytes > kMergeBytes ? kCopyBytes : kMergeBytes;
   // Query fragments stay in registers where they leave room for the
   // accumulator and matter to speed, else they are read for every tile;
   // decode waits for memory, and gains from more blocks.
   static constexpr bool kQueryInRegisters = kHeadDim <= 128 && kWarpsM > 1;
   // Blocks that a multiprocessor should hold, which bounds registers; the
   // numbers are the largest that do not spill inside the loop.
-  static constexpr int kMinBlocks = kWarpsM > 1 ? (kHeadDim <= 64    ? 3
-                                                   : kHeadDim <= 128 ? 2
-                                                                     : 1)
-                                                : (kHeadDim <= 64    ? 5
-                                                   : kHeadDim <= 128 ? 4
-                                                                     : 2);
+  static constexpr int kMinBlocks =
+      kWarpsM > 1 ? (kHeadDim <= 64 ? 3 : kHeadDim <= 128 ? 2 : 1)
+                  : (kHeadDim <= 128 ? 4 : 2);
+};
+
+// What a row of a tile needs beside its operands.
+struct TileRow {
+  TokenRange visible;
+  int position;       // among the keys
+  float alibi_slope;  // base 2
 };
 
 #if XLA_OPS_HAS_MMA
@@ -74,23 +93,127 @@ struct MmaAccumulator {
   }
 };
 
-// Starts the copy of the warp's 16 tokens of a K or V tile. Lane i (and
-// i + 16) holds the cache offset of the warp's token i, -1 for zeros.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void CopyTokens(const T* cache, uint32_t tile,
+// The thread's `pair`th pair of neighbouring output columns begins here...
+template <bool kFp8>
+__device__ __forceinline__ int OutColumn(int pair) {
+  const int t = threadIdx.x % 4;
+  return kFp8 ? pair / 2 * 16 + 4 * t + pair % 2 * 2 : 8 * pair + 2 * t;
+}
+
+// ... and holds this, of row g + 8 `row`.
+template <bool kFp8, int kColumns>
+__device__ __forceinline__ float2 OutPair(const float (&out)[kColumns][4],
+                                          int pair, int row) {
+  if constexpr (kFp8) {
+    const int even = pair / 2 * 2;
+    const int j = 2 * row + pair % 2;
+    return make_float2(out[even][j], out[even + 1][j]);
+  } else {
+    return make_float2(out[pair][2 * row], out[pair][2 * row + 1]);
+  }
+}
+
+// Starts the copy of a warp's kTokens tokens of a K or V tile of kColumns
+// 16-bit columns. Lane i % kTokens holds the offset in bytes of token i, -1
+// for zeros; `row_bytes` are a token's.
+template <int kColumns, int kTokens>
+__device__ __forceinline__ void CopyTokens(const uint8_t* cache, uint32_t tile,
                                            int first_row, int64_t offset,
-                                           int head_dim) {
-  constexpr int kChunks = kHeadDim / kChunk;  // lanes for one token
+                                           int row_bytes) {
+  constexpr int kChunks = kColumns / kChunk;  // lanes for one token
   constexpr int kRows = 32 / kChunks;         // tokens at a time
   const int lane = threadIdx.x % 32;
-  const int chunk = lane % kChunks;
+  const int column = lane % kChunks * 16;
+  const bool in_row = column < row_bytes;
 #pragma unroll
-  for (int i = 0; i < 16; i += kRows) {
+  for (int i = 0; i < kTokens; i += kRows) {
     const int row = i + lane / kChunks;
     const int64_t start = __shfl_sync(kFullWarp, offset, row);
-    const bool valid = start >= 0 && chunk * kChunk < head_dim;
-    CopyAsync(TileAddress<kHeadDim>(tile, first_row + row, chunk),
-              valid ? cache + start + chunk * kChunk : cache, valid);
+    const bool valid = start >= 0 && in_row;
+    CopyAsync(TileAddress<kColumns>(tile, first_row + row, lane % kChunks),
+              valid ? cache + start + column : cache, valid);
+  }
+}
+
+// Copies the query tile for 16-bit keys; rows past the end and columns past
+// head_dim are zero.
+template <typename T, int kHeadDim, int kTileRows>
+__device__ __forceinline__ void CopyQuery(const AttentionArgs& args,
+                                          const QueryTile& tile, int kv_head,
+                                          uint32_t query_tile) {
+  constexpr int kChunks = kHeadDim / kChunk;
+  const T* query = static_cast<const T*>(args.query);
+  for (int i = threadIdx.x; i < kTileRows * kChunks; i += blockDim.x) {
+    const int row = i / kChunks;
+    const int column = i % kChunks * kChunk;
+    const bool valid = row < tile.num_rows && column < args.head_dim;
+    const T* source =
+        valid ? query + tile.Row(args, kv_head, row).Index(args) *
+                            args.head_dim + column
+              : query;
+    CopyAsync(TileAddress<kHeadDim>(query_tile, row, i % kChunks), source,
+              valid);
+  }
+}
+
+// Stores the query tile for 8-bit keys: as fp16, columns permuted. A row of
+// bf16, whose range fp16 has not, is divided by the power of two below its
+// largest magnitude; what vanishes then is 2^-24 of that. row_scale[row] is
+// the power.
+template <int kHeadDim, int kTileRows>
+__device__ __forceinline__ void StoreQuery(const AttentionArgs& args,
+                                           const QueryTile& tile, int kv_head,
+                                           uint8_t* query_tile,
+                                           float* row_scale) {
+  constexpr int kChunks = kHeadDim / kChunk;  // lanes of a row
+  for (int i = threadIdx.x; i < kTileRows * kChunks; i += blockDim.x) {
+    const int row = i / kChunks;
+    const int chunk = i % kChunks;
+    Vector<uint32_t, 4> pairs = {};
+    if (row < tile.num_rows && chunk * kChunk < args.head_dim) {
+      pairs = LoadVector<4>(static_cast<const uint32_t*>(args.query) +
+                            (tile.Row(args, kv_head, row).Index(args) *
+                                 args.head_dim +
+                             chunk * kChunk) / 2);
+    }
+    float scale = 1.0f;
+    if (args.dtype == DType::kBF16) {
+      float values[8];
+      uint32_t largest = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        values[2 * j] = __uint_as_float(pairs[j] << 16);
+        values[2 * j + 1] = __uint_as_float(pairs[j] & 0xffff0000u);
+        largest = max(largest, pairs[j] << 16 & 0x7fff0000u);
+        largest = max(largest, pairs[j] & 0x7fff0000u);
+      }
+#pragma unroll
+      for (int step = kChunks / 2; step > 0; step /= 2) {
+        largest = max(largest, __shfl_xor_sync(kFullWarp, largest, step));
+      }
+      // The exponent alone, and its inverse; of zeros and the two ends of
+      // the range, the next that has one.
+      const uint32_t exponent =
+          min(max(largest & 0x7f800000u, 0x00800000u), 0x7e800000u);
+      scale = __uint_as_float(exponent);
+      const float inverse = __uint_as_float(0x7f000000u - exponent);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs[j] = PackPair<__half>(values[2 * j] * inverse,
+                                    values[2 * j + 1] * inverse);
+      }
+    }
+    if (chunk == 0) row_scale[row] = scale;
+    // Columns 4 t, 4 t + 1 of each sixteen go to 2 t, 2 t + 1; columns
+    // 4 t + 2, 4 t + 3 to 2 t + 8, 2 t + 9.
+    const int first = chunk & ~1;
+    const int half = chunk % 2 * 8;
+    *reinterpret_cast<uint2*>(query_tile +
+                              TileAddress<kHeadDim>(0, row, first) + half) =
+        make_uint2(pairs[0], pairs[2]);
+    *reinterpret_cast<uint2*>(query_tile +
+                              TileAddress<kHeadDim>(0, row, first + 1) +
+                              half) = make_uint2(pairs[1], pairs[3]);
   }
 }
 
@@ -104,30 +227,46 @@ __device__ __forceinline__ void LoadQueryFragment(uint32_t query, int row,
                fragment);
 }
 
-// scores = Q K^T for 16 rows and the kTokens tokens from `token`.
-template <typename T, int kHeadDim, int kTokens, int kQueryFragments>
-__device__ __forceinline__ void MultiplyKeys(
-    const uint32_t (&query)[kQueryFragments][4], uint32_t query_tile,
-    int query_row, uint32_t key_tile, int token,
-    float (&scores)[kTokens / 8][4]) {
-  const int lane = threadIdx.x % 32;
+// The query operand of a warp: held in registers, or read as it is needed.
+template <int kHeadDim, bool kInRegisters>
+struct QueryOperand {
+  uint32_t tile;
+  int row;
+  uint32_t fragments[kInRegisters ? kHeadDim / 16 : 1][4];
+
+  __device__ __forceinline__ QueryOperand(uint32_t tile, int row)
+      : tile(tile), row(row) {
+    if constexpr (kInRegisters) {
 #pragma unroll
-  for (auto& columns : scores) {
-#pragma unroll
-    for (float& value : columns) value = 0.0f;
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        LoadQueryFragment<kHeadDim>(tile, row, k, fragments[k]);
+      }
+    }
   }
+
+  __device__ __forceinline__ void Get(int k, uint32_t (&a)[4]) const {
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = fragments[k][i];
+    } else {
+      LoadQueryFragment<kHeadDim>(tile, row, k, a);
+    }
+  }
+};
+
+// scores = Q K^T for 16 rows and the kTokens tokens from `token`.
+template <typename T, int kHeadDim, int kTokens, typename Query>
+__device__ __forceinline__ void MultiplyKeys(const Query& query,
+                                             uint32_t key_tile, int token,
+                                             float (&scores)[kTokens / 8][4]) {
+  const int lane = threadIdx.x % 32;
   // Matrices 0, 1: tokens 0-7, lower and upper 8 columns; 2, 3: tokens 8-15.
   const int row = token + lane % 8 + (lane / 16) * 8;
   const int upper = (lane / 8) % 2;
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
     uint32_t a[4];
-    if constexpr (kQueryFragments > 1) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = query[k][i];
-    } else {
-      LoadQueryFragment<kHeadDim>(query_tile, query_row, k, a);
-    }
+    query.Get(k, a);
 #pragma unroll
     for (int n = 0; n < kTokens / 16; ++n) {
       uint32_t b[4];
@@ -139,8 +278,44 @@ __device__ __forceinline__ void MultiplyKeys(
   }
 }
 
-// out += weights V for 16 rows and the kTokens tokens from `token`; the
-// weights are rounded to T as they become operands.
+// The same for 8-bit keys.
+template <__nv_fp8_interpretation_t kFormat, int kHeadDim, int kTokens,
+          typename Query>
+__device__ __forceinline__ void MultiplyKeysFp8(
+    const Query& query, uint32_t key_tile, int token,
+    float (&scores)[kTokens / 8][4]) {
+  static_assert(kTokens % 32 == 0);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    uint32_t a[4];
+    query.Get(k, a);
+#pragma unroll
+    for (int n = 0; n < kTokens / 32; ++n) {
+      // Matrix i: tokens 8 i .. 8 i + 7, sixteen columns.
+      uint32_t words[4];
+      LoadMatrices(
+          TileAddress<kHeadDim / 2>(key_tile, token + 32 * n + lane, k), words);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Mma<__half>(a, HalvesFromFp8<kFormat, 0, 1>(words[i]),
+                    HalvesFromFp8<kFormat, 2, 3>(words[i]), scores[4 * n + i]);
+      }
+    }
+  }
+}
+
+// Weights of 16 tokens, rounded to T, as an operand.
+template <typename T, int kColumns>
+__device__ __forceinline__ void PackWeights(const float (&weights)[kColumns][4],
+                                            int k, uint32_t (&a)[4]) {
+  a[0] = PackPair<T>(weights[2 * k][0], weights[2 * k][1]);
+  a[1] = PackPair<T>(weights[2 * k][2], weights[2 * k][3]);
+  a[2] = PackPair<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]);
+  a[3] = PackPair<T>(weights[2 * k + 1][2], weights[2 * k + 1][3]);
+}
+
+// out += weights V for 16 rows and the kTokens tokens from `token`.
 template <typename T, int kHeadDim, int kTokens>
 __device__ __forceinline__ void MultiplyValues(
     const float (&weights)[kTokens / 8][4], uint32_t value_tile, int token,
@@ -148,11 +323,8 @@ __device__ __forceinline__ void MultiplyValues(
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < kTokens / 16; ++k) {
-    const uint32_t a[4] = {
-        PackPair<T>(weights[2 * k][0], weights[2 * k][1]),
-        PackPair<T>(weights[2 * k][2], weights[2 * k][3]),
-        PackPair<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
-        PackPair<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+    uint32_t a[4];
+    PackWeights<T>(weights, k, a);
     const int row = token + 16 * k + lane % 16;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 16; ++n) {
@@ -165,44 +337,92 @@ __device__ __forceinline__ void MultiplyValues(
   }
 }
 
-// Turns scores into base-2 logits.
+// The same for 8-bit values.
+template <__nv_fp8_interpretation_t kFormat, int kHeadDim, int kTokens>
+__device__ __forceinline__ void MultiplyValuesFp8(
+    const float (&weights)[kTokens / 8][4], uint32_t value_tile, int token,
+    float (&out)[kHeadDim / 8][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) {
+    uint32_t a[4];
+    PackWeights<__half>(weights, k, a);
+    const int row = token + 16 * k + lane % 16;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 32; ++n) {
+      // Words 0 and 1: tokens 2 t, 2 t + 1 and 2 t + 8, 2 t + 9, columns 2 g
+      // and 2 g + 1 of sixteen; 2 and 3: of the next sixteen.
+      uint32_t words[4];
+      LoadMatricesTransposed(
+          TileAddress<kHeadDim / 2>(value_tile, row, 2 * n + lane / 16), words);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t lower = words[2 * i];
+        const uint32_t upper = words[2 * i + 1];
+        Mma<__half>(a, HalvesFromFp8<kFormat, 0, 2>(lower),
+                    HalvesFromFp8<kFormat, 0, 2>(upper), out[4 * n + 2 * i]);
+        Mma<__half>(a, HalvesFromFp8<kFormat, 1, 3>(lower),
+                    HalvesFromFp8<kFormat, 1, 3>(upper),
+                    out[4 * n + 2 * i + 1]);
+      }
+    }
+  }
+}
+
+// Turns scores into base-2 logits; column c of the fragment is token
+// `token` + c, rows[8 * i] is that of row g + 8 i.
 template <int kColumns>
 __device__ __forceinline__ void ScaleScores(const AttentionArgs& args,
+                                            const float (&scale)[2],
+                                            const TileRow* rows, int token,
                                             float (&scores)[kColumns][4]) {
 #pragma unroll
   for (auto& columns : scores) {
 #pragma unroll
-    for (float& value : columns) value *= args.scale;
+    for (int j = 0; j < 4; ++j) columns[j] *= scale[j / 2];
   }
-  if (args.soft_cap == 0.0f) return;
+  if (args.soft_cap != 0.0f) {
 #pragma unroll
-  for (auto& columns : scores) {
+    for (auto& columns : scores) {
 #pragma unroll
-    for (float& value : columns) value = SoftCap(value, args.soft_cap);
+      for (float& value : columns) value = SoftCap(value, args.soft_cap);
+    }
+  }
+  if (args.alibi_slopes == nullptr) return;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float slope = rows[8 * row].alibi_slope;
+    const int column = threadIdx.x % 4 * 2;
+    const float distance =
+        static_cast<float>(rows[8 * row].position - token - column);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        scores[n][2 * row + j] -= slope * fabsf(distance - (8 * n + j));
+      }
+    }
   }
 }
 
 // Sets logits that a row may not see to -inf. Column c of the fragment is
-// token `token` + c, its bit in `valid` says whether it exists; position[i]
-// is the KV position of row g + 8 i.
+// token `token` + c, and its bit in `valid` says whether it exists.
 template <int kColumns>
-__device__ __forceinline__ void MaskScores(const AttentionArgs& args,
-                                           int token, uint64_t valid,
-                                           const int (&position)[2],
+__device__ __forceinline__ void MaskScores(const TileRow* rows, int token,
+                                           uint64_t valid,
                                            float (&scores)[kColumns][4]) {
-  const int column = 2 * (threadIdx.x % 4);
+  const int column = threadIdx.x % 4 * 2;
   valid >>= column;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int last = position[row] - token - column;
-    const int first = args.sliding_window > 0 ? last - args.sliding_window + 1
-                                              : -kColumns * 8;
+    const int begin = rows[8 * row].visible.begin - token - column;
+    const int end = rows[8 * row].visible.end - token - column;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int c = 8 * n + j;
-        const bool seen = c <= last && c >= first && (valid >> c & 1);
+        const bool seen = c >= begin && c < end && (valid >> c & 1);
         if (!seen) scores[n][2 * row + j] = -CUDART_INF_F;
       }
     }

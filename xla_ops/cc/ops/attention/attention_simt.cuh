@@ -1,5 +1,5 @@
-// Paged attention without tensor cores: fp32, GPUs older than compute
-// capability 8.0, and operands that are not aligned to 16 bytes.
+// Attention without tensor cores: fp32, GPUs older than compute capability
+// 8.0, and operands that are not aligned to 16 bytes.
 //
 // A warp works on one packed query row; the four warps of a block have
 // neighbouring rows of one sequence and KV head, so that K and V that one
@@ -15,10 +15,13 @@
 #include <math_constants.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/fp8.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/attention/attention_rows.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
@@ -31,34 +34,49 @@ struct SimtShape {
   static constexpr int kTokens = 32 / kLanes;  // in a warp at a time
 };
 
-// Reads kWideSize<T> elements as floats. kAligned: by one 16-byte load.
-template <bool kAligned, typename T>
-__device__ __forceinline__ void LoadFloats(const T* source, float* target) {
-  constexpr int kSize = kWideSize<T>;
-  if constexpr (kAligned) {
-    const Vector<T, kSize> wide = LoadVector<kSize>(source);
+// Reads a piece of a key or value; bytes are 8-bit floats.
+template <typename KV>
+__device__ __forceinline__ void LoadKvPiece(const AttentionArgs& args,
+                                            const KV* source,
+                                            float (&piece)[kPiece]) {
+  if constexpr (std::is_same_v<KV, uint8_t>) {
+    Vector<uint8_t, kPiece> bytes;
+    if (args.aligned) {
+      bytes = LoadVector<kPiece>(source);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) target[i] = ToFloat(wide[i]);
+      for (int i = 0; i < kPiece; ++i) bytes[i] = source[i];
+    }
+    const auto& words = reinterpret_cast<const uint32_t(&)[kPiece / 4]>(bytes);
+#pragma unroll
+    for (int i = 0; i < kPiece / 2; ++i) {
+      const uint32_t word = words[i / 2] >> i % 2 * 16;
+      const uint32_t halves = args.e5m2 ? HalvesFromFp8<__NV_E5M2, 0, 1>(word)
+                                        : HalvesFromFp8<__NV_E4M3, 0, 1>(word);
+      const float2 pair =
+          __half22float2(reinterpret_cast<const __half2&>(halves));
+      piece[2 * i] = pair.x;
+      piece[2 * i + 1] = pair.y;
+    }
   } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) target[i] = ToFloat(source[i]);
+    LoadPiece(source, args.aligned, piece);
   }
 }
 
+// KV is the type of keys and values: query's, or uint8_t for 8-bit floats.
 // Grid: x query tiles, y KV heads, z splits. kHeadDim is the padded
 // head_dim, 64, 128 or 256.
-template <typename T, int kHeadDim, bool kAligned>
+template <typename KV, int kHeadDim>
 __global__ void __launch_bounds__(SimtShape::kThreads, 2)
     AttentionSimtKernel(const __grid_constant__ AttentionArgs args) {
   constexpr int kLanes = SimtShape::kLanes;
   constexpr int kTokens = SimtShape::kTokens;
-  constexpr int kSize = kWideSize<T>;
-  constexpr int kPieces = kHeadDim / (kLanes * kSize);
-  constexpr int kElements = kPieces * kSize;  // of head_dim, a lane
+  constexpr int kPieces = kHeadDim / (kLanes * kPiece);
   __shared__ TileSearch search;
   QueryTile tile;
   if (!FindQueryTile(args, SimtShape::kTileRows,
-                     int64_t{gridDim.x} - 1 - blockIdx.x, search, &tile)) {
+                     static_cast<int>(gridDim.x - 1 - blockIdx.x), search,
+                     &tile)) {
     return;
   }
   const int row = threadIdx.x / 32;
@@ -67,28 +85,29 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
   const int lane = threadIdx.x % 32;
   const int piece = lane % kLanes;
   const int subwarp = lane / kLanes;
-  const int64_t out_row = tile.OutRow(args, kv_head, row);
+  const QueryRow query_row = tile.Row(args, kv_head, row);
+  const int64_t out_row = query_row.Index(args);
+  const KV* keys = static_cast<const KV*>(args.key);
+  const KV* values = static_cast<const KV*>(args.value);
 
-  float query[kElements];
-  float acc[kElements];
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) query[i] = acc[i] = 0.0f;
+  float query[kPieces][kPiece] = {};
+  float acc[kPieces][kPiece] = {};
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const int column = (i * kLanes + piece) * kSize;
+    const int column = (i * kLanes + piece) * kPiece;
     if (column < args.head_dim) {
-      LoadFloats<kAligned>(
-          static_cast<const T*>(args.query) + out_row * args.head_dim + column,
-          query + i * kSize);
+      LoadQueryPiece(args, out_row * args.head_dim + column, query[i]);
     }
   }
 
-  const int context = ContextLength(args, tile.seq);
-  const int64_t position = tile.Position(args, context, row);
-  const TokenRange visible = VisibleTokens(args, context, position, position);
+  const int position = tile.Position(args, row);
+  const TokenRange visible =
+      VisibleTokens(args, tile.kv_len, position, position);
   const TokenRange split =
       SplitRange(visible.end - visible.begin, args.num_splits, blockIdx.z);
-  const int32_t* table = args.block_tables + max(tile.seq, 0) * args.max_blocks;
+  const int32_t* table = args.block_table + max(tile.seq, 0) * args.max_blocks;
+  const float scale = args.scale * KvScale<0>(args, tile.seq, kv_head);
+  const float slope = AlibiSlope(args, tile.seq, query_row.head);
 
   float max = -CUDART_INF_F;
   float sum = 0.0f;
@@ -96,36 +115,33 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
   const int turns = (split.end - split.begin + kTokens - 1) / kTokens;
   for (int turn = 0; turn < turns; ++turn) {
     const int index = split.begin + turn * kTokens + subwarp;
+    const int token = visible.begin + index;
     int64_t offset = -1;
     if (index < split.end) {
-      offset = TokenOffset(
-          args, FindToken(args, table, visible, visible.begin + index),
-          kv_head);
+      offset = TokenOffset(args, FindToken(args, tile, table, visible, token),
+                           kv_head);
     }
-    float key[kElements];
-    float value[kElements];
+    float key[kPieces][kPiece] = {};
+    float value[kPieces][kPiece] = {};
     float score = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int column = (i * kLanes + piece) * kSize;
+      const int column = (i * kLanes + piece) * kPiece;
       if (offset >= 0 && column < args.head_dim) {
-        LoadFloats<kAligned>(
-            static_cast<const T*>(args.key_cache) + offset + column,
-            key + i * kSize);
-        LoadFloats<kAligned>(
-            static_cast<const T*>(args.value_cache) + offset + column,
-            value + i * kSize);
-      } else {
-#pragma unroll
-        for (int j = i * kSize; j < (i + 1) * kSize; ++j) {
-          key[j] = value[j] = 0.0f;
-        }
+        LoadKvPiece(args, keys + offset + column, key[i]);
+        LoadKvPiece(args, values + offset + column, value[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) score += query[i] * key[i];
-    score = WarpSum(score, kLanes) * args.scale;
+    for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) score += query[i][j] * key[i][j];
+    }
+    score = WarpSum(score, kLanes) * scale;
     if (args.soft_cap != 0.0f) score = SoftCap(score, args.soft_cap);
+    if (args.alibi_slopes != nullptr) {
+      score -= slope * fabsf(static_cast<float>(position - token));
+    }
     if (offset < 0) score = -CUDART_INF_F;
 
     const float new_max = fmaxf(max, score);
@@ -134,8 +150,11 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
     max = new_max;
     sum = sum * rescale + weight;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      acc[i] = acc[i] * rescale + weight * value[i];
+    for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) {
+        acc[i][j] = acc[i][j] * rescale + weight * value[i][j];
+      }
     }
   }
 
@@ -149,48 +168,36 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
     sum *= rescale;
     sum += __shfl_xor_sync(kFullWarp, sum, step);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      acc[i] *= rescale;
-      acc[i] += __shfl_xor_sync(kFullWarp, acc[i], step);
+    for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) {
+        acc[i][j] *= rescale;
+        acc[i][j] += __shfl_xor_sync(kFullWarp, acc[i][j], step);
+      }
     }
   }
   if (subwarp != 0) return;
 
-  if (args.partial_out != nullptr) {
-    const int64_t partial_row =
-        int64_t{blockIdx.z} * args.num_tokens * args.num_heads + out_row;
-    if (piece == 0) {
-      args.partial_max[partial_row] = max;
-      args.partial_sum[partial_row] = sum;
-    }
-#pragma unroll
-    for (int i = 0; i < kElements; i += 4) {
-      const int column = (i / kSize * kLanes + piece) * kSize + i % kSize;
-      if (column < args.head_dim) {
-        *reinterpret_cast<float4*>(args.partial_out +
-                                   partial_row * args.head_dim + column) =
-            make_float4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
-      }
-    }
-    return;
-  }
-  // Compared with zero exactly: a NaN sum has to reach the output.
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  T* out = static_cast<T*>(args.out) + out_row * args.head_dim;
+  const int64_t partial_row =
+      int64_t{blockIdx.z} * args.num_tokens * args.num_heads + out_row;
+  const float factor =
+      KvScale<1>(args, tile.seq, kv_head) *
+      EndOrSplitRow(args, query_row, partial_row, max, sum, piece == 0);
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const int column = (i * kLanes + piece) * kSize;
+    const int column = (i * kLanes + piece) * kPiece;
     if (column >= args.head_dim) break;
-    Vector<T, kSize> result;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      result[j] = FromFloat<T>(acc[i * kSize + j] * inverse);
-    }
-    if constexpr (kAligned) {
-      StoreVector(out + column, result);
+    for (int j = 0; j < kPiece; ++j) acc[i][j] *= factor;
+    if (args.partial_out != nullptr) {
+      float* partial = args.partial_out + partial_row * args.head_dim + column;
+#pragma unroll
+      for (int j = 0; j < kPiece; j += 4) {
+        *reinterpret_cast<float4*>(partial + j) = make_float4(
+            acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]);
+      }
     } else {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) out[column + j] = result[j];
+      StoreOut(args, out_row * args.head_dim + column, acc[i]);
     }
   }
 }

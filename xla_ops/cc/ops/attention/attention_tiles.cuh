@@ -1,16 +1,15 @@
-// What the paged-attention kernels share: arguments, the mapping of query
-// tiles to sequences, the visible tokens of a row, the address of a token,
-// and where results go.
+// What the attention kernels share: arguments, the mapping of query tiles to
+// sequences, the visible tokens of a row, and the address of a token.
 //
 // Query tiles. The query rows of the `group` query heads that read one KV
 // head are packed together: packed row r of a sequence is token r / group,
 // head r % group. A tile is kTileRows packed rows of one sequence. The host
 // knows no sequence's length, so the grid has as many tiles as any lengths
-// could need, and each block finds its own sequence from query_start_loc.
+// could need, and each block finds its own sequence from cu_seqlens_q.
 //
 // Segments. The rows before the first sequence and after the last belong to
 // none and must become zero; they are segments too, so that every row is
-// some tile's: segment 0 ends at query_start_loc[0], segment i is sequence
+// some tile's: segment 0 ends at cu_seqlens_q[0], segment i is sequence
 // i - 1, segment num_seqs + 1 ends at num_tokens. With segments starting at
 // row b_i, segment i's first tile is floor(b_i * group / kTileRows) + i:
 // that leaves each segment at least the tiles that it needs, needs no prefix
@@ -22,52 +21,85 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/core/dtype.h"
 #include "xla_ops/cc/device/fast_div.h"
 #include "xla_ops/cc/device/reduce.cuh"
 
 namespace xla_ops {
 
 // AttentionParams in the form that the kernels want: clamped to 32 bits
-// where that loses nothing, and divisors prepared.
+// where that loses nothing, and divisors prepared. The launcher refuses calls
+// of more than 2^31 - 1 query rows, num_tokens * num_heads.
 struct AttentionArgs {
   const void* query;
-  const void* key_cache;
-  const void* value_cache;
-  const int32_t* context_lens;
-  const int32_t* block_tables;
-  const int32_t* query_start_loc;
+  const void* key;
+  const void* value;
+  const int32_t* cu_seqlens_q;
+  // Null where the operand is absent:
+  const int32_t* cu_seqlens_k;
+  const int32_t* seqused_k;
+  const int32_t* block_table;
+  const int32_t* leftpad_k;
   const int32_t* num_seqs;
+  const float* alibi_slopes;
+  const float* sinks;
+  const float* k_scale;
+  const float* v_scale;
   void* out;
+  float* lse;  // [num_heads, num_tokens]
   // Partial results when num_splits > 1, else null; the row index is
   // (split * num_tokens + token) * num_heads + head.
   float* partial_out;  // [num_splits, num_tokens, num_heads, head_dim]
   float* partial_max;  // [num_splits, num_tokens, num_heads], base 2
   float* partial_sum;  // [num_splits, num_tokens, num_heads]
-  int64_t num_tokens;
   int64_t max_blocks;
   int64_t block_stride;
   int64_t page_stride;
   int64_t head_stride;
+  int64_t alibi_seq_stride;
+  int64_t kv_scale_seq_stride[2];
+  int64_t kv_scale_head_stride[2];
   FastDiv page_size;
   FastDiv group;        // num_heads / num_kv_heads
   uint32_t num_blocks;  // at most 2^31, which no block id reaches
+  int num_tokens;
   int num_heads;
   int head_dim;
   int max_num_seqs;
-  int max_context;  // what a block table row can address
+  int max_kv_len;  // paged: what a block table's row can address;
+                   // contiguous: the buffer's rows
   int num_splits;
-  int sliding_window;  // 0: none
-  float scale;         // times log2(e); with soft_cap, over soft_cap
-  float soft_cap;      // times log2(e); 0: none
+  int window_left;   // -1: unbounded
+  int window_right;  // -1: unbounded
+  float scale;       // times log2(e); with soft_cap, over soft_cap
+  float soft_cap;    // times log2(e); 0: none
+  DType dtype;       // of query and out
+  bool paged;
+  bool e5m2;     // 8-bit keys and values are e5m2, else e4m3
+  bool aligned;  // every row of query, key, value and out to 16 bytes
+  bool varlen;   // the op is flash_attn_varlen, for reports
+};
+
+// A row of query and out.
+struct QueryRow {
+  int token;
+  int head;
+
+  // Of [num_tokens, num_heads].
+  __device__ __forceinline__ int64_t Index(const AttentionArgs& args) const {
+    return int64_t{token} * args.num_heads + head;
+  }
 };
 
 // A block's tile.
 struct QueryTile {
-  int64_t token;        // of the first row, in the query tensor
-  int64_t tokens_left;  // from that one to the segment's end
-  int seq;              // -1: the rows belong to no sequence
-  int num_rows;         // of the tile; 0 if it lies past the segment's end
-  int head;             // of the first row, in the group
+  int token;        // of the first row, in the query tensor
+  int tokens_left;  // from that one to the segment's end
+  int seq;          // -1: the rows belong to no sequence
+  int num_rows;     // of the tile; 0 if it lies past the segment's end
+  int head;         // of the first row, in the group
+  int kv_len;       // L_k of the sequence; 0 for rows of none
+  int kv_start;     // contiguous: the buffer's row of KV token 0
 
   // Tokens from the first row's to that of packed row `row`.
   __device__ __forceinline__ int TokenStep(const AttentionArgs& args,
@@ -75,89 +107,148 @@ struct QueryTile {
     return args.group.Divide(head + row);
   }
 
-  // Row of [num_tokens, num_heads] of packed row `row`.
-  __device__ __forceinline__ int64_t OutRow(const AttentionArgs& args,
-                                            int kv_head, int row) const {
+  // Token and query head of packed row `row`.
+  __device__ __forceinline__ QueryRow Row(const AttentionArgs& args,
+                                          int kv_head, int row) const {
     const int step = TokenStep(args, row);
-    const int row_head = head + row - step * args.group.value();
-    return (token + step) * args.num_heads + kv_head * args.group.value() +
-           row_head;
+    const int group = args.group.value();
+    return {token + step, kv_head * group + head + row - step * group};
   }
 
   // KV position of packed row `row`: the last token of the segment is the
-  // last of its context.
-  __device__ __forceinline__ int64_t Position(const AttentionArgs& args,
-                                              int context, int row) const {
-    return context - tokens_left + TokenStep(args, row);
+  // last of its keys.
+  __device__ __forceinline__ int Position(const AttentionArgs& args,
+                                          int row) const {
+    return kv_len - tokens_left + TokenStep(args, row);
   }
 };
 
 struct TileSearch {
-  int64_t warp_end[32];
-  int64_t carry;
+  int warp_end[32];
+  int warp_kv_end[32];
   QueryTile tile;
   bool found;
 };
 
+// The running maximum over the lanes of a warp.
+__device__ __forceinline__ int WarpRunningMax(int x) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, x, step);
+    if (lane >= step) x = max(x, other);
+  }
+  return x;
+}
+
+// Makes a warp's running maximum `end` the block's, from the last ones of
+// all warps and `carry`, which becomes the maximum of all. Returns that of
+// the thread before.
+__device__ __forceinline__ int AddWarps(const int* warp_end, int& carry,
+                                        int& end) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int num_warps = blockDim.x / 32;
+  int before = carry;
+  for (int w = 0; w < num_warps; ++w) {
+    if (w < warp) before = max(before, warp_end[w]);
+    carry = max(carry, warp_end[w]);
+  }
+  end = max(end, before);
+  const int start = __shfl_up_sync(kFullWarp, end, 1);
+  return lane == 0 ? before : start;
+}
+
+// Sets what of `tile` says where its sequence's keys are. `used` is
+// seqused_k's value where there is one; contiguous: the sequence's rows are
+// [start, end) of the buffer.
+__device__ __forceinline__ void SetKeys(const AttentionArgs& args, int used,
+                                        int start, int end, QueryTile& tile) {
+  if (args.paged) {
+    tile.kv_start = 0;
+    tile.kv_len = min(max(used, 0), args.max_kv_len);
+    return;
+  }
+  int length = end - start;
+  if (args.seqused_k != nullptr) {
+    length = min(max(used, 0), args.max_kv_len - start);
+  }
+  const int pad = args.leftpad_k == nullptr
+                      ? 0
+                      : min(max(args.leftpad_k[tile.seq], 0), length);
+  tile.kv_start = start + pad;
+  tile.kv_len = length - pad;
+}
+
 // Finds tile `tile_index`; false if it has no rows. All threads of the block
-// must call. The start of a segment is the running maximum of
-// query_start_loc clamped to [0, num_tokens], as the contract defines it for
-// values in any order, so this is a scan by the whole block and not a binary
-// search; for up to blockDim.x - 2 sequences it costs one load a thread.
-__device__ inline bool FindQueryTile(const AttentionArgs& args,
-                                     int tile_rows, int64_t tile_index,
-                                     TileSearch& shared, QueryTile* tile) {
+// must call. The start of a segment is the running maximum of cu_seqlens_q
+// clamped to [0, num_tokens], as the contract defines it for values in any
+// order, so this is a scan by the whole block and not a binary search; for
+// up to blockDim.x - 2 sequences it costs one load a thread. Every load that
+// might be wanted is started at once, before num_seqs is known: a decode
+// step waits for them.
+__device__ inline bool FindQueryTile(const AttentionArgs& args, int tile_rows,
+                                     int tile_index, TileSearch& shared,
+                                     QueryTile* tile) {
   const int thread = threadIdx.x;
   const int lane = thread % 32;
   const int warp = thread / 32;
   const int group = args.group.value();
-  const int num_seqs = min(max(*args.num_seqs, 0), args.max_num_seqs);
+  int num_seqs = args.num_seqs != nullptr ? *args.num_seqs : args.max_num_seqs;
   if (thread == 0) {
-    shared.carry = 0;
     shared.found = false;
     shared.tile.num_rows = 0;
   }
-  __syncthreads();
-  for (int base = 0; base < num_seqs + 2; base += blockDim.x) {
+  int carry = 0;
+  int kv_carry = 0;
+  int base = 0;
+  do {
     const int segment = base + thread;
-    // Where the segment ends; the last one ends at num_tokens.
-    int64_t end = args.num_tokens;
-    if (segment <= num_seqs) {
-      end = min(max(int64_t{args.query_start_loc[segment]}, int64_t{0}),
-                args.num_tokens);
+    const int seq = segment - 1;
+    int end = 0;
+    int kv_end = 0;
+    int used = 0;
+    if (segment <= args.max_num_seqs) {
+      end = args.cu_seqlens_q[segment];
+      if (!args.paged) kv_end = args.cu_seqlens_k[segment];
+      if (seq >= 0 && args.seqused_k != nullptr) used = args.seqused_k[seq];
     }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int64_t other = __shfl_up_sync(kFullWarp, end, step);
-      if (lane >= step) end = max(end, other);
-    }
+    num_seqs = min(max(num_seqs, 0), args.max_num_seqs);
+    // The last segment ends at num_tokens.
+    end = segment > num_seqs ? args.num_tokens
+                             : min(max(end, 0), args.num_tokens);
+    end = WarpRunningMax(end);
     if (lane == 31) shared.warp_end[warp] = end;
+    if (!args.paged) {
+      kv_end = WarpRunningMax(min(max(kv_end, 0), args.max_kv_len));
+      if (lane == 31) shared.warp_kv_end[warp] = kv_end;
+    }
     __syncthreads();
-    int64_t before = shared.carry;
-    for (int w = 0; w < warp; ++w) before = max(before, shared.warp_end[w]);
-    end = max(end, before);
-    int64_t start = __shfl_up_sync(kFullWarp, end, 1);
-    if (lane == 0) start = before;
-    const int64_t first_tile = start * group / tile_rows + segment;
-    const int64_t end_tile = end * group / tile_rows + segment + 1;
+    const int start = AddWarps(shared.warp_end, carry, end);
+    int kv_start = 0;
+    if (!args.paged) kv_start = AddWarps(shared.warp_kv_end, kv_carry, kv_end);
+    const int first_tile = start * group / tile_rows + segment;
+    const int end_tile = end * group / tile_rows + segment + 1;
     if (segment < num_seqs + 2 && first_tile <= tile_index &&
         tile_index < end_tile) {
-      const int64_t row = (tile_index - first_tile) * tile_rows;
-      const int64_t rows = (end - start) * group;
+      const int row = (tile_index - first_tile) * tile_rows;
+      const int rows = (end - start) * group;
+      const int step = args.group.Divide(row);
       QueryTile& found = shared.tile;
-      found.token = start + row / group;
+      found.token = start + step;
       found.tokens_left = end - found.token;
-      found.seq = segment >= 1 && segment <= num_seqs ? segment - 1 : -1;
-      found.num_rows = static_cast<int>(
-          max(int64_t{0}, min(rows - row, int64_t{tile_rows})));
-      found.head = static_cast<int>(row % group);
+      found.num_rows = max(0, min(rows - row, tile_rows));
+      found.head = row - step * group;
+      found.seq = seq < num_seqs ? seq : -1;
+      found.kv_len = 0;
+      found.kv_start = 0;
+      if (found.seq >= 0) SetKeys(args, used, kv_start, kv_end, found);
       shared.found = true;
     }
     __syncthreads();
     if (shared.found) break;
-    if (thread == blockDim.x - 1) shared.carry = end;
-    __syncthreads();
-  }
+    base += blockDim.x;
+  } while (base < num_seqs + 2);
   *tile = shared.tile;
   return tile->num_rows > 0;
 }
@@ -168,56 +259,55 @@ struct TokenRange {
   int end;
 };
 
-// The length of a sequence's context, clamped; zero for rows of none.
-__device__ __forceinline__ int ContextLength(const AttentionArgs& args,
-                                             int seq) {
-  if (seq < 0) return 0;
-  return min(max(args.context_lens[seq], 0), args.max_context);
-}
-
-// First token that a query at KV position `position` sees.
-__device__ __forceinline__ int64_t WindowBegin(const AttentionArgs& args,
-                                               int64_t position) {
-  return args.sliding_window > 0 ? position - args.sliding_window + 1
-                                 : int64_t{0};
-}
-
-// What queries at positions [first, last] see, together.
-__device__ __forceinline__ TokenRange VisibleTokens(
-    const AttentionArgs& args, int context, int64_t first, int64_t last) {
-  TokenRange range;
-  const int64_t end = min(int64_t{context}, last + 1);
-  const int64_t begin = max(int64_t{0}, WindowBegin(args, first));
-  range.end = static_cast<int>(max(end, int64_t{0}));
-  range.begin = static_cast<int>(min(begin, int64_t{range.end}));
+// What queries at positions [first, last] see, together: it begins where the
+// first one's window does and ends where the last one's does.
+__device__ __forceinline__ TokenRange VisibleTokens(const AttentionArgs& args,
+                                                    int kv_len, int first,
+                                                    int last) {
+  TokenRange range = {0, kv_len};
+  if (args.window_left >= 0) {
+    const int64_t begin = int64_t{first} - args.window_left;
+    range.begin = static_cast<int>(
+        min(max(begin, int64_t{0}), int64_t{kv_len}));
+  }
+  if (args.window_right >= 0) {
+    const int64_t end = int64_t{last} + args.window_right + 1;
+    range.end = static_cast<int>(min(max(end, int64_t{0}), int64_t{kv_len}));
+  }
   return range;
 }
 
 // A token's place before its block id has arrived from memory, so that the
-// load can be started a tile ahead of its use.
+// load can be started ahead of its use.
 struct TokenPlace {
   int block;  // -1: no token there
   int offset;
 };
 
-// The token range guards the table: `range` lies within max_context, so
-// that the page exists. Compared unsigned, for `token` may have run past
-// 2^31 at the end of the longest context.
+// The token range guards the table: `range` lies within max_kv_len, so that
+// the page exists. Compared unsigned, for `token` may have run past 2^31 at
+// the end of the longest sequence.
 __device__ __forceinline__ TokenPlace FindToken(const AttentionArgs& args,
+                                                const QueryTile& tile,
                                                 const int32_t* table,
                                                 const TokenRange& range,
                                                 int token) {
   TokenPlace place = {-1, 0};
   if (token >= range.begin &&
       static_cast<uint32_t>(token) < static_cast<uint32_t>(range.end)) {
-    const int page = args.page_size.Divide(token);
-    place.offset = token - page * args.page_size.value();
-    place.block = table[page];
+    if (args.paged) {
+      const int page = args.page_size.Divide(token);
+      place.offset = token - page * args.page_size.value();
+      place.block = table[page];
+    } else {
+      place.offset = tile.kv_start + token;
+      place.block = 0;
+    }
   }
   return place;
 }
 
-// Elements from the cache's start to the token's row of this KV head, or -1
+// Elements from the buffer's start to the token's row of this KV head, or -1
 // for a masked token: one outside the range or in an invalid block.
 __device__ __forceinline__ int64_t TokenOffset(const AttentionArgs& args,
                                                const TokenPlace& place,
