@@ -66,16 +66,18 @@ __device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
 
-// Starts the copy of a box of a tensor of rank 4 to shared memory; elements
+// Starts the copy of a box of a tensor of rank 5 to shared memory; elements
 // outside the tensor become zero. Its bytes count towards `barrier`'s phase.
 __device__ __forceinline__ void CopyBox(const CUtensorMap* map,
                                         uint64_t* barrier, uint32_t target,
-                                        int c0, int c1, int c2, int c3) {
+                                        int c0, int c1, int c2, int c3,
+                                        int c4) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile"
-      ".mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::
-          "r"(target),
-      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile"
+      ".mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];\n" ::"r"(target),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "r"(c4)
       : "memory");
 }
 

@@ -1,10 +1,10 @@
 // Matrix products of a warpgroup (wgmma) of compute capability 9.0a, on
 // 16-bit operands with fp32 accumulation.
 //
-// Operands in shared memory are tiles of panels [rows][64], 128 bytes a row,
-// one panel after the other, swizzled as TMA's 128-byte mode does: the 16-byte
-// piece c of row r lies at piece c ^ (r % 8). Panels are aligned to 1024
-// bytes. PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor".
+// Operands in shared memory are made of atoms: 8 rows of 64 columns, 128 bytes
+// a row, aligned to 1024 bytes and swizzled as TMA's 128-byte mode does: the
+// 16-byte piece c of row r lies at piece c ^ (r % 8). A "panel" is 64 columns.
+// PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor".
 //
 // Accumulator of m64nN: thread t of the warpgroup, lane l = t % 32, holds
 //   d[4 j], d[4 j + 1]:     row 16 (t / 32) + l / 4,     columns
@@ -31,21 +31,26 @@ namespace xla_ops {
 #define XLA_OPS_HAS_WGMMA 0
 #endif
 
-#if XLA_OPS_HAS_WGMMA
-
-// Bytes of a panel's row, and of the eight rows that swizzling permutes.
 constexpr int kPanelRowBytes = 128;
 constexpr int kPanelColumns = 64;
-constexpr int kSwizzleBytes = 1024;
+constexpr int kAtomRows = 8;
+constexpr int kAtomBytes = kAtomRows * kPanelRowBytes;
 
-// Describes a panelled tile at shared address `address`. `panel_bytes` is the
-// step from panel to panel; it matters to an operand whose rows are the
-// summed dimension (V in P V), and is ignored where the columns are (Q, K).
-__device__ __forceinline__ uint64_t TileDescriptor(uint32_t address,
-                                                   int panel_bytes) {
+#if XLA_OPS_HAS_WGMMA
+
+// Describes an operand: the bytes from an atom to the one below it (8 rows)
+// and to the one beside it (the next panel). The second matters only to an
+// operand whose rows are the summed dimension (V in P V); the others (Q, K)
+// are described a panel at a time. An address in shared memory completes it.
+__device__ __forceinline__ uint64_t OperandLayout(int below, int beside) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | (uint64_t{kSwizzleBytes >> 4} << 32) |
-         (uint64_t(panel_bytes >> 4) << 16) | ((address & 0x3FFFF) >> 4);
+  return kSwizzle128 | (uint64_t(below >> 4) << 32) |
+         (uint64_t(beside >> 4) << 16);
+}
+
+__device__ __forceinline__ uint64_t OperandAt(uint64_t layout,
+                                              uint32_t address) {
+  return layout | ((address & 0x3FFFF) >> 4);
 }
 
 __device__ __forceinline__ void FenceProducts() {

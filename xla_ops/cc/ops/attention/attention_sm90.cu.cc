@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 
 #include "xla_ops/cc/device/per_device.h"
@@ -18,18 +19,32 @@
 namespace xla_ops {
 namespace {
 
-// Boxes of pages have this many tokens, a divisor of every tile.
-constexpr int kPageBoxTokens = 16;
+// Boxes of pages have at least this many tokens, a divisor of every tile.
+constexpr int kMinBoxTokens = 16;
 // Token and row numbers stay below it, so that sums of two fit in 32 bits.
 constexpr int64_t kMaxTokens = int64_t{1} << 30;
 
-// Calls f(T{}, std::integral_constant<int, padded head_dim>) for the kernel
-// that takes the call.
+// Calls f(shape, kernel) for the kernel that takes the call.
 template <typename F>
-cudaError_t DispatchKernel(DType dtype, int64_t head_dim, F&& f) {
+cudaError_t DispatchKernel(DType dtype, int64_t head_dim, bool all_panels,
+                           F&& f) {
+  const auto with = [&](auto tag, auto padded, auto panels) {
+    using T = decltype(tag);
+    constexpr int kHeadDim = decltype(padded)::value;
+    constexpr bool kAllPanels = decltype(panels)::value;
+    return f(Sm90Shape<kHeadDim, kAllPanels>{},
+             AttentionSm90Kernel<T, kHeadDim, kAllPanels>);
+  };
+  const auto with_panels = [&](auto tag, auto padded) {
+    // One panel is all.
+    if constexpr (decltype(padded)::value > kPanelColumns) {
+      if (all_panels) return with(tag, padded, std::true_type{});
+    }
+    return with(tag, padded, std::false_type{});
+  };
   const auto with_dtype = [&](auto padded) {
-    return dtype == DType::kF16 ? f(__half{}, padded)
-                                : f(__nv_bfloat16{}, padded);
+    return dtype == DType::kF16 ? with_panels(__half{}, padded)
+                                : with_panels(__nv_bfloat16{}, padded);
   };
   if (head_dim <= 64) return with_dtype(std::integral_constant<int, 64>{});
   if (head_dim <= 128) return with_dtype(std::integral_constant<int, 128>{});
@@ -63,18 +78,20 @@ cudaError_t FindDevice(Device* result) {
   bool has_code = true;
   for (const DType dtype : {DType::kF16, DType::kBF16}) {
     for (const int head_dim : {64, 128, 256}) {
-      error = DispatchKernel(dtype, head_dim, [&](auto tag, auto padded) {
-        constexpr int kHeadDim = decltype(padded)::value;
-        auto* kernel = AttentionSm90Kernel<decltype(tag), kHeadDim>;
-        cudaFuncAttributes attributes;
-        const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+      for (const bool all_panels : {false, true}) {
+        error = DispatchKernel(
+            dtype, head_dim, all_panels, [&](auto shape, auto* kernel) {
+              cudaFuncAttributes attributes;
+              const cudaError_t error =
+                  cudaFuncGetAttributes(&attributes, kernel);
+              if (error != cudaSuccess) return error;
+              has_code &= attributes.sharedSizeBytes > 0;
+              return cudaFuncSetAttribute(
+                  kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                  decltype(shape)::kSharedBytes);
+            });
         if (error != cudaSuccess) return error;
-        has_code &= attributes.sharedSizeBytes > 0;
-        return cudaFuncSetAttribute(kernel,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Sm90Shape<kHeadDim>::kSharedBytes);
-      });
-      if (error != cudaSuccess) return error;
+      }
     }
   }
   result->can_run = has_code;
@@ -112,31 +129,52 @@ uint64_t StepBytes(int64_t size, int64_t stride) {
   return size == 1 ? 16 : static_cast<uint64_t>(stride) * 2;
 }
 
-// Describes a cache as the tensor [block, token, head, d] that boxes of
-// `box_tokens` tokens and 64 columns are copied from.
-cudaError_t MakeMap(const AttentionParams& params, const void* cache,
-                    int box_tokens, CUtensorMap* map) {
+// Describes a cache to the copy engine as a tensor of rank 5, and its boxes.
+//   all_panels  [block, token / 8, panel, token % 8, 64]: heads are panels
+//               too, head_step = head_stride / 64 of them apart. A box is
+//               what shared memory holds, atom by atom.
+//   otherwise   [block, 1, head, token, head_dim], a box a panel
+cudaError_t MakeMap(const AttentionParams& params, const Sm90Args& args,
+                    bool all_panels, const void* cache, CUtensorMap* map) {
   EncodeTiled encode;
   const cudaError_t error = GetEncodeTiled(&encode);
   if (error != cudaSuccess) return error;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(params.head_dim),
-                               static_cast<cuuint64_t>(params.num_kv_heads),
-                               static_cast<cuuint64_t>(params.page_size),
-                               static_cast<cuuint64_t>(params.num_blocks)};
-  const cuuint64_t steps[3] = {
-      StepBytes(params.num_kv_heads, params.head_stride),
-      StepBytes(params.page_size, params.page_stride),
-      StepBytes(params.num_blocks, params.block_stride)};
-  const cuuint32_t box[4] = {64, 1, static_cast<cuuint32_t>(box_tokens), 1};
-  const cuuint32_t ones[4] = {1, 1, 1, 1};
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const int64_t panels = params.head_dim / kPanelColumns;
+  cuuint64_t sizes[5] = {size(params.head_dim), size(params.page_size),
+                         size(params.num_kv_heads), 1, size(params.num_blocks)};
+  cuuint64_t steps[4] = {StepBytes(params.page_size, params.page_stride),
+                         StepBytes(params.num_kv_heads, params.head_stride), 16,
+                         StepBytes(params.num_blocks, params.block_stride)};
+  cuuint32_t box[5] = {kPanelColumns, static_cast<cuuint32_t>(args.box_tokens),
+                       1, 1, 1};
+  if (all_panels) {
+    sizes[0] = kPanelColumns;
+    sizes[1] = kAtomRows;
+    sizes[2] = size((params.num_kv_heads - 1) * args.head_step + panels);
+    sizes[3] = size(params.page_size / kAtomRows);
+    steps[1] = kPanelRowBytes;
+    steps[2] = size(params.page_stride) * kAtomRows * 2;
+    box[1] = kAtomRows;
+    box[2] = static_cast<cuuint32_t>(panels);
+    box[3] = static_cast<cuuint32_t>(args.box_tokens / kAtomRows);
+  }
+  const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
       map,
       params.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      4, const_cast<void*>(cache), sizes, steps, box, ones,
+      5, const_cast<void*>(cache), sizes, steps, box, ones,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Whether boxes of pages may hold all panels.
+bool HasAllPanels(const AttentionParams& params) {
+  return params.paged && (params.head_dim == 128 || params.head_dim == 256) &&
+         params.head_stride % kPanelColumns == 0 &&
+         params.head_stride < kMaxTokens / params.num_kv_heads;
 }
 
 // The clamped number of tokens that a sequence can have.
@@ -217,7 +255,7 @@ bool CanLaunchAttentionSm90(const AttentionParams& params) {
           64 * params.max_num_seqs) {
     return false;
   }
-  return (!params.paged || params.page_size % kPageBoxTokens == 0) &&
+  return (!params.paged || params.page_size % kMinBoxTokens == 0) &&
          IsAligned(params.query, 16) && IsAligned(params.key, 16) &&
          IsAligned(params.value, 16) && IsAligned(params.out, 16) &&
          IsAligned(params.workspace, 4) &&
@@ -235,28 +273,29 @@ cudaError_t LaunchAttentionSm90(cudaStream_t stream,
   Device device;
   cudaError_t error = GetDevice(&device);
   if (error != cudaSuccess) return error;
+  const bool all_panels = HasAllPanels(params);
   return DispatchKernel(
-      params.dtype, params.head_dim, [&](auto tag, auto padded) {
-        constexpr int kHeadDim = decltype(padded)::value;
-        using Shape = Sm90Shape<kHeadDim>;
+      params.dtype, params.head_dim, all_panels, [&](auto shape, auto* kernel) {
+        using Shape = decltype(shape);
         Sm90Args args = MakeArgs(params);
-        // Whole tiles where pages hold them, and contiguous.
-        args.box_tokens =
-            !params.paged || params.page_size % Shape::kTokens == 0
-                ? Shape::kTokens
-                : kPageBoxTokens;
+        args.box_tokens = params.paged
+                              ? static_cast<int>(std::gcd<int64_t, int64_t>(
+                                    params.page_size, Shape::kTokens))
+                              : Shape::kTokens;
+        args.head_step =
+            all_panels ? static_cast<int>(params.head_stride / kPanelColumns)
+                       : 1;
         CUtensorMap key_map;
         CUtensorMap value_map;
         cudaError_t error =
-            MakeMap(params, params.key, args.box_tokens, &key_map);
+            MakeMap(params, args, all_panels, params.key, &key_map);
         if (error != cudaSuccess) return error;
-        error = MakeMap(params, params.value, args.box_tokens, &value_map);
+        error = MakeMap(params, args, all_panels, params.value, &value_map);
         if (error != cudaSuccess) return error;
         error = cudaMemsetAsync(args.next_item, 0, sizeof(unsigned), stream);
         if (error != cudaSuccess) return error;
-        AttentionSm90Kernel<decltype(tag), kHeadDim>
-            <<<device.multiprocessors, Shape::kThreads, Shape::kSharedBytes,
-               stream>>>(key_map, value_map, args);
+        kernel<<<device.multiprocessors, Shape::kThreads, Shape::kSharedBytes,
+                 stream>>>(key_map, value_map, args);
         return cudaGetLastError();
       });
 }

@@ -14,10 +14,12 @@
 // P V of the tile before and, in turns with its neighbours (named barriers),
 // theirs keep the tensor cores busy.
 //
-// Pages. A K or V tile is a number of boxes of `box_tokens` tokens, each at a
+// Boxes. A K or V tile is copied as boxes of `box_tokens` tokens, each at a
 // place of its own; a box outside the cache is zero. Contiguous K and V are
-// one page. Tokens behind the context are zeroed where V would otherwise
-// bring its NaN into 0 * V.
+// one page, and a tile one box a panel (64 columns). Where pages allow it a
+// box holds all panels of its tokens, for small boxes cost the copy engine as
+// much time as large ones. Tokens behind the context are zeroed where V would
+// otherwise bring its NaN into 0 * V.
 //
 // Order of items: sequence, KV head, tiles from the last to the first, so that
 // blocks at work share K and V in the L2 cache, and the cheap tiles of a
@@ -42,9 +44,11 @@
 
 namespace xla_ops {
 
-// kHeadDim is the padded head_dim: 64, 128 or 256.
-template <int kHeadDim>
+// kHeadDim is the padded head_dim: 64, 128 or 256. kAllPanelsInBox: a box of K
+// or V holds all panels of its tokens, else one.
+template <int kHeadDim, bool kAllPanelsInBox>
 struct Sm90Shape {
+  static constexpr bool kAllPanels = kAllPanelsInBox;
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kTokens = kHeadDim == 256 ? 80 : 128;  // of a KV tile
@@ -54,6 +58,14 @@ struct Sm90Shape {
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   static constexpr int kPanels = kHeadDim / 64;
+  // The bytes in shared memory from 8 tokens of a K or V tile to the 8 below,
+  // and from a panel to the one beside it.
+  static constexpr int kBelow = kAllPanels ? kPanels * kAtomBytes : kAtomBytes;
+  static constexpr int kBeside =
+      kAllPanels ? kAtomBytes : kTokens * kPanelRowBytes;
+  // Consumers take turns at the tensor cores, but where the copies of small
+  // boxes set the pace.
+  static constexpr bool kTurns = !kAllPanels || kHeadDim == 256;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kTileBytes = kTokens * kHeadDim * 2;
   // The dynamic part begins at the next multiple of 1024.
@@ -87,6 +99,8 @@ struct Sm90Args {
   int head_dim;
   int max_num_seqs;
   int box_tokens;
+  // From a KV head to the next in the maps (MakeMap in attention_sm90.cu.cc).
+  int head_step;
   int window_left;   // -1: unbounded
   int window_right;  // -1: unbounded
   float scale;       // times log2(e); with soft_cap, over soft_cap
@@ -302,7 +316,7 @@ __device__ __forceinline__ Sm90Box FindBox(const Sm90Args& args,
   return box;
 }
 
-// Warp 0: copies K or V tile `tile` of an item to shared memory. Lane i copies
+// Warp 0: copies a K or V tile of an item to shared memory. Lane i copies
 // box i.
 template <typename Shape>
 __device__ __forceinline__ void CopyTile(const CUtensorMap* map,
@@ -313,12 +327,17 @@ __device__ __forceinline__ void CopyTile(const CUtensorMap* map,
   const int lane = threadIdx.x % 32;
   if (lane == 0) ArriveExpecting(barrier, Shape::kTileBytes);
   if (lane * args.box_tokens < Shape::kTokens) {
+    target += lane * (args.box_tokens / kAtomRows) * Shape::kBelow;
+    const int head = item.kv_head * args.head_step;
+    if constexpr (Shape::kAllPanels) {
+      CopyBox(map, barrier, target, 0, 0, head, box.token / kAtomRows,
+              box.block);
+    } else {
 #pragma unroll
-    for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      CopyBox(map, barrier,
-              target + (panel * Shape::kTokens + lane * args.box_tokens) *
-                           kPanelRowBytes,
-              panel * kPanelColumns, item.kv_head, box.token, box.block);
+      for (int panel = 0; panel < Shape::kPanels; ++panel) {
+        CopyBox(map, barrier, target + panel * Shape::kBeside,
+                panel * kPanelColumns, box.token, head, 0, box.block);
+      }
     }
   }
   __syncwarp();
@@ -326,14 +345,17 @@ __device__ __forceinline__ void CopyTile(const CUtensorMap* map,
 
 // Warp 0: zeros the rows from `row` on of a V tile.
 template <typename Shape>
-__device__ __forceinline__ void ClearRows(uint32_t tile, int row) {
+__device__ __forceinline__ void ClearRows(const Sm90Args& args, uint32_t tile,
+                                          int row) {
   const int lane = threadIdx.x % 32;
   constexpr int kPieces = kPanelRowBytes / 16;
   for (int i = row * kPieces + lane; i < Shape::kTokens * kPieces; i += 32) {
+    const uint32_t target = tile + i / (kAtomBytes / 16) * Shape::kBelow +
+                            i % (kAtomBytes / 16) * 16;
 #pragma unroll
     for (int panel = 0; panel < Shape::kPanels; ++panel) {
       asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(
-                       tile + panel * Shape::kTokens * kPanelRowBytes + i * 16),
+                       target + panel * Shape::kBeside),
                    "r"(0)
                    : "memory");
     }
@@ -477,6 +499,8 @@ __device__ __forceinline__ void PackWeights(const float (&weights)[kSize],
 template <typename T, typename Shape>
 __device__ __forceinline__ void StartScores(
     uint32_t query, uint32_t key, float (&scores)[Shape::kTokens / 2]) {
+  const uint64_t query_layout = OperandLayout(kAtomBytes, 16);
+  const uint64_t key_layout = OperandLayout(Shape::kBelow, 16);
   FenceRegisters(scores);
   FenceProducts();
 #pragma unroll
@@ -485,11 +509,9 @@ __device__ __forceinline__ void StartScores(
     const int step = k % 4 * 32;  // 16 columns within the panel
     MultiplyShared<T>(
         scores,
-        TileDescriptor(query + panel * Shape::kRows * kPanelRowBytes + step,
-                       16),
-        TileDescriptor(key + panel * Shape::kTokens * kPanelRowBytes + step,
-                       16),
-        k > 0);
+        OperandAt(query_layout,
+                  query + panel * Shape::kRows * kPanelRowBytes + step),
+        OperandAt(key_layout, key + panel * Shape::kBeside + step), k > 0);
   }
   CommitProducts();
 }
@@ -499,13 +521,13 @@ template <typename T, typename Shape, int kOut>
 __device__ __forceinline__ void StartOutput(
     const uint32_t (&weights)[Shape::kTokens / 16][4], uint32_t value,
     float (&out)[kOut]) {
+  const uint64_t layout = OperandLayout(Shape::kBelow, Shape::kBeside);
   FenceRegisters(out);
   FenceProducts();
 #pragma unroll
   for (int k = 0; k < Shape::kTokens / 16; ++k) {
     MultiplyRegisters<T>(out, weights[k],
-                         TileDescriptor(value + k * 16 * kPanelRowBytes,
-                                        Shape::kTokens * kPanelRowBytes),
+                         OperandAt(layout, value + k * 2 * Shape::kBelow),
                          true);
   }
   CommitProducts();
@@ -610,21 +632,19 @@ __device__ __forceinline__ void StoreZeros(const Sm90Args& args,
   }
 }
 
-// Consumers take turns at the tensor cores: consumer i waits for consumer
-// i - 1, the first one for the last. Barrier 1 + i is consumer i's.
-template <int kConsumers>
-struct Turns {
-  int consumer;
-  // Where the copies of small pages set the pace, turns only add waiting.
-  bool taken;
+// Consumer i takes its turn at the tensor cores after consumer i - 1, the
+// first one after the last. Barrier 1 + i is consumer i's.
+template <typename Shape>
+__device__ __forceinline__ void WaitForTurn(int consumer) {
+  if constexpr (Shape::kTurns) SyncNamed(1 + consumer, 256);
+}
 
-  __device__ __forceinline__ void Wait() const {
-    if (taken) SyncNamed(1 + consumer, 256);
+template <typename Shape>
+__device__ __forceinline__ void PassTurn(int consumer) {
+  if constexpr (Shape::kTurns) {
+    ArriveNamed(1 + (consumer + 1) % Shape::kConsumers, 256);
   }
-  __device__ __forceinline__ void Pass() const {
-    if (taken) ArriveNamed(1 + (consumer + 1) % kConsumers, 256);
-  }
-};
+}
 
 // Producer, warp 0.
 template <typename Shape>
@@ -660,12 +680,17 @@ __device__ __forceinline__ void ProduceTiles(
       if (tile > item.tile_begin) {
         const int first = (tile - 1) * Shape::kTokens;
         box = FindBox(args, item, first + lane * args.box_tokens);
-        const bool own = lane * args.box_tokens < Shape::kTokens;
-        unsigned masked = __ballot_sync(kFullWarp, own && box.masked);
-        // One box a tile: its bit stands for all.
-        if (args.box_tokens == Shape::kTokens) masked = 0 - masked;
+        // A bit for each 16 tokens.
+        const int bits = args.box_tokens / 16;
+        const unsigned masked = __reduce_or_sync(
+            kFullWarp, lane * args.box_tokens < Shape::kTokens && box.masked
+                           ? ((1u << bits) - 1) << lane * bits
+                           : 0u);
         Wait(&barriers.key_empty[key_ring.stage], key_ring.parity ^ 1);
-        if (lane == 0) masks[key_ring.stage] = masked;
+        if (lane == 0) {
+          masks[key_ring.stage] = masked;
+          Arrive(&barriers.key_full[key_ring.stage]);
+        }
         CopyTile<Shape>(key_map, &barriers.key_full[key_ring.stage],
                         keys + key_ring.stage * Shape::kTileBytes, args, item,
                         box);
@@ -681,7 +706,7 @@ __device__ __forceinline__ void ProduceTiles(
                           before);
           Wait(&barriers.tail, tail_parity);
           tail_parity ^= 1;
-          ClearRows<Shape>(target, left);
+          ClearRows<Shape>(args, target, left);
           if (lane == 0) Arrive(full);
         } else {
           CopyTile<Shape>(value_map, full, target, args, item, before);
@@ -716,12 +741,12 @@ __device__ __forceinline__ void ProduceQueries(
 }
 
 // A consumer warpgroup.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void Consume(
-    const Sm90Args& args, Sm90Barriers<Sm90Shape<kHeadDim>::kStages>& barriers,
-    const Sm90Item* items, const unsigned* masks, uint32_t query, uint32_t keys,
-    uint32_t values) {
-  using Shape = Sm90Shape<kHeadDim>;
+template <typename T, int kHeadDim, typename Shape>
+__device__ __forceinline__ void Consume(const Sm90Args& args,
+                                        Sm90Barriers<Shape::kStages>& barriers,
+                                        const Sm90Item* items,
+                                        const unsigned* masks, uint32_t query,
+                                        uint32_t keys, uint32_t values) {
   constexpr int kStages = Shape::kStages;
   constexpr int kTokens = Shape::kTokens;
   const int consumer = threadIdx.x / 128 - 1;
@@ -735,9 +760,8 @@ __device__ __forceinline__ void Consume(
   Ring<kStages> key_ring;
   Ring<kStages> value_ring;
   int query_parity = 0;
-  const Turns<Shape::kConsumers> turns = {consumer, args.box_tokens == kTokens};
   // The last consumer gives the first one its first turn.
-  if (consumer == Shape::kConsumers - 1) turns.Pass();
+  if (consumer == Shape::kConsumers - 1) PassTurn<Shape>(consumer);
 
   while (true) {
     Wait(&barriers.item_full[slot.stage], slot.parity);
@@ -815,12 +839,12 @@ __device__ __forceinline__ void Consume(
 #pragma unroll 1
     for (int tile = item.tile_end - 2; tile >= item.tile_begin; --tile) {
       Wait(&barriers.key_full[key_ring.stage], key_ring.parity);
-      turns.Wait();
+      WaitForTurn<Shape>(consumer);
       start_scores();
       Wait(&barriers.value_full[value_ring.stage], value_ring.parity);
       StartOutput<T, Shape>(weights,
                             values + value_ring.stage * Shape::kTileBytes, out);
-      turns.Pass();
+      PassTurn<Shape>(consumer);
       WaitForProducts<1>();
       FenceRegisters(scores);
       to_weights(tile, release_key());
@@ -849,13 +873,13 @@ __device__ __forceinline__ void Consume(
 
 #endif  // XLA_OPS_HAS_WGMMA
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
+template <typename T, int kHeadDim, bool kAllPanels>
+__global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
     AttentionSm90Kernel(const __grid_constant__ CUtensorMap key_map,
                         const __grid_constant__ CUtensorMap value_map,
                         const __grid_constant__ Sm90Args args) {
 #if XLA_OPS_HAS_WGMMA
-  using Shape = Sm90Shape<kHeadDim>;
+  using Shape = Sm90Shape<kHeadDim, kAllPanels>;
   constexpr int kStages = Shape::kStages;
   extern __shared__ uint8_t dynamic_shared[];
   __shared__ Sm90Barriers<kStages> barriers;
@@ -875,7 +899,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
     InitBarrier(&barriers.query_full, 96);
     InitBarrier(&barriers.query_empty, kConsumerWarps);
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(&barriers.key_full[i], 1);
+      InitBarrier(&barriers.key_full[i], 2);  // the mask's, and the copies'
       InitBarrier(&barriers.key_empty[i], kConsumerWarps);
       InitBarrier(&barriers.value_full[i], 1);
       InitBarrier(&barriers.value_empty[i], kConsumerWarps);
@@ -897,7 +921,8 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim>::kThreads, 1)
     }
   } else {
     TakeRegisters<Shape::kConsumerRegisters>();
-    Consume<T, kHeadDim>(args, barriers, items, masks, query, keys, values);
+    Consume<T, kHeadDim, Shape>(args, barriers, items, masks, query, keys,
+                                values);
   }
 #endif  // XLA_OPS_HAS_WGMMA
 }
