@@ -413,7 +413,11 @@ def _pages_of(batch, key_cache, value_cache, table):
     def kv_of(s):
         n = batch.kv_lens[s]
         pages = table[s, : -(-n // PAGE)].long()
-        return [c[pages].flatten(0, 1)[:n] for c in (key_cache, value_cache)]
+        # As bytes: torch does not index fp8 on every device.
+        taken = [
+            c.view(torch.uint8)[pages].view(c.dtype) for c in (key_cache, value_cache)
+        ]
+        return [c.flatten(0, 1)[:n] for c in taken]
 
     return kv_of
 
@@ -599,7 +603,7 @@ def _prefill(device: str) -> Iterator[Case]:
         names = {"group": "prefill", "quick": True}
         yield _contiguous_prefill(
             Batch((64, 64), (64, 64), 4, 4, 64), op="prefill", size="2x64 hd64 causal",
-            in_xla=True, xla_target=Target("speedup", 1.0, 1.1, "XLA"), **names,
+            in_xla=True, **names,
         )  # fmt: skip
         yield _paged_prefill(
             batch, op="paged prefill", size="2x64 hd64 causal", **names
@@ -656,10 +660,11 @@ def _decode(device: str) -> Iterator[Case]:
         return Batch(ones, contexts, heads, kv_heads, head_dim)
 
     if device == "cpu":
-        yield _decode_case(
-            batch(4, 96, 4, 2, 64), op="decode", size="4x96 4/2", group="decode",
-            in_xla=True, xla_target=Target("speedup", 1.0, 1.1, "XLA"), quick=True,
-        )  # fmt: skip
+        few = batch(4, 96, 4, 2, 64)
+        names = {"op": "decode", "group": "decode", "quick": True}
+        yield _decode_case(few, size="4x96 4/2", in_xla=True, **names)
+        yield _decode_case(few, size="4x96 4/2 fp8", fp8=True, **names)
+        yield _decode_case(few, size="4x96 4/2 wide table", width=16, **names)
         return
 
     def case(num_seqs, context, heads, kv_heads, target, **rest):

@@ -1,6 +1,5 @@
 """Runs the benchmark on the CPU as a user does, and checks how it judges results."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,19 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import _pytree as pytree
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def load(name: str):
-    """Imports a module of the benchmark, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(FOLDER))  # its modules import one another
 
-
-report, worker, runner = load("report"), load("worker"), load("run")
+import cases  # noqa: E402
+import report  # noqa: E402
+import run as runner  # noqa: E402
 
 
 def run(out: Path, *options: str) -> tuple[subprocess.CompletedProcess, dict]:
@@ -62,6 +59,25 @@ def test_rows_alone_and_in_xla(tmp_path):
     assert row["lazy"]["us"] > 0 and row["peers"]["XLA"]["us"] > 0
     assert results["device"]["name"] in done.stdout
     assert "rms_norm 512x1024" in done.stdout
+
+
+@pytest.mark.parametrize("case", cases.declare("cuda"), ids=lambda case: case.name)
+def test_case_for_a_gpu_has_the_shapes_and_bytes_it_says(case):
+    operands = case.make(torch.device("meta"))
+    result = case.ours(*operands)
+    tensors = pytree.tree_leaves((operands, () if case.in_place else result))
+    touched = sum(t.nbytes for t in tensors)
+    # Operands may hold more than is read: a table of angles, the rest of a cache.
+    assert case.moved <= touched
+    if case.group in ("elementwise", "prefill", "decode"):
+        assert touched <= 1.05 * case.moved
+    if case.check is None:
+        results = [pytree.tree_leaves(r) for r in (result, case.reference(*operands))]
+        kinds = [[(t.shape, t.dtype) for t in leaves] for leaves in results]
+        assert kinds[0] == kinds[1]
+    if case.chain is not None:
+        following = case.chain(operands, result)
+        assert [t.shape for t in following] == [t.shape for t in operands]
 
 
 def test_spent_budget_leaves_rows_out_and_says_so(tmp_path):
