@@ -1,7 +1,7 @@
 """xla_ops.vllm: vLLM's own ops, by its schemas, on every path.
 
-Two ops are given, before the lowerings are registered, what vLLM's compiled library
-gives them: a schema and kernels. The others are defined by the lowerings.
+Three ops are given, before the lowerings are registered, what vLLM's compiled libraries
+give them: a schema and kernels. The others are defined by the lowerings.
 tests/test_vllm_code.py does the same with vLLM's own Python code.
 """
 
@@ -25,6 +25,15 @@ _own_cache.define(
     "copy_blocks(Tensor(a!)[] key_caches, Tensor[](b!) value_caches,"
     " Tensor block_mapping) -> ()"
 )
+_own_fa2 = torch.library.Library("_vllm_fa2_C", "FRAGMENT")
+_own_fa2.define(
+    "varlen_fwd(Tensor! q, Tensor k, Tensor v, Tensor!? out, Tensor cu_seqlens_q,"
+    " Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table,"
+    " Tensor? alibi_slopes, int max_seqlen_q, int max_seqlen_k, float p_dropout,"
+    " float softmax_scale, bool zero_tensors, bool is_causal, int window_size_left,"
+    " int window_size_right, float softcap, bool return_softmax, Generator? gen)"
+    " -> Tensor[]"
+)
 
 
 def own_rms_norm(result, input, weight, epsilon):
@@ -36,8 +45,14 @@ def own_copy_blocks(key_caches, value_caches, block_mapping):
         cache.fill_(OWN)
 
 
+def own_varlen_fwd(q, k, v, out, *_):
+    out = torch.empty_like(q) if out is None else out
+    return [out.fill_(OWN), q.new_full((q.shape[1], q.shape[0]), OWN)]
+
+
 for _key in ("CPU", "CUDA"):
     _own.impl("rms_norm", own_rms_norm, _key)
+    _own_fa2.impl("varlen_fwd", own_varlen_fwd, _key)
     _own_cache.impl("copy_blocks", own_copy_blocks, _key)
 
 
@@ -165,6 +180,19 @@ CASES = {
         rows(5, 4, 16) + 1,
         rows(4, 5) + 1,
     ),
+    "flash_attn_varlen": (
+        rows(5, 4, 16),
+        rows(6, 8, 2, 16),
+        rows(6, 8, 2, 16) + 1,
+        empty(5, 4, 16),
+        torch.tensor([0, 2, 5], dtype=torch.int32),
+        torch.zeros(3, dtype=torch.int32),
+        torch.tensor([9, 3], dtype=torch.int32),
+        None,
+        torch.tensor([[4, 1], [2, 0]], dtype=torch.int32),
+        rows(4).abs(),
+        *(3, 16, 0.0, 0.25, False, True, 4, -1, 20.0, False, None),
+    ),
     "reshape_and_cache_flash": (
         rows(3, 2, 16),
         rows(3, 2, 16) + 1,
@@ -183,9 +211,21 @@ CASES = {
 }
 
 
-def namespace(name):
+# What replaces our front where there are kernels of vLLM's.
+OWN_KERNELS = {
+    "rms_norm": own_rms_norm,
+    "copy_blocks": own_copy_blocks,
+    "flash_attn_varlen": own_varlen_fwd,
+}
+
+
+def vllm_op(name):
+    """The op of vLLM's whose lowering is called `name`."""
+    if name == "flash_attn_varlen":
+        return torch.ops._vllm_fa2_C.varlen_fwd
     cache_ops = ("reshape_and_cache_flash", "copy_blocks")
-    return torch.ops._C_cache_ops if name in cache_ops else torch.ops._C
+    namespace = torch.ops._C_cache_ops if name in cache_ops else torch.ops._C
+    return getattr(namespace, name)
 
 
 def front(name):
@@ -214,19 +254,16 @@ def test_every_lowering_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_our_front(path, name):
     expected = front(name)
-    if not path.is_xla and name in ("rms_norm", "copy_blocks"):
-        expected = own_rms_norm if name == "rms_norm" else own_copy_blocks
-    _, wanted = path.run(lambda *args: expected(*args), *CASES[name])
-    wanted = flat(wanted)
+    if not path.is_xla:
+        expected = OWN_KERNELS.get(name, expected)
+    results, wanted = path.run(lambda *args: expected(*args), *CASES[name])
+    results, wanted = flat(results), flat(wanted)
     before = flat(CASES[name])
     assert any(not torch.equal(a, b) for a, b in zip(before, wanted, strict=True))
 
-    def call(*args):
-        getattr(namespace(name), name)(*args)
-
-    _, after = path.run(call, *CASES[name])
-    for got, want in zip(flat(after), wanted, strict=True):
-        assert torch.equal(got, want)
+    got, after = path.run(lambda *args: vllm_op(name)(*args), *CASES[name])
+    for a, b in zip(flat(got) + flat(after), results + wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -238,7 +275,7 @@ def test_through_a_view(name, compiled, mode):
     _, (wanted, *_) = Path("lazy").run(front(name), *CASES[name])
 
     def call(base, *rest):
-        getattr(namespace(name), name)(base[1:6], *rest)
+        vllm_op(name)(base[1:6], *rest)
         return base * 2
 
     f = torch.compile(call, backend="openxla", fullgraph=True) if compiled else call
@@ -253,6 +290,46 @@ def test_through_a_view(name, compiled, mode):
         expected[1:6] = wanted
         assert torch.equal(base.cpu(), expected)
         assert torch.equal(doubled.cpu(), expected * 2)
+
+
+@pytest.mark.parametrize("name", ["lazy", "compiled"])
+def test_varlen_fwd_returns_out_and_lse(name):
+    q, k, v, out, *rest = CASES["flash_attn_varlen"]
+    (wanted, lse), _ = Path(name).run(front("flash_attn_varlen"), q, k, v, None, *rest)
+    assert not torch.isnan(wanted).any() and lse.shape == (4, 5)
+
+    def into_view(q, k, v, base, *rest):
+        return torch.ops._vllm_fa2_C.varlen_fwd(q, k, v, base[1:6], *rest)
+
+    base = torch.full((7, 4, 16), 7.0)
+    (got, got_lse), args = Path(name).run(into_view, q, k, v, base, *rest)
+    assert torch.equal(got, wanted) and torch.equal(got_lse, lse)
+    assert torch.equal(args[3][1:6], wanted)
+    assert torch.all(args[3][[0, 6]] == 7)
+
+
+def test_varlen_fwd_of_meta_tensors():
+    """What tracing asks of an op for other devices: shapes."""
+    args = [t.to("meta") if is_tensor(t) else t for t in CASES["flash_attn_varlen"]]
+    out, lse = torch.ops._vllm_fa2_C.varlen_fwd(*args)
+    assert out is args[3] and (lse.shape, lse.dtype) == ((4, 5), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "at, value, text",
+    [
+        (12, 0.1, "p_dropout must be 0, got 0.1"),
+        (19, True, "return_softmax must be False, got True"),
+        (3, empty(5, 4, 8), "out must have shape [5, 4, 16], got [5, 4, 8]"),
+        (3, empty(5, 4, 16).half(), "out must be float32, got float16"),
+    ],
+)
+def test_varlen_fwd_refuses(path, at, value, text):
+    args = list(CASES["flash_attn_varlen"])
+    args[at] = value
+    with pytest.raises(Exception) as error:
+        path.run(front("flash_attn_varlen"), *args)
+    assert "flash_attn_varlen: " + text in str(error.value)
 
 
 def test_own_kernels_keep_their_graph():

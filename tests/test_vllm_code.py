@@ -1,8 +1,8 @@
-"""vLLM 0.12.0's own Python code, vllm._custom_ops, on every path.
+"""vLLM 0.12.0's own Python code, vllm._custom_ops and its flash attention, on every path.
 
 A target tagged `manual`, because vLLM's wheel is half a gigabyte. XLA_OPS_TEST_VLLM is
 the folder that holds its package `vllm`; the wheel's *.py are enough (docs/vllm.md).
-With its compiled library in that folder too, the ops are those of the library.
+With its compiled libraries in that folder too, the ops are those of the libraries.
 """
 
 import os
@@ -15,6 +15,7 @@ import xla_ops.vllm
 
 sys.path.insert(0, os.environ["XLA_OPS_TEST_VLLM"])
 import vllm._custom_ops as ops
+from vllm.vllm_flash_attn import flash_attn_varlen_func
 from vllm.version import __version__ as vllm_version
 
 xla_ops.vllm.register_lowerings()
@@ -32,11 +33,17 @@ def test_version():
     assert vllm_version == "0.12.0"
 
 
-def test_library_is_loaded_if_it_is_there():
+@pytest.mark.parametrize(
+    "file, op",
+    [
+        ("_C.abi3.so", "_C::rms_norm"),
+        ("vllm_flash_attn/_vllm_fa2_C.abi3.so", "_vllm_fa2_C::varlen_fwd"),
+    ],
+)
+def test_library_is_loaded_if_it_is_there(file, op):
     folder = os.path.join(os.environ["XLA_OPS_TEST_VLLM"], "vllm")
-    there = os.path.exists(os.path.join(folder, "_C.abi3.so"))
-    own = torch._C._dispatch_has_kernel_for_dispatch_key("_C::rms_norm", "CUDA")
-    assert own == there
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+    assert own == os.path.exists(os.path.join(folder, file))
 
 
 def test_rms_norm(path):
@@ -133,6 +140,49 @@ def test_merge_attn_states(path):
         *(torch.zeros(5, 4, 16), torch.zeros(4, 5), *parts),
     )
     same(got[:2], *xla_ops.merge_attn_states(*parts))
+
+
+@pytest.mark.parametrize("window", [None, (3, 0)])
+@pytest.mark.parametrize("paged", [True, False])
+def test_flash_attn_varlen_func(path, paged, window):
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    lens = torch.tensor([9, 3], dtype=torch.int32)
+    table = torch.tensor([[4, 1], [2, 0]], dtype=torch.int32) if paged else None
+    ends = None if paged else torch.tensor([0, 9, 12], dtype=torch.int32)
+    kv = torch.randn(2, 6, 8, 2, 16) if paged else torch.randn(2, 12, 2, 16)
+    q, slopes = torch.randn(5, 4, 16), torch.rand(4)
+
+    def call(base, q, kv, starts, ends, lens, table, slopes):
+        return flash_attn_varlen_func(
+            q=q,
+            k=kv[0],
+            v=kv[1],
+            out=base[1:6],
+            max_seqlen_q=3,
+            cu_seqlens_q=starts,
+            max_seqlen_k=9,
+            cu_seqlens_k=ends,
+            seqused_k=lens if paged else None,
+            causal=True,
+            window_size=window,
+            softcap=20.0,
+            alibi_slopes=slopes,
+            block_table=table,
+            return_softmax_lse=True,
+        )
+
+    base = torch.zeros(7, 4, 16)
+    given = (base, q, kv, starts, ends, lens, table, slopes)
+    got, (after, *_) = path.run(call, *given)
+    wanted = xla_ops.flash_attn_varlen(
+        *(q, *kv, starts, ends, 3, 9, None, True, *(window or (-1, -1)), 20.0),
+        seqused_k=lens if paged else None,
+        block_table=table,
+        alibi_slopes=slopes,
+    )
+    same(got, *wanted)
+    assert torch.equal(after[1:6], got[0])
+    assert not after[0].any() and not after[6].any()
 
 
 def test_kv_cache(path):

@@ -1,10 +1,10 @@
 """Lets code written for vLLM's compiled ops run on XLA tensors.
 
 After `register_lowerings()`, torch.ops._C.rms_norm and the other ops below, and so the
-functions of vllm._custom_ops, take XLA tensors: lazily, through views, under inference
-mode and under torch.compile(backend="openxla"). vLLM's compiled library need not be
-there. Where it is, its CUDA (or CPU) kernels, and the graphs that torch.compile makes of
-them, stay as they were.
+functions of vllm._custom_ops and flash_attn_varlen_func, take XLA tensors: lazily,
+through views, under inference mode and under torch.compile(backend="openxla"). vLLM's
+compiled libraries need not be there. Where they are, their CUDA (or CPU) kernels, and
+the graphs that torch.compile makes of them, stay as they were.
 
     import vllm._custom_ops as ops
     import xla_ops.vllm
@@ -31,40 +31,54 @@ from . import ops as _ops  # noqa: F401, defines torch.ops.xla_ops.*
 _registrars: dict[str, Callable[[], None]] = {}
 # What keeps the registrations alive, by namespace and op.
 _libraries: dict[tuple[str, str], torch.library.Library] = {}
+# The compiled library that defines each namespace.
+_MODULES = {
+    "_C": "vllm._C",
+    "_C_cache_ops": "vllm._C",
+    "_vllm_fa2_C": "vllm.vllm_flash_attn._vllm_fa2_C",
+}
 
 
 def register_lowerings() -> None:
     """Makes every op below work on XLA tensors.
 
-    Imports vLLM's compiled library first, if it can be imported: it cannot be loaded
-    once its ops are defined here. Calling again does nothing.
+    Imports vLLM's compiled libraries first, those that can be imported: they cannot be
+    loaded once their ops are defined here. Calling again does nothing.
 
     Raises:
-        ValueError: an op of vLLM's library has another schema than the one known here.
+        ValueError: an op of vLLM's has another schema than the one known here.
     """
     for register in _registrars.values():
         register()
 
 
 def _lowering(
-    name: str, arguments: str, *, namespace: str = "_C", overload: str = "out"
+    name: str,
+    arguments: str,
+    *,
+    returns: str = "()",
+    namespace: str = "_C",
+    op: str | None = None,
+    overload: str = "out",
 ) -> Callable[[], None]:
     """Makes the function that registers one op.
 
     Args:
-        name: of vLLM's op and of the front.
-        arguments: vLLM's, in torch's schema language.
-        namespace: the op is torch.ops.<namespace>.<name>.
+        name: of the front.
+        arguments, returns: of vLLM's op, in torch's schema language.
+        namespace, op: vLLM's op is torch.ops.<namespace>.<op>; None: the front's name.
         overload: of the front, torch.ops.xla_ops.<name>.<overload>.
     """
+    op = op or name
 
     def register() -> None:
-        if (namespace, name) not in _libraries:
+        if (namespace, op) not in _libraries:
             front = getattr(getattr(torch.ops.xla_ops, name), overload)
-            _register(namespace, name, f"({arguments}) -> ()", front)
+            schema = f"({arguments}) -> {returns}"
+            _register(register.__name__, namespace, op, schema, front)
 
     register.__name__ = register.__qualname__ = f"register_{name}_lowering"
-    register.__doc__ = f"""Makes torch.ops.{namespace}.{name} work on XLA tensors.
+    register.__doc__ = f"""Makes torch.ops.{namespace}.{op} work on XLA tensors.
 
     The same as `register_lowerings`, for this op alone.
     """
@@ -73,10 +87,10 @@ def _lowering(
 
 
 def _register(
-    namespace: str, name: str, schema: str, front: Callable[..., None]
+    caller: str, namespace: str, name: str, schema: str, front: Callable
 ) -> None:
     try:
-        importlib.import_module("vllm._C")
+        importlib.import_module(_MODULES[namespace])
     except ImportError:
         pass  # no vLLM, or none that is compiled for this machine
     packet = getattr(getattr(torch.ops, namespace), name, None)
@@ -89,8 +103,8 @@ def _register(
         known = torch._C.parse_schema(f"{namespace}::{name}{schema}")
         if op._schema != known:
             raise ValueError(
-                f"register_{name}_lowering: torch.ops.{namespace}.{name} must have the "
-                f"schema {known}, got {op._schema}"
+                f"{caller}: torch.ops.{namespace}.{name} must have the schema {known}, "
+                f"got {op._schema}"
             )
         _add_to_kernels(library, op, front)
     _libraries[namespace, name] = library
@@ -99,7 +113,7 @@ def _register(
 def _add_to_kernels(
     library: torch.library.Library,
     op: torch._ops.OpOverload,
-    front: Callable[..., None],
+    front: Callable,
 ) -> None:
     """Gives `op`, which has kernels for other devices, `front` for the rest.
 
@@ -111,11 +125,12 @@ def _add_to_kernels(
     it looks for first (py_impl), that the op has none for such devices.
     """
 
-    def kernel(*args) -> None:
+    def kernel(*args):
         # Fake tensors of other devices look like meta tensors to a kernel, and ask for
-        # shapes only: there is nothing to do.
-        if not any(t.device.type == "meta" for t in _tensors(args)):
-            front(*args)
+        # shapes only: nothing to do where nothing is returned.
+        if op._schema.returns or not any(t.is_meta for t in _tensors(args)):
+            return front(*args)
+        return None
 
     def decomposition(*args):
         if any(_has_own_kernel(op, t) for t in _tensors(args)):
@@ -199,6 +214,17 @@ register_merge_attn_states_lowering = _lowering(
     "merge_attn_states",
     "Tensor! output, Tensor!? output_lse, Tensor prefix_output, Tensor prefix_lse,"
     " Tensor suffix_output, Tensor suffix_lse",
+)
+register_flash_attn_varlen_lowering = _lowering(
+    "flash_attn_varlen",
+    "Tensor! q, Tensor k, Tensor v, Tensor!? out, Tensor cu_seqlens_q,"
+    " Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? block_table,"
+    " Tensor? alibi_slopes, int max_seqlen_q, int max_seqlen_k, float p_dropout,"
+    " float softmax_scale, bool zero_tensors, bool is_causal, int window_size_left,"
+    " int window_size_right, float softcap, bool return_softmax, Generator? gen",
+    returns="Tensor[]",
+    namespace="_vllm_fa2_C",
+    op="varlen_fwd",
 )
 register_reshape_and_cache_flash_lowering = _lowering(
     "reshape_and_cache_flash",

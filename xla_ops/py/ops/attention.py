@@ -238,6 +238,9 @@ def _lower(
         "be finite and at least 0",
         f"{soft_cap:g}",
     )
+    check.require(
+        1 <= num_splits <= 1024, "num_splits", "be from 1 to 1024", num_splits
+    )
     floats = {
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
