@@ -82,11 +82,11 @@ __global__ void __launch_bounds__(256)
     float values[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) values[j] = ToFloat(x[j]);
-    StoreVector(out + first, map.Apply(values, state));
+    StoreGlobal(out + first, map.Apply(values, state));
   } else {
     for (int64_t i = first; i < size; ++i) {
       const float value[1] = {ToFloat(in[i])};
-      StoreVector(out + i, map.Apply(value, state));
+      StoreGlobal(out + i, map.Apply(value, state));
     }
   }
 }

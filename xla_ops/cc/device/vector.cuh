@@ -1,6 +1,7 @@
 // Several elements moved by one memory instruction.
 //
 //   Vector<__half, 8> x = LoadVector<8>(row + 8 * i);  // one 16-byte load
+//   StoreGlobal(out + 8 * i, x);                       // one 16-byte store
 //
 // The pointer must be aligned to the vector's size; launchers check that
 // with IsAligned() and pick a narrower kernel where it does not hold.
@@ -8,7 +9,10 @@
 #ifndef XLA_OPS_CC_DEVICE_VECTOR_CUH_
 #define XLA_OPS_CC_DEVICE_VECTOR_CUH_
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
+#include <cstring>
 
 namespace xla_ops {
 
@@ -35,6 +39,32 @@ template <typename T, int kSize>
 __device__ __forceinline__ void StoreVector(T* target,
                                             const Vector<T, kSize>& value) {
   *reinterpret_cast<Vector<T, kSize>*>(target) = value;
+}
+
+// Stores to global memory by one instruction, written out because nvcc 13 cuts
+// the copy of a struct into stores of 4 bytes wherever the target may alias
+// something.
+template <typename T, int kSize>
+__device__ __forceinline__ void StoreGlobal(T* target,
+                                            const Vector<T, kSize>& value) {
+  constexpr int kBytes = sizeof(value);
+  static_assert(kBytes <= 16);
+  if constexpr (kBytes < 8) {
+    StoreVector(target, value);
+  } else {
+    const size_t address = __cvta_generic_to_global(target);
+    uint32_t words[kBytes / 4];
+    memcpy(words, &value, kBytes);
+    if constexpr (kBytes == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};\n" ::"l"(address),
+                   "r"(words[0]), "r"(words[1])
+                   : "memory");
+    } else {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(address),
+                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+    }
+  }
 }
 
 inline bool IsAligned(const void* pointer, int64_t bytes) {

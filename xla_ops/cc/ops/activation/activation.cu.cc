@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kSize; ++i) {
         values[i] = ToFloat(Gate<kActivation>(x[i], y[i])) * inverse_scale;
       }
-      StoreVector(static_cast<uint8_t*>(out) + row * size + v * kSize,
+      StoreGlobal(static_cast<uint8_t*>(out) + row * size + v * kSize,
                   PackFp8(values));
     } else {
       Vector<T, kSize> result;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kSize; ++i) {
         result[i] = Gate<kActivation>(x[i], y[i]);
       }
-      StoreVector(static_cast<T*>(out) + row * size + v * kSize, result);
+      StoreGlobal(static_cast<T*>(out) + row * size + v * kSize, result);
     }
   }
 }

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) PerTokenFp8QuantKernel(
     float scaled[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) scaled[j] = ToFloat(x[i][j]) / scale;
-    StoreVector(out + start + v * kWidth, PackFp8(scaled));
+    StoreGlobal(out + start + v * kWidth, PackFp8(scaled));
   });
 }
 

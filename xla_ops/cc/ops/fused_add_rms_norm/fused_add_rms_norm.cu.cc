@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) FusedAddRmsNormKernel(
       const T normed = FromFloat<T>(ToFloat(z[i][j]) * s);
       y[j] = FromFloat<T>(ToFloat(normed) * ToFloat(w[j]));
     }
-    StoreVector(residual_out + start + v * kWidth, z[i]);
-    StoreVector(out + start + v * kWidth, y);
+    StoreGlobal(residual_out + start + v * kWidth, z[i]);
+    StoreGlobal(out + start + v * kWidth, y);
   });
 }
 

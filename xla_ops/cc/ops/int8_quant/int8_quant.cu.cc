@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) DynamicInt8QuantKernel(
       codes[j] = symmetric ? ToInt8(scaled)
                            : AddZeroPoint(ToInt32(scaled), azp);
     }
-    StoreVector(out + start + v * kWidth, codes);
+    StoreGlobal(out + start + v * kWidth, codes);
   });
 }
 

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
           suffix_weight == 0.0f ? 0.0f : ToFloat(y[j]) * suffix_weight;
       result[j] = FromFloat<T>(a + b);
     }
-    StoreVector(output + i, result);
+    StoreGlobal(output + i, result);
   }
 }
 

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       for (int j = 0; j < kSize; ++j) {
         x[i][j] = ScaleElement(x[i][j], s, w[i][j]);
       }
-      StoreVector(out + row_start + v * kSize, x[i]);
+      StoreGlobal(out + row_start + v * kSize, x[i]);
     }
   }
 }

@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
     } else {
       codes = PackFp8(scaled);
     }
-    StoreVector(rows.out + start + v * kWidth, codes);
+    StoreGlobal(rows.out + start + v * kWidth, codes);
     if constexpr (kResidual) {
-      StoreVector(rows.residual_out + start + v * kWidth, r[i]);
+      StoreGlobal(rows.residual_out + start + v * kWidth, r[i]);
     }
   });
 }

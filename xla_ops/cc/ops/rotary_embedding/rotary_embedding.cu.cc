@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
     if (part >= shape.rotating) {
       constexpr int kCopy = kCopySize<kPairs, kNeox>;
       const int64_t at = shape.rotary_dim + (part - shape.rotating) * kCopy;
-      if (in != out) StoreVector(out + at, LoadVector<kCopy>(in + at));
+      if (in != out) StoreGlobal(out + at, LoadVector<kCopy>(in + at));
       continue;
     }
     const int64_t pair = int64_t{part} * kPairs;
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) Rotate(cos[i], sin[i], &x[i], &y[i]);
       }
-      StoreVector(out + pair, x);
-      StoreVector(out + pairs + pair, y);
+      StoreGlobal(out + pair, x);
+      StoreGlobal(out + pairs + pair, y);
     } else if constexpr (kPairs == 1) {
       T x = in[2 * pair];
       T y = in[2 * pair + 1];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
           Rotate(cos[i], sin[i], &xy[2 * i], &xy[2 * i + 1]);
         }
       }
-      StoreVector(out + 2 * pair, xy);
+      StoreGlobal(out + 2 * pair, xy);
     }
   }
 }
