@@ -1,24 +1,27 @@
 #!/usr/bin/env python3
 """Checks the kernels of the op libraries against float64 references.
 
-    check_kernels.py --lib-dir DIR --out results.json [--quick] [--cpu]
+    check_kernels.py --lib-dir DIR --out results.json [--only attention]
 
 Needs a GPU, JAX and numpy, and the libraries libxla_ops_*_cuda.so in DIR;
-neither torch_xla nor the wheel. --quick runs a small set, for
-`compute-sanitizer --tool memcheck`; --cpu checks libxla_ops_*_cpu.so by the
-same cases. Exit status 1 if a case fails.
+neither torch_xla nor the wheel. Each group of cases runs in its own process.
+--quick runs a small set, for `compute-sanitizer --tool memcheck`; --cpu checks
+libxla_ops_*_cpu.so by the same cases. Exit status 1 if a case fails.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 
+import attention_cases
 import jax
 import jax.numpy as jnp
 import jax_ops
@@ -67,62 +70,13 @@ def check_report():
         text = captured.read().decode()
     for piece in (
         "slot_mapping[1] must be less than 8, got 999; skipped",
-        "num_seqs must be from 0 to 2, got 3",
+        "num_seqs[0] must be from 0 to 2, got 3; clamped",
         "context_lens[1] must be from 0 to 8, got 99; clamped",
-        "query_start_loc must rise from 0 to 2, got 1 and 5 at sequence 1",
+        "query_start_loc[2] must be from 1 to 2, got 5; clamped",
         "block_tables[0, 1] must be from 0 to 1, got 7; masked",
     ):
         assert piece in text, f"no {piece!r} in {text!r}"
     return {"text": text}
-
-
-def check_large(num_blocks=140_000):
-    """Caches of more than 2^31 elements: nothing wraps around."""
-    page, heads, head_dim, tokens = 16, 8, 128, 60
-    rng = np.random.default_rng(3)
-    shape, attributes = jax_ops.geometry("NHD", num_blocks, page, heads, head_dim)
-    used = np.array([num_blocks - 1, 1, num_blocks - 2, num_blocks // 2], np.int32)
-    slots = (used[:, None].astype(np.int64) * page + np.arange(page)).reshape(-1)
-    key, value = (
-        rng.standard_normal((tokens, heads, head_dim)).astype(jnp.bfloat16)
-        for _ in "kv"
-    )
-    one = np.ones(1, np.float32)
-    caches = jax.jit(
-        lambda c: jax_ops.reshape_and_cache_flash(
-            key, value, c, slots[:tokens], (one, one), attributes
-        ),
-        donate_argnums=0,
-    )([jnp.zeros(shape, jnp.bfloat16) for _ in "kv"])
-    small = []
-    for cache, rows in zip(caches, (key, value), strict=True):
-        small.append(np.asarray(cache[used]))
-        got = small[-1].reshape(-1, heads, head_dim)[:tokens]
-        assert np.array_equal(got, rows), "rows are not where they belong"
-        count = int(jnp.count_nonzero(cache))
-        assert count == np.count_nonzero(rows), "something else was written"
-    query = rng.standard_normal((3, 32, head_dim)).astype(jnp.bfloat16)
-    inputs = {
-        "context_lens": np.array([tokens], np.int32),
-        "query_start_loc": np.array([0, 3], np.int32),
-        "num_seqs": np.array([1], np.int32),
-    }
-    near = np.arange(len(used), dtype=np.int32)
-    want = kernel_cases.attention_reference(
-        query, small, {}, inputs | {"block_tables": near[None]}, head_dim**-0.5
-    )
-    got = jax_ops.paged_attention(
-        query,
-        caches,
-        block_tables=used[None],
-        num_kv_heads=heads,
-        attributes=attributes,
-        scale=head_dim**-0.5,
-        **inputs,
-    )
-    error = np.linalg.norm(np.asarray(got).astype(np.float64) - want)
-    assert error < 1e-2 * np.linalg.norm(want), f"error {error}"
-    return {"elements": int(np.prod(shape))}
 
 
 def check_capture(dump_dir):
@@ -182,42 +136,94 @@ def run_capture(lib_dir):
         }
         command = [sys.executable, __file__, "--lib-dir", lib_dir]
         subprocess.run([*command, "--capture", dump_dir], env=environment, check=True)
+    return {}
 
 
-def run_case(index, check, case):
-    """The case's results, or the text of its failure."""
-    try:
-        return check(np.random.default_rng(index), **case), None
-    except Exception as error:  # noqa: BLE001 - reported, and the exit status
-        return {}, f"{check.__name__} {case}: {error}"
-
-
-def run_cases(quick, results):
-    for group in (
-        kernel_cases.rms_norm_cases,
-        kernel_cases.reshape_cases,
-        kernel_cases.attention_cases,
-    ):
-        cases = list(group(quick))
-        # Most of the time goes into compilation, one program a case.
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            outcomes = list(
-                pool.map(lambda item: run_case(item[0], *item[1]), enumerate(cases))
-            )
-        worst = {}
-        failures = [text for _, text in outcomes if text]
-        for (_, case), (found, _) in zip(cases, outcomes, strict=True):
-            name = case["dtype"].name
-            worst[name] = max(worst.get(name, 0), found.get("worst", 0))
-        for text in failures[:20]:
-            print("FAIL", text[:500], flush=True)
-        results["failures"] += failures
-        results[group.__name__] = {
-            "cases": len(cases),
-            "failed": len(failures),
-            "worst": worst,
+def all_groups(options):
+    """Name: generator of (check, case); or a check of its own, without cases."""
+    groups = {
+        "rms_norm": kernel_cases.rms_norm_cases,
+        "reshape_and_cache_flash": kernel_cases.reshape_cases,
+        **attention_cases.groups(),
+    }
+    if not (options.quick or options.cpu):
+        groups |= {
+            "report": check_report,
+            "capture": functools.partial(run_capture, options.lib_dir),
         }
-        print(group.__name__, results[group.__name__], flush=True)
+    return {name: g for name, g in groups.items() if options.only in name}
+
+
+def cases_of(group, options):
+    """The group's cases, changed for --sm80."""
+    for check, case in group(options.quick):
+        if options.sm80 and check is attention_cases.check_attention:
+            case = case | {"splits": max(2, case.get("splits", 1))}
+        yield check, case
+
+
+def run_group(name, group, options, log):
+    """Runs a group's cases in this process; a line of `log` before each."""
+    result = {"cases": 0, "failures": [], "worst": {}}
+    if name in ("report", "capture"):
+        try:
+            result |= group() | {"cases": 1}
+        except Exception as error:  # noqa: BLE001 - reported, and the exit status
+            traceback.print_exc()
+            result["failures"].append(f"{name}: {error}")
+        return result
+    for index, (check, case) in enumerate(cases_of(group, options)):
+        print(f"{check.__name__} {case}", file=log, flush=True)
+        result["cases"] += 1
+        try:
+            found = check(np.random.default_rng(index), **case)
+        except Exception as error:  # noqa: BLE001 - reported, and the exit status
+            text = str(error)[:600]
+            result["failures"].append(f"{check.__name__} {case}: {text}")
+            continue
+        for key, value in found.items():
+            result["worst"][key] = max(value, result["worst"].get(key, 0))
+    return result
+
+
+def run_child(name, options):
+    """Runs a group in its own process: a kernel that hangs, or ends the
+    process, fails its group alone."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "result.json"
+        log = pathlib.Path(folder) / "log"
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        command += ["--group", name, "--out", str(out), "--log", str(log)]
+        with open(pathlib.Path(folder) / "stderr", "w+") as stderr:
+            try:
+                subprocess.run(
+                    command,
+                    env=environment,
+                    stderr=stderr,
+                    timeout=options.timeout,
+                    check=True,
+                )
+            except subprocess.SubprocessError as error:
+                stderr.seek(0)
+                running = log.read_text().splitlines()[-1:] if log.exists() else []
+                what = "timed out" if "timed out" in str(error) else "died"
+                text = f"{what} in {running or 'set-up'}: {stderr.read()[-500:]}"
+                result = {"cases": 0, "failures": [text], "worst": {}}
+            else:
+                result = json.loads(out.read_text())
+    result["seconds"] = round(time.monotonic() - started, 1)
+    failed = len(result["failures"])
+    worst = {key: f"{value:.1e}" for key, value in result["worst"].items()}
+    state = f"{failed} FAILED" if failed else "passed"
+    print(
+        f"{name}: {result['cases']} cases, {state}, {result['seconds']} s, {worst}",
+        flush=True,
+    )
+    for text in result["failures"][:3]:
+        print("   ", text[:700], flush=True)
+    return name, result
 
 
 def main():
@@ -225,33 +231,42 @@ def main():
     parser.add_argument("--lib-dir", required=True)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--capture", help=argparse.SUPPRESS)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--only", default="", help="groups with this in their name")
+    parser.add_argument(
+        "--sm80",
+        action="store_true",
+        help="attention by the kernels that need no Hopper GPU: at least two splits",
+    )
+    parser.add_argument("--jobs", type=int, default=12, help="groups at a time")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds a group")
+    parser.add_argument("--capture", help=argparse.SUPPRESS)
+    parser.add_argument("--group", help=argparse.SUPPRESS)
+    parser.add_argument("--log", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    archs = jax_ops.register(options.lib_dir, "cpu" if options.cpu else "cuda")
-    if options.capture:  # a child of ours, below
+    groups = all_groups(options)
+    if not (options.group or options.capture):
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            results = dict(pool.map(lambda name: run_child(name, options), groups))
+        # Last, for this process then holds memory of the device.
+        report = jax_ops.describe_device() | {"quick": options.quick}
+        report |= {"sm80": options.sm80, "groups": results}
+        if options.out:
+            pathlib.Path(options.out).write_text(json.dumps(report, indent=1))
+        failures = sum(len(r["failures"]) for r in results.values())
+        print(f"{failures} failures in {len(results)} groups")
+        return 1 if failures or not results else 0
+
+    # A child of ours.
+    platform = "cpu" if options.cpu else "cuda"
+    jax_ops.register(options.lib_dir, platform, jax_ops.OPS)
+    if options.capture:
         check_capture(options.capture)
         return 0
-
-    results = jax_ops.describe_device()
-    results |= {"archs": archs, "quick": options.quick, "failures": []}
-    try:
-        run_cases(options.quick, results)
-        if not (options.quick or options.cpu):
-            for check in (check_report, check_large):
-                results[check.__name__] = check()
-                print(check.__name__, "passed", flush=True)
-            run_capture(options.lib_dir)
-            results["check_capture"] = "passed"
-            print("check_capture passed", flush=True)
-    except Exception:  # noqa: BLE001 - reported, and the exit status
-        results["failures"].append(traceback.format_exc())
-        traceback.print_exc()
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(results, file, indent=1)
-    print(f"{len(results['failures'])} failures")
-    return 1 if results["failures"] else 0
+    with open(options.log, "w") as log:
+        result = run_group(options.group, groups[options.group], options, log)
+    pathlib.Path(options.out).write_text(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OPS = ("rms_norm", "reshape_and_cache_flash", "paged_attention")
+OPS = ("rms_norm", "reshape_and_cache_flash", "attention")
 
 
 class _Handler(ctypes.Structure):
@@ -192,6 +192,89 @@ def reshape_and_cache_flash_one(
     )
 
 
+ABSENT_TABLE = np.zeros(0, np.int32)
+ABSENT_FLOATS = np.zeros(0, np.float32)
+
+
+def attention(
+    query,
+    key,
+    value,
+    cu_seqlens_q,
+    *,
+    cu_seqlens_k=ABSENT_TABLE,
+    seqused_k=ABSENT_TABLE,
+    block_table=None,
+    leftpad_k=ABSENT_TABLE,
+    num_seqs=ABSENT_TABLE,
+    alibi_slopes=ABSENT_FLOATS,
+    sinks=ABSENT_FLOATS,
+    k_scale=ABSENT_FLOATS,
+    v_scale=ABSENT_FLOATS,
+    num_kv_heads,
+    attributes,
+    scale,
+    window_left=-1,
+    window_right=0,
+    soft_cap=0.0,
+    kv_cache_dtype="auto",
+    num_splits=1,
+    debug=False,
+    target="xla_ops.flash_attn_varlen",
+):
+    """Attention as xla_ops/cc/ops/attention/attention.h defines it.
+
+    Args:
+        key, value: the buffers, perhaps one and the same.
+        block_table: None: the keys are contiguous.
+        attributes: from `geometry`; contiguous keys are its single block.
+
+    Returns:
+        out as query, and lse [num_heads, num_tokens] in float32.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    workspace = 128  # the scheduler's counter, then the splits' partial results
+    if num_splits > 1:
+        workspace += 4 * num_splits * num_tokens * num_heads * (head_dim + 2)
+    call = jax.ffi.ffi_call(
+        target,
+        (
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((num_heads, num_tokens), jnp.float32),
+            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+        ),
+    )
+    paged = block_table is not None
+    out, lse, _ = call(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        block_table if paged else ABSENT_TABLE,
+        leftpad_k,
+        num_seqs,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        scale=np.float32(scale),
+        soft_cap=np.float32(soft_cap),
+        kv_cache_dtype=kv_cache_dtype,
+        paged=paged,
+        debug=debug,
+        **_integers(
+            window_left=window_left,
+            window_right=window_right,
+            num_splits=num_splits,
+            num_kv_heads=num_kv_heads,
+        ),
+        **attributes,
+    )
+    return out, lse
+
+
 def paged_attention(
     query,
     caches,
@@ -203,37 +286,22 @@ def paged_attention(
     attributes,
     scale,
     sliding_window=0,
-    soft_cap=0.0,
-    num_splits=1,
-    debug=False,
+    **options,
 ):
-    num_tokens, num_heads, head_dim = query.shape
-    workspace = 0
-    if num_splits > 1:
-        workspace = 4 * num_splits * num_tokens * num_heads * (head_dim + 2)
-    call = jax.ffi.ffi_call(
-        "xla_ops.paged_attention",
-        (
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
-        ),
-    )
-    out, _ = call(
+    """`xla_ops.paged_attention`, causal; returns out alone."""
+    out, _ = attention(
         query,
         caches[0],
         caches[-1],
-        context_lens,
-        block_tables,
         query_start_loc,
-        num_seqs,
-        scale=np.float32(scale),
-        soft_cap=np.float32(soft_cap),
-        debug=debug,
-        **_integers(
-            sliding_window=sliding_window,
-            num_splits=num_splits,
-            num_kv_heads=num_kv_heads,
-        ),
-        **attributes,
+        seqused_k=context_lens,
+        block_table=block_tables,
+        num_seqs=num_seqs,
+        num_kv_heads=num_kv_heads,
+        attributes=attributes,
+        scale=scale,
+        window_left=sliding_window - 1,
+        target="xla_ops.paged_attention",
+        **options,
     )
     return out
