@@ -193,8 +193,9 @@ def test_groups_of_heads(path, page, heads, kv_heads):
     batch.check(path, is_causal=True)
 
 
-@pytest.mark.parametrize("left", [-1, 0, 3, 16])
-@pytest.mark.parametrize("right", [-1, 0, 2, 11])
+@pytest.mark.parametrize(
+    "left, right", [(-1, 0), (-1, 2), (0, -1), (0, 0), (3, -1), (3, 2), (16, 0), (16, 11)]
+)
 @one_of_each
 def test_windows(path, page, left, right):
     batch = make(QUERY_LENS, KV_LENS, 4, 2, 32, torch.float32, page=page)
@@ -263,8 +264,10 @@ def test_left_padding_and_used_lengths(path, pads, slack):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", FP8)
-@pytest.mark.parametrize("as_bytes", [True, False])
+@pytest.mark.parametrize(
+    "name, as_bytes",
+    [("fp8", True), ("fp8_e4m3", False), ("fp8_e5m2", True), ("fp8_e5m2", False)],
+)
 @one_of_each
 def test_fp8(path, page, as_bytes, name, dtype):
     batch = make(QUERY_LENS, KV_LENS, 4, 2, 32, dtype, page=page)
@@ -272,7 +275,7 @@ def test_fp8(path, page, as_bytes, name, dtype):
     batch.check(path, kv_cache_dtype=name, **scales, is_causal=True)
 
 
-@pytest.mark.parametrize("name", FP8)
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
 @one_of_each
 def test_fp8_scales_of_each_sequence_and_head(path, page, name):
     batch = make(QUERY_LENS, KV_LENS, 4, 2, 32, torch.bfloat16, page=page)

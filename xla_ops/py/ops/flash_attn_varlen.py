@@ -71,7 +71,8 @@ def flash_attn_varlen(
             is None, and may be None where it is not.
         max_seqlen_q, max_seqlen_k: bounds of L_q and L_k. They plan the work and hide
             nothing; of max_seqlen_k only the power of two counts, so that a growing
-            bound seldom makes a new program.
+            bound seldom makes a new program. Each value that torch.compile meets is
+            traced anew, as every int is with torch_xla: give it a constant.
         softmax_scale: factor of q.k; None: head_dim ** -0.5.
         is_causal: whether window_right is 0, whatever the argument says.
         window_left, window_right: how many keys before and after p a row sees; -1, or
