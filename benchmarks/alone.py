@@ -14,6 +14,7 @@ import cases
 import peers
 import torch
 import worker
+from case import Case
 from timing import CpuTimer, CudaTimer, ceilings
 from torch.utils import _pytree as pytree
 
@@ -35,7 +36,7 @@ def relative_error(got: Any, want: Any) -> float:
     return worst
 
 
-def check(case: cases.Case, operands: tuple) -> float:
+def check(case: Case, operands: tuple) -> float:
     """Runs our op once and returns its relative error."""
 
     def fresh():
@@ -65,7 +66,7 @@ class Alone:
                 a @ a
         return worker.describe_device(self.device.type)
 
-    def row(self, case: cases.Case) -> dict:
+    def row(self, case: Case) -> dict:
         """Our op, checked first, and its peers but for inductor."""
         torch.manual_seed(0)
         operands = self._operands(case)
@@ -75,11 +76,11 @@ class Alone:
         row |= self._time(case.ours, operands)
         return row | self._peers(case, operands, compiled=False)
 
-    def inductor_row(self, case: cases.Case) -> dict:
+    def inductor_row(self, case: Case) -> dict:
         torch.manual_seed(0)
         return self._peers(case, self._operands(case), compiled=True)
 
-    def _operands(self, case: cases.Case) -> list[tuple]:
+    def _operands(self, case: Case) -> list[tuple]:
         limit = OPERAND_BYTES if self.device.type == "cuda" else 1 << 22
         count = max(2, min(MAX_CALLS[self.device.type], limit // max(case.moved, 1)))
         return [case.make(self.device) for _ in range(count)]
@@ -87,7 +88,7 @@ class Alone:
     def _time(self, function: Callable, operands: list[tuple]) -> dict:
         return self._timer([lambda o=o: function(*o) for o in operands])
 
-    def _peers(self, case: cases.Case, operands: list[tuple], compiled: bool) -> dict:
+    def _peers(self, case: Case, operands: list[tuple], compiled: bool) -> dict:
         chosen = {
             name: self._peer(peer, operands)
             for name, peer in case.peers.items()
@@ -142,10 +143,11 @@ def main() -> None:
     job.finish()
 
 
-def facts(case: cases.Case) -> dict:
+def facts(case: Case) -> dict:
     """What a row repeats of its case, so that a report needs no case."""
     target = case.target
     return {
+        "op": case.op,
         "group": case.group,
         "bytes": case.moved,
         "flops": case.flops,

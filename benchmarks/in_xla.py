@@ -23,6 +23,7 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 import worker
+from case import Case
 from timing import spread
 from torch.utils import _pytree as pytree
 
@@ -54,7 +55,7 @@ def wait() -> None:
     xm.wait_device_ops()
 
 
-def program(case: cases.Case, call: Callable, calls: int) -> Callable:
+def program(case: Case, call: Callable, calls: int) -> Callable:
     """A function of a list of operand sets that calls `call` `calls` times."""
     if case.chain is None:
         return lambda sets: [call(*operands) for operands in sets]
@@ -109,7 +110,7 @@ def lazy(f: Callable) -> Callable:
     return run
 
 
-def row(case: cases.Case) -> dict:
+def row(case: Case) -> dict:
     device = torch_xla.device()
     torch.manual_seed(0)
     calls = 1
@@ -132,7 +133,7 @@ def row(case: cases.Case) -> dict:
     return found
 
 
-def _error(case: cases.Case, operands: tuple, peer: Callable) -> float:
+def _error(case: Case, operands: tuple, peer: Callable) -> float:
     """Relative error against XLA's result, the two in one program."""
     ours, theirs = case.ours(*operands), peer(*operands)
     if case.check is not None:  # attention, whose reference gives no lse

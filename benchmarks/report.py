@@ -103,15 +103,16 @@ def merge_inductor(results: dict) -> None:
 class Line(NamedTuple):
     """One line of the table, as text."""
 
-    name: str
     where: str
+    name: str
     time: str
-    rate: str
-    of_ceiling: str
-    peers: str
-    value: str
-    target: str
-    met: str
+    spread: str = ""  # half of p80 - p20, of the median
+    rate: str = ""
+    of_ceiling: str = ""
+    value: str = ""
+    target: str = ""  # least / aim
+    met: str = ""
+    peers: str = ""  # their times over ours
 
 
 def lines(results: dict) -> Iterator[Line]:
@@ -119,40 +120,54 @@ def lines(results: dict) -> Iterator[Line]:
     parts = results["parts"]
     ceilings = parts.get("alone", {}).get("ceilings")
     for where, part in parts.items():
-        rows = part["rows"]
-        for name, row in rows.items():
+        for name, row in part["rows"].items():
             if "failed" in row:
-                yield Line(name, where, "FAILED", "", "", row["failed"], "", "", "")
+                yield Line(where, name, "FAILED", peers=row["failed"])
                 continue
-            time = rate = of_ceiling = ""
-            if "value" in row:
-                time = f"{row['value']:.3g} {row['unit']}"
+            cells = (
+                {"time": f"{row['value']:.3g} {row['unit']}"} if "value" in row else {}
+            )
             if "us" in row:
-                time = f"{row['us']:.2f} us [{row['us_p20']:.2f}, {row['us_p80']:.2f}]"
+                half = (row["us_p80"] - row["us_p20"]) / 2
+                cells["time"] = f"{row['us']:.2f} us"
+                cells["spread"] = f"{100 * half / row['us']:.1f}%"
             if "bytes" in row and ceilings:
-                compute = row["flops"] / ceilings["flop/s"]
-                bound = compute > row["bytes"] / ceilings["bytes/s"]
-                rate = f"{terabytes(row):.3g} TB/s"
-                if bound:
-                    rate = f"{tflops(row):.3g} TFLOP/s"
-                of_ceiling = f"{100 * floor_us(row, ceilings) / row['us']:.0f}%"
-            verdict = judge(row, rows, ceilings or {})
-            target = row.get("target")
-            bounds = f"{target['least']:g} / {target['aim']:g}" if target else ""
-            yield Line(
-                name, where, time, rate, of_ceiling, ", ".join(_peers(row)),
-                verdict.text if verdict else "", bounds, verdict.met if verdict else "",
-            )  # fmt: skip
+                share = floor_us(row, ceilings) / row["us"]
+                cells["rate"] = _rate(row, ceilings)
+                cells["of_ceiling"] = f"{100 * share:.0f}%"
+            verdict = judge(row, part["rows"], ceilings or {})
+            if verdict is not None:
+                least, aim = (row["target"][k] for k in ("least", "aim"))
+                cells["value"], cells["met"] = verdict.text, verdict.met
+                cells["target"] = f"{least:.3g} / {aim:.3g}"
+            yield Line(where, name, **cells, peers=", ".join(_ratios(row)))
 
 
-def _peers(row: Row) -> Iterator[str]:
-    if "lazy" in row:
-        yield f"lazily {row['lazy']['us']:.2f} us"
-    for name, peer in row.get("peers", {}).items():
-        if "us" in peer:
-            yield f"{name} {peer['us']:.2f} us"
-        else:
-            yield f"{name} {'absent' if 'absent' in peer else 'failed'}"
+def _rate(row: Row, ceilings: dict) -> str:
+    """Of operations or of bytes, whichever limits more."""
+    if row["flops"] / ceilings["flop/s"] > row["bytes"] / ceilings["bytes/s"]:
+        return f"{tflops(row):.3g} TFLOP/s"
+    return f"{terabytes(row):.3g} TB/s"
+
+
+def _ratios(row: Row) -> Iterator[str]:
+    others = {"lazily": row["lazy"]} if "lazy" in row else {}
+    for name, other in (others | row.get("peers", {})).items():
+        if "us" in other:
+            yield f"{name} {other['us'] / row['us']:.2f}x"
+
+
+def unmeasured_peers(results: dict) -> list[str]:
+    """The peers that are not installed, or could not compute a row, and why."""
+    found: dict[str, None] = {}
+    for part in results["parts"].values():
+        for name, row in part["rows"].items():
+            for peer, entry in row.get("peers", {}).items():
+                if "absent" in entry:
+                    found[f"{peer} is absent: {entry['absent']}"] = None
+                elif "failed" in entry:
+                    found[f"{peer} failed on {name}: {entry['failed']}"] = None
+    return list(found)
 
 
 def left_out(results: dict) -> list[str]:
@@ -187,30 +202,39 @@ def text(results: dict) -> str:
             f" product {ceilings['flop/s'] / 1e12:.3g} TFLOP/s"
         )
     for line in lines(results):
+        bounds = f"({line.target})" if line.target else ""
         out.append(
-            f"{line.where:8} {line.name:40} {line.time:34} {line.rate:13}"
-            f"{line.of_ceiling:>5}  {line.value:17} ({line.target:11}) {line.met:7}"
-            f" {line.peers}"
+            f"{line.where:6} {line.name:38} {line.time:>11} {line.spread:>5}"
+            f" {line.rate:>12} {line.of_ceiling:>4} | {line.value:14} {bounds:11}"
+            f" {line.met:6} | {line.peers}".rstrip(" |")
         )
     met = [line.met for line in lines(results) if line.met]
     out.append(
         f"targets: {met.count('aim')} reached the aim, {met.count('least')} the least,"
         f" {met.count('missed')} missed"
     )
-    for name in left_out(results):
-        out.append(f"left out, for want of time: {name}")
+    out += unmeasured_peers(results)
+    out += [f"left out, for want of time: {name}" for name in left_out(results)]
     return "\n".join(out)
 
 
 def markdown(results: dict) -> str:
     """The table for a document."""
-    heads = ("row", "where", "time [p20, p80]", "rate", "of ceiling", "value", "least / aim",
-             "met", "beside it")  # fmt: skip
-    out = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    heads = {
+        "name": "row",
+        "where": "where",
+        "time": "time",
+        "spread": "spread",
+        "rate": "rate",
+        "of_ceiling": "of ceiling",
+        "value": "against the target",
+        "target": "least / aim",
+        "met": "met",
+        "peers": "others' time over ours",
+    }
+    out = [f"| {' | '.join(heads.values())} |", "|" + "---|" * len(heads)]
     for line in lines(results):
-        cells = (line.name, line.where, line.time, line.rate, line.of_ceiling, line.value,
-                 line.target, line.met, line.peers)  # fmt: skip
-        out.append(f"| {' | '.join(cells)} |")
+        out.append(f"| {' | '.join(getattr(line, cell) for cell in heads)} |")
     return "\n".join(out)
 
 
@@ -251,9 +275,9 @@ def _draw_roofline(rows: dict[str, Row], ceilings: dict, title: str):
         label="copy bandwidth, bf16 product",
     )
     groups: dict[str, list[Row]] = {}
-    for name, row in rows.items():
+    for row in rows.values():
         if row["flops"]:
-            groups.setdefault(name.split()[0], []).append(row)
+            groups.setdefault(row["op"], []).append(row)
     for name, members in groups.items():
         axes.scatter(
             [row["flops"] / row["bytes"] for row in members],
@@ -276,55 +300,75 @@ _BARS: dict[str, tuple[str, Callable[[Row, float], float]]] = {
     "decode": ("TB/s", lambda row, us: row["bytes"] / us * 1e-6),
     "elementwise": ("TB/s", lambda row, us: row["bytes"] / us * 1e-6),
     "small": ("us (less is better)", lambda row, us: us),
-    "cache": ("us (less is better)", lambda row, us: us),
+    "cache": ("TB/s", lambda row, us: row["bytes"] / us * 1e-6),
 }
+
+
+# The groups of each column of the figure.
+_COLUMNS = (("prefill", "decode"), ("elementwise", "small", "cache"))
 
 
 def _draw_peers(rows: dict[str, Row], ceilings: dict, title: str):
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    groups = {
-        group: [(name, row) for name, row in rows.items() if row["group"] == group]
-        for group in _BARS
-    }
-    groups = {group: members for group, members in groups.items() if members}
     names = ["xla_ops"]
     for row in rows.values():
         for peer, found in row["peers"].items():
             if "us" in found and peer not in names:
                 names.append(peer)
-    counts = [
-        sum(1 + sum("us" in p for p in row["peers"].values()) for _, row in members)
-        + len(members)
-        for members in groups.values()
+    columns = [
+        {
+            group: [(name, row) for name, row in rows.items() if row["group"] == group]
+            for group in groups
+        }
+        for groups in _COLUMNS
     ]
-    figure = Figure(figsize=(9, 1 + 0.16 * sum(counts)), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(len(groups), 1, squeeze=False, height_ratios=counts)
-    for axes, (group, members) in zip(grid[:, 0], groups.items(), strict=True):
-        unit, length = _BARS[group]
-        at, labels, ticks = 0, [], []
-        for name, row in members:
-            timed = {"xla_ops": row} | row["peers"]
-            first = at
-            for peer, found in timed.items():
-                if "us" in found:
-                    color = f"C{names.index(peer)}"
-                    axes.barh(at, length(row, found["us"]), color=color)
-                    at += 1
-            ticks.append((first + at - 1) / 2)
-            labels.append(name)
-            at += 1
-        if unit == "TB/s":
-            axes.axvline(ceilings["bytes/s"] * 1e-12, color="black", linestyle=":")
-        if unit == "TFLOP/s":
-            axes.axvline(ceilings["flop/s"] * 1e-12, color="black", linestyle=":")
-        axes.set_yticks(ticks, labels, fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xlabel(f"{group}: {unit}")
-    handles = [
-        figure.axes[0].barh(0, 0, color=f"C{i}", label=name)
-        for i, name in enumerate(names)
-    ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=7)
+    columns = [{g: m for g, m in column.items() if m} for column in columns]
+    columns = [column for column in columns if column]
+    tallest = max(sum(map(_height, c.values())) for c in columns)
+    figure = Figure(
+        figsize=(6 * len(columns), 1.2 + 0.1 * tallest), layout="constrained"
+    )
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column in zip(parts, columns, strict=True):
+        heights = [_height(members) for members in column.values()]
+        grid = part.subplots(len(column), 1, squeeze=False, height_ratios=heights)
+        for axes, (group, members) in zip(grid[:, 0], column.items(), strict=True):
+            _draw_group(axes, group, members, names, ceilings)
+    handles = [Patch(color=f"C{i}", label=name) for i, name in enumerate(names)]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(names), fontsize=7
+    )
+    figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _height(members: list[tuple[str, Row]]) -> int:
+    """How many bars and gaps a group's rows take, and its axis."""
+    return 6 + sum(
+        2 + sum("us" in peer for peer in row["peers"].values()) for _, row in members
+    )
+
+
+def _draw_group(axes, group, members, names, ceilings) -> None:
+    unit, length = _BARS[group]
+    at, labels, ticks = 0, [], []
+    for name, row in members:
+        timed = {
+            peer: found["us"]
+            for peer, found in ({"xla_ops": row} | row["peers"]).items()
+            if "us" in found
+        }
+        for i, (peer, us) in enumerate(timed.items()):
+            axes.barh(at + i, length(row, us), color=f"C{names.index(peer)}")
+        ticks.append(at + (len(timed) - 1) / 2)
+        labels.append(name)
+        at += len(timed) + 1
+    top = {"TB/s": "bytes/s", "TFLOP/s": "flop/s"}.get(unit)
+    if top:
+        axes.axvline(ceilings[top] * 1e-12, color="black", linestyle=":")
+    axes.set_yticks(ticks, labels, fontsize=6)
+    axes.set_ylim(at - 0.5, -1)
+    axes.tick_params(axis="x", labelsize=6)
+    axes.set_xlabel(f"{group}: {unit}", fontsize=7)

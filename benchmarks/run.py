@@ -44,7 +44,7 @@ import report  # noqa: E402
 # matters most comes first.
 PARTS = {
     "alone": (["alone.py"], 0.4),
-    "step": (["step.py"], 0.6),
+    "step": (["decode_step.py"], 0.6),
     "in XLA": (["in_xla.py"], 0.9),
     "inductor": (["alone.py", "--inductor"], 1.0),
 }

@@ -113,7 +113,11 @@ class Job:
         del self.report["current"]
         self.report["rows"][name] = row
         self._write()
-        shown = f"{row['us']:10.2f} us" if "us" in row else row.get("failed", "")
+        shown = row.get("failed", "")
+        if "us" in row:
+            shown = f"{row['us']:10.2f} us"
+        elif "value" in row:
+            shown = f"{row['value']:10.3g} {row['unit']}"
         print(f"  {name:44} {shown}", flush=True)
         if lost:
             sys.exit("worker: the device no longer works")

@@ -1,0 +1,407 @@
+"""Cases of attention: prefill, contiguous and paged, and decode."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import peers
+import torch
+import xla_ops
+from case import Case, Target
+
+BF16, FP8, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
+PAGE = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An attention batch: query and KV lengths of its sequences, and its heads."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool = True
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V in bf16."""
+        return 4 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim
+
+    @property
+    def moved(self) -> int:
+        """Bytes of query, result, K and V in bf16."""
+        return self.kv_bytes + 4 * self.num_tokens * self.num_heads * self.head_dim
+
+    @property
+    def flops(self) -> int:
+        """Of the two products, a causal mask counted as half of the square."""
+        pairs = sum(
+            q * k - (q * q / 2 if self.causal else 0)
+            for q, k in zip(self.query_lens, self.kv_lens, strict=True)
+        )
+        return int(4 * pairs * self.num_heads * self.head_dim)
+
+    def query(self, device) -> torch.Tensor:
+        shape = (self.num_tokens, self.num_heads, self.head_dim)
+        return torch.randn(shape, dtype=BF16, device=device)
+
+    def starts(self, lens, device) -> torch.Tensor:
+        return torch.tensor([0, *lens]).cumsum(0).to(device, I32)
+
+    def paged(self, device, width: int = 1, dtype=BF16) -> tuple[torch.Tensor, ...]:
+        """Returns key cache, value cache and block table, pages in random order.
+
+        Args:
+            width: how many times wider than needed the block table is. What it
+                holds past a sequence's pages is any block.
+        """
+        pages = [-(-n // PAGE) for n in self.kv_lens]
+        shape = (sum(pages), PAGE, self.num_kv_heads, self.head_dim)
+        caches = [torch.randn(shape, dtype=BF16, device=device).to(dtype) for _ in "kv"]
+        order = torch.randperm(sum(pages)).split(pages)
+        table = torch.randint(sum(pages), (len(pages), width * max(pages)))
+        for row, blocks in zip(table, order, strict=True):
+            row[: len(blocks)] = blocks
+        return *caches, table.to(device, I32)
+
+    def lens(self, device) -> torch.Tensor:
+        return torch.tensor(self.kv_lens, dtype=I32, device=device)
+
+    def error(self, query, kv_of, out, lse=None) -> float:
+        """Relative error of some rows of a result, against float64.
+
+        Looks at the first, the longest and the last sequence, and in each at rows
+        from first to last.
+
+        Args:
+            kv_of: sequence -> its K and V, [kv_len, num_kv_heads, head_dim].
+        """
+        sequences = range(len(self.kv_lens))
+        longest = max(sequences, key=self.kv_lens.__getitem__)
+        wrong = size = 0.0
+        for s in sorted({0, longest, sequences[-1]}):
+            num_rows, context = self.query_lens[s], self.kv_lens[s]
+            rows = torch.linspace(0, num_rows - 1, min(num_rows, 8)).long()
+            rows = rows.unique().to(out.device)
+            key, value = (t.double() for t in kv_of(s))
+            first = sum(self.query_lens[:s])
+            q = query[first + rows].double()
+            group = self.num_heads // self.num_kv_heads
+            q = q.unflatten(1, (self.num_kv_heads, group))
+            logits = torch.einsum("rkgd,jkd->kgrj", q, key) * self.scale
+            if self.causal:
+                seen = rows[:, None] + context - num_rows
+                hidden = torch.arange(context, device=out.device) > seen
+                logits = logits.masked_fill(hidden, -torch.inf)
+            exact = torch.einsum("kgrj,jkd->rkgd", logits.softmax(-1), value)
+            got = out[first + rows].double()
+            wrong += (got - exact.flatten(1, 2)).square().sum().item()
+            size += exact.square().sum().item()
+            if lse is not None:
+                exact = logits.logsumexp(-1).flatten(0, 1)
+                got = lse[:, first + rows].double()
+                wrong += (got - exact).square().sum().item()
+        return (wrong / size) ** 0.5 if size else wrong
+
+
+def _pages_of(batch, key_cache, value_cache, table):
+    def kv_of(s):
+        n = batch.kv_lens[s]
+        pages = table[s, : -(-n // PAGE)].long()
+        # As bytes: torch does not index fp8 on every device.
+        taken = [
+            c.view(torch.uint8)[pages].view(c.dtype) for c in (key_cache, value_cache)
+        ]
+        return [c.flatten(0, 1)[:n] for c in taken]
+
+    return kv_of
+
+
+def _contiguous_prefill(batch: Batch, **rest) -> Case:
+    longest = max(batch.query_lens)
+
+    def make(device):
+        rows = (sum(batch.kv_lens), batch.num_kv_heads, batch.head_dim)
+        key, value = (torch.randn(rows, dtype=BF16, device=device) for _ in "kv")
+        return batch.query(device), key, value, batch.starts(batch.kv_lens, device)
+
+    def ours(query, key, value, starts):
+        return xla_ops.flash_attn_varlen(
+            query, key, value, starts, starts, longest, longest, batch.scale,
+            batch.causal,
+        )  # fmt: skip
+
+    def kv_of(key, value):
+        ends = [sum(batch.kv_lens[: s + 1]) for s in range(len(batch.kv_lens))]
+        return lambda s: [t[ends[s] - batch.kv_lens[s] : ends[s]] for t in (key, value)]
+
+    def check(operands, result):
+        query, key, value, _ = operands
+        return batch.error(query, kv_of(key, value), *result)
+
+    uniform = len(set(batch.query_lens)) == 1
+    shape = (len(batch.query_lens), longest, batch.num_heads, batch.head_dim)
+
+    def dense(query, key, value, starts, backend=None):
+        rows = [t.view(shape).transpose(1, 2) for t in (query, key, value)]
+        return peers.sdpa(*rows, batch.causal, backend)
+
+    def plain(query, key, value, starts):
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (query, key, value))
+        logits = (q @ k.transpose(2, 3)).float() * batch.scale
+        if batch.causal:
+            mask = torch.ones(longest, longest, dtype=torch.bool, device=q.device)
+            logits = logits.masked_fill(~mask.tril(), -torch.inf)
+        out = logits.softmax(-1).to(q.dtype) @ v
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return Case(
+        make=make,
+        ours=ours,
+        reference=plain,
+        moved=batch.moved,
+        flops=batch.flops,
+        check=check,
+        peers={
+            **(peers.sdpa_backends(dense) if uniform else {}),
+            **peers.libraries("flash_attn_varlen", batch),
+        },
+        **rest,
+    )
+
+
+def _paged_prefill(batch: Batch, **rest) -> Case:
+    longest, most = max(batch.query_lens), max(batch.kv_lens)
+
+    def make(device):
+        starts = batch.starts(batch.query_lens, device)
+        return batch.query(device), *batch.paged(device), starts, batch.lens(device)
+
+    def ours(query, key_cache, value_cache, table, starts, lens):
+        return xla_ops.flash_attn_varlen(
+            query, key_cache, value_cache, starts, None, longest, most, batch.scale,
+            batch.causal, seqused_k=lens, block_table=table,
+        )  # fmt: skip
+
+    def check(operands, result):
+        return batch.error(operands[0], _pages_of(batch, *operands[1:4]), *result)
+
+    return Case(
+        make=make,
+        ours=ours,
+        reference=functools.partial(_gathered, batch),
+        moved=batch.moved,
+        flops=batch.flops,
+        check=check,
+        peers={
+            "gather + SDPA": functools.partial(_gathered, batch),
+            **peers.libraries("flash_attn_varlen paged", batch),
+        },
+        **rest,
+    )
+
+
+def _gathered(batch, query, key_cache, value_cache, table, *_):
+    """Attention by torch's own operators: pages gathered, then SDPA.
+
+    For batches of one query length and one KV length.
+    """
+    num_seqs, context = len(batch.kv_lens), batch.kv_lens[0]
+    key, value = (
+        cache[table[:, : -(-context // PAGE)].long()].flatten(1, 2)[:, :context]
+        for cache in (key_cache, value_cache)
+    )
+    query = query.unflatten(0, (num_seqs, -1))
+    group = batch.num_heads // batch.num_kv_heads
+    q = query.unflatten(2, (batch.num_kv_heads, group)).permute(0, 2, 3, 1, 4)
+    k, v = (t.permute(0, 2, 1, 3) for t in (key, value))
+    if query.shape[1] == 1:
+        # Rows of one query token fold into the heads: no mask, no repeated K and V.
+        logits = (q.flatten(2, 3) @ k.transpose(2, 3)).float() * batch.scale
+        out = logits.softmax(-1).to(q.dtype) @ v
+        return out.flatten(1, 2)
+    q = q.flatten(1, 2)
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    out = peers.sdpa(q, k, v, batch.causal and query.shape[1] == context, None)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _decode_case(batch: Batch, width=1, fp8=False, **rest) -> Case:
+    num_seqs = len(batch.kv_lens)
+
+    def make(device):
+        caches = batch.paged(device, width, FP8 if fp8 else BF16)
+        starts = batch.starts(batch.query_lens, device)
+        count = torch.full((1,), num_seqs, dtype=I32, device=device)
+        operands = (batch.query(device), *caches, batch.lens(device), starts, count)
+        if fp8:
+            operands += (torch.rand(1, device=device) + 0.5,) * 2
+        return operands
+
+    def ours(query, key_cache, value_cache, table, lens, starts, count, *scales):
+        more = {}
+        if fp8:
+            more = {"kv_cache_dtype": "fp8", "k_scale": scales[0], "v_scale": scales[1]}
+        return xla_ops.paged_attention(
+            query, (key_cache, value_cache), lens, table, starts, count, batch.scale,
+            **more,
+        )  # fmt: skip
+
+    def check(operands, result):
+        pages = _pages_of(batch, *operands[1:4])
+        if fp8:
+            scales = operands[-2:]
+
+            def scaled(s):
+                pairs = zip(pages(s), scales, strict=True)
+                return [t.double() * scale.double() for t, scale in pairs]
+
+            return batch.error(operands[0], scaled, result)
+        return batch.error(operands[0], pages, result)
+
+    gathered = functools.partial(_gathered, batch)
+    plain = not fp8 and width == 1
+    return Case(
+        make=make,
+        ours=ours,
+        reference=gathered,
+        moved=batch.moved - batch.kv_bytes // 2 * fp8,
+        flops=batch.flops,
+        check=check,
+        peers={
+            "gather + matmul": gathered,
+            **peers.libraries("paged_attention", batch),
+        }
+        if plain
+        else {},
+        **rest,
+    )
+
+
+# vLLM 0.12.0's FlashAttention 3 on the same H100, TFLOP/s at 4k and 16k tokens.
+_FA3 = {
+    (64, True): (412, 504),
+    (128, True): (523, 644),
+    (256, True): (534, 663),
+    (64, False): (490, 524),
+    (128, False): (646, 546),
+    (256, False): (708, 726),
+}
+RAGGED = (8192, 17, 33, 1000, 4096, 257, 2048, 741)
+
+
+def prefill(device: str) -> Iterator[Case]:
+    if device == "cpu":
+        batch = Batch((64, 64), (64, 64), 4, 2, 64)
+        names = {"group": "prefill", "quick": True}
+        yield _contiguous_prefill(
+            Batch((64, 64), (64, 64), 4, 4, 64), op="prefill", size="2x64 hd64 causal",
+            in_xla=True, **names,
+        )  # fmt: skip
+        yield _paged_prefill(
+            batch, op="paged prefill", size="2x64 hd64 causal", **names
+        )
+        return
+    total, width = 16384, 2048
+
+    def batch(head_dim, causal, lens):
+        heads = width // head_dim
+        return Batch(lens, lens, heads, heads, head_dim, causal)
+
+    def uniform(length):
+        return (length,) * (total // length)
+
+    for head_dim, causal in ((128, True), (64, True), (256, True),
+                             (128, False), (64, False), (256, False)):  # fmt: skip
+        for length, anchor in zip((4096, 16384), _FA3[head_dim, causal], strict=True):
+            mask = "causal" if causal else "full"
+            least = 0.85 if (head_dim, causal) == (128, True) else 0.8
+            chosen = (head_dim, causal, length) == (128, True, 4096)
+            yield _contiguous_prefill(
+                batch(head_dim, causal, uniform(length)),
+                op="prefill",
+                size=f"{length // 1024}k hd{head_dim} {mask}",
+                group="prefill",
+                target=Target("TFLOP/s", least * anchor, anchor),
+                in_xla=chosen,
+                xla_target=Target("speedup", 1.0, 1.1, "XLA"),
+                quick=chosen,
+            )
+        if (head_dim, causal) != (128, True):
+            continue
+        for length, least, aim in ((4096, 400, 454), (16384, 460, 539)):
+            yield _paged_prefill(
+                batch(head_dim, causal, uniform(length)),
+                op="paged prefill",
+                size=f"{length // 1024}k hd{head_dim} causal",
+                group="prefill",
+                target=Target("TFLOP/s", least, aim),
+                quick=length == 4096,
+            )
+        yield _contiguous_prefill(
+            batch(head_dim, causal, RAGGED),
+            op="ragged prefill",
+            size="17 to 8k hd128 causal",
+            group="prefill",
+            target=Target("relative rate", 0.85, 0.95, "prefill 4k hd128 causal"),
+        )
+
+
+def decode(device: str) -> Iterator[Case]:
+    def batch(num_seqs, context, heads, kv_heads, head_dim=128):
+        ones, contexts = (1,) * num_seqs, (context,) * num_seqs
+        return Batch(ones, contexts, heads, kv_heads, head_dim)
+
+    if device == "cpu":
+        few = batch(4, 96, 4, 2, 64)
+        names = {"op": "decode", "group": "decode", "quick": True}
+        yield _decode_case(few, size="4x96 4/2", in_xla=True, **names)
+        yield _decode_case(few, size="4x96 4/2 fp8", fp8=True, **names)
+        yield _decode_case(few, size="4x96 4/2 wide table", width=16, **names)
+        return
+
+    def case(num_seqs, context, heads, kv_heads, target, **rest):
+        length = f"{context // 1024}k"
+        size = f"{num_seqs}x{length} {heads}/{kv_heads}" + rest.pop("suffix", "")
+        return _decode_case(
+            batch(num_seqs, context, heads, kv_heads, rest.pop("head_dim", 128)),
+            op="decode",
+            size=size,
+            group="decode",
+            target=target,
+            **rest,
+        )
+
+    speedup = Target("speedup", 1.0, 1.1, "XLA")
+    for context, least, aim in ((1024, 2.2, 2.63), (4096, 2.7, 2.98),
+                                (2048, 2.5, 2.85), (8192, 2.8, 3.03)):  # fmt: skip
+        yield case(
+            64, context, 32, 8, Target("TB/s", least, aim),
+            in_xla=context in (1024, 4096), xla_target=speedup, quick=context == 4096,
+        )  # fmt: skip
+    for context, least, aim in ((1024, 16, 10), (4096, 21, 14), (32768, 70, 50)):
+        yield case(1, context, 32, 8, Target("us", least, aim), quick=context == 4096)
+    yield case(16, 4096, 32, 32, Target("TB/s", 2.6, 3.0))
+    yield case(
+        64, 4096, 32, 8, Target("relative time", 0.65, 0.55, "decode 64x4k 32/8"),
+        suffix=" fp8", fp8=True, quick=True,
+    )  # fmt: skip
+    yield case(
+        64, 1024, 32, 8, Target("relative time", 1.1, 1.02, "decode 64x1k 32/8"),
+        suffix=" wide table", width=16,
+    )  # fmt: skip
+    yield case(8, 4096, 32, 8, None)
+    yield case(64, 4096, 32, 8, None, suffix=" hd64", head_dim=64)
+    yield case(64, 2048, 16, 4, None, suffix=" hd256", head_dim=256)

@@ -1,0 +1,211 @@
+"""Cases of the elementwise ops and of the writes to the KV cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peers
+import torch
+import torch.nn.functional as F
+import xla_ops
+from case import Case, Target
+from xla_ops.core.op import OPS
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+HEAD_DIM, PAGE, EPS = 128, 16, 1e-6
+
+
+def _normal(*shape, device):
+    return torch.randn(shape, dtype=BF16, device=device)
+
+
+@dataclass(frozen=True)
+class _Elementwise:
+    """An elementwise op on [tokens, hidden]; `moved` counts bytes an element."""
+
+    ours: Callable[..., Any]
+    reference: Callable[..., Any]
+    make: Callable[..., tuple]  # (tokens, hidden, device)
+    moved: float
+    eager: Callable[..., Any]
+    chain: Callable[[tuple, Any], tuple] | None = None
+    library: str = ""  # the op's name in peers.LIBRARIES
+
+
+def _make_norm(tokens, hidden, device):
+    return _normal(tokens, hidden, device=device), _normal(hidden, device=device)
+
+
+def _make_add_norm(tokens, hidden, device):
+    return _normal(tokens, hidden, device=device), *_make_norm(tokens, hidden, device)
+
+
+def _make_gated(tokens, hidden, device):
+    return (_normal(tokens, 2 * hidden, device=device),)
+
+
+def _make_rotary(tokens, hidden, device):
+    # Four query heads a KV head; positions within 8k, as in serving.
+    positions = torch.randint(8192, (tokens,), device=device)
+    angles = torch.rand(8192, HEAD_DIM // 2, device=device) * 6.3
+    cache = torch.cat([angles.cos(), angles.sin()], -1).to(BF16)
+    query = _normal(tokens, hidden, device=device)
+    key = _normal(tokens, max(hidden // 4, HEAD_DIM), device=device)
+    return positions, query, key, cache
+
+
+def _make_quant(tokens, hidden, device):
+    return _normal(tokens, hidden, device=device), torch.rand(1, device=device) + 0.01
+
+
+def _eager_add_norm(x, residual, weight):
+    z = x + residual
+    return F.rms_norm(z, weight.shape, weight, EPS), z
+
+
+def _eager_gated(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _eager_quant(x, scale):
+    return (x.float() * (1 / scale)).clamp(-448, 448).to(FP8)
+
+
+def _rotary(positions, query, key, cache):
+    return xla_ops.rotary_embedding(positions, query, key, HEAD_DIM, cache, True)
+
+
+def _rotary_reference(positions, query, key, cache):
+    reference = OPS["rotary_embedding_both"].reference
+    return reference(positions, query, key, HEAD_DIM, cache, True)
+
+
+ELEMENTWISE = {
+    "rms_norm": _Elementwise(
+        functools.partial(xla_ops.rms_norm, eps=EPS),
+        functools.partial(OPS["rms_norm"].reference, eps=EPS),
+        _make_norm,
+        4,
+        lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
+        lambda operands, out: (out, operands[1]),
+        "rms_norm",
+    ),
+    "fused_add_rms_norm": _Elementwise(
+        functools.partial(xla_ops.fused_add_rms_norm, eps=EPS),
+        functools.partial(OPS["fused_add_rms_norm_functional"].reference, eps=EPS),
+        _make_add_norm,
+        8,
+        _eager_add_norm,
+        lambda operands, out: (*out, operands[2]),
+        "fused_add_rms_norm",
+    ),
+    "silu_and_mul": _Elementwise(
+        xla_ops.silu_and_mul,
+        OPS["silu_and_mul"].reference,
+        _make_gated,
+        6,
+        _eager_gated,
+        library="silu_and_mul",
+    ),
+    "rotary_embedding": _Elementwise(
+        _rotary,
+        _rotary_reference,
+        _make_rotary,
+        5,
+        _rotary_reference,
+    ),
+    "static_scaled_fp8_quant": _Elementwise(
+        xla_ops.static_scaled_fp8_quant,
+        OPS["static_scaled_fp8_quant"].reference,
+        _make_quant,
+        3,
+        _eager_quant,
+        library="static_scaled_fp8_quant",
+    ),
+}
+
+LARGE = ((16384, 8192), (4096, 4096), (16384, 4096), (4096, 8192))
+SMALL = ((64, 4096), (1, 4096))
+ON_CPU = ((512, 1024), (1, 1024))
+# Inside XLA and by inductor, where each size is programs to compile.
+COMPILED = ((16384, 8192), (4096, 4096), (64, 4096), *ON_CPU)
+QUICK = ((4096, 4096), (64, 4096), (512, 1024))
+
+
+def elementwise(device: str) -> Iterator[Case]:
+    for shape in (*LARGE, *SMALL) if device == "cuda" else ON_CPU:
+        for op in ELEMENTWISE:
+            yield _elementwise_case(op, *shape)
+    if device == "cuda":  # the norm of each head of q and k
+        yield _elementwise_case("rms_norm", 131072, 128)
+
+
+def _elementwise_case(op: str, tokens: int, hidden: int) -> Case:
+    e = ELEMENTWISE[op]
+    shape = (tokens, hidden)
+    small = tokens <= 64
+    # Few tokens need a chain, or operands cost the host more than the op.
+    in_xla = shape in COMPILED and not (small and e.chain is None)
+    return Case(
+        op,
+        f"{tokens}x{hidden}",
+        "small" if small else "elementwise",
+        functools.partial(e.make, tokens, hidden),
+        e.ours,
+        e.reference,
+        int(e.moved * tokens * hidden),
+        peers={
+            "torch eager": e.eager,
+            **(peers.inductor(e.reference) if shape in COMPILED else {}),
+            **peers.libraries(e.library),
+        },
+        target=Target("us", 4, 2) if small else Target("of copy", 0.90, 0.97),
+        in_xla=in_xla,
+        xla_target=Target("speedup", 1.0, 1.1, "XLA"),
+        chain=e.chain if small else None,
+        quick=shape in QUICK,
+    )
+
+
+def _make_write(tokens, heads, blocks, device):
+    key, value = (_normal(tokens, heads, HEAD_DIM, device=device) for _ in "kv")
+    caches = (_normal(blocks, PAGE, heads, HEAD_DIM, device=device) for _ in "kv")
+    slots = torch.randperm(blocks * PAGE)[:tokens]
+    return key, value, *caches, slots.to(device)
+
+
+def _write(key, value, key_cache, value_cache, slots):
+    xla_ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slots)
+    return key_cache, value_cache
+
+
+def _write_by_index(key, value, key_cache, value_cache, slots):
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        cache.view(-1, *rows.shape[1:]).index_copy_(0, slots, rows)
+    return key_cache, value_cache
+
+
+def cache_writes(device: str) -> Iterator[Case]:
+    for tokens in (16384, 64, 256, 1) if device == "cuda" else (256, 1):
+        blocks = max(tokens // PAGE + 8, 64)
+        small = tokens <= 256
+        yield Case(
+            "reshape_and_cache_flash",
+            f"{tokens}x8x{HEAD_DIM}",
+            "cache",
+            functools.partial(_make_write, tokens, 8, blocks),
+            _write,
+            _write_by_index,
+            8 * tokens * 8 * HEAD_DIM,
+            peers={
+                "torch eager": _write_by_index,
+                **peers.libraries("reshape_and_cache_flash"),
+            },
+            target=Target("us", 4, 2) if small else Target("of copy", 0.75, 0.85),
+            in_place=True,
+            quick=tokens in (16384, 64, 256),
+        )
