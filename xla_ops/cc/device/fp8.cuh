@@ -33,8 +33,7 @@ __device__ __forceinline__ uint32_t HalvesFromFp8(uint32_t word) {
   if constexpr (kFormat == __NV_E5M2) return __byte_perm(word, 0, kUpper);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
   const uint32_t pair =
-      kLow == 0 && kHigh == 1 ? word
-                              : __byte_perm(word, 0, kHigh << 4 | kLow);
+      kLow == 0 && kHigh == 1 ? word : __byte_perm(word, 0, kHigh << 4 | kLow);
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;"
       : "=r"(halves)

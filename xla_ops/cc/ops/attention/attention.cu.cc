@@ -119,9 +119,9 @@ AttentionArgs MakeArgs(const AttentionParams& params) {
   args.max_kv_len = MaxKvLength(params);
   // A sequence's splits hold at least one piece of 64 tokens each at the
   // longest length; more would only add empty ones.
-  args.num_splits = static_cast<int>(std::min(
-      params.num_splits,
-      std::max<int64_t>(1, (int64_t{args.max_kv_len} + 63) / 64)));
+  args.num_splits = static_cast<int>(
+      std::min(params.num_splits,
+               std::max<int64_t>(1, (int64_t{args.max_kv_len} + 63) / 64)));
   args.window_left = Window(params.window_left);
   args.window_right = Window(params.window_right);
   args.scale = params.scale * kLog2E;
@@ -145,9 +145,8 @@ AttentionArgs MakeArgs(const AttentionParams& params) {
 }
 
 cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args) {
-  const int warps = std::min(kCombineMaxWarps,
-                             (args.num_splits + kCombineBatch - 1) /
-                                 kCombineBatch);
+  const int warps = std::min(
+      kCombineMaxWarps, (args.num_splits + kCombineBatch - 1) / kCombineBatch);
   AttentionCombineKernel<<<args.num_tokens * args.num_heads, 32 * warps, 0,
                            stream>>>(args);
   return cudaGetLastError();
@@ -191,8 +190,7 @@ cudaError_t LaunchAttention(cudaStream_t stream,
   if (CanLaunchAttentionSm90(params)) {
     return LaunchAttentionSm90(stream, params);
   }
-  const bool use_mma =
-      has_mma && args.aligned && params.dtype != DType::kF32;
+  const bool use_mma = has_mma && args.aligned && params.dtype != DType::kF32;
   if (params.kv_dtype != params.dtype) {
     error = LaunchAttentionFp8(stream, args, use_mma);
   } else if (params.dtype == DType::kF32) {

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
       for (int i = 0; i < kCombineBatch; ++i) {
         const int split = base + i * num_warps;
         const int64_t at = int64_t{min(split, args.num_splits - 1)} * num_rows;
-        const bool used = in_row && split < args.num_splits &&
-                          row_sum[at] != 0.0f;
+        const bool used =
+            in_row && split < args.num_splits && row_sum[at] != 0.0f;
         weight[i] = used ? Exp2(row_max[at] - FiniteMax(max)) : 0.0f;
         part[i] = {};
         if (used) {
@@ -175,8 +175,8 @@ __global__ void ReportAttentionKernel(
     const int block = args.block_table[seq * args.max_blocks + page];
     if (static_cast<uint32_t>(block) >= args.num_blocks) {
       printf("xla_ops: %s: %s[%d, %d] must be from 0 to %lld, got %d; masked\n",
-             op, blocks, seq, page,
-             static_cast<long long>(args.num_blocks) - 1, block);
+             op, blocks, seq, page, static_cast<long long>(args.num_blocks) - 1,
+             block);
     }
   }
 }

@@ -75,8 +75,8 @@ cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
                         int threads, int shared_bytes,
                         const AttentionArgs& args) {
   const int64_t group = args.group.value();
-  const int64_t tiles = args.num_tokens * group / tile_rows +
-                        args.max_num_seqs + 2;
+  const int64_t tiles =
+      args.num_tokens * group / tile_rows + args.max_num_seqs + 2;
   const int64_t num_kv_heads = args.num_heads / group;
   if (tiles > INT32_MAX || num_kv_heads > 65535) {
     return cudaErrorInvalidConfiguration;
@@ -111,8 +111,7 @@ cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args) {
 template <typename KV>
 cudaError_t LaunchSimt(cudaStream_t stream, const AttentionArgs& args) {
   return DispatchHeadDim(args.head_dim, [&](auto padded) {
-    return LaunchTiles(stream,
-                       AttentionSimtKernel<KV, decltype(padded)::value>,
+    return LaunchTiles(stream, AttentionSimtKernel<KV, decltype(padded)::value>,
                        SimtShape::kTileRows, SimtShape::kThreads, 0, args);
   });
 }

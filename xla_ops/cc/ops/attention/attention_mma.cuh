@@ -11,9 +11,9 @@
 //   kWarpsM = 1  16 query rows (decode); each warp takes a quarter of the 64
 //                or 128 tokens and keeps its own softmax, merged at the end.
 //                A warp then reads only what it loaded itself: no block
-//                barrier. A ring of three tiles (K, V, K, V, ...) keeps up to
-//                12 KB a warp on the way, which is what hides memory's
-//                latency where there are few blocks.
+//                barrier. A ring of two or three tiles (K, V, K, V, ...)
+//                keeps 8 to 16 KB a warp on the way, which is what hides
+//                memory's latency where there are few blocks.
 // Alignment: query, key, value and strides to 16 bytes, checked by the
 // launcher.
 //
@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
   constexpr int kLoadTokens = Shape::kLoadTokens;
   constexpr int kKvSize = kFp8 ? 1 : 2;
   constexpr bool kOwnTokens = kWarpsM == 1;  // a warp multiplies what it loads
+  constexpr bool kThreeSlots = Shape::kSlots == 3;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ TileSearch search;
   __shared__ TileRow rows[Shape::kTileRows];
@@ -199,9 +200,9 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
       VisibleTokens(args, tile.kv_len, tile.Position(args, 0),
                     tile.Position(args, tile.num_rows - 1));
   const int first_tile = visible.begin / kTileTokens;
-  const int end_tile =
-      visible.begin < visible.end ? (visible.end - 1) / kTileTokens + 1
-                                  : first_tile;
+  const int end_tile = visible.begin < visible.end
+                           ? (visible.end - 1) / kTileTokens + 1
+                           : first_tile;
   const TokenRange split =
       SplitRange(end_tile - first_tile, args.num_splits, blockIdx.z);
   if (args.num_splits > 1 && split.begin == split.end) {
@@ -261,19 +262,21 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
     }
   };
 
-  TokenPlace place = find(t);
-  TokenPlace second = {-1, 0};
-  if constexpr (kOwnTokens) second = find(t + 1);
+  const auto copy_next_keys = [&](TokenPlace& place) {
+    copy_keys(place);
+    place = find(copy_tile);  // a tile ahead of its use
+  };
+
+  // Started first, for the copies wait for the block ids.
+  const TokenPlace first = find(t);
+  TokenPlace place = find(t + 1);
   if constexpr (!kFp8) {
     CopyQuery<T, kHeadDim, Shape::kTileRows>(args, tile, kv_head, query_tile);
   }
-  copy_keys(place);
+  copy_keys(first);
   uint32_t own_valid = copy_valid;
-  if constexpr (kOwnTokens) {
-    copy_values();
-    copy_keys(second);
-  }
-  place = find(copy_tile);
+  if constexpr (kOwnTokens) copy_values();
+  if constexpr (kThreeSlots) copy_next_keys(place);
   if constexpr (kFp8) {
     StoreQuery<kHeadDim, Shape::kTileRows>(args, tile, kv_head, shared,
                                            row_scale);
@@ -283,8 +286,7 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
     const int row = min(i, tile.num_rows - 1);
     const int position = tile.Position(args, row);
     rows[i] = {VisibleTokens(args, tile.kv_len, position, position), position,
-               AlibiSlope(args, tile.seq,
-                          tile.Row(args, kv_head, row).head)};
+               AlibiSlope(args, tile.seq, tile.Row(args, kv_head, row).head)};
   }
   float scale[2] = {args.scale, args.scale};
   float value_scale = 1.0f;
@@ -316,7 +318,7 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
   uint32_t slot = 0;
   for (; t < t_end; ++t) {
     WaitForCopies<kPending>();
-    sync();  // K is here; with two slots, the V tile is free
+    sync();  // K is here; where warps share, the V tile is free
     if constexpr (!kOwnTokens) copy_values();
     float scores[kWarpTokens / 8][4] = {};
     if (active) {
@@ -334,8 +336,12 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
     }
     slot = NextSlot<Shape>(slot);
     if constexpr (kOwnTokens) {
-      __syncwarp();
-      copy_values();
+      __syncwarp();  // the K tile is free
+      if constexpr (kThreeSlots) {
+        copy_values();
+      } else {
+        copy_next_keys(place);
+      }
     }
     if (active) {
       const int token = t * kTileTokens + warp_token;
@@ -351,11 +357,8 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
       UpdateSoftmax(scores, acc);
     }
     WaitForCopies<kPending>();
-    sync();  // V is here; with two slots, the K tile is free
-    if constexpr (!kOwnTokens) {
-      copy_keys(place);
-      place = find(copy_tile);
-    }
+    sync();  // V is here; where warps share, the K tile is free
+    if constexpr (!kOwnTokens) copy_next_keys(place);
     if (active) {
       const uint32_t value_tile = ring + slot;
       if constexpr (!kFp8) {
@@ -371,10 +374,13 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
     }
     slot = NextSlot<Shape>(slot);
     if constexpr (kOwnTokens) {
-      __syncwarp();
+      __syncwarp();  // the V tile is free
       own_valid = copy_valid;
-      copy_keys(place);
-      place = find(copy_tile);
+      if constexpr (kThreeSlots) {
+        copy_next_keys(place);
+      } else {
+        copy_values();
+      }
     }
   }
 

@@ -45,7 +45,8 @@ struct MmaShape {
   static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
   static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
   static constexpr int kTileBytes = kTileTokens * kKvColumns * 2;
-  static constexpr int kSlots = kWarpsM == 1 ? 3 : 2;
+  // A block has 99 KB on the smaller GPUs of a generation (8.6, 8.9, 12.0).
+  static constexpr int kSlots = kWarpsM == 1 && kHeadDim <= 128 ? 3 : 2;
   // The warps' accumulators, merged through the same memory; rows are padded
   // by 32 bytes to spread them over the banks.
   static constexpr int kMergeStride = kHeadDim + 8;
@@ -54,15 +55,17 @@ struct MmaShape {
   static constexpr int kCopyBytes = kQueryBytes + kSlots * kTileBytes;
   static constexpr int kSharedBytes =
       kCopyBytes > kMergeBytes ? kCopyBytes : kMergeBytes;
+  static_assert(kSharedBytes <= 97 * 1024);
   // Query fragments stay in registers where they leave room for the
   // accumulator and matter to speed, else they are read for every tile;
   // decode waits for memory, and gains from more blocks.
   static constexpr bool kQueryInRegisters = kHeadDim <= 128 && kWarpsM > 1;
   // Blocks that a multiprocessor should hold, which bounds registers; the
   // numbers are the largest that do not spill inside the loop.
-  static constexpr int kMinBlocks =
-      kWarpsM > 1 ? (kHeadDim <= 64 ? 3 : kHeadDim <= 128 ? 2 : 1)
-                  : (kHeadDim <= 128 ? 4 : 2);
+  static constexpr int kMinBlocks = kWarpsM > 1 ? (kHeadDim <= 64    ? 3
+                                                   : kHeadDim <= 128 ? 2
+                                                                     : 1)
+                                                : (kHeadDim <= 128 ? 4 : 2);
 };
 
 // What a row of a tile needs beside its operands.
@@ -148,9 +151,10 @@ __device__ __forceinline__ void CopyQuery(const AttentionArgs& args,
     const int column = i % kChunks * kChunk;
     const bool valid = row < tile.num_rows && column < args.head_dim;
     const T* source =
-        valid ? query + tile.Row(args, kv_head, row).Index(args) *
-                            args.head_dim + column
-              : query;
+        valid
+            ? query + tile.Row(args, kv_head, row).Index(args) * args.head_dim +
+                  column
+            : query;
     CopyAsync(TileAddress<kHeadDim>(query_tile, row, i % kChunks), source,
               valid);
   }
@@ -171,10 +175,11 @@ __device__ __forceinline__ void StoreQuery(const AttentionArgs& args,
     const int chunk = i % kChunks;
     Vector<uint32_t, 4> pairs = {};
     if (row < tile.num_rows && chunk * kChunk < args.head_dim) {
-      pairs = LoadVector<4>(static_cast<const uint32_t*>(args.query) +
-                            (tile.Row(args, kv_head, row).Index(args) *
-                                 args.head_dim +
-                             chunk * kChunk) / 2);
+      pairs = LoadVector<4>(
+          static_cast<const uint32_t*>(args.query) +
+          (tile.Row(args, kv_head, row).Index(args) * args.head_dim +
+           chunk * kChunk) /
+              2);
     }
     float scale = 1.0f;
     if (args.dtype == DType::kBF16) {
@@ -212,8 +217,8 @@ __device__ __forceinline__ void StoreQuery(const AttentionArgs& args,
                               TileAddress<kHeadDim>(0, row, first) + half) =
         make_uint2(pairs[0], pairs[2]);
     *reinterpret_cast<uint2*>(query_tile +
-                              TileAddress<kHeadDim>(0, row, first + 1) +
-                              half) = make_uint2(pairs[1], pairs[3]);
+                              TileAddress<kHeadDim>(0, row, first + 1) + half) =
+        make_uint2(pairs[1], pairs[3]);
   }
 }
 

@@ -47,7 +47,7 @@ __device__ __forceinline__ void LoadKvPiece(const AttentionArgs& args,
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) bytes[i] = source[i];
     }
-    const auto& words = reinterpret_cast<const uint32_t(&)[kPiece / 4]>(bytes);
+    const auto& words = reinterpret_cast<const uint32_t (&)[kPiece / 4]>(bytes);
 #pragma unroll
     for (int i = 0; i < kPiece / 2; ++i) {
       const uint32_t word = words[i / 2] >> i % 2 * 16;
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
       float* partial = args.partial_out + partial_row * args.head_dim + column;
 #pragma unroll
       for (int j = 0; j < kPiece; j += 4) {
-        *reinterpret_cast<float4*>(partial + j) = make_float4(
-            acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]);
+        *reinterpret_cast<float4*>(partial + j) =
+            make_float4(acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]);
       }
     } else {
       StoreOut(args, out_row * args.head_dim + column, acc[i]);

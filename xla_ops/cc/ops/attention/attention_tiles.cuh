@@ -267,8 +267,8 @@ __device__ __forceinline__ TokenRange VisibleTokens(const AttentionArgs& args,
   TokenRange range = {0, kv_len};
   if (args.window_left >= 0) {
     const int64_t begin = int64_t{first} - args.window_left;
-    range.begin = static_cast<int>(
-        min(max(begin, int64_t{0}), int64_t{kv_len}));
+    range.begin =
+        static_cast<int>(min(max(begin, int64_t{0}), int64_t{kv_len}));
   }
   if (args.window_right >= 0) {
     const int64_t end = int64_t{last} + args.window_right + 1;
