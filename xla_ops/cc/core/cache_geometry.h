@@ -115,8 +115,8 @@ inline ffi::Error CheckCacheDType(const char* op, const char* argument,
   } else if (kv_cache_dtype == "fp8_e5m2") {
     *cache_dtype = DType::kF8E5M2;
   } else {
-    return MustError(op, "kv_cache_dtype",
-                     "be auto, fp8, fp8_e4m3 or fp8_e5m2", kv_cache_dtype);
+    return MustError(op, "kv_cache_dtype", "be auto, fp8, fp8_e4m3 or fp8_e5m2",
+                     kv_cache_dtype);
   }
   return CheckDType(op, argument, buffer, {*cache_dtype, DType::kU8});
 }
