@@ -784,6 +784,22 @@ def test_errors(path, legal, changes, message):
     assert "flash_attn_varlen: " + message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["k", "v", "cu_seqlens_q", "seqused_k", "block_table", "sinks"]
+)
+def test_tensors_must_share_a_device(name):
+    given = PAGED | {"sinks": torch.ones(4)}
+    device = torch_xla.device()
+    moved = {
+        k: t.to(device) if isinstance(t, torch.Tensor) and k != name else t
+        for k, t in given.items()
+    }
+    with pytest.raises(ValueError) as error:
+        xla_ops.flash_attn_varlen(**moved)
+    text = f"flash_attn_varlen: {name} must be on q's device {device}, got cpu"
+    assert str(error.value) == text
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "cu_seqlens_q"])
 def test_arguments_must_be_tensors(name):
     with pytest.raises(TypeError, match=rf"^flash_attn_varlen: {name} must be a tensor"):

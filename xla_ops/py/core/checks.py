@@ -8,7 +8,7 @@ fails where the user wrote it and not when the graph runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,13 +41,14 @@ class Checker:
                 f"{self.op}: {argument} must be a tensor, got {type(value).__name__}"
             )
 
-    def dtype(self, argument: str, t: torch.Tensor, allowed: Iterable[torch.dtype]):
-        allowed = tuple(allowed)
+    def dtype(self, argument: str, t: torch.Tensor, allowed: Sequence[torch.dtype]):
+        if t.dtype in allowed:
+            return  # every call of an op comes here: format nothing
         names = [dtype_name(d) for d in allowed]
         rule = "be " + (
             names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
         )
-        self.require(t.dtype in allowed, argument, rule, dtype_name(t.dtype))
+        self.require(False, argument, rule, dtype_name(t.dtype))
 
     def rank(self, argument: str, t: torch.Tensor, shape: str) -> None:
         """Checks the number of dimensions; `shape` names them: "[tokens, hidden]"."""
@@ -55,10 +56,9 @@ class Checker:
         self.require(t.dim() == rank, argument, f"have shape {shape}", list(t.shape))
 
     def shape(self, argument: str, t: torch.Tensor, shape: Sequence[int]) -> None:
-        shape = list(shape)
-        self.require(
-            list(t.shape) == shape, argument, f"have shape {shape}", list(t.shape)
-        )
+        got, shape = list(t.shape), list(shape)
+        if got != shape:
+            self.require(False, argument, f"have shape {shape}", got)
 
     def rows(self, argument: str, t: torch.Tensor) -> None:
         """Checks a float tensor of shape [..., hidden_size]."""
@@ -88,11 +88,8 @@ class Checker:
 
     def same_device(self, first: str, reference: torch.Tensor, **others) -> None:
         """Checks that every tensor of `others` lies on `reference`'s device."""
+        device = reference.device
         for argument, t in others.items():
-            if t is not None:
-                self.require(
-                    t.device == reference.device,
-                    argument,
-                    f"be on {first}'s device {reference.device}",
-                    t.device,
-                )
+            if t is not None and t.device != device:
+                rule = f"be on {first}'s device {device}"
+                self.require(False, argument, rule, t.device)

@@ -82,9 +82,8 @@ def declare(names: Names) -> Op:
     )
 
 
-def check_query(check: Checker, names: Names, query, key, value) -> None:
-    """Checks what must hold before the keys' place in their buffer is looked for."""
-    check.dtype(names.query, query, FLOAT_DTYPES)
+def check_head_dim(check: Checker, names: Names, query, key) -> None:
+    """Checks what the functional op, which gets buffers, cannot."""
     check.rank(names.query, query, "[num_tokens, num_heads, head_dim]")
     check.require(
         key.shape[-1] == query.shape[2],
@@ -92,7 +91,6 @@ def check_query(check: Checker, names: Names, query, key, value) -> None:
         f"have head_dim {query.shape[2]}",
         key.shape[-1],
     )
-    check.same_device(names.query, query, **{names.key: key, names.value: value})
 
 
 def arguments(
@@ -247,8 +245,9 @@ def _lower(
         "k_scale": k_scale,
         "v_scale": v_scale,
     }
-    check.same_device(names.query, query, **{names.key: key, names.value: value})
-    check.same_device(names.query, query, **floats)
+    check.same_device(
+        names.query, query, **{names.key: key, names.value: value}, **floats
+    )
     # Of each split, for each row and head: an accumulator, its maximum and its sum.
     partials = num_splits * num_tokens * num_heads * (head_dim + 2) * 4
     return CustomCall(
@@ -299,7 +298,7 @@ def _check_batch(names: Names, check: Checker, query, batch: Batch) -> int:
     for name, t in by_name.items():
         if t is not None:
             check.dtype(name, t, [torch.int32])
-            check.same_device(names.query, query, **{name: t})
+    check.same_device(names.query, query, **by_name)
     if paged:
         for name in ("cu_seqlens_k", "leftpad_k"):
             _check_absent(check, name, by_name[name], f"with {names.block_table}")

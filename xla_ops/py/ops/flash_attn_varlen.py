@@ -157,7 +157,7 @@ def _arguments(
         _check.dtype("v", v, [k.dtype])
     else:
         paged_cache.check_caches(_check, k, v, names)
-    attention.check_query(_check, _NAMES, q, k, v)
+    attention.check_head_dim(_check, _NAMES, q, k)
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         _check.require(bound >= 0, name, "be at least 0", bound)
     if block_table is None:

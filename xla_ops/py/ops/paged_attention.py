@@ -149,7 +149,7 @@ def _attend(
     **features,
 ):
     paged_cache.check_caches(_check, key_cache, value_cache)
-    attention.check_query(_check, _NAMES, query, key_cache, value_cache)
+    attention.check_head_dim(_check, _NAMES, query, key_cache)
     window = sliding_window or 0
     _check.require(window >= 0, "sliding_window", "be at least 0", window)
     cache = paged_cache.locate_to_read(_check, key_cache, value_cache)
