@@ -151,6 +151,7 @@ class Run {
     }
     c.add_attrs(&frame_);
     frame_.SetStream(stream_);
+    WaitForWrites();
   }
 
   CallStatus Initialize() {
@@ -165,6 +166,7 @@ class Run {
       args_[i].Write(case_.args[i].data());
     }
     for (DeviceBuffer& result : results_) result.Poison();
+    WaitForWrites();
   }
 
   std::vector<Bytes> Results() {
@@ -177,6 +179,10 @@ class Run {
   }
 
  private:
+  // Memory is written on the default stream, which the other one does not wait
+  // for, and may still be when the call returns.
+  static void WaitForWrites() { CHECK_CUDA(cudaDeviceSynchronize()); }
+
   const DeviceBuffer& BufferOf(size_t result) const {
     const int alias = case_.results[result].alias;
     return alias < 0 ? results_[result] : args_[alias];
@@ -268,9 +274,10 @@ class Cases {
   }
   static TestTensor Absent(DType dtype) { return TestTensor(dtype, {0}); }
 
-  void Add(const std::string& target, const std::string& detail,
-           std::vector<TestTensor> args, std::vector<Result> results,
-           std::function<void(CallFrame*)> add_attrs = [](CallFrame*) {}) {
+  void Add(
+      const std::string& target, const std::string& detail,
+      std::vector<TestTensor> args, std::vector<Result> results,
+      std::function<void(CallFrame*)> add_attrs = [](CallFrame*) {}) {
     cases_.push_back({target + " " + detail, "xla_ops." + target,
                       std::move(args), std::move(results),
                       std::move(add_attrs)});
@@ -585,19 +592,14 @@ class Cases {
                                " " + batch.name + ", " + v.name;
     const TestTensor scale = Scalar(0.1);
     Add(paged ? "paged_attention" : "flash_attn_varlen", detail,
-        {Random(dtype, query),
-         Random(kv_dtype, cache),
-         Random(kv_dtype, cache),
-         cu_seqlens_q,
-         paged ? Absent(kS32) : cu_seqlens_k,
-         paged ? seqused_k : Absent(kS32),
-         paged ? block_table : Absent(kS32),
+        {Random(dtype, query), Random(kv_dtype, cache), Random(kv_dtype, cache),
+         cu_seqlens_q, paged ? Absent(kS32) : cu_seqlens_k,
+         paged ? seqused_k : Absent(kS32), paged ? block_table : Absent(kS32),
          !paged && v.extras ? leftpad_k : Absent(kS32),
          TestTensor(kS32, {1}, {static_cast<double>(num_seqs)}),
          v.extras ? Random(kF32, {kHeads}, 0.1) : Absent(kF32),
          v.extras ? Random(kF32, {kHeads}) : Absent(kF32),
-         fp8 ? scale : Absent(kF32),
-         fp8 ? scale : Absent(kF32)},
+         fp8 ? scale : Absent(kF32), fp8 ? scale : Absent(kF32)},
         {{dtype, query},
          {kF32, {kHeads, num_tokens}},
          {kU8, {workspace}, -1, /*scratch=*/true}},
@@ -650,11 +652,9 @@ std::map<std::string, XlaOpsHandlerBundle> Load(
   for (const std::filesystem::path& path : libraries) {
     void* library =
         dlopen(std::filesystem::absolute(path).c_str(), RTLD_NOW | RTLD_LOCAL);
-    auto* table =
-        library == nullptr
-            ? nullptr
-            : reinterpret_cast<XlaOpsHandlersFn*>(
-                  dlsym(library, "xla_ops_handlers"));
+    auto* table = library == nullptr ? nullptr
+                                     : reinterpret_cast<XlaOpsHandlersFn*>(
+                                           dlsym(library, "xla_ops_handlers"));
     if (table == nullptr) {
       std::printf("FAIL %s: %s\n", path.c_str(), dlerror());
       std::exit(1);
