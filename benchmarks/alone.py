@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 # The operands of one measurement: enough that nothing is still in the L2 cache, and
 # enough calls that a replay is long against the clock's ticks.
-OPERAND_BYTES = 1 << 30
+OPERAND_BYTES = 2 << 30
 MAX_CALLS = {"cuda": 200, "cpu": 8}
 # Largest error of bf16 results that is rounding, as a part of the result's norm.
 TOLERANCE = 1e-2

@@ -210,7 +210,7 @@ def capture_row(bench: Bench) -> dict:
     expected = OPS_A_LAYER * bench.num_layers
     return {
         "value": launches["outside"] + max(0, expected - launches["inside"]),
-        "unit": f"of {expected}",
+        "unit": f"of {expected}, {launches['launches']} launches",
         **launches,
         "target": target(0, 0),
     }
