@@ -13,13 +13,17 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Path:
-    """One way to reach an op's handler: "cpu", "cuda", "lazy" or "compiled"."""
+    """One way to reach an op's handler.
+
+    "cpu" and "cuda" tensors; "lazy" XLA tensors; "compiled", by torch_xla's backend
+    openxla; "dispatched", by the backend of this package.
+    """
 
     name: str
 
     @property
     def is_xla(self) -> bool:
-        return self.name in ("lazy", "compiled")
+        return self.name in ("lazy", "compiled", "dispatched")
 
     @property
     def device(self):
@@ -31,10 +35,9 @@ class Path:
         self.wait()
         return moved
 
-    def function(self, f):
-        if self.name != "compiled":
-            return f
-        return torch.compile(f, backend="openxla", fullgraph=True)
+    def function(self, f, fullgraph=True):
+        backend = {"compiled": "openxla", "dispatched": "xla_ops"}.get(self.name)
+        return torch.compile(f, backend=backend, fullgraph=fullgraph) if backend else f
 
     def wait(self) -> None:
         if self.is_xla:

@@ -33,7 +33,7 @@ def _free_caches():
     gc.collect()
 
 
-XLA_PATHS = pytest.mark.parametrize("name", ["lazy", "compiled"])
+XLA_PATHS = pytest.mark.parametrize("name", ["lazy", "compiled", "dispatched"])
 
 
 def zeros(*shape):
@@ -271,8 +271,7 @@ def test_graph_breaks(name):
 
     kv = zeros(2, 4, *BLOCK)
     key, slots = Path("lazy").put((torch.ones(1, HEADS, DIM), torch.tensor([16])))
-    if name == "compiled":
-        f = torch.compile(f, backend="openxla")
+    f = Path(name).function(f, fullgraph=False)
     address = addresses([kv])
     for _ in range(3):
         out = f(kv, key, slots)
@@ -341,9 +340,10 @@ def test_fresh_caches_do_not_recompile(name):
     assert met.counter_value("UncachedCompile") == compiled
 
 
-def test_lazy_and_compiled_steps_mixed():
+@pytest.mark.parametrize("name", ["compiled", "dispatched"])
+def test_lazy_and_compiled_steps_mixed(name):
     kv = zeros(2, BLOCKS, *BLOCK)  # so large that no freed buffer is taken again
-    compiled = Path("compiled").function(write)
+    compiled = Path(name).function(write)
     key, slots = Path("lazy").put((torch.ones(1, HEADS, DIM), torch.tensor([16])))
     address = addresses([kv])
     for i in range(1, 4):

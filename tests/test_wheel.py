@@ -156,7 +156,7 @@ def test_cuda_libraries_say_which_architectures_they_hold():
             assert _runtime.cuda_archs(str(path)) == expected
 
 
-def test_metadata_pins_the_frameworks_and_names_the_plugins():
+def test_metadata_pins_the_frameworks_and_names_the_entry_points():
     # Of the installed form, that is, of the wheel for this interpreter.
     distribution = metadata.distribution("xla_ops")
     required = distribution.requires
@@ -166,13 +166,12 @@ def test_metadata_pins_the_frameworks_and_names_the_plugins():
             r.startswith(plugin) and f'extra == "{extra}"' in r for r in required
         )
     points = {
-        point.name: point.value
-        for point in distribution.entry_points
-        if point.group == "torch_xla.plugins"
+        (point.group, point.name): point.value for point in distribution.entry_points
     }
     assert points == {
-        "CUDA": "xla_ops.plugin:GpuPlugin",
-        "GPU": "xla_ops.plugin:GpuPlugin",
+        ("torch_dynamo_backends", "xla_ops"): "xla_ops.dynamo:backend",
+        ("torch_xla.plugins", "CUDA"): "xla_ops.plugin:GpuPlugin",
+        ("torch_xla.plugins", "GPU"): "xla_ops.plugin:GpuPlugin",
     }
 
 

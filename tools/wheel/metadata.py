@@ -12,8 +12,12 @@ EXTRAS = {
 }
 
 # torch_xla registers the plugin under these names when it is imported, so
-# PJRT_DEVICE=GPU and PJRT_DEVICE=CUDA both work.
+# PJRT_DEVICE=GPU and PJRT_DEVICE=CUDA both work. torch.compile looks a backend up
+# by its name here.
 ENTRY_POINTS = """\
+[torch_dynamo_backends]
+xla_ops = xla_ops.dynamo:backend
+
 [torch_xla.plugins]
 CUDA = xla_ops.plugin:GpuPlugin
 GPU = xla_ops.plugin:GpuPlugin

@@ -101,6 +101,17 @@ def assign(t: torch.Tensor, value: torch.Tensor) -> None:
         torch.ops.aten._propagate_xla_data(old, torch._from_functional_tensor(wrapper))
 
 
+def adopt(t: torch.Tensor, computed: torch.Tensor) -> None:
+    """Gives the XLA tensor `t` the buffer of `computed`, which nobody else may use.
+
+    What t.copy_(computed) means, without a node in the lazy graph. Views of `t` and the
+    tensor it is a view of see the new value.
+    """
+    torch._functionalize_replace(t, torch._from_functional_tensor(computed))
+    torch._functionalize_commit_update(t)
+    torch._functionalize_sync(t)
+
+
 def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
     """Raises ValueError where two updated graph inputs are views of one tensor.
 

@@ -1,0 +1,171 @@
+"""The Dynamo backend "xla_ops": openxla's programs, called with less work on the host.
+
+    step = torch.compile(decode, backend="xla_ops")
+
+It takes what torch_xla's backend "openxla" extracts from a graph, the same program and
+the same donations, and replaces what runs around it on every call:
+
+- A tensor that the graph updated, such as a KV cache, takes its new buffer by a
+  replacement of its value. Otherwise AOTAutograd does it by `Tensor.copy_`, which adds
+  a node to the lazy graph and costs several times as much; a decoder has two caches a
+  layer.
+- Where the arguments go is worked out once, not looked up argument by argument.
+- No argument is asked whether work is pending on it: the program refuses one that is,
+  before it runs, and only then is it synchronised, as openxla does.
+
+Symbolic sizes and SPMD meshes are left to openxla's own way of calling. Measurements:
+docs/in_place.md.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from operator import itemgetter
+from unittest import mock
+
+import torch
+import torch_xla
+import torch_xla.runtime as xr
+from torch._dynamo.backends.common import aot_autograd
+from torch_xla._dynamo import dynamo_bridge
+
+from .core import in_place
+
+# What torch_xla's _run_cached_graph says of an argument that is not computed yet.
+_PENDING = "can not be a pending ir"
+# Extraction calls extract_internal by its global name.
+_extracting = threading.Lock()
+_extract_internal = dynamo_bridge.extract_internal
+
+
+def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
+    """Extracts the program at the first call, which has the real tensors."""
+    updated = _return_updates(module.graph)
+    module.recompile()
+    program = None
+    updates: list[tuple[int, int, Callable]] = []
+
+    def forward(args: list):
+        nonlocal module, program
+        if program is None:
+            with (
+                _extracting,
+                mock.patch.object(dynamo_bridge, "extract_internal", _extract),
+            ):
+                program = dynamo_bridge.extract_compiled_graph(module, tuple(args))
+            module = None
+        results = program(*args)
+        if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
+            results = (results,)
+        if updated and not updates:
+            updates.extend(
+                (i, argument, _update(args, argument, results, i))
+                for i, argument in enumerate(updated)
+            )
+        for i, argument, update in updates:
+            update(args[argument], results[i])
+        return results[len(updated) :]
+
+    forward._boxed_call = True  # AOTAutograd: takes one list
+    return forward
+
+
+def _return_updates(graph: torch.fx.Graph) -> list[int]:
+    """Turns the updates of inputs, which end the graph, into its first results.
+
+    The bridge's partitioner knows nothing of mutation: it would move an update before
+    a read of the old value.
+
+    Returns:
+        The inputs' indices.
+    """
+    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    output = graph.output_node()
+    updated, values = [], []
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.aten.copy_.default
+    ):
+        target, value, *_ = node.args
+        if target in inputs:
+            updated.append(inputs[target])
+            values.append(value)
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+    output.args = ((*values, *output.args[0]),)
+    return updated
+
+
+def _update(args: list, argument: int, results, i: int) -> Callable:
+    """Chooses how an argument takes its new value; it is the same for every call."""
+    tensor, value = args[argument], results[i]
+    is_shared = sum(r is value for r in results) > 1 or any(a is value for a in args)
+    are_xla = tensor.device.type == value.device.type == "xla"
+    return torch.Tensor.copy_ if is_shared or not are_xla else in_place.adopt
+
+
+def _extract(module: torch.fx.GraphModule) -> Callable:
+    """Does what dynamo_bridge.extract_internal does, and returns a faster call."""
+    if xr.is_spmd() or not all(isinstance(a, torch.Tensor) for a in module.xla_args):
+        return _extract_internal(module)
+    (
+        _sharding,
+        _results,
+        program,
+        updates,  # of tensors that belong to the module: argument -> result
+        nones,
+        matcher,
+        returns,
+        updated,
+    ) = dynamo_bridge.extract_graph_helper(module, {})
+    inputs = _input_getter(matcher)
+
+    def run(*args):
+        try:
+            results = torch_xla._XLAC._run_cached_graph(program, inputs(args))
+        except RuntimeError as error:
+            if _PENDING not in str(error):
+                raise
+            _finish(args)
+            results = torch_xla._XLAC._run_cached_graph(program, inputs(args))
+        results = returns.addDumbReturn(args, results)
+        for argument, result in updates.items():
+            args[argument].copy_(results[result])
+        outputs = nones.add_nones(results[len(updated) :])
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
+
+
+def _input_getter(matcher: dynamo_bridge.GraphInputMatcher) -> Callable:
+    """Returns args -> the program's inputs, in its order."""
+    if matcher.seed_info_id in matcher.graph_input_tensor_ids:
+        return matcher  # random numbers: a new seed for each call
+    constants = [t for t in matcher.graph_input_xla_values if t is not None]
+    where, num_constants = [], 0
+    for argument in matcher.arg_idxs:
+        if argument is None:
+            where.append(num_constants)
+            num_constants += 1
+        else:
+            where.append(len(constants) + argument)
+    if len(where) < 2:  # itemgetter would give a tensor, or refuse
+        return matcher
+    pick = itemgetter(*where)
+    return lambda args: pick((*constants, *args))
+
+
+def _finish(args: tuple) -> None:
+    """Computes the arguments that are pending."""
+    pending = torch_xla._XLAC._check_tensor_need_materialization(list(args))
+    torch_xla._XLAC._xla_sync_multi(
+        [t for t, is_pending in zip(args, pending, strict=True) if is_pending],
+        devices=[],
+        wait=True,
+        sync_xla_data=True,
+    )
+
+
+# The entry point of the group torch_dynamo_backends. With the updates of its inputs in
+# the graph, `_compile` makes them; AOTAutograd would make them by copy_.
+backend = aot_autograd(fw_compiler=_compile, keep_inference_input_mutations=True)
