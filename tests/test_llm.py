@@ -103,7 +103,8 @@ def make_engine(folder: Path, **options) -> Engine:
     device = torch_xla.device()
     if xr.device_type() != "CPU":  # where fp32 products are TF32 otherwise
         set_mat_mul_precision("highest")
-    decoder = weights.load(folder, config, MAX_LEN, torch.float32, device)
+    ops = options.pop("ops", "all")
+    decoder = weights.load(folder, config, MAX_LEN, torch.float32, device, ops)
     defaults = dict(max_len=MAX_LEN, max_seqs=3, max_prefill_tokens=32)
     engine = Engine(decoder, **defaults | options)
     engine.warm_up()
@@ -133,6 +134,18 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
     assert make_engine(folder).generate(PROMPTS, NEW_TOKENS) == reference(
         folder, PROMPTS
     )
+
+
+@pytest.mark.parametrize(
+    ("ops", "backend"),
+    [("attention", "openxla"), ("attention", "xla_ops"), ("all", "xla_ops")],
+)
+def test_other_ops_and_backends_write_the_same(ops, backend, tmp_path):
+    """The tests above run all ops, by openxla."""
+    folder = make_checkpoint(CASES["qwen3_untied_bias"], tmp_path)
+    engine = make_engine(folder, ops=ops, backend=backend)
+    assert engine.generate(PROMPTS, NEW_TOKENS) == reference(folder, PROMPTS)
+    assert engine.stats.cache_bytes_moved == 0
 
 
 def test_shipped_checkpoint():
@@ -191,10 +204,10 @@ def test_nothing_compiles_and_nothing_is_copied_after_warm_up(
     assert len(engine.stats.decode_s) > NEW_TOKENS
     programs = step_programs(hlo_dump, engine.cache.shape, "float32")
     assert len(programs) >= len(engine.shapes)
-    # 2 layers with q and k norms: 4 each, and the last one; write and attend.
+    # 2 layers: 4 norms each (q and k too), rotary, two writes, attend, gate; the last norm.
     for program in programs:
         assert program.cache_copies == 0, program
-        assert program.custom_calls >= 2 * (4 + 2) + 1, program
+        assert program.custom_calls == 2 * (4 + 5) + 1, program
     assert engine.generate(PROMPTS, NEW_TOKENS) == expected  # state is clean again
     assert engine.cache.allocator.num_free == engine.cache.allocator.num_blocks
 

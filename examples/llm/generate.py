@@ -25,6 +25,8 @@ PROMPTS = [
     "Otto the owl and Fern the fox were best friends.",
 ]
 DTYPES = ("float32", "bfloat16", "float16")
+OPS = ("all", "attention")
+BACKENDS = ("openxla", "xla_ops")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -41,6 +43,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=64, metavar="N")
     add("--device", choices=("cpu", "gpu"), default="cpu")
     add("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on gpu")
+    add(
+        "--ops",
+        choices=OPS,
+        default="all",
+        help="custom calls wherever there is one (default), or for the norms and "
+        "the attention alone",
+    )
+    add("--backend", choices=BACKENDS, default="openxla", help="of torch.compile")
     add("--temperature", type=float, default=0.0, help="0: greedy (default)")
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
@@ -107,13 +117,16 @@ def run(args: argparse.Namespace, dump: Path) -> None:
     except RuntimeError as error:  # no plugin, no driver, ...: it says what to do
         raise SystemExit(f"error: {error}") from error
     print(f"loading {args.model.name} ({config.architecture}, {dtype}) on {device}")
-    decoder = weights.load(args.model, config, max_len, getattr(torch, dtype), device)
+    decoder = weights.load(
+        args.model, config, max_len, getattr(torch, dtype), device, args.ops
+    )
     engine = Engine(
         decoder,
         max_len=max_len,
         max_seqs=min(args.max_batch, len(prompts)),
         max_prefill_tokens=args.max_prefill_tokens or min(256, round_up(prompted)),
         num_blocks=args.num_blocks,
+        backend=args.backend,
     )
     for prompt in prompts:
         engine.check(prompt, args.max_new_tokens)

@@ -5,7 +5,8 @@ SPDX-License-Identifier: Apache-2.0
 All tokens of a step lie in one flat row, whatever sequence they belong to:
 shape [num_tokens], not [batch, length]. `StepInputs` says which token belongs
 where, so prefill, decode and a mix of both are the same function and differ in
-shape alone. Module names are those of the checkpoints, so loading is a lookup.
+shape alone. Module names are those of the checkpoints, so loading is a lookup;
+gate_up_proj alone holds two of theirs (`PACKED`).
 """
 
 import math
@@ -17,8 +18,12 @@ from torch import nn
 
 import xla_ops
 from config import ModelConfig, RopeConfig
+from layer_ops import LAYER_OPS, LayerOps
 
 Cache = tuple[torch.Tensor, torch.Tensor]
+
+# Modules that hold several of a checkpoint's, one below the other.
+PACKED = {"gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class StepInputs(NamedTuple):
@@ -26,7 +31,7 @@ class StepInputs(NamedTuple):
 
     Attributes:
       token_ids: int32 [num_tokens].
-      positions: int32 [num_tokens], the place of each token in its sequence.
+      positions: int64 [num_tokens], the place of each token in its sequence.
       slot_mapping: int64 [num_tokens], where its key and value go in the cache:
         block * page_size + offset; -1 goes nowhere.
       block_tables: int32 [max_seqs, max_blocks], the blocks of each sequence.
@@ -78,15 +83,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     return freq
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the halves of each head; x [T, heads, D], cos and sin [T, 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, ops: LayerOps):
         super().__init__()
+        self.ops = ops
         self.head_dim = config.head_dim
         self.sliding_window = config.sliding_windows[layer]
         q_size = config.num_heads * config.head_dim
@@ -101,11 +101,12 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, cos, sin, cache: Cache, step: StepInputs) -> torch.Tensor:
+    def forward(self, x, cos_sin_cache, cache: Cache, step: StepInputs) -> torch.Tensor:
         num_tokens = x.shape[0]
         heads = (num_tokens, -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
-        key = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)
+        query = self.q_norm(self.q_proj(x).view(heads))
+        key = self.k_norm(self.k_proj(x).view(heads))
+        query, key = self.ops.rotate(step.positions, query, key, cos_sin_cache)
         value = self.v_proj(x).view(heads)
         # Writes this step's keys and values into the cache, in place, before
         # they are read: a token sees itself.
@@ -127,28 +128,24 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: LayerOps):
         super().__init__()
-        sizes = (config.hidden_size, config.intermediate_size)
-        self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(*reversed(sizes), bias=config.mlp_bias)
+        self.ops = ops
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, ops: LayerOps):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cos, sin, cache: Cache, step: StepInputs) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, step)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        self.mlp = MLP(config, ops)
 
 
 class Decoder(nn.Module):
@@ -157,24 +154,27 @@ class Decoder(nn.Module):
     Args:
       config: what config.json says.
       max_len: positions to make rotary tables for.
+      ops: "all" (custom calls wherever there is one) or "attention", see
+        layer_ops.py.
     """
 
-    def __init__(self, config: ModelConfig, max_len: int):
+    def __init__(self, config: ModelConfig, max_len: int, ops: str = "all"):
         super().__init__()
         self.config = config
+        self.ops = LAYER_OPS[ops]
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(
-            Layer(config, i) for i in range(config.num_layers)
+            Layer(config, i, self.ops) for i in range(config.num_layers)
         )
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         positions = torch.arange(max_len, device="cpu").float()
         angles = torch.outer(positions, rope_frequencies(config.rope, config.head_dim))
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [max_len, 1, D]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        # Row p: the cosines of position p, then its sines, [max_len, head_dim].
+        table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        self.register_buffer("cos_sin_cache", table, persistent=False)
 
     def forward(self, step: StepInputs, caches: list[Cache]) -> torch.Tensor:
         """Runs one step and updates the caches in place.
@@ -189,11 +189,21 @@ class Decoder(nn.Module):
           rows from num_seqs on mean nothing.
         """
         x = self.model.embed_tokens(step.token_ids)
-        cos = self.cos[step.positions].to(x.dtype)
-        sin = self.sin[step.positions].to(x.dtype)
+        # What a layer adds is added by the norm that comes next: `x` is the output of
+        # the last block, `residual` the sum of those before it.
+        residual = None
         for layer, cache in zip(self.model.layers, caches, strict=True):
-            x = layer(x, cos, sin, cache, step)
-        x = self.model.norm(x[step.last_token])
+            x, residual = self._norm(layer.input_layernorm, x, residual)
+            x = layer.self_attn(x, self.cos_sin_cache, cache, step)
+            x, residual = self._norm(layer.post_attention_layernorm, x, residual)
+            x = layer.mlp(x)
+        last = step.last_token
+        x, _ = self._norm(self.model.norm, x[last], residual[last])
         embedding = self.model.embed_tokens.weight
         head = embedding if self.config.tie_word_embeddings else self.lm_head.weight
         return F.linear(x, head).float()
+
+    def _norm(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None):
+        if residual is None:
+            return norm(x), x
+        return self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from config import ModelConfig
-from model import Decoder
+from model import PACKED, Decoder
 
 # Stored by old checkpoints, but computed from the config.
 DERIVED = "rotary_emb.inv_freq"
@@ -56,6 +56,7 @@ def load(
     max_len: int,
     dtype: torch.dtype,
     device: torch.device,
+    ops: str = "all",
 ) -> Decoder:
     """Builds the decoder and fills it.
 
@@ -65,14 +66,15 @@ def load(
       max_len: longest sequence to be able to run.
       dtype: to compute in; stored weights are converted.
       device: to put the weights on.
+      ops: the Decoder's.
 
     Raises:
       FileNotFoundError: there are no weights, or a file of the index is gone.
       ValueError: a weight is missing, unknown, or of another shape.
     """
     with torch.device("meta"):  # no memory until a weight arrives
-        decoder = Decoder(config, max_len)
-    wanted = decoder.state_dict()
+        decoder = Decoder(config, max_len, ops)
+    wanted = _unpacked(decoder.state_dict())
     weights = {}
     for name, tensor in stored_tensors(Path(folder)):
         tied = name == "lm_head.weight" and config.tie_word_embeddings
@@ -92,5 +94,33 @@ def load(
             f"model: weights must be complete, got {folder} without "
             f"{len(missing)} of {len(wanted)}, {missing[0]} first"
         )
-    decoder.load_state_dict(weights, assign=True)
+    decoder.load_state_dict(_packed(weights), assign=True)
+    decoder.cos_sin_cache = decoder.cos_sin_cache.to(dtype)
     return decoder.requires_grad_(False).eval().to(device)
+
+
+def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names tensors as checkpoints do, and takes packed ones apart."""
+    found = {}
+    for name, tensor in tensors.items():
+        *path, module, kind = name.split(".")
+        parts = PACKED.get(module, (module,))
+        for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
+            found[".".join((*path, part, kind))] = rows
+    return found
+
+
+def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The opposite of `_unpacked`."""
+    whole = {parts[0]: (name, parts) for name, parts in PACKED.items()}
+    rest = {part for parts in PACKED.values() for part in parts[1:]}
+    found = {}
+    for name, tensor in tensors.items():
+        *path, module, kind = name.split(".")
+        if module in whole:
+            module, parts = whole[module]
+            tensor = torch.cat([tensors[".".join((*path, p, kind))] for p in parts])
+        elif module in rest:
+            continue
+        found[".".join((*path, module, kind))] = tensor
+    return found
