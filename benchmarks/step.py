@@ -1,289 +1,169 @@
-"""Measures a compiled decode step of 32 layers: what it costs the host, what it copies.
+#!/usr/bin/env python3
+"""Times what the host does for one decode step of a deep model.
 
-A worker process of run.py. The step is a decoder's with narrow weights, so that the host
-counts, and wide KV caches (8 GiB in 64 tensors on a GPU), so that a copy of one would
-show: norm, rotary, cache write, attention, norm and gated activation by our ops, and
-the products between them by XLA.
+    step.py [--layers 32] [--steps 1000] [--out results.json]
+
+The model is examples/llm's decoder with a hidden size so small that the device has next
+to nothing to do: 32 layers, 64 cache tensors, 259 weights and tables. `host_ms` is the
+time until the step's call returns, when the device may begin; `step_ms` until it has
+finished. Both are 20th percentiles, with the medians beside them: other programs on the
+machine only ever add to them. A step must trace nothing, compile nothing and move no
+cache; the counts say so.
 """
 
-from __future__ import annotations
-
-import os
+import argparse
+import json
 import pathlib
-import re
 import statistics
-import tempfile
+import sys
 import time
 
-# Before XLA starts: what it made of the step is read from its dump.
-DUMP = pathlib.Path(tempfile.mkdtemp(prefix="xla_ops_step_"))
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + f" --xla_dump_to={DUMP} --xla_dump_hlo_as_text"
-    + " --xla_dump_hlo_module_re=.*"
-)
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
+import xla_ops
 
-import alone  # noqa: E402
-import torch  # noqa: E402
-import torch_xla  # noqa: E402
-import torch_xla.core.xla_model as xm  # noqa: E402
-import torch_xla.debug.metrics as met  # noqa: E402
-import torch_xla.runtime as xr  # noqa: E402
-import worker  # noqa: E402
-import xla_ops  # noqa: E402
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples" / "llm"))
 
-BF16, I32 = torch.bfloat16, torch.int32
-SEQS, HIDDEN, HEADS, HEAD_DIM, PAGE, EPS = 64, 256, 8, 128, 16, 1e-6
-CONTEXT_PAGES = 4
-OPS_A_LAYER = 7  # K and V are two tensors, so written by two calls
+from config import ModelConfig  # noqa: E402
+from engine import compilations  # noqa: E402
+from kv_cache import PAGE_SIZE, PagedKVCache  # noqa: E402
+from model import Decoder, StepInputs  # noqa: E402
+
+SEQS, HEAD_DIM, VOCAB = 4, 64, 64
+# What a step is run by; None is lazy, with a sync after the step.
+BACKENDS = {"lazy": None, "openxla": "openxla", "xla_ops": "xla_ops"}
 
 
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        size = HEADS * HEAD_DIM
-
-        def weight(*shape):
-            return torch.nn.Parameter(0.02 * torch.randn(*shape, dtype=BF16))
-
-        self.norm, self.norm2 = weight(HIDDEN), weight(HIDDEN)
-        self.qkv, self.out = weight(HIDDEN, 3 * size), weight(size, HIDDEN)
-        self.gate_up, self.down = weight(HIDDEN, 2 * HIDDEN), weight(HIDDEN, HIDDEN)
-
-    def forward(self, x, residual, caches, rope, batch):
-        slots, lens, tables, starts, count, positions = batch
-        x, residual = xla_ops.fused_add_rms_norm(x, residual, self.norm, EPS)
-        q, k, v = (x @ self.qkv).chunk(3, -1)
-        q, k = xla_ops.rotary_embedding(positions, q, k, HEAD_DIM, rope, True)
-        q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)) for t in (q, k, v))
-        xla_ops.reshape_and_cache_flash(k, v, *caches, slots)
-        x = xla_ops.paged_attention(
-            q, caches, lens, tables, starts, count, HEAD_DIM**-0.5
-        )
-        x = x.flatten(1) @ self.out
-        x, residual = xla_ops.fused_add_rms_norm(x, residual, self.norm2, EPS)
-        x = xla_ops.silu_and_mul(x @ self.gate_up) @ self.down
-        return x, residual
-
-
-class Step(torch.nn.Module):
-    def __init__(self, num_layers):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(Layer() for _ in range(num_layers))
-
-    def forward(self, x, caches, rope, batch):
-        residual = torch.zeros_like(x)
-        for layer, pair in zip(self.layers, caches, strict=True):
-            x, residual = layer(x, residual, pair, rope, batch)
-        return x + residual
-
-
-def wait() -> None:
-    torch_xla.sync()
-    xm.wait_device_ops()
-
-
-class Bench:
-    """A step, its caches and two batches that it is given in turn."""
-
-    def __init__(self, num_layers: int, cache_bytes: int):
-        self.device = torch_xla.device()
-        self.num_layers = num_layers
-        blocks = cache_bytes // (num_layers * 2 * PAGE * HEADS * HEAD_DIM * 2)
-        shape = (max(blocks, SEQS * CONTEXT_PAGES), PAGE, HEADS, HEAD_DIM)
-        self.cache_shape = shape
-        self.model = Step(num_layers).to(self.device)
-        self.caches = [
-            tuple(torch.zeros(shape, dtype=BF16, device=self.device) for _ in "kv")
-            for _ in range(num_layers)
-        ]
-        self.x = torch.randn(SEQS, HIDDEN, dtype=BF16).to(self.device)
-        self.rope = torch.randn(4096, HEAD_DIM, dtype=BF16).to(self.device)
-        self.batches = [self._batch(context) for context in (17, 50)]
-        wait()
-
-    def _batch(self, context):
-        tables = torch.randperm(self.cache_shape[0])[: SEQS * CONTEXT_PAGES]
-        tables = tables.view(SEQS, CONTEXT_PAGES)
-        slots = tables[:, (context - 1) // PAGE] * PAGE + (context - 1) % PAGE
-        batch = (
-            slots,
-            torch.full((SEQS,), context, dtype=I32),
-            tables.to(I32),
-            torch.arange(SEQS + 1, dtype=I32),
-            torch.full((1,), SEQS, dtype=I32),
-            torch.full((SEQS,), context - 1),
-        )
-        return tuple(t.to(self.device) for t in batch)
-
-    @property
-    def cache_tensors(self):
-        return [t for pair in self.caches for t in pair]
-
-    def addresses(self):
-        wait()
-        return [torch_xla._XLAC._unsafe_buffer_pointer(t) for t in self.cache_tensors]
-
-    def moved_bytes(self, before, after) -> int:
-        """Bytes of the caches that are not where they were."""
-        tensors = zip(self.cache_tensors, before, after, strict=True)
-        return sum(t.nbytes for t, a, b in tensors if a != b)
-
-    def run(self, step, count):
-        """Runs `count` steps; returns seconds of the host for each, and of the whole.
-
-        The device is idle when a step begins, so no step waits for the one before.
-        """
-        host, total = [], []
-        for i in range(count):
-            wait()
-            start = time.perf_counter()
-            step(self.x, self.caches, self.rope, self.batches[i % 2])
-            host.append(time.perf_counter() - start)
-            wait()
-            total.append(time.perf_counter() - start)
-        return host, total
-
-
-def counts() -> dict[str, int]:
-    """How often torch traced and XLA compiled so far."""
-    compiled = met.metric_data("CompileTime")
-    frames = torch._dynamo.utils.counters["frames"]
-    return {
-        "compilations": compiled[0] if compiled else 0,
-        "traces": frames.get("total", 0),
-    }
-
-
-def cache_copies(shape) -> int:
-    """Instructions in XLA's final programs that copy an array of the caches' shape."""
-    dims = ",".join(map(str, shape))
-    pattern = rf"= \w+\[{dims}\]\S* (?:copy|copy-start|fusion)\("
-    texts = [path.read_text() for path in DUMP.glob("*after_optimizations.txt")]
-    texts = [text for text in texts if 'target="xla_ops.' in text]
-    if not texts:
-        raise RuntimeError("XLA dumped no program with our calls")
-    return sum(len(re.findall(pattern, text)) for text in texts)
-
-
-def captured() -> dict[str, int] | None:
-    """How XLA launches the largest program with our calls; None where it does not say.
-
-    Returns: `launches`, the thunks that the host starts one by one, and of our calls
-    those `inside` and `outside` of CUDA graphs.
-    """
-    best = None
-    for path in DUMP.glob("*thunk_sequence*.txt"):
-        found = {"launches": 0, "inside": 0, "outside": 0}
-        for line in path.read_text().splitlines():
-            thunk = re.match(r"( *)(?:\d+: *)?k([A-Z]\w+)", line)
-            if not thunk:
-                continue
-            top = not thunk[1]
-            found["launches"] += top
-            if thunk[2].startswith("CustomCall"):
-                found["outside" if top else "inside"] += 1
-        calls = found["inside"] + found["outside"]
-        # The sequence after XLA's passes has the same calls and fewer launches.
-        key = (calls, -found["launches"])
-        if calls and (best is None or key > best[0]):
-            best = (key, found)
-    return best and best[1]
-
-
-def target(least: float, aim: float) -> dict:
-    return {"metric": "value", "least": least, "aim": aim, "against": ""}
-
-
-def copied(bench: Bench, moved: int) -> dict:
-    """A row on how many bytes of cache a step copies."""
-    copies = cache_copies(bench.cache_shape)
-    return {
-        "value": moved + copies * bench.cache_tensors[0].nbytes,
-        "unit": "bytes copied",
-        "cache bytes": sum(t.nbytes for t in bench.cache_tensors),
-        "copies in programs": copies,
-        "target": target(0, 0),
-    }
-
-
-def lazy_row(bench: Bench) -> dict:
-    def step(*args):
-        result = bench.model(*args)
-        torch_xla.sync()
-        return result
-
-    bench.run(step, 2)
-    before = bench.addresses()
-    host, total = bench.run(step, 6)
-    moved = bench.moved_bytes(before, bench.addresses())
-    return {
-        **copied(bench, moved),
-        "host ms": 1e3 * statistics.median(host),
-        "step ms": 1e3 * statistics.median(total),
-    }
-
-
-def compiled_rows(bench: Bench, steps: int) -> dict[str, dict]:
-    torch._dynamo.reset()
-    step = torch.compile(bench.model, backend="openxla", fullgraph=True)
-    bench.run(step, 3)
-    traced, before = counts(), bench.addresses()
-    host, total = bench.run(step, steps)
-    retraced = {name: n - traced[name] for name, n in counts().items()}
-    moved = bench.moved_bytes(before, bench.addresses())
-    rows = {
-        "zero copy, compiled": {
-            **copied(bench, moved),
-        },
-        "host time": {
-            "value": 1e3 * statistics.median(host),
-            "unit": "ms",
-            "p20 p80": [1e3 * statistics.quantiles(host, n=5)[i] for i in (0, 3)],
-            "step ms": 1e3 * statistics.median(total),
-            "target": target(1.2, 0.5) if xr.device_type() != "CPU" else None,
-        },
-        f"re-traces in {steps} steps": {
-            "value": sum(retraced.values()),
-            "unit": "traces and compilations",
-            **retraced,
-            "target": target(0, 0),
-        },
-    }
-    launches = captured()
-    if launches is not None:
-        expected = OPS_A_LAYER * bench.num_layers
-        rows["calls outside CUDA graphs"] = {
-            "value": launches["outside"] + max(0, expected - launches["inside"]),
-            "unit": f"of {expected}",
-            **launches,
-            "target": target(0, 0),
+def make_decoder(layers: int, ops: str, device: torch.device) -> Decoder:
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "llama",
+            "vocab_size": VOCAB,
+            "hidden_size": HEAD_DIM,
+            "intermediate_size": HEAD_DIM,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 1,
+            "head_dim": HEAD_DIM,
+            "tie_word_embeddings": True,
         }
-    return rows
+    )
+    decoder = Decoder(config, 2 * PAGE_SIZE, ops).requires_grad_(False)
+    for parameter in decoder.parameters():
+        parameter.normal_(std=0.1)
+    return decoder.eval().to(device)
 
 
-def main() -> None:
-    job = worker.Job.from_arguments()
-    on_gpu = xr.device_type() != "CPU"
-    job.set("versions", alone.versions("cuda" if on_gpu else "cpu"))
-    if not job.wants_group("step"):
-        return job.finish()
-    layers = 32 if on_gpu else 4
+def make_inputs(device: torch.device) -> StepInputs:
+    """Sequence s has one block, s, and decodes its second token."""
+    rows = torch.arange(SEQS, dtype=torch.int32)
+    inputs = StepInputs(
+        token_ids=rows,
+        positions=torch.ones(SEQS, dtype=torch.int64),
+        slot_mapping=rows.long() * PAGE_SIZE + 1,
+        block_tables=rows[:, None],
+        context_lens=torch.full((SEQS,), 2, dtype=torch.int32),
+        query_start_loc=torch.arange(SEQS + 1, dtype=torch.int32),
+        num_seqs=torch.tensor([SEQS], dtype=torch.int32),
+        last_token=rows,
+    )
+    return StepInputs(*(t.to(device) for t in inputs))
+
+
+@torch.no_grad()
+def measure(
+    mode: str = "xla_ops", layers: int = 32, steps: int = 1000, ops: str = "all"
+) -> dict:
+    """Runs `steps` decode steps.
+
+    Args:
+        mode: a key of BACKENDS.
+        layers: of the model, with two cache tensors each.
+        steps: after the warm-up.
+        ops: "all" or "attention", see examples/llm/layer_ops.py.
+
+    Returns:
+        The fields of a row of the table: times in milliseconds, counts over all steps.
+    """
+    device = torch_xla.device()
     torch.manual_seed(0)
-    with torch.no_grad():
-        bench = Bench(layers, (8 << 30) if on_gpu else (64 << 20))
-        rows: dict[str, dict] = {}
+    decoder = make_decoder(layers, ops, device)
+    cache = PagedKVCache(layers, SEQS, 1, HEAD_DIM, torch.float32, device)
+    inputs = make_inputs(device)
+    torch_xla.sync(wait=True)
 
-        def compiled():
-            rows.update(compiled_rows(bench, 1000 if on_gpu else 100))
-            return rows.pop("host time")
+    def decode(inputs):
+        return decoder(inputs, cache.layers).argmax(-1)
 
-        name = f"{layers} layers: "
-        job.measure(name + "host time", compiled)
-        for what, row in rows.items():
-            job.measure(name + what, lambda row=row: row)
-        job.measure(name + "zero copy, lazily", lambda: lazy_row(bench))
-    job.finish()
+    if mode == "lazy":
+
+        def step():
+            out = decode(inputs)
+            torch_xla.sync()
+            return out
+
+    else:
+        compiled = torch.compile(decode, backend=BACKENDS[mode], fullgraph=True)
+        step = lambda: compiled(inputs)  # noqa: E731
+
+    for _ in range(5):
+        out = step()
+        xm.wait_device_ops()
+    before, compiled_before = cache.addresses(), compilations()
+    host, whole = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        out = step()
+        host.append(1e3 * (time.perf_counter() - start))
+        xm.wait_device_ops()
+        whole.append(1e3 * (time.perf_counter() - start))
+        del out
+    return {
+        "mode": mode,
+        "ops": ops,
+        "layers": layers,
+        "cache_tensors": cache.num_buffers,
+        "steps": steps,
+        "host_ms": statistics.quantiles(host, n=5)[0],
+        "host_ms_median": statistics.median(host),
+        "step_ms": statistics.quantiles(whole, n=5)[0],
+        "step_ms_median": statistics.median(whole),
+        "retraces_and_recompilations": compilations() - compiled_before,
+        "cache_bytes_moved": cache.bytes_moved(before),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--modes", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--ops", nargs="+", default=["all"])
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+    rows = []
+    print("mode     ops        host ms  (median)  step ms  recompiled  bytes moved")
+    for ops in args.ops:
+        for mode in args.modes:
+            torch._dynamo.reset()
+            # A lazy step traces its program anew, which takes long.
+            steps = args.steps if mode != "lazy" else max(10, args.steps // 20)
+            row = measure(mode, args.layers, steps, ops)
+            rows.append(row)
+            print(
+                f"{mode:8s} {ops:10s} {row['host_ms']:7.2f} {row['host_ms_median']:9.2f}"
+                f" {row['step_ms']:8.2f} {row['retraces_and_recompilations']:11d}"
+                f" {row['cache_bytes_moved']:12d}",
+                flush=True,
+            )
+    if args.out:
+        result = {
+            "device": xr.device_type(),
+            "version": xla_ops.__version__,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
