@@ -2,7 +2,8 @@
 // shared by threads and kept in registers between its passes.
 //
 //   template <typename T, typename Plan>
-//   __global__ void __launch_bounds__(kMaxRowThreads, 1) Kernel(...) {
+//   __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
+//       Kernel(...) {
 //     RowThreads<Plan> row(num_rows, row_vectors);
 //     Vector<T, Plan::kWidth> x[Plan::kSlots];
 //     row.ForEach([&](int i, int64_t v) { x[i] = <vector v of the row>; });
@@ -31,12 +32,19 @@ namespace xla_ops {
 constexpr int kMaxRowThreads = 1024;
 
 // kWidth: elements of a vector. kVectors: of a row, held by each thread; 0
-// for rows that are not held.
-template <int kWidthValue, int kVectors>
+// for rows that are not held. kMaxThreads: of a block; with 1024, which have
+// 64 registers each, four vectors of two arrays spill.
+template <int kWidthValue, int kVectors, int kThreads = kMaxRowThreads>
 struct RowPlan {
+  static constexpr int kMaxThreads = kThreads;
+  static constexpr int kMinBlocks = kThreads <= 256 ? 3 : 1;
   static constexpr int kWidth = kWidthValue;
   static constexpr bool kHeld = kVectors > 0;
   static constexpr int kSlots = kHeld ? kVectors : 1;
+  // Whether to load what the map needs beside the row, such as weights,
+  // before the reduction, which then hides the latency: with one vector a
+  // thread there are registers for it.
+  static constexpr bool kMapEarly = kVectors == 1;
 };
 
 // One thread's part of a row. blockDim.x threads share a row, a block has
@@ -64,7 +72,7 @@ class RowThreads {
 #pragma unroll
       for (int i = 0; i < Plan::kSlots; ++i) {
         const int v = threadIdx.x + i * blockDim.x;
-        if (v < row_vectors_) f(i, int64_t{v});
+        if (v < static_cast<int>(row_vectors_)) f(i, int64_t{v});
       }
     } else {
       for (int64_t v = threadIdx.x; v < row_vectors_; v += blockDim.x) f(0, v);
@@ -99,8 +107,9 @@ template <typename T, typename F>
 cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
                         F&& f) {
   constexpr int kWidth = kWideSize<T>;
-  constexpr int kVectors = 4;  // 1024 threads leave 64 registers for each
-  constexpr int kSharedBlockThreads = 256;
+  constexpr int kVectors = 4;
+  // Of a block that holds several rows, or a row of usual length.
+  constexpr int kUsualThreads = 256;
   // Below this many rows a GPU is not full: more threads a row then shorten
   // the time to the reduction.
   constexpr int64_t kFewRows = 256;
@@ -121,14 +130,15 @@ cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
   if (needed <= 32) {
     unsigned threads = 1;
     while (threads < needed) threads *= 2;
-    grid.threads = dim3(threads, kSharedBlockThreads / threads);
+    grid.threads = dim3(threads, kUsualThreads / threads);
   } else {
     grid.threads = static_cast<unsigned>((needed + 31) / 32 * 32);
   }
-  grid.blocks = static_cast<unsigned>((num_rows + grid.threads.y - 1) /
-                                      grid.threads.y);
+  grid.blocks =
+      static_cast<unsigned>((num_rows + grid.threads.y - 1) / grid.threads.y);
   if (one) return f(RowPlan<kWidth, 1>{}, grid);
-  return f(RowPlan<kWidth, kVectors>{}, grid);
+  if (needed > kUsualThreads) return f(RowPlan<kWidth, kVectors>{}, grid);
+  return f(RowPlan<kWidth, kVectors, kUsualThreads>{}, grid);
 }
 
 // Calls f(first_row, rows) until all rows are launched: a grid has at most

@@ -20,12 +20,28 @@ namespace xla_ops {
 namespace {
 
 constexpr int kThreads = 256;
-// Blocks that fill any GPU; beyond it each thread does several vectors of
-// its row, so that fewer blocks come and go.
-constexpr int64_t kManyBlocks = 4096;
+// For each multiprocessor, as many as Turing's hold. Without this bound the
+// compiler goes for 32 registers a thread and loads the second half of a row
+// only when it has used the first.
+constexpr int kMinBlocks = 4;
+// Blocks that fill any GPU many times over; beyond it each thread does several
+// vectors of its row, so that fewer blocks come and go.
+constexpr int64_t kManyBlocks = 16384;
 constexpr int64_t kMaxGridY = 65535;
 
-template <Activation kActivation>
+// Where the result is rounded to 16 bits, to two units of fp32's last place
+// and zero below -87: exact division branches, and the elements of a vector
+// would wait for one another.
+template <typename T>
+__device__ __forceinline__ float Silu(float x) {
+  const float divisor = 1.0f + expf(-x);
+  if constexpr (sizeof(T) == 4) return x / divisor;
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor));
+  return x * inverse;
+}
+
+template <Activation kActivation, typename T>
 __device__ __forceinline__ float Activate(float x) {
   if constexpr (kActivation == Activation::kGeluAndMul) {
     return x * 0.5f * (1.0f + erff(x * 0.70710678f));
@@ -33,7 +49,7 @@ __device__ __forceinline__ float Activate(float x) {
     const float inner = 0.79788456f * (x + 0.044715f * (x * x * x));
     return 0.5f * x * (1.0f + tanhf(inner));
   } else {
-    return x / (1.0f + expf(-x));
+    return Silu<T>(x);
   }
 }
 
@@ -44,7 +60,7 @@ __device__ __forceinline__ T Gate(T x, T y) {
   if constexpr (kActivation == Activation::kMulAndSilu) {
     return Gate<Activation::kSiluAndMul>(y, x);
   } else {
-    const T activated = FromFloat<T>(Activate<kActivation>(ToFloat(x)));
+    const T activated = FromFloat<T>(Activate<kActivation, T>(ToFloat(x)));
     return FromFloat<T>(ToFloat(activated) * ToFloat(y));
   }
 }
@@ -52,7 +68,7 @@ __device__ __forceinline__ T Gate(T x, T y) {
 // Threads: x and blockIdx.y run over the vectors of a row, y and blockIdx.x
 // over rows. All pointers are aligned to a vector (checked by the launcher).
 template <Activation kActivation, typename T, int kSize>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     ActivationKernel(const T* __restrict__ input,      // [num_rows, 2 * size]
                      const float* __restrict__ scale,  // [1] or null
                      void* __restrict__ out,           // [num_rows, size]

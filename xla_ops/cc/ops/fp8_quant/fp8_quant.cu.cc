@@ -7,6 +7,8 @@
 //
 // Tested by tests/test_fp8_quant.py.
 
+#include "xla_ops/cc/ops/fp8_quant/fp8_quant.h"
+
 #include <algorithm>
 #include <cstdint>
 
@@ -14,7 +16,6 @@
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/fp8_quant/fp8_quant.h"
 #include "xla_ops/cc/ops/fp8_quant/fp8_quant_launch.h"
 
 namespace xla_ops {
@@ -63,12 +64,12 @@ __global__ void __launch_bounds__(kAbsMaxThreads)
 
 // Threads as RowThreads has them; vectors are aligned (the launcher checks).
 template <typename T, typename Plan>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) PerTokenFp8QuantKernel(
-    const T* __restrict__ input,  // [num_rows, hidden]
-    const float* scale_ub,        // [1] or null
-    uint8_t* __restrict__ out,    // [num_rows, hidden]
-    float* scale_out,             // [num_rows]
-    int64_t num_rows, int64_t row_vectors) {
+__global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
+    PerTokenFp8QuantKernel(const T* __restrict__ input,  // [num_rows, hidden]
+                           const float* scale_ub,        // [1] or null
+                           uint8_t* __restrict__ out,    // [num_rows, hidden]
+                           float* scale_out,             // [num_rows]
+                           int64_t num_rows, int64_t row_vectors) {
   constexpr int kWidth = Plan::kWidth;
   __shared__ float scratch[32];
   const RowThreads<Plan> row(num_rows, row_vectors);
@@ -111,8 +112,7 @@ cudaError_t LaunchAbsMax(cudaStream_t stream, const T* input, int64_t size,
     AbsMaxKernel<kWideSize<T>>
         <<<blocks, kAbsMaxThreads, 0, stream>>>(input, size, bits);
   } else {
-    AbsMaxKernel<1>
-        <<<blocks, kAbsMaxThreads, 0, stream>>>(input, size, bits);
+    AbsMaxKernel<1><<<blocks, kAbsMaxThreads, 0, stream>>>(input, size, bits);
   }
   return cudaGetLastError();
 }
@@ -123,16 +123,16 @@ cudaError_t LaunchPerToken(cudaStream_t stream, const Fp8QuantParams& params,
   const int64_t start = first_row * params.hidden_size;
   const T* input = static_cast<const T*>(params.input) + start;
   uint8_t* out = static_cast<uint8_t*>(params.out) + start;
-  return DispatchRow<T>(
-      num_rows, params.hidden_size,
-      IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
-      [&](auto plan, const RowGrid& grid) {
-        PerTokenFp8QuantKernel<T, decltype(plan)>
-            <<<grid.blocks, grid.threads, 0, stream>>>(
-                input, params.scale_ub, out, params.scale_out + first_row,
-                num_rows, grid.row_vectors);
-        return cudaGetLastError();
-      });
+  return DispatchRow<T>(num_rows, params.hidden_size,
+                        IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
+                        [&](auto plan, const RowGrid& grid) {
+                          PerTokenFp8QuantKernel<T, decltype(plan)>
+                              <<<grid.blocks, grid.threads, 0, stream>>>(
+                                  input, params.scale_ub, out,
+                                  params.scale_out + first_row, num_rows,
+                                  grid.row_vectors);
+                          return cudaGetLastError();
+                        });
 }
 
 cudaError_t LaunchByScale(cudaStream_t stream, const Fp8QuantParams& params,

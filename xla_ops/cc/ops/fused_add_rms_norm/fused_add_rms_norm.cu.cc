@@ -3,12 +3,13 @@
 //
 // Tested by tests/test_fused_add_rms_norm.py.
 
+#include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm.h"
+
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm.h"
 #include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm_launch.h"
 
 namespace xla_ops {
@@ -18,13 +19,14 @@ namespace {
 // `out` may be `input` and `residual_out` `residual`: every element is
 // written, after the row's reduction, by the thread that reads it.
 template <typename T, typename Plan>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) FusedAddRmsNormKernel(
-    const T* input,                // [num_rows, hidden]
-    const T* residual,             // [num_rows, hidden]
-    const T* __restrict__ weight,  // [hidden]
-    T* out,                        // [num_rows, hidden]
-    T* residual_out,               // [num_rows, hidden]
-    int64_t num_rows, int64_t row_vectors, float hidden_size, float eps) {
+__global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
+    FusedAddRmsNormKernel(const T* input,                // [num_rows, hidden]
+                          const T* residual,             // [num_rows, hidden]
+                          const T* __restrict__ weight,  // [hidden]
+                          T* out,                        // [num_rows, hidden]
+                          T* residual_out,               // [num_rows, hidden]
+                          int64_t num_rows, int64_t row_vectors,
+                          float hidden_size, float eps) {
   constexpr int kWidth = Plan::kWidth;
   using V = Vector<T, kWidth>;
   __shared__ float scratch[32];
@@ -43,8 +45,13 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) FusedAddRmsNormKernel(
       z[i][j] = FromFloat<T>(ToFloat(x[i][j]) + ToFloat(z[i][j]));
     }
   };
-  // In a loop of their own, so that all of a thread's loads are in flight.
+  V w[Plan::kSlots];
+  const auto load_weight = [&](int i, int64_t v) {
+    w[i] = LoadVector<kWidth>(weight + v * kWidth);
+  };
+  // In loops of their own, so that all of a thread's loads are in flight.
   if constexpr (Plan::kHeld) row.ForEach(load);
+  if constexpr (Plan::kMapEarly) row.ForEach(load_weight);
   float sum = 0.0f;
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
@@ -57,17 +64,18 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) FusedAddRmsNormKernel(
   });
   const float s = rsqrtf(row.Sum(sum, scratch) / hidden_size + eps);
 
+  if constexpr (Plan::kHeld && !Plan::kMapEarly) row.ForEach(load_weight);
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) {
       load(i, v);
+      load_weight(i, v);
       add(i);
     }
-    const V w = LoadVector<kWidth>(weight + v * kWidth);
     V y;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const T normed = FromFloat<T>(ToFloat(z[i][j]) * s);
-      y[j] = FromFloat<T>(ToFloat(normed) * ToFloat(w[j]));
+      y[j] = FromFloat<T>(ToFloat(normed) * ToFloat(w[i][j]));
     }
     StoreGlobal(residual_out + start + v * kWidth, z[i]);
     StoreGlobal(out + start + v * kWidth, y);
@@ -86,16 +94,16 @@ cudaError_t Launch(cudaStream_t stream, const FusedAddRmsNormParams& params,
   const bool aligned = IsAligned(input, 16) && IsAligned(residual, 16) &&
                        IsAligned(weight, 16) && IsAligned(out, 16) &&
                        IsAligned(residual_out, 16);
-  return DispatchRow<T>(
-      num_rows, params.hidden_size, aligned,
-      [&](auto plan, const RowGrid& grid) {
-        FusedAddRmsNormKernel<T, decltype(plan)>
-            <<<grid.blocks, grid.threads, 0, stream>>>(
-                input, residual, weight, out, residual_out, num_rows,
-                grid.row_vectors, static_cast<float>(params.hidden_size),
-                params.eps);
-        return cudaGetLastError();
-      });
+  return DispatchRow<T>(num_rows, params.hidden_size, aligned,
+                        [&](auto plan, const RowGrid& grid) {
+                          FusedAddRmsNormKernel<T, decltype(plan)>
+                              <<<grid.blocks, grid.threads, 0, stream>>>(
+                                  input, residual, weight, out, residual_out,
+                                  num_rows, grid.row_vectors,
+                                  static_cast<float>(params.hidden_size),
+                                  params.eps);
+                          return cudaGetLastError();
+                        });
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 //
 // Tested by tests/test_int8_quant.py.
 
+#include "xla_ops/cc/ops/int8_quant/int8_quant.h"
+
 #include <math_constants.h>
 
 #include <cstdint>
@@ -14,7 +16,6 @@
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/int8_quant/int8_quant.h"
 #include "xla_ops/cc/ops/int8_quant/int8_quant_launch.h"
 
 namespace xla_ops {
@@ -57,12 +58,12 @@ struct WithZeroPoint {
 
 // Threads as RowThreads has them; vectors are aligned (the launcher checks).
 template <typename T, typename Plan, bool kAzp>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) DynamicInt8QuantKernel(
-    const T* __restrict__ input,  // [num_rows, hidden]
-    uint8_t* __restrict__ out,    // [num_rows, hidden]
-    float* scale_out,             // [num_rows]
-    int32_t* azp_out,             // [num_rows]; with kAzp
-    int64_t num_rows, int64_t row_vectors) {
+__global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
+    DynamicInt8QuantKernel(const T* __restrict__ input,  // [num_rows, hidden]
+                           uint8_t* __restrict__ out,    // [num_rows, hidden]
+                           float* scale_out,             // [num_rows]
+                           int32_t* azp_out,  // [num_rows]; with kAzp
+                           int64_t num_rows, int64_t row_vectors) {
   constexpr int kWidth = Plan::kWidth;
   __shared__ float max_scratch[32];
   __shared__ float min_scratch[32];
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) DynamicInt8QuantKernel(
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float scaled = ToFloat(x[i][j]) * factor;
-      codes[j] = symmetric ? ToInt8(scaled)
-                           : AddZeroPoint(ToInt32(scaled), azp);
+      codes[j] =
+          symmetric ? ToInt8(scaled) : AddZeroPoint(ToInt32(scaled), azp);
     }
     StoreGlobal(out + start + v * kWidth, codes);
   });
@@ -136,17 +137,16 @@ cudaError_t LaunchDynamic(cudaStream_t stream, const Int8QuantParams& params,
   const int64_t start = first_row * params.hidden_size;
   const T* input = static_cast<const T*>(params.input) + start;
   uint8_t* out = static_cast<uint8_t*>(params.out) + start;
-  return DispatchRow<T>(
-      num_rows, params.hidden_size,
-      IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
-      [&](auto plan, const RowGrid& grid) {
-        DynamicInt8QuantKernel<T, decltype(plan), kAzp>
-            <<<grid.blocks, grid.threads, 0, stream>>>(
-                input, out, params.scale_out + first_row,
-                kAzp ? params.azp_out + first_row : nullptr, num_rows,
-                grid.row_vectors);
-        return cudaGetLastError();
-      });
+  return DispatchRow<T>(num_rows, params.hidden_size,
+                        IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
+                        [&](auto plan, const RowGrid& grid) {
+                          DynamicInt8QuantKernel<T, decltype(plan), kAzp>
+                              <<<grid.blocks, grid.threads, 0, stream>>>(
+                                  input, out, params.scale_out + first_row,
+                                  kAzp ? params.azp_out + first_row : nullptr,
+                                  num_rows, grid.row_vectors);
+                          return cudaGetLastError();
+                        });
 }
 
 }  // namespace

@@ -101,10 +101,21 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (token >= geometry.num_tokens) return;
   const int64_t slot = slot_mapping[token];
+  const int64_t source_row = token * geometry.row_units;
+  const int row_units = static_cast<int>(geometry.row_units);
+  int unit = threadIdx.x;
+  typename Unit::Source k;
+  typename Unit::Source v;
+  const auto load = [&] {
+    if (unit >= row_units) return;
+    k = key[source_row + unit];
+    if (value != nullptr) v = value[source_row + unit];
+  };
+  // Padding's too, so as not to wait for the slot first.
+  load();
   if (slot < 0 || slot >= geometry.num_slots) return;
   const int64_t block = DivideSlot(slot, geometry.page_size);
   const int64_t offset = slot - block * geometry.page_size;
-  const int64_t source_row = token * geometry.row_units;
   const int64_t target_row =
       block * geometry.block_stride + offset * geometry.page_stride;
   float key_scale = 1.0f;
@@ -114,17 +125,15 @@ __global__ void __launch_bounds__(kThreads)
     if (value != nullptr) value_scale = *v_scale;
   }
 
-  const int row_units = static_cast<int>(geometry.row_units);
   const int run_units = static_cast<int>(geometry.run_units);
-  for (int unit = threadIdx.x; unit < row_units; unit += blockDim.x) {
+  while (unit < row_units) {
     const int run = unit / run_units;
     const int64_t target =
         target_row + run * geometry.run_stride + (unit - run * run_units);
-    const typename Unit::Source k = key[source_row + unit];
-    typename Unit::Source v;
-    if (value != nullptr) v = value[source_row + unit];
     key_cache[target] = Unit::Convert(k, key_scale);
     if (value != nullptr) value_cache[target] = Unit::Convert(v, value_scale);
+    unit += blockDim.x;
+    load();
   }
 }
 

@@ -4,13 +4,14 @@
 //
 // Tested by tests/test_rms_norm_quant.py.
 
+#include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant.h"
+
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
-#include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant.h"
 #include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant_launch.h"
 
 namespace xla_ops {
@@ -39,7 +40,7 @@ struct Rows {
 // `residual_out` may be `residual`: it is written in the last pass, each
 // element by the thread that reads it.
 template <typename T, typename Plan, Quant kQuant, bool kResidual>
-__global__ void __launch_bounds__(kMaxRowThreads, 1)
+__global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
     RmsNormQuantKernel(const Rows<T> rows) {
   constexpr int kWidth = Plan::kWidth;
   constexpr bool kDynamic = kQuant != Quant::kStaticFp8;
@@ -66,7 +67,12 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
     }
     return exact;
   };
+  V w[Plan::kSlots];
+  const auto load_weight = [&](int i, int64_t v) {
+    w[i] = LoadVector<kWidth>(rows.weight + v * kWidth);
+  };
   if constexpr (Plan::kHeld) row.ForEach(load);
+  if constexpr (Plan::kMapEarly) row.ForEach(load_weight);
   float sum = 0.0f;
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
@@ -78,12 +84,13 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
 
   // Turns x[i] into y of the contract and r[i] into the rounded sum.
   const auto normalize = [&](int i, int64_t v) {
-    const V w = LoadVector<kWidth>(rows.weight + v * kWidth);
+    if constexpr (!Plan::kMapEarly) load_weight(i, v);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float exact = value(i, j);
       if constexpr (kResidual) r[i][j] = FromFloat<T>(exact);
-      x[i][j] = FromFloat<T>(ToFloat(FromFloat<T>(exact * s)) * ToFloat(w[j]));
+      const T normed = FromFloat<T>(exact * s);
+      x[i][j] = FromFloat<T>(ToFloat(normed) * ToFloat(w[i][j]));
     }
   };
   float scale = 1.0f;
@@ -130,15 +137,13 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
 }
 
 template <Quant kQuant, bool kResidual, typename T>
-cudaError_t LaunchRows(cudaStream_t stream, Rows<T> rows,
-                       int64_t hidden_size) {
+cudaError_t LaunchRows(cudaStream_t stream, Rows<T> rows, int64_t hidden_size) {
   const bool aligned =
       IsAligned(rows.input, 16) && IsAligned(rows.residual, 16) &&
       IsAligned(rows.weight, 16) && IsAligned(rows.residual_out, 16) &&
       IsAligned(rows.out, kWideSize<T>);
   return DispatchRow<T>(
-      rows.num_rows, hidden_size, aligned,
-      [&](auto plan, const RowGrid& grid) {
+      rows.num_rows, hidden_size, aligned, [&](auto plan, const RowGrid& grid) {
         rows.row_vectors = grid.row_vectors;
         RmsNormQuantKernel<T, decltype(plan), kQuant, kResidual>
             <<<grid.blocks, grid.threads, 0, stream>>>(rows);

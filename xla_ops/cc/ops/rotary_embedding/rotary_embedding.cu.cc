@@ -88,36 +88,46 @@ __global__ void __launch_bounds__(kThreads)
       if (in != out) StoreGlobal(out + at, LoadVector<kCopy>(in + at));
       continue;
     }
+    // The unit's own loads first: they do not wait for the position, which
+    // the others do.
     const int64_t pair = int64_t{part} * kPairs;
-    if (!rotate && in == out) continue;
-    Vector<T, kPairs> cos;
-    Vector<T, kPairs> sin;
+    Vector<T, kPairs> x;
+    Vector<T, kPairs> y;
+    Vector<T, 2 * kPairs> xy;
+    if constexpr (kNeox) {
+      x = LoadVector<kPairs>(in + pair);
+      y = LoadVector<kPairs>(in + pairs + pair);
+    } else if constexpr (kPairs == 1) {
+      // Pairs need not be aligned to their size.
+      x[0] = in[2 * pair];
+      y[0] = in[2 * pair + 1];
+    } else {
+      xy = LoadVector<2 * kPairs>(in + 2 * pair);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        x[i] = xy[2 * i];
+        y[i] = xy[2 * i + 1];
+      }
+    }
     if (rotate) {
-      cos = LoadVector<kPairs>(cos_row + pair);
-      sin = LoadVector<kPairs>(cos_row + pairs + pair);
+      const auto cos = LoadVector<kPairs>(cos_row + pair);
+      const auto sin = LoadVector<kPairs>(cos_row + pairs + pair);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) Rotate(cos[i], sin[i], &x[i], &y[i]);
+    } else if (in == out) {
+      continue;
     }
     if constexpr (kNeox) {
-      Vector<T, kPairs> x = LoadVector<kPairs>(in + pair);
-      Vector<T, kPairs> y = LoadVector<kPairs>(in + pairs + pair);
-      if (rotate) {
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) Rotate(cos[i], sin[i], &x[i], &y[i]);
-      }
       StoreGlobal(out + pair, x);
       StoreGlobal(out + pairs + pair, y);
     } else if constexpr (kPairs == 1) {
-      T x = in[2 * pair];
-      T y = in[2 * pair + 1];
-      if (rotate) Rotate(cos[0], sin[0], &x, &y);
-      out[2 * pair] = x;
-      out[2 * pair + 1] = y;
+      out[2 * pair] = x[0];
+      out[2 * pair + 1] = y[0];
     } else {
-      Vector<T, 2 * kPairs> xy = LoadVector<2 * kPairs>(in + 2 * pair);
-      if (rotate) {
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-          Rotate(cos[i], sin[i], &xy[2 * i], &xy[2 * i + 1]);
-        }
+      for (int i = 0; i < kPairs; ++i) {
+        xy[2 * i] = x[i];
+        xy[2 * i + 1] = y[i];
       }
       StoreGlobal(out + 2 * pair, xy);
     }
@@ -147,8 +157,15 @@ cudaError_t LaunchUnits(cudaStream_t stream,
   shape.query_heads = static_cast<int>(params.query.num_heads);
   shape.key_heads = static_cast<int>(params.key.num_heads);
 
+  // The units of a token, in equal parts where a block has too few threads.
+  const int64_t columns = std::min(kMaxGridY, CeilDivide(units, kThreads));
+  const int64_t part = std::min<int64_t>(kThreads, CeilDivide(units, columns));
   dim3 block(1, 1, 1);
-  while (block.x < units && block.x < kThreads) block.x *= 2;
+  if (part > 32) {
+    block.x = static_cast<unsigned>(CeilDivide(part, 32) * 32);
+  } else {
+    while (block.x < part) block.x *= 2;
+  }
   block.y = kThreads / block.x;
   // A grid is at most 2^31 - 1 blocks wide; more tokens take more launches.
   const int64_t max_tokens = int64_t{INT32_MAX} * block.y;
@@ -163,7 +180,7 @@ cudaError_t LaunchUnits(cudaStream_t stream,
     shape.key_out = static_cast<T*>(params.key.out) + key_start;
     const dim3 grid(
         static_cast<unsigned>(CeilDivide(shape.num_tokens, block.y)),
-        static_cast<unsigned>(std::min(kMaxGridY, CeilDivide(units, block.x))));
+        static_cast<unsigned>(columns));
     RotaryEmbeddingKernel<T, kPairs, kNeox><<<grid, block, 0, stream>>>(
         params.positions + first, static_cast<const T*>(params.cos_sin_cache),
         shape);
