@@ -8,6 +8,7 @@
 // The activation is computed in fp32 and rounded to the tensor's type T
 // before the product: the two roundings of vLLM's ops of these names.
 //   silu(x) = x / (1 + exp(-x))
+//   (on CUDA, where T has 16 bits, to two units of fp32's last place)
 //   gelu(x) = 0.5 x (1 + erf(x / sqrt(2)))
 //   gelu_tanh(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 // clamp() is to [-448, 448] and, as in vLLM, makes 448 of NaN. fp32 input to
