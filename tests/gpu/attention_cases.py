@@ -25,11 +25,15 @@ ROW_ERROR = {F32: 5e-6, F16: 2e-3, BF16: 1.5e-2}
 
 
 def _bucket(x, least):
-    return max(least, 1 << max(0, int(x) - 1).bit_length())
+    """A size of few, so that few programs are compiled: powers of 4, then of 2."""
+    size = least
+    while size < x:
+        size *= 4 if size < 1024 else 2
+    return size
 
 
-@functools.partial(jax.jit, static_argnames=("capped", "sloped"))
-def _reference(q, k, v, lens, seen, options, capped, sloped):
+@jax.jit
+def _reference(q, k, v, lens, seen, options):
     """Padded sequences: q [B, L_q, H_kv, G, D], k and v [B, L_k, H_kv, D].
 
     lens [B, 2] are the true lengths; seen [B, L_k] says which tokens exist.
@@ -38,14 +42,14 @@ def _reference(q, k, v, lens, seen, options, capped, sloped):
     v = v.astype(jnp.float64)
     logits = jnp.einsum("bqhgd,bkhd->bhgqk", q.astype(jnp.float64), k)
     logits *= options["scale"] * options["k_scale"][:, :, None, None, None]
-    if capped:
-        logits = options["soft_cap"] * jnp.tanh(logits / options["soft_cap"])
+    cap = options["soft_cap"]
+    capped = cap * jnp.tanh(logits / jnp.where(cap > 0, cap, 1))
+    logits = jnp.where(cap > 0, capped, logits)
     j = jnp.arange(k.shape[1])[None, None]
     i = jnp.arange(q.shape[1])[None, :, None]
     p = i + (lens[:, 1] - lens[:, 0])[:, None, None]
-    if sloped:
-        distance = jnp.abs(p - j)[:, None, None]
-        logits -= options["slopes"][..., None, None] * distance
+    distance = jnp.abs(p - j)[:, None, None]
+    logits -= options["slopes"][..., None, None] * distance
     visible = (j >= p - options["left"]) & (j <= p + options["right"])
     visible &= seen[:, None] & (j < lens[:, 1][:, None, None])
     visible = visible[:, None, None]
@@ -78,15 +82,15 @@ def reference(query, sequences, options, kv_heads):
     for s in sequences:
         if s["rows"] == 0 or len(s["keys"]) == 0:
             continue
-        shape = _bucket(s["rows"], 1), _bucket(len(s["keys"]), 32)
+        rows = 1 if s["rows"] == 1 else _bucket(s["rows"], 16)
+        shape = rows, _bucket(len(s["keys"]), 64)
         grouped.setdefault(shape, []).append(s)
     for (rows, length), members in grouped.items():
         # As many at once as fit into about 1 GB of logits.
         size = max(1, min(64, (1 << 27) // (rows * length * heads)))
-        size = 1 << (size.bit_length() - 1)
         for at in range(0, len(members), size):
             batch = members[at : at + size]
-            count = min(size, _bucket(len(batch), 1))
+            count = min(size, _bucket(len(batch), 4))
             q = np.zeros((count, rows, kv_heads, group, head_dim), query.dtype)
             k = np.zeros((count, length, kv_heads, head_dim), batch[0]["keys"].dtype)
             v = np.zeros_like(k)
@@ -108,16 +112,7 @@ def reference(query, sequences, options, kv_heads):
                 for name, values in per_seq.items():
                     values[i] = s[name].reshape(values[i].shape)
             shared = options | {"sinks": options["sinks"].reshape(kv_heads, group)}
-            o, e = _reference(
-                q,
-                k,
-                v,
-                lens,
-                seen,
-                shared | per_seq,
-                capped=bool(options["soft_cap"]),
-                sloped=bool(per_seq["slopes"].any()),
-            )
+            o, e = _reference(q, k, v, lens, seen, shared | per_seq)
             o, e = np.asarray(o), np.asarray(e).reshape(count, heads, rows)
             for i, s in enumerate(batch):
                 at_rows = slice(s["first"], s["first"] + s["rows"])
