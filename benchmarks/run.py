@@ -171,14 +171,12 @@ def main() -> None:
         folder = args.out
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    try:
-        drawn = report.plot(results, folder, stem)
-    except ImportError as error:
-        drawn = []
-        print(f"no plots: {error}")
     print(report.markdown(results) if args.markdown else report.text(results))
-    for path in drawn:
-        print(f"drawn: {path}")
+    try:
+        for path in report.plot(results, folder, stem):
+            print(f"drawn: {path}")
+    except ImportError as error:
+        print(f"no plots: {error}")
     failed = report.failed(results)
     for name in failed:
         print(f"FAILED: {name}")
