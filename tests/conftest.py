@@ -50,7 +50,12 @@ class _TorchRandom:
 # fails by luck. --hypothesis-profile=search looks for new ones.
 _TORCH_RANDOM = _TorchRandom()  # Hypothesis keeps a weak reference
 hypothesis.register_random(_TORCH_RANDOM)
-hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "fixed",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # on a busy machine
+)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fixed")
 
