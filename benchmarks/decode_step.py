@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import re
 import tempfile
 
 # Before XLA starts: what it made of the step is read from its dump.
@@ -28,6 +27,7 @@ import torch_xla  # noqa: E402
 import torch_xla.core.xla_model as xm  # noqa: E402
 import torch_xla.runtime as xr  # noqa: E402
 import worker  # noqa: E402
+import xla_dump  # noqa: E402
 import xla_ops  # noqa: E402
 
 BF16, I32 = torch.bfloat16, torch.int32
@@ -136,38 +136,11 @@ class Bench:
 
 def cache_copies(shape) -> int:
     """Instructions in XLA's final programs that copy an array of the caches' shape."""
-    dims = ",".join(map(str, shape))
-    pattern = rf"= \w+\[{dims}\]\S* (?:copy|copy-start|fusion)\("
     texts = [path.read_text() for path in DUMP.glob("*after_optimizations.txt")]
     texts = [text for text in texts if 'target="xla_ops.' in text]
     if not texts:
         raise RuntimeError("XLA dumped no program with our calls")
-    return sum(len(re.findall(pattern, text)) for text in texts)
-
-
-def captured() -> dict[str, int] | None:
-    """How XLA launches the largest program with our calls; None where it does not say.
-
-    Returns: `launches`, the thunks that the host starts one by one, and of our calls
-    those `inside` and `outside` of CUDA graphs.
-    """
-    best = None
-    for path in DUMP.glob("*thunk_sequence*.txt"):
-        found = {"launches": 0, "inside": 0, "outside": 0}
-        for line in path.read_text().splitlines():
-            thunk = re.match(r"( *)(?:\d+: *)?k([A-Z]\w+)", line)
-            if not thunk:
-                continue
-            top = not thunk[1]
-            found["launches"] += top
-            if thunk[2].startswith("CustomCall"):
-                found["outside" if top else "inside"] += 1
-        calls = found["inside"] + found["outside"]
-        # The sequence after XLA's passes has the same calls and fewer launches.
-        key = (calls, -found["launches"])
-        if calls and (best is None or key > best[0]):
-            best = (key, found)
-    return best and best[1]
+    return sum(xla_dump.copies(text, shape) for text in texts)
 
 
 def target(least: float, aim: float) -> dict:
@@ -204,9 +177,8 @@ def lazy_row(bench: Bench) -> dict:
 
 
 def capture_row(bench: Bench) -> dict:
-    launches = captured()
-    if launches is None:
-        raise RuntimeError("XLA dumped no sequence of thunks with our calls")
+    texts = [path.read_text() for path in DUMP.glob("*thunk_sequence*.txt")]
+    launches = xla_dump.launches(texts)
     expected = OPS_A_LAYER * bench.num_layers
     return {
         "value": launches["outside"] + max(0, expected - launches["inside"]),

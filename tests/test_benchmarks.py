@@ -18,6 +18,7 @@ sys.path.insert(0, str(FOLDER))  # its modules import one another
 import cases  # noqa: E402
 import report  # noqa: E402
 import run as runner  # noqa: E402
+import xla_dump  # noqa: E402
 
 
 def run(out: Path, *options: str) -> tuple[subprocess.CompletedProcess, dict]:
@@ -163,3 +164,36 @@ def test_inductor_rows_join_those_alone():
     report.merge_inductor(results)
     assert row["peers"] == {"torch eager": {"us": 3.0}, "inductor": {"us": 4.0}}
     assert inductor == {"rows": {}, "left out": ["b"]}
+
+
+THUNKS = """\
+kCustomCall    custom-call.1
+kKernel        fusion.1
+kCustomCall    custom-call.2
+"""
+CAPTURED = """\
+kCommandBuffer command_buffer
+  kCustomCall    custom-call.1
+  kKernel        fusion.1
+
+kCustomCall    custom-call.2
+"""
+
+
+def test_launches_are_those_after_capture():
+    other = "000: kKernel fusion\n001: kCustomCall custom-call\n"
+    assert xla_dump.launches([other]) == {"launches": 2, "inside": 0, "outside": 1}
+    found = xla_dump.launches([CAPTURED, other, THUNKS])
+    assert found == {"launches": 2, "inside": 1, "outside": 1}
+    with pytest.raises(ValueError, match="no sequence of thunks"):
+        xla_dump.launches(["kKernel fusion\n"])
+
+
+def test_copies_are_of_the_shape():
+    program = """
+      %copy.1 = bf16[8,16]{1,0} copy(%p)
+      %copy.2 = bf16[8,17]{1,0} copy(%q)
+      ROOT %fusion = bf16[8,16]{1,0:T(8,128)} fusion(%p), kind=kLoop
+      %call = bf16[8,16]{1,0} custom-call(%p), custom_call_target="xla_ops.x"
+    """
+    assert xla_dump.copies(program, (8, 16)) == 2
