@@ -186,9 +186,8 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
 
   // Last tiles first: under a causal mask they have the most to do.
   QueryTile tile;
-  if (!FindQueryTile(args, Shape::kTileRows,
-                     static_cast<int>(gridDim.x - 1 - blockIdx.x), search,
-                     &tile)) {
+  if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(
+          args, static_cast<int>(gridDim.x - 1 - blockIdx.x), search, &tile)) {
     return;
   }
   const int kv_head = blockIdx.y;

@@ -74,9 +74,8 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
   constexpr int kPieces = kHeadDim / (kLanes * kPiece);
   __shared__ TileSearch search;
   QueryTile tile;
-  if (!FindQueryTile(args, SimtShape::kTileRows,
-                     static_cast<int>(gridDim.x - 1 - blockIdx.x), search,
-                     &tile)) {
+  if (!FindQueryTile<SimtShape::kTileRows, SimtShape::kWarps>(
+          args, static_cast<int>(gridDim.x - 1 - blockIdx.x), search, &tile)) {
     return;
   }
   const int row = threadIdx.x / 32;

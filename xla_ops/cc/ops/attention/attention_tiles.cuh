@@ -124,8 +124,8 @@ struct QueryTile {
 };
 
 struct TileSearch {
-  int warp_end[32];
-  int warp_kv_end[32];
+  int warp_end[4];  // of at most four warps
+  int warp_kv_end[4];
   QueryTile tile;
   bool found;
 };
@@ -144,13 +144,14 @@ __device__ __forceinline__ int WarpRunningMax(int x) {
 // Makes a warp's running maximum `end` the block's, from the last ones of
 // all warps and `carry`, which becomes the maximum of all. Returns that of
 // the thread before.
+template <int kWarps>
 __device__ __forceinline__ int AddWarps(const int* warp_end, int& carry,
                                         int& end) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int num_warps = blockDim.x / 32;
   int before = carry;
-  for (int w = 0; w < num_warps; ++w) {
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
     if (w < warp) before = max(before, warp_end[w]);
     carry = max(carry, warp_end[w]);
   }
@@ -184,12 +185,14 @@ __device__ __forceinline__ void SetKeys(const AttentionArgs& args, int used,
 // must call. The start of a segment is the running maximum of cu_seqlens_q
 // clamped to [0, num_tokens], as the contract defines it for values in any
 // order, so this is a scan by the whole block and not a binary search; for
-// up to blockDim.x - 2 sequences it costs one load a thread. Every load that
+// up to 32 * kWarps - 2 sequences it costs one load a thread. Every load that
 // might be wanted is started at once, before num_seqs is known: a decode
 // step waits for them.
-__device__ inline bool FindQueryTile(const AttentionArgs& args, int tile_rows,
-                                     int tile_index, TileSearch& shared,
-                                     QueryTile* tile) {
+template <int kTileRows, int kWarps>
+__device__ __forceinline__ bool FindQueryTile(const AttentionArgs& args,
+                                              int tile_index,
+                                              TileSearch& shared,
+                                              QueryTile* tile) {
   const int thread = threadIdx.x;
   const int lane = thread % 32;
   const int warp = thread / 32;
@@ -224,20 +227,21 @@ __device__ inline bool FindQueryTile(const AttentionArgs& args, int tile_rows,
       if (lane == 31) shared.warp_kv_end[warp] = kv_end;
     }
     __syncthreads();
-    const int start = AddWarps(shared.warp_end, carry, end);
+    const int start = AddWarps<kWarps>(shared.warp_end, carry, end);
     int kv_start = 0;
-    if (!args.paged) kv_start = AddWarps(shared.warp_kv_end, kv_carry, kv_end);
-    const int first_tile = start * group / tile_rows + segment;
-    const int end_tile = end * group / tile_rows + segment + 1;
+    if (!args.paged)
+      kv_start = AddWarps<kWarps>(shared.warp_kv_end, kv_carry, kv_end);
+    const int first_tile = start * group / kTileRows + segment;
+    const int end_tile = end * group / kTileRows + segment + 1;
     if (segment < num_seqs + 2 && first_tile <= tile_index &&
         tile_index < end_tile) {
-      const int row = (tile_index - first_tile) * tile_rows;
+      const int row = (tile_index - first_tile) * kTileRows;
       const int rows = (end - start) * group;
       const int step = args.group.Divide(row);
       QueryTile& found = shared.tile;
       found.token = start + step;
       found.tokens_left = end - found.token;
-      found.num_rows = max(0, min(rows - row, tile_rows));
+      found.num_rows = max(0, min(rows - row, kTileRows));
       found.head = row - step * group;
       found.seq = seq < num_seqs ? seq : -1;
       found.kv_len = 0;
@@ -247,7 +251,7 @@ __device__ inline bool FindQueryTile(const AttentionArgs& args, int tile_rows,
     }
     __syncthreads();
     if (shared.found) break;
-    base += blockDim.x;
+    base += 32 * kWarps;
   } while (base < num_seqs + 2);
   *tile = shared.tile;
   return tile->num_rows > 0;
@@ -317,13 +321,16 @@ __device__ __forceinline__ int64_t TokenOffset(const AttentionArgs& args,
          kv_head * args.head_stride;
 }
 
-// The part of `count` pieces that a split works on.
+// The part of `count` pieces that a split works on. Unsigned, so that nothing
+// overflows: (split + 1) * each <= count + num_splits - 1 + each.
 __device__ __forceinline__ TokenRange SplitRange(int count, int num_splits,
-                                                 int split) {
-  const int64_t each = (int64_t{count} + num_splits - 1) / num_splits;
+                                                 unsigned split) {
+  const unsigned pieces = static_cast<unsigned>(count);
+  const unsigned each =
+      (pieces + num_splits - 1) / static_cast<unsigned>(num_splits);
   TokenRange range;
-  range.begin = static_cast<int>(min(int64_t{count}, split * each));
-  range.end = static_cast<int>(min(int64_t{count}, (split + 1) * each));
+  range.begin = static_cast<int>(min(pieces, split * each));
+  range.end = static_cast<int>(min(pieces, (split + 1) * each));
   return range;
 }
 
