@@ -16,7 +16,7 @@
 
 namespace xla_ops {
 
-// The kernels for 8-bit keys and values: as Prepare() and Launch() below.
+// Those for 8-bit keys and values: tensor cores (`use_mma`) or not.
 cudaError_t PrepareAttentionFp8(bool has_mma);
 cudaError_t LaunchAttentionFp8(cudaStream_t stream, const AttentionArgs& args,
                                bool use_mma);
