@@ -543,11 +543,17 @@ def driver(monkeypatch):
 def kernels(monkeypatch, tmp_path):
     """Puts one CUDA op library with the given architectures in place of the wheel's."""
 
-    def install(archs):
+    def install(archs, version=12000):
         folder = tmp_path / "lib"
         # Targets of its own: each stays loaded, and no two may have the same.
         prefix = f"kernels{next(_numbers)}"
-        ops = fakes.build("fake_ops", PREFIX=prefix, PLATFORM="CUDA", ARCHS=archs)
+        ops = fakes.build(
+            "fake_ops",
+            PREFIX=prefix,
+            PLATFORM="CUDA",
+            ARCHS=archs,
+            VERSION=version,
+        )
         fakes.copy(ops, folder / "libxla_ops_fake_cuda.so")
         monkeypatch.setattr(plugin, "_LIB", folder)
 
@@ -601,6 +607,19 @@ def test_driver_too_old_for_the_plugin(driver, kernels):
         RuntimeError, match="runs CUDA up to 12.8, and .* needs CUDA 13"
     ):
         plugin.check_machine(PLUGIN_13)
+    plugin.check_machine(PLUGIN_12)
+
+
+def test_driver_too_old_for_the_kernels(driver, kernels):
+    kernels("9.0", version=13020)
+    driver(version=12080)
+    with pytest.raises(
+        RuntimeError,
+        match="runs CUDA up to 12.8, and the kernels of libxla_ops_fake_cuda.so were"
+        " built with CUDA 13.2: update the driver",
+    ):
+        plugin.check_machine(PLUGIN_12)
+    driver(version=13000)  # any driver of a major version runs its minor ones
     plugin.check_machine(PLUGIN_12)
 
 

@@ -68,6 +68,7 @@ def test_wheel_has_a_host_handler_for_each_op():
         handlers = _runtime.load_library(str(path))
         assert {platform for _, platform in handlers} == {"Host"}
         assert _runtime.cuda_archs(str(path)) == ""
+        assert _runtime.cuda_version(str(path)) == 0
         targets |= {target for target, _ in handlers}
     assert {
         "xla_ops.rms_norm",
@@ -76,9 +77,11 @@ def test_wheel_has_a_host_handler_for_each_op():
     } <= targets
 
 
-def test_cuda_archs_come_from_the_library():
-    path = fakes.build("fake_ops", PREFIX="archs", PLATFORM="CUDA", ARCHS="8.0 9.0a")
+def test_cuda_archs_and_version_come_from_the_library():
+    macros = {"PREFIX": "archs", "PLATFORM": "CUDA", "ARCHS": "8.0 9.0a"}
+    path = fakes.build("fake_ops", **macros, VERSION=13020)
     assert _runtime.cuda_archs(str(path)) == "8.0 9.0a"
+    assert _runtime.cuda_version(str(path)) == 13020
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def test_op_library_exports_its_table_and_handler_alone(archive, op, platform):
     assert {name for name in names if not name.startswith("xla_ops_")} == set()
     assert "xla_ops_handlers" in names
     assert any(name.endswith(f"_{platform}") for name in names)
-    assert ("xla_ops_cuda_archs" in names) == (platform == "cuda")
+    for name in ("xla_ops_cuda_archs", "xla_ops_cuda_version"):
+        assert (name in names) == (platform == "cuda")
 
 
 def test_bridge_and_extension_export_their_entries_alone(archive):
@@ -144,7 +145,7 @@ def test_binaries_need_the_c_library_alone(archive):
             assert needed <= allowed, name
 
 
-def test_cuda_libraries_say_which_architectures_they_hold():
+def test_cuda_libraries_say_what_they_were_built_for():
     import xla_ops
     from xla_ops import _runtime
 
@@ -154,6 +155,8 @@ def test_cuda_libraries_say_which_architectures_they_hold():
             path = folder / f"libxla_ops_{op}_{platform}.so"
             expected = ARCHS if platform == "cuda" else ""
             assert _runtime.cuda_archs(str(path)) == expected
+            version = _runtime.cuda_version(str(path))
+            assert version >= 12000 if platform == "cuda" else version == 0
 
 
 def test_metadata_pins_the_frameworks_and_names_the_entry_points():

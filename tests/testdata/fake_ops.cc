@@ -7,6 +7,7 @@
 //   PREFIX      first part of the targets ("fake")
 //   PLATFORM    of the handlers ("Host")
 //   ARCHS       exports xla_ops_cuda_archs with this text
+//   VERSION     exports xla_ops_cuda_version with this number
 //   NO_TABLE    exports no handler table
 //   UNDEFINED   needs a symbol that no library has
 //   INCOMPLETE  has an entry without an execute handler
@@ -394,6 +395,10 @@ const Entry* xla_ops_handlers(size_t* count) {
 
 #ifdef ARCHS
 const char* xla_ops_cuda_archs() { return ARCHS; }
+#endif
+
+#ifdef VERSION
+int xla_ops_cuda_version() { return VERSION; }
 #endif
 
 #ifdef UNDEFINED

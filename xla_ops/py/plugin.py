@@ -155,7 +155,7 @@ def check_machine(plugin: pathlib.Path) -> None:
 
     Raises:
       RuntimeError: no driver (cuda_driver.DriverError), a driver too old for
-        `plugin`, or a GPU that the kernels were not built for.
+        `plugin` or for the kernels, or a GPU that the kernels were not built for.
     """
     from . import cuda_driver
 
@@ -168,6 +168,16 @@ def check_machine(plugin: pathlib.Path) -> None:
             f" {describe_plugin(plugin)} needs CUDA {match[1]}: update the driver, or"
             f" install jax-cuda{driver.cuda_version[0]}-pjrt instead"
         )
+    for library, version in kernel_cuda_versions().items():
+        if driver.cuda_version[0] < version[0]:
+            have, needed = (
+                ".".join(map(str, v)) for v in (driver.cuda_version, version)
+            )
+            raise RuntimeError(
+                f"the NVIDIA driver runs CUDA up to {have}, and the kernels of"
+                f" {library} were built with CUDA {needed}: update the driver, or run"
+                " on the CPU with PJRT_DEVICE=CPU"
+            )
     used = client_options(os.environ).get("visible_devices")
     for ordinal in used or ():
         if ordinal >= len(driver.devices):
@@ -188,6 +198,17 @@ def kernel_archs() -> dict[str, str]:
         path.name: _runtime.cuda_archs(str(path))
         for path in sorted(_LIB.glob("libxla_ops_*_cuda.so"))
     }
+
+
+def kernel_cuda_versions() -> dict[str, tuple[int, int]]:
+    """File name of each installed CUDA op library to its CUDA, as (13, 0)."""
+    from . import _runtime
+
+    versions = {
+        path.name: _runtime.cuda_version(str(path))
+        for path in sorted(_LIB.glob("libxla_ops_*_cuda.so"))
+    }
+    return {k: (v // 1000, v % 1000 // 10) for k, v in versions.items()}
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:

@@ -42,6 +42,10 @@ typedef const XlaOpsHandler* XlaOpsHandlersFn(size_t* count);
 // "7.5 8.0 9.0a 12.0+PTX", the form that the build flag takes.
 typedef const char* XlaOpsCudaArchsFn();
 
+// CUDA libraries only: the CUDA whose runtime they hold, as 13000 for 13.0.
+// Drivers of an earlier major version cannot run it.
+typedef int XlaOpsCudaVersionFn();
+
 }  // extern "C"
 
 #define XLA_OPS_EXPORT __attribute__((visibility("default")))

@@ -63,6 +63,17 @@ std::string PyCudaArchs(const std::string& path) {
   return archs;
 }
 
+int PyCudaVersion(const std::string& path) {
+  int version = 0;
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    error = OpLibraryCudaVersion(path, &version);
+  }
+  if (!error.empty()) ThrowOsError(error);
+  return version;
+}
+
 std::vector<std::string> PyRegisterCpu(const std::string& path) {
   std::vector<std::string> targets;
   std::string error;
@@ -229,6 +240,11 @@ Raises OSError naming the file and what is wrong with it.)");
         R"(The architectures of an op library's device code.
 
 Returns: such as "8.0 9.0a 12.0+PTX"; "" for a library without device code.
+Raises OSError as load_library, which it calls.)");
+  m.def("cuda_version", &PyCudaVersion, py::arg("path"),
+        R"(The CUDA that an op library was built with.
+
+Returns: such as 13000 for 13.0; 0 for a library without device code.
 Raises OSError as load_library, which it calls.)");
   m.def("register_cpu", &PyRegisterCpu, py::arg("xlac_path"),
         R"(Registers the loaded Host handlers with torch_xla's CPU client.

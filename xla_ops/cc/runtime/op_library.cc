@@ -120,6 +120,18 @@ std::string OpLibraryCudaArchs(const std::string& path, std::string* archs) {
   return "";
 }
 
+std::string OpLibraryCudaVersion(const std::string& path, int* version) {
+  Libraries& libraries = GetLibraries();
+  std::lock_guard<std::mutex> lock(libraries.mutex);
+  Library* library = nullptr;
+  std::string error = LoadLocked(libraries, path, &library);
+  if (!error.empty()) return error;
+  auto* get_version = reinterpret_cast<XlaOpsCudaVersionFn*>(
+      dlsym(library->handle, "xla_ops_cuda_version"));
+  *version = get_version == nullptr ? 0 : get_version();
+  return "";
+}
+
 std::vector<LoadedHandler*> HandlersOf(const std::string& platform) {
   Libraries& libraries = GetLibraries();
   std::lock_guard<std::mutex> lock(libraries.mutex);

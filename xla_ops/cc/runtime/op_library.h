@@ -37,6 +37,10 @@ std::string LoadOpLibrary(const std::string& path,
 // empty for a library without device code. Loads the library if need be.
 std::string OpLibraryCudaArchs(const std::string& path, std::string* archs);
 
+// The CUDA that the library was built with, as 13000 for 13.0; 0 for a library
+// without device code. Loads the library if need be.
+std::string OpLibraryCudaVersion(const std::string& path, int* version);
+
 // All handlers loaded for `platform`, in the order of loading.
 std::vector<LoadedHandler*> HandlersOf(const std::string& platform);
 
