@@ -49,11 +49,22 @@ __global__ void __launch_bounds__(kAbsMaxThreads)
   const int64_t threads = int64_t{gridDim.x} * blockDim.x;
   const int64_t vectors = size / kWidth;
   float max = 0.0f;
-#pragma unroll 4
-  for (int64_t v = thread; v < vectors; v += threads) {
-    const Vector<T, kWidth> x = LoadVector<kWidth>(input + v * kWidth);
+  constexpr int kLoads = 4;  // in flight
+  for (int64_t v = thread; v < vectors; v += kLoads * threads) {
+    Vector<T, kWidth> x[kLoads];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) max = fmaxf(max, fabsf(ToFloat(x[j])));
+    for (int i = 0; i < kLoads; ++i) {
+      const int64_t at = v + i * threads;
+      if (at < vectors) x[i] = LoadVector<kWidth>(input + at * kWidth);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (v + i * threads >= vectors) break;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        max = fmaxf(max, fabsf(ToFloat(x[i][j])));
+      }
+    }
   }
   for (int64_t i = vectors * kWidth + thread; i < size; i += threads) {
     max = fmaxf(max, fabsf(ToFloat(input[i])));
