@@ -194,7 +194,9 @@ def plot(result: dict, path: pathlib.Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "xla_ops"  # the same file each time
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(9, 3.4), sharey=True, layout="constrained"
+    )
     for axis, compiled in zip(axes, (False, True), strict=True):
         for way, name in WAYS.items():
             points = [
@@ -210,9 +212,10 @@ def plot(result: dict, path: pathlib.Path) -> None:
         axis.set_title("compiled" if compiled else "lazy")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms a step")
-    axes[1].legend(fontsize=8)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8
+    )
     figure.suptitle(result["device"], fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
 
