@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import Path, assert_close_to_exact, int32, same
 from torch.nn.functional import scaled_dot_product_attention
+from xla_ops.core import handlers
 from xla_ops.core.custom_call import call_directly
 from xla_ops.core.op import OPS
 from xla_ops.ops import attention
@@ -194,7 +195,8 @@ def test_groups_of_heads(path, page, heads, kv_heads):
 
 
 @pytest.mark.parametrize(
-    "left, right", [(-1, 0), (-1, 2), (0, -1), (0, 0), (3, -1), (3, 2), (16, 0), (16, 11)]
+    "left, right",
+    [(-1, 0), (-1, 2), (0, -1), (0, 0), (3, -1), (3, 2), (16, 0), (16, 11)],
 )
 @one_of_each
 def test_windows(path, page, left, right):
@@ -252,7 +254,9 @@ def test_a_sink_of_minus_infinity_is_none(path):
     batch = contiguous([3], [7], 2, 1, 32, torch.float32)
     wanted = batch.check(path)
     got = batch.check(path, sinks=torch.full((2,), -torch.inf))
-    assert all(torch.allclose(g, w, atol=1e-6) for g, w in zip(got, wanted, strict=True))
+    assert all(
+        torch.allclose(g, w, atol=1e-6) for g, w in zip(got, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize("pads", [None, [2, 0, 4, 1, 3, 0]])
@@ -306,13 +310,30 @@ def fp8(batch, name, as_bytes, scales):
 @one_of_each
 def test_everything_at_once(path, page, dtype):
     batch = make([16, 1, 2, 5], [48, 100, 2, 3], 8, 2, 72, dtype, page=page)
-    scales = fp8(batch, "fp8", True, torch.rand(2, 4, 2) + 0.5)
+    check_everything(path, batch)
+
+
+@pytest.mark.parametrize("page", [None, 5])
+def test_everything_without_a_handler(path, page, monkeypatch):
+    """What runs then is the reference."""
+    for name in ("available", "loaded"):
+        monkeypatch.setattr(handlers, name, lambda platform, target: False)
+    shape = [3, 4], [7, 2], 8, 2, 16, torch.float32
+    if page is None:
+        check_everything(path, contiguous(*shape, pads=[2, 1], slack=3))
+    else:
+        check_everything(path, paged(*shape, page))
+
+
+def check_everything(path, batch):
+    seqs = len(batch.keys)
+    scales = fp8(batch, "fp8", True, torch.rand(2, seqs, 2) + 0.5)
     batch.check(
         path,
         window_left=20,
-        window_right=3,
+        window_right=1,
         softcap=15.0,
-        alibi_slopes=torch.rand(4, 8) / 4,
+        alibi_slopes=torch.rand(seqs, 8) / 4,
         sinks=torch.randn(8),
         kv_cache_dtype="fp8",
         **scales,
@@ -377,7 +398,7 @@ def test_pages_in_other_layouts(path):
         packed(lambda k, v: (k.clone(), v), *kv.clone()),
     ):
         got, _ = path.run(call, arguments, *stored)
-        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+        assert all(same(g, w) for g, w in zip(got, wanted, strict=True))
 
 
 def test_rows_in_other_layouts(path):
@@ -395,7 +416,7 @@ def test_rows_in_other_layouts(path):
         packed(lambda k, v: (k.transpose(1, 2), v), k.transpose(1, 2).clone(), v),
     ):
         got, _ = path.run(call, arguments, *stored)
-        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+        assert all(same(g, w) for g, w in zip(got, wanted, strict=True))
 
 
 def test_query_that_is_a_view(path):
@@ -423,7 +444,9 @@ def test_halves_merge_to_the_whole(path):
     whole, lse = batch.check(path)
     halves = []
     for first in (True, False):
-        kept = [slice(None, n // 2) if first else slice(n // 2, None) for n in (30, 17, 1)]
+        kept = [
+            slice(None, n // 2) if first else slice(n // 2, None) for n in (30, 17, 1)
+        ]
         keys, values = (
             [t[rows] for t, rows in zip(tokens, kept, strict=True)]
             for tokens in (batch.keys, batch.values)
@@ -469,11 +492,11 @@ def test_wild_integers_stay_in_bounds(path):
     rows = contiguous([2, 2], [8, 8], 2, 1, 32, torch.float32, pads, 1).arguments
     pages = paged([2, 2], [8, 8], 2, 1, 32, torch.float32, 4, spare=0).arguments
     for arguments in (rows, pages):
-        for name, given in arguments.items():
-            if not isinstance(given, torch.Tensor) or given.dtype != torch.int32:
+        for name, t in arguments.items():
+            if not isinstance(t, torch.Tensor) or t.dtype != torch.int32:
                 continue
             for value in (2**31 - 1, -(2**31)):
-                changed = {**arguments, name: torch.full_like(given, value)}
+                changed = {**arguments, name: torch.full_like(t, value)}
                 (out, lse), _ = path.run(
                     lambda a: xla_ops.flash_attn_varlen(**a, is_causal=True), changed
                 )
@@ -663,7 +686,11 @@ ERRORS = [
         "k must have shape [num_blocks, page_size, num_kv_heads, head_dim], got"
         " [5, 2, 16]",
     ),
-    (ROWS, {"k": Q[:, :2].half(), "v": Q[:, :2].half()}, "k must be float32, got float16"),
+    (
+        ROWS,
+        {"k": Q[:, :2].half(), "v": Q[:, :2].half()},
+        "k must be float32, got float16",
+    ),
     (ROWS, {"v": Q[:, :2]}, "v must have shape [5, 2, 16], got [3, 2, 16]"),
     (ROWS, {"v": ROWS["v"].half()}, "v must be float32, got float16"),
     (
@@ -745,7 +772,11 @@ ERRORS = [
         {"alibi_slopes": torch.ones(3, 4)},
         "alibi_slopes must have shape [4] or [2, 4], got [3, 4]",
     ),
-    (ROWS, {"sinks": int32(1)}, "sinks must be float32, float16 or bfloat16, got int32"),
+    (
+        ROWS,
+        {"sinks": int32(1)},
+        "sinks must be float32, float16 or bfloat16, got int32",
+    ),
     (ROWS, {"sinks": ONE}, "sinks must have shape [4], got [1]"),
     (
         ROWS,
@@ -802,7 +833,9 @@ def test_tensors_must_share_a_device(name):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "cu_seqlens_q"])
 def test_arguments_must_be_tensors(name):
-    with pytest.raises(TypeError, match=rf"^flash_attn_varlen: {name} must be a tensor"):
+    with pytest.raises(
+        TypeError, match=rf"^flash_attn_varlen: {name} must be a tensor"
+    ):
         xla_ops.flash_attn_varlen(**(ROWS | {name: 1}))
 
 
@@ -898,6 +931,6 @@ def test_the_handler_says_what_python_says(op, legal, name, value):
     else:
         attributes = {**call.attributes, name: value}
         call = dataclasses.replace(call, attributes=attributes)
-    with pytest.raises(ValueError) as handlers:
+    with pytest.raises(ValueError) as from_handler:
         call_directly(call)
-    assert str(handlers.value) == str(error.value)
+    assert str(from_handler.value) == str(error.value)

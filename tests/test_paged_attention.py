@@ -5,7 +5,7 @@ import torch
 import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Path, assert_close_to_exact, int32
+from support import Path, assert_close_to_exact, int32, same
 
 
 def attend(q, kc, vc, lens, tables, starts, scale, window=None, cap=None, dtype=None):
@@ -256,8 +256,8 @@ def test_features_and_lse_are_those_of_flash_attn_varlen(path, name, separate, w
     wanted, _ = path.run(flash, given, features)
     got, _ = path.run(lambda *args: paged(*args, True), given, features)
     out, _ = path.run(lambda *args: paged(*args, False), given, features)
-    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
-    assert torch.equal(out, wanted[0])
+    assert all(same(g, w) for g, w in zip(got, wanted, strict=True))
+    assert same(out, wanted[0])
 
 
 def test_lse_of_rows_of_no_sequence(path):

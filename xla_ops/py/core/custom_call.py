@@ -129,9 +129,7 @@ def _run(call: CustomCall, platform: str, stream: int, results) -> None:
     )
 
 
-def _buffer(
-    t: torch.Tensor | Spec, spec: Spec
-) -> tuple[int, int, tuple[int, ...]]:
+def _buffer(t: torch.Tensor | Spec, spec: Spec) -> tuple[int, int, tuple[int, ...]]:
     address = 0 if isinstance(t, Spec) else t.data_ptr()
     return address, primitive_type(spec.dtype), tuple(spec.shape)
 

@@ -382,23 +382,17 @@ def _reference(
     debug_mode,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, head_dim = query.shape
-    num_blocks, page_size, num_kv_heads, _, *strides, key_offset, value_offset = geometry
+    num_blocks, page_size, num_kv_heads, _, *strides, key_offset, value_offset = (
+        geometry
+    )
     shape = (num_blocks, page_size, num_kv_heads, head_dim)
     keys = _take(key, shape, strides, key_offset, kv_cache_dtype)
     values = _take(value, shape, strides, value_offset, kv_cache_dtype)
-    batch = Batch(
-        *(
-            None if t is None else t.long()
-            for t in (
-                cu_seqlens_q,
-                cu_seqlens_k,
-                seqused_k,
-                block_table,
-                leftpad_k,
-                num_seqs,
-            )
-        )
+    integers = (
+        *(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
+        *(leftpad_k, num_seqs),
     )
+    batch = Batch(*(None if t is None else t.long() for t in integers))
     rows = torch.arange(num_tokens, device=query.device)
     # [num_tokens, num_kv_heads, heads of one KV head, ...] from here on.
     heads = (num_kv_heads, num_heads // max(num_kv_heads, 1))
@@ -422,7 +416,9 @@ def _reference(
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         if alibi_slopes is not None:
-            slopes = alibi_slopes[s] if alibi_slopes.dim() == 2 else alibi_slopes
+            slopes = alibi_slopes
+            if alibi_slopes.dim() == 2:
+                slopes = _row(alibi_slopes, s)
             distance = (position - tokens).abs()[:, None, None, :]
             logits = logits - slopes.reshape(*heads, 1) * distance
         mask = visible[:, None, None, :]
@@ -459,9 +455,10 @@ def _sequences(batch: Batch, num_tokens: int, num_slots: int, num_blocks, page_s
     first_slot = None if paged else batch.cu_seqlens_k[0].clamp(0, num_slots)
     # No slot, no token: rows then see nothing, and there is nothing to index.
     for s in range(batch.cu_seqlens_q.shape[0] - 1 if num_slots else 0):
-        start, end = end, torch.maximum(batch.cu_seqlens_q[s + 1].clamp(max=num_tokens), end)
+        start = end
+        end = torch.maximum(batch.cu_seqlens_q[s + 1].clamp(max=num_tokens), start)
         if paged:
-            block = batch.block_table[s]
+            block = _row(batch.block_table, s)
             exists = (block >= 0) & (block < num_blocks)
             block = torch.where(exists, block, 0)
             offsets = torch.arange(page_size, device=device)
@@ -472,7 +469,8 @@ def _sequences(batch: Batch, num_tokens: int, num_slots: int, num_blocks, page_s
                 continue
         else:
             slot = first_slot
-            first_slot = torch.maximum(batch.cu_seqlens_k[s + 1].clamp(max=num_slots), slot)
+            first_slot = batch.cu_seqlens_k[s + 1].clamp(max=num_slots)
+            first_slot = torch.maximum(first_slot, slot)
             length = first_slot - slot
             if batch.seqused_k is not None:
                 length = torch.minimum(batch.seqused_k[s].clamp(0), num_slots - slot)
@@ -492,7 +490,12 @@ def _of_sequence(scale: torch.Tensor | None, s: int) -> torch.Tensor | float:
     """A KV scale as it multiplies sequence s's [tokens, num_kv_heads, head_dim]."""
     if scale is None:
         return 1.0
-    return scale.reshape(()) if scale.numel() == 1 else scale[s][:, None]
+    return scale.reshape(()) if scale.numel() == 1 else _row(scale, s)[:, None]
+
+
+def _row(t: torch.Tensor, s: int) -> torch.Tensor:
+    """t[s], which torch_xla 2.9.0 gets wrong below functionalization: t[0] of a square."""
+    return t[s : s + 1].reshape(t.shape[1])
 
 
 def _take(buffer, shape, strides, offset, kv_cache_dtype) -> torch.Tensor:
@@ -502,8 +505,8 @@ def _take(buffer, shape, strides, offset, kv_cache_dtype) -> torch.Tensor:
         step = torch.arange(size, device=buffer.device) * stride
         index = index + step.reshape(-1, *[1] * (len(shape) - axis - 1))
     index = index.flatten(0, 1)
-    if kv_cache_dtype == "auto":
-        return buffer.reshape(-1)[index].float()
-    # fp8 cannot be indexed: move the bits as bytes.
-    bits = buffer.view(torch.uint8).reshape(-1)[index]
-    return bits.view(paged_cache.FP8[kv_cache_dtype]).float()
+    if buffer.dtype != torch.uint8:
+        return buffer.float().reshape(-1)[index]
+    # XLA tensors cannot be viewed as another dtype: look the bytes' values up.
+    codes = torch.arange(256, dtype=torch.uint8).view(paged_cache.FP8[kv_cache_dtype])
+    return codes.float().to(buffer.device)[buffer.reshape(-1)[index].long()]
