@@ -53,8 +53,6 @@ struct Sm90Shape {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kTokens = kHeadDim == 256 ? 80 : 128;  // of a KV tile
   static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
-  // With two, an item's query arrives while the item before is computed.
-  static constexpr int kQueryStages = kHeadDim == 128 ? 2 : 1;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Of a thread: 64 K registers in all.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
@@ -72,7 +70,7 @@ struct Sm90Shape {
   static constexpr int kTileBytes = kTokens * kHeadDim * 2;
   // The dynamic part begins at the next multiple of 1024.
   static constexpr int kSharedBytes =
-      1024 + kQueryStages * kQueryBytes + 2 * kStages * kTileBytes;
+      1024 + kQueryBytes + 2 * kStages * kTileBytes;
 };
 
 // AttentionParams as this kernel wants them.
@@ -127,12 +125,12 @@ struct Sm90Item {
 };
 
 // The barriers of a stage of K or V, and of the other buffers.
-template <typename Shape>
+template <int kStages>
 struct Sm90Barriers {
   uint64_t item_full[2], item_empty[2];
-  uint64_t query_full[Shape::kQueryStages], query_empty[Shape::kQueryStages];
-  uint64_t key_full[Shape::kStages], key_empty[Shape::kStages];
-  uint64_t value_full[Shape::kStages], value_empty[Shape::kStages];
+  uint64_t query_full, query_empty;
+  uint64_t key_full[kStages], key_empty[kStages];
+  uint64_t value_full[kStages], value_empty[kStages];
   uint64_t tail;
 };
 
@@ -650,12 +648,10 @@ __device__ __forceinline__ void PassTurn(int consumer) {
 
 // Producer, warp 0.
 template <typename Shape>
-__device__ __forceinline__ void ProduceTiles(const CUtensorMap* key_map,
-                                             const CUtensorMap* value_map,
-                                             const Sm90Args& args,
-                                             Sm90Barriers<Shape>& barriers,
-                                             Sm90Item* items, unsigned* masks,
-                                             uint32_t keys, uint32_t values) {
+__device__ __forceinline__ void ProduceTiles(
+    const CUtensorMap* key_map, const CUtensorMap* value_map,
+    const Sm90Args& args, Sm90Barriers<Shape::kStages>& barriers,
+    Sm90Item* items, unsigned* masks, uint32_t keys, uint32_t values) {
   constexpr int kStages = Shape::kStages;
   const int lane = threadIdx.x % 32;
   Sm90Segments segments;
@@ -724,12 +720,11 @@ __device__ __forceinline__ void ProduceTiles(const CUtensorMap* key_map,
 
 // Producer, warps 1 to 3.
 template <typename T, typename Shape>
-__device__ __forceinline__ void ProduceQueries(const Sm90Args& args,
-                                               Sm90Barriers<Shape>& barriers,
-                                               const Sm90Item* items,
-                                               uint32_t query) {
+__device__ __forceinline__ void ProduceQueries(
+    const Sm90Args& args, Sm90Barriers<Shape::kStages>& barriers,
+    const Sm90Item* items, uint32_t query) {
   Ring<2> slot;
-  Ring<Shape::kQueryStages> ring;
+  int parity = 1;
   while (true) {
     Wait(&barriers.item_full[slot.stage], slot.parity);
     const Sm90Item item = items[slot.stage];
@@ -738,17 +733,17 @@ __device__ __forceinline__ void ProduceQueries(const Sm90Args& args,
     slot.Advance();
     if (item.seq == -2) return;
     if (item.tile_begin == item.tile_end) continue;
-    Wait(&barriers.query_empty[ring.stage], ring.parity ^ 1);
-    CopyQuery<T, Shape>(args, item, query + ring.stage * Shape::kQueryBytes);
-    Arrive(&barriers.query_full[ring.stage]);
-    ring.Advance();
+    Wait(&barriers.query_empty, parity);
+    parity ^= 1;
+    CopyQuery<T, Shape>(args, item, query);
+    Arrive(&barriers.query_full);
   }
 }
 
 // A consumer warpgroup.
 template <typename T, int kHeadDim, typename Shape>
 __device__ __forceinline__ void Consume(const Sm90Args& args,
-                                        Sm90Barriers<Shape>& barriers,
+                                        Sm90Barriers<Shape::kStages>& barriers,
                                         const Sm90Item* items,
                                         const unsigned* masks, uint32_t query,
                                         uint32_t keys, uint32_t values) {
@@ -764,7 +759,7 @@ __device__ __forceinline__ void Consume(const Sm90Args& args,
   Ring<2> slot;
   Ring<kStages> key_ring;
   Ring<kStages> value_ring;
-  Ring<Shape::kQueryStages> query_ring;
+  int query_parity = 0;
   // The last consumer gives the first one its first turn.
   if (consumer == Shape::kConsumers - 1) PassTurn<Shape>(consumer);
 
@@ -818,8 +813,8 @@ __device__ __forceinline__ void Consume(const Sm90Args& args,
     };
     // Waits for the K tile and starts its product.
     const auto start_scores = [&] {
-      StartScores<T, Shape>(query + query_ring.stage * Shape::kQueryBytes,
-                            keys + key_ring.stage * Shape::kTileBytes, scores);
+      StartScores<T, Shape>(query, keys + key_ring.stage * Shape::kTileBytes,
+                            scores);
     };
     const auto release_key = [&]() -> unsigned {
       const unsigned masked = masks[key_ring.stage];
@@ -829,7 +824,8 @@ __device__ __forceinline__ void Consume(const Sm90Args& args,
       return masked;
     };
 
-    Wait(&barriers.query_full[query_ring.stage], query_ring.parity);
+    Wait(&barriers.query_full, query_parity);
+    query_parity ^= 1;
     float out[kHeadDim / 2];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
@@ -863,8 +859,7 @@ __device__ __forceinline__ void Consume(const Sm90Args& args,
       }
       PackWeights<T>(scores, weights);
     }
-    if (elected) Arrive(&barriers.query_empty[query_ring.stage]);
-    query_ring.Advance();
+    if (elected) Arrive(&barriers.query_empty);
     Wait(&barriers.value_full[value_ring.stage], value_ring.parity);
     StartOutput<T, Shape>(weights,
                           values + value_ring.stage * Shape::kTileBytes, out);
@@ -887,11 +882,11 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
   using Shape = Sm90Shape<kHeadDim, kAllPanels>;
   constexpr int kStages = Shape::kStages;
   extern __shared__ uint8_t dynamic_shared[];
-  __shared__ Sm90Barriers<Shape> barriers;
+  __shared__ Sm90Barriers<kStages> barriers;
   __shared__ Sm90Item items[2];
   __shared__ unsigned masks[kStages];
   const uint32_t query = (SharedAddress(dynamic_shared) + 1023) & ~1023u;
-  const uint32_t keys = query + Shape::kQueryStages * Shape::kQueryBytes;
+  const uint32_t keys = query + Shape::kQueryBytes;
   const uint32_t values = keys + kStages * Shape::kTileBytes;
 
   if (threadIdx.x == 0) {
@@ -901,10 +896,8 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
       InitBarrier(&barriers.item_full[i], 1);
       InitBarrier(&barriers.item_empty[i], 3 + kConsumerWarps);
     }
-    for (int i = 0; i < Shape::kQueryStages; ++i) {
-      InitBarrier(&barriers.query_full[i], 96);
-      InitBarrier(&barriers.query_empty[i], kConsumerWarps);
-    }
+    InitBarrier(&barriers.query_full, 96);
+    InitBarrier(&barriers.query_empty, kConsumerWarps);
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(&barriers.key_full[i], 2);  // the mask's, and the copies'
       InitBarrier(&barriers.key_empty[i], kConsumerWarps);
