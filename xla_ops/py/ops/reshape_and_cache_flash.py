@@ -66,8 +66,8 @@ def reshape_and_cache_flash(
         value_cache,
         slot_mapping,
         kv_cache_dtype,
-        key.new_ones((), dtype=torch.float32) if k_scale is None else k_scale,
-        key.new_ones((), dtype=torch.float32) if v_scale is None else v_scale,
+        k_scale,
+        v_scale,
     )
 
 
@@ -167,9 +167,16 @@ def _check_slots(rows, slot_mapping) -> None:
 
 
 def _check_scale(name, scale, rows) -> None:
+    if scale is None:
+        return
     _check.dtype(name, scale, [torch.float32])
     _check.one_element(name, scale)
     _check.same_device("key", rows, **{name: scale})
+
+
+def _scale_operand(scale):
+    """None, which is 1, is an absent operand."""
+    return Spec((0,), torch.float32) if scale is None else scale.reshape(1)
 
 
 def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUTES):
@@ -215,8 +222,8 @@ def _lower_pair(
             value.contiguous(),
             *caches,
             slot_mapping.contiguous(),
-            k_scale.reshape(1),
-            v_scale.reshape(1),
+            _scale_operand(k_scale),
+            _scale_operand(v_scale),
         ),
         tuple(Spec.of(cache) for cache in caches),
         _attributes(kv_cache_dtype, geometry, debug_mode),
@@ -233,7 +240,7 @@ def _lower_one(
     _check_scale("k_scale", scale, rows)
     return CustomCall(
         "xla_ops.reshape_and_cache_flash_one",
-        (rows.contiguous(), cache, slot_mapping.contiguous(), scale.reshape(1)),
+        (rows.contiguous(), cache, slot_mapping.contiguous(), _scale_operand(scale)),
         (Spec.of(cache),),
         _attributes(
             kv_cache_dtype, geometry, debug_mode, paged_cache.ATTRIBUTES[:-1]
@@ -314,7 +321,7 @@ def _convert(rows, scale, kv_cache_dtype):
         return rows
     dtype = paged_cache.FP8[kv_cache_dtype]
     limit = torch.finfo(dtype).max
-    scaled = rows.float() / scale.reshape(())
+    scaled = rows.float() if scale is None else rows.float() / scale.reshape(())
     return scaled.clamp(-limit, limit).to(dtype)  # clamp keeps NaN
 
 
@@ -322,7 +329,7 @@ _COMMON = "str kv_cache_dtype, SymInt[] geometry, bool debug"
 _both = Op(
     "reshape_and_cache_flash_both",
     "(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,"
-    " Tensor slot_mapping, Tensor k_scale, Tensor v_scale,"
+    " Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale,"
     f" {_COMMON}) -> (Tensor, Tensor)",
     _lower_both,
     _reference_both,
@@ -330,13 +337,13 @@ _both = Op(
 _stacked = Op(
     "reshape_and_cache_flash_stacked",
     "(Tensor key, Tensor value, Tensor kv_cache, Tensor slot_mapping,"
-    f" Tensor k_scale, Tensor v_scale, {_COMMON}, Tensor? donor) -> Tensor",
+    f" Tensor? k_scale, Tensor? v_scale, {_COMMON}, Tensor? donor) -> Tensor",
     _lower_stacked,
     _reference_stacked,
 )
 _one = Op(
     "reshape_and_cache_flash_one",
-    "(Tensor key, Tensor key_cache, Tensor slot_mapping, Tensor scale,"
+    "(Tensor key, Tensor key_cache, Tensor slot_mapping, Tensor? scale,"
     f" {_COMMON}, Tensor? donor) -> Tensor",
     _lower_one,
     _reference_one,
@@ -346,6 +353,6 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
     "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype,"
-    " Tensor k_scale, Tensor v_scale) -> ()"
+    " Tensor? k_scale, Tensor? v_scale) -> ()"
 )
 _library.impl("reshape_and_cache_flash", _front, "CompositeImplicitAutograd")

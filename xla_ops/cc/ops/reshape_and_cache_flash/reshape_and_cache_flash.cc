@@ -99,6 +99,7 @@ void AddCopy(ffi::AnyBuffer from, ffi::Result<ffi::AnyBuffer> to,
 
 ffi::Error BindScale(const char* name, ffi::AnyBuffer scale,
                      const float** data) {
+  if (scale.element_count() == 0) return ffi::Error::Success();
   XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, name, scale, {DType::kF32}));
   XLA_OPS_RETURN_IF_ERROR(CheckOneElement(kOp, name, scale));
   *data = static_cast<const float*>(scale.untyped_data());

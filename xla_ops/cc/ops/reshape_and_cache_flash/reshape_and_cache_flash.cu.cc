@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads)
   float key_scale = 1.0f;
   float value_scale = 1.0f;
   if constexpr (Unit::kScaled) {
-    key_scale = *k_scale;
-    if (value != nullptr) value_scale = *v_scale;
+    if (k_scale != nullptr) key_scale = *k_scale;
+    if (v_scale != nullptr) value_scale = *v_scale;
   }
 
   const int run_units = static_cast<int>(geometry.run_units);

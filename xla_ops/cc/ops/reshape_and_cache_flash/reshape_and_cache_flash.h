@@ -13,7 +13,7 @@
 //   xla_ops.reshape_and_cache_flash
 //     args    key [num_key_tokens, num_kv_heads, head_dim], value (same),
 //             key_cache, value_cache, slot_mapping s64 [num_tokens],
-//             k_scale f32 [1], v_scale f32 [1]
+//             k_scale f32 [1], v_scale f32 [1], or of no element: 1
 //     results key_cache, value_cache (aliased to the arguments)
 //   xla_ops.reshape_and_cache_flash_stacked
 //     args    key, value, kv_cache, slot_mapping, k_scale, v_scale
@@ -72,8 +72,8 @@ struct ReshapeAndCacheFlashParams {
   void* key_cache;              // num_blocks * block_stride elements
   void* value_cache;            // the same, or null
   const int64_t* slot_mapping;  // [num_tokens]
-  const float* k_scale;         // [1]; read only for fp8 caches
-  const float* v_scale;         // [1]; read only for fp8 caches
+  const float* k_scale;         // [1], or null: 1; read for fp8 caches
+  const float* v_scale;         // the same
   bool debug;
 };
 

@@ -76,9 +76,9 @@ void WriteHead(const ReshapeAndCacheFlashParams& params, const T* rows,
 template <typename T, typename CacheT>
 void Write(const ReshapeAndCacheFlashParams& params, ffi::ThreadPool& pool) {
   const bool scaled = params.cache_dtype != params.dtype;
-  const float k_scale = scaled ? *params.k_scale : 1.0f;
+  const float k_scale = scaled && params.k_scale ? *params.k_scale : 1.0f;
   const bool two = params.value != nullptr;
-  const float v_scale = two && scaled ? *params.v_scale : 1.0f;
+  const float v_scale = two && scaled && params.v_scale ? *params.v_scale : 1.0f;
   const int64_t num_heads = params.num_kv_heads;
   ParallelFor(pool, two ? 2 * num_heads : num_heads,
               params.num_tokens * params.head_dim, [&](int64_t i) {
