@@ -1,21 +1,25 @@
 #!/usr/bin/env python3
-"""Everything that has to be shown on a GPU, in one run: correctness first, then time.
+"""Everything that has to be shown on a GPU, in one run.
 
-    proof.py --out DIR [--only PART ...] [--cache-mb 8192] [--kernel-races PROGRAM]
+    proof.py --out DIR [--only PART ...] [--jobs N] [--cache-mb 8192]
+             [--kernel-races PROGRAM]
 
-Needs an NVIDIA GPU and the installed wheel; uses this checkout's tests, example and
+Needs an NVIDIA GPU and the installed wheel; uses this checkout's tests, examples and
 benchmarks. Writes DIR/proof.json (device, driver, versions, and for every part what
 passed, what failed and how long it took) and each part's log, prints a short table last
 and exits 1 if a part failed.
 
-Parts: doctor, ops and catalogue (op tests on lazy, compiled and torch CUDA tensors),
-in_place (with caches of --cache-mb), calls, demo, llm, memcheck (compute-sanitizer on
-the op tests), table (ms per step against cache size). With --kernel-races, the program
-that `bazel build //tests/gpu:kernel_races` makes: races (it alone, with graph capture)
-and races_TOOL for each tool of compute-sanitizer.
+Parts: doctor; demo; one a test file, named as it is (test_rms_norm, ...), on lazy and
+compiled tensors and, with XLA_OPS_TEST_TORCH_CUDA=1, torch CUDA tensors; test_in_place
+with caches of --cache-mb; memcheck (compute-sanitizer on op tests); table (ms per step
+against cache size). With --kernel-races, the program that `bazel build
+//tests/gpu:kernel_races` makes: races (it alone, with graph capture) and races_TOOL for
+each tool of compute-sanitizer. `tests` stands for all test files. Up to --jobs parts
+that are not timed share the GPU.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -25,18 +29,23 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-OPS = ("rms_norm", "reshape_and_cache_flash", "paged_attention")
-CATALOGUE = (
+OPS = (
     "activation",
     "copy_blocks",
+    "flash_attn_varlen",
     "fp8_quant",
     "fused_add_rms_norm",
     "int8_quant",
     "merge_attn_states",
-    "mutable",
+    "paged_attention",
+    "reshape_and_cache_flash",
+    "rms_norm",
     "rms_norm_quant",
     "rotary_embedding",
 )
+# Of everything together, on the GPU as on the CPU.
+TOGETHER = ("conformance", "custom_call", "dynamo", "llm", "mutable", "vllm")
+TIMED = ("demo", "table")
 
 
 def pytest(*args):
@@ -67,21 +76,19 @@ def parts(out, cache_mb):
     # Memory errors show in any call; the smallest set that reaches every kernel.
     small = pytest(*tests, "-k", "(lazy or cuda) and (numerics or auto or fp8 or"
                    " out_of_range or bad_block or window or split)")  # fmt: skip
-    return {
-        "doctor": ([sys.executable, "-m", "xla_ops", "doctor"], {}),
-        "ops": (pytest(*tests), cuda),
-        "catalogue": (pytest(*[f"tests/test_{op}.py" for op in CATALOGUE]), cuda),
-        "calls": (pytest("tests/test_custom_call.py", "tests/test_conformance.py"), {}),
-        "in_place": (pytest("tests/test_in_place.py"), in_place),
+    # Others may hold memory too: each takes what it needs.
+    shared = {**cuda, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    found = {"doctor": ([sys.executable, "-m", "xla_ops", "doctor"], {})}
+    for name in OPS + TOGETHER:
+        found[f"test_{name}"] = (pytest(f"tests/test_{name}.py"), shared)
+    found["test_in_place"] = (pytest("tests/test_in_place.py"), shared | in_place)
+    table = [sys.executable, "benchmarks/in_place.py", "--out",
+             str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"]  # fmt: skip
+    return found | {
+        "memcheck": (sanitizer + small, shared),
         "demo": (generate, {}),
-        "llm": (pytest("tests/test_llm.py"), {}),
-        "memcheck": (sanitizer + small, cuda),
-        "table": (
-            [sys.executable, "benchmarks/in_place.py", "--out",
-             str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"],
-            {},
-        ),
-    }  # fmt: skip
+        "table": (table, {}),
+    }
 
 
 def run(name, command, env, out, timeout):
@@ -132,27 +139,40 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--only", nargs="+")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cache-mb", type=int, default=8192)
     parser.add_argument("--timeout", type=int, default=400, help="seconds a part")
     parser.add_argument("--kernel-races", help="the built program")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    report = {"versions": versions(), "parts": {}}
+    report = {"versions": versions(), "command": sys.argv[1:], "parts": {}}
     todo = parts(args.out, args.cache_mb)
     if args.kernel_races:
         todo |= race_parts(args.kernel_races)
+    names = []
     for name in args.only or todo:
+        names += (
+            [n for n in todo if n.startswith("test_")] if name == "tests" else [name]
+        )
+
+    def measure(name):
         result, text = run(name, *todo[name], args.out, args.timeout)
         report["parts"][name] = result
         (args.out / "proof.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(f"--- {name}: {result}", flush=True)
         tail = 6 if result["status"] == 0 else 45
-        if name in ("doctor", "demo", "table"):
+        if name in ("doctor", *TIMED):
             tail = 45
-        print("\n".join(text.splitlines()[-tail:]), flush=True)
+        lines = [f"--- {name}: {result}", *text.splitlines()[-tail:]]
+        print("\n".join(lines), flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(measure, [n for n in names if n not in TIMED]))
+    for name in names:
+        if name in TIMED:
+            measure(name)
     print(json.dumps(report["versions"]))
     for name, result in report["parts"].items():
-        print(f"{name:10s} {result}")
+        print(f"{name:28s} {result}")
     sys.exit(any(r["status"] for r in report["parts"].values()))
 
 
