@@ -286,6 +286,27 @@ XLA_OPS_TEST(ConvertsToFp8) {
   }
 }
 
+XLA_OPS_TEST(AbsentScalesAreOne) {
+  std::mt19937 random(7);
+  Attrs attrs = Nhd(2, 8);
+  attrs.kv_cache_dtype = "fp8";
+  const TestTensor slots(DType::kS64, {3}, {2, 0, 7});
+  TestTensor key(DType::kBF16, {3, 2, 8});
+  key.FillRandom(&random);
+  const TestTensor absent(DType::kF32, {0});
+  const TestTensor one(DType::kF32, {1}, {1});
+  TestTensor caches[4] = {{DType::kF8E4M3FN, {4, 3, 2, 8}},
+                          {DType::kF8E4M3FN, {4, 3, 2, 8}},
+                          {DType::kF8E4M3FN, {4, 3, 2, 8}},
+                          {DType::kF8E4M3FN, {4, 3, 2, 8}}};
+  for (TestTensor& cache : caches) cache.Fill(0);
+  ExpectOk(
+      RunBoth(key, key, &caches[0], &caches[1], slots, attrs, absent, absent));
+  ExpectOk(RunBoth(key, key, &caches[2], &caches[3], slots, attrs, one, one));
+  EXPECT_TRUE(std::memcmp(caches[0].data(), caches[2].data(), 192) == 0);
+  EXPECT_TRUE(std::memcmp(caches[1].data(), caches[3].data(), 192) == 0);
+}
+
 XLA_OPS_TEST(AutoNeverReadsTheScales) {
   std::mt19937 random(5);
   const Attrs attrs = Nhd(2, 8);
@@ -465,8 +486,8 @@ XLA_OPS_TEST(OperandErrors) {
                  attrs),
          "value must have shape [4, 2, 8], got [4, 2, 4]");
   expect(RunBoth(key, key, &cache, &cache, slots, attrs, One(),
-                 TestTensor(DType::kF32, {0})),
-         "v_scale must have 1 element, got shape [0]");
+                 TestTensor(DType::kF32, {3})),
+         "v_scale must have 1 element, got shape [3]");
   EXPECT_TRUE(cache.bytes() == before.bytes());
 }
 
