@@ -3,6 +3,7 @@
 #include "xla_ops/cc/ops/attention/attention.h"
 
 #include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -302,6 +303,36 @@ ffi::Error MakeAttentionParams(const AttentionNames& names,
                                     params, &params->v_scale));
   XLA_OPS_RETURN_IF_ERROR(BindScalars(names, attrs, params));
   return BindResults(names, operands, params);
+}
+
+ffi::Error CheckCudaLimits(const AttentionNames& names,
+                           const AttentionParams& params) {
+  // Nothing will be launched.
+  if (params.num_tokens == 0 || params.num_heads == 0) {
+    return ffi::Error::Success();
+  }
+  int64_t rows;
+  if (__builtin_mul_overflow(params.num_tokens, params.num_heads, &rows)) {
+    rows = INT64_MAX;
+  }
+  if (rows > kAttentionMaxRows) {
+    return MustError(names.op, names.query,
+                     "have at most " + std::to_string(kAttentionMaxRows) +
+                         " rows (token, head)",
+                     std::to_string(rows));
+  }
+  if (params.max_num_seqs > kAttentionMaxSeqs) {
+    return MustError(
+        names.op, names.cu_seqlens_q,
+        "have at most " + std::to_string(kAttentionMaxSeqs + 1) + " elements",
+        std::to_string(params.max_num_seqs + 1));
+  }
+  if (params.num_kv_heads > kAttentionMaxKvHeads) {
+    return MustError(names.op, "num_kv_heads",
+                     "be at most " + std::to_string(kAttentionMaxKvHeads),
+                     std::to_string(params.num_kv_heads));
+  }
+  return ffi::Error::Success();
 }
 
 }  // namespace xla_ops

@@ -164,9 +164,9 @@ cudaError_t LaunchAttention(cudaStream_t stream,
   if (params.num_tokens == 0 || params.num_heads == 0 || params.head_dim == 0) {
     return cudaSuccess;
   }
-  // The kernels count query rows and sequences in 32 bits.
-  if (params.num_tokens > INT32_MAX / params.num_heads ||
-      params.max_num_seqs > INT32_MAX / 2) {
+  if (params.num_tokens > kAttentionMaxRows / params.num_heads ||
+      params.max_num_seqs > kAttentionMaxSeqs ||
+      params.num_kv_heads > kAttentionMaxKvHeads) {
     return cudaErrorInvalidConfiguration;
   }
   bool has_mma = false;
@@ -174,11 +174,10 @@ cudaError_t LaunchAttention(cudaStream_t stream,
   if (error != cudaSuccess) return error;
 
   const AttentionArgs args = MakeArgs(params);
-  if (args.num_splits > 1 &&
-      (!IsAligned(params.workspace, 16) ||
-       params.workspace_bytes <
-           AttentionWorkspaceBytes(params.num_tokens, params.num_heads,
-                                   params.head_dim, args.num_splits))) {
+  if (!IsAligned(params.workspace, 16) ||
+      params.workspace_bytes <
+          AttentionWorkspaceBytes(params.num_tokens, params.num_heads,
+                                  params.head_dim, args.num_splits)) {
     return cudaErrorInvalidValue;
   }
   if (params.debug) {

@@ -18,9 +18,10 @@
 //   out = sum_j w_j v_j * v_scale[s, kv_head], w = softmax(logit); a sink
 //   adds exp(sink[head]) to the softmax's denominator, and no value
 //   lse = log(denominator), natural, the sink included
-// accumulated in fp32; the weights are rounded to query's dtype before they
-// meet V in the tensor-core kernels. Query head h reads KV head
-// h / (num_heads / num_kv_heads).
+// accumulated in fp32. In the tensor-core kernels the weights are rounded to
+// query's dtype before they meet V; with 8-bit keys and values to fp16, and so
+// is Q, where it is bf16 relative to the power of two below its row's largest
+// magnitude. Query head h reads KV head h / (num_heads / num_kv_heads).
 //
 // Defined for all values of the integer tensors, and never out of bounds:
 //   - a row that sees no token, or none with a logit above -inf, and a row
@@ -71,7 +72,8 @@
 // lengths, so the caller picks it from shapes; the device divides the
 // actual length by it. The CPU handler ignores it.
 // fp32, fp16, bf16; head_dim a multiple of 8 up to 256;
-// num_heads % num_kv_heads == 0; any page_size.
+// num_heads % num_kv_heads == 0; any page_size. CUDA: no more rows (token,
+// head), sequences and KV heads than kAttentionMax... below.
 //
 // Tested by attention*_test.cc, tests/test_paged_attention.py and
 // tests/test_flash_attn_varlen.py.
@@ -132,6 +134,13 @@ struct AttentionParams {
   int64_t workspace_bytes;
   bool debug;
 };
+
+// CUDA's limits: kernels count rows and sequences in 32 bits, and a grid has a
+// KV head an index of y. Beyond them the handler returns an error that names
+// the argument, and LaunchAttention cudaErrorInvalidConfiguration.
+constexpr int64_t kAttentionMaxRows = INT32_MAX;  // num_tokens * num_heads
+constexpr int64_t kAttentionMaxSeqs = INT32_MAX / 2;
+constexpr int64_t kAttentionMaxKvHeads = 65535;
 
 // The workspace begins with the tile scheduler's counter.
 constexpr int64_t kAttentionSchedulerBytes = 128;

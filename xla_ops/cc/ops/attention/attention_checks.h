@@ -41,6 +41,10 @@
 //   lse must have shape [8, 4], got [4, 8]
 //   workspace must be uint8, got float32
 //   workspace must have at least 1056 elements, got 16
+// CUDA alone, where Python leaves it to the handler:
+//   q must have at most 2147483647 rows (token, head), got 4294967296
+//   cu_seqlens_q must have at most 1073741824 elements, got 1073741825
+//   num_kv_heads must be at most 65535, got 65536
 // paged_attention says query, key_cache, value_cache, query_start_loc,
 // context_lens, block_tables, scale and soft_cap for q, k, v, cu_seqlens_q,
 // seqused_k, block_table, softmax_scale and softcap. An absent operand's type
@@ -163,6 +167,10 @@ xla::ffi::Error MakeAttentionParams(const AttentionNames& names,
                                     const AttentionOperands& operands,
                                     const AttentionAttrs& attrs,
                                     AttentionParams* params);
+
+// What the CUDA kernels ask beyond that; the CUDA handler's check.
+xla::ffi::Error CheckCudaLimits(const AttentionNames& names,
+                                const AttentionParams& params);
 
 }  // namespace xla_ops
 

@@ -48,6 +48,7 @@ ffi::Error AttentionCuda(ffi::AnyBuffer query, ffi::AnyBuffer key,
        leftpad_k, num_seqs, alibi_slopes, sinks, k_scale, v_scale, out, lse,
        workspace},
       attrs, &params));
+  XLA_OPS_RETURN_IF_ERROR(CheckCudaLimits(kNames, params));
   return ToError(kNames, LaunchAttention(stream, params));
 }
 

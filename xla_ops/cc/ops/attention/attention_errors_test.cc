@@ -11,6 +11,7 @@
 #include "xla_ops/cc/core/test_tensor.h"
 #include "xla_ops/cc/core/testing.h"
 #include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention/attention_checks.h"
 #include "xla_ops/cc/ops/attention/attention_testing.h"
 
 namespace xla_ops::testing {
@@ -299,6 +300,48 @@ XLA_OPS_TEST(ResultErrors) {
   // 128, and 2 splits of 13 * 4 rows of 16 + 2 floats.
   ExpectError("workspace", "have at least 7616 elements, got 128",
               [](Batch* b) { b->num_splits = 2; });
+}
+
+// Checked by CUDA handlers alone, so on parameters as they would bind them.
+XLA_OPS_TEST(CudaLimits) {
+  const auto call = [](int64_t num_tokens, int64_t num_heads,
+                       int64_t num_kv_heads, int64_t max_num_seqs) {
+    AttentionParams params = {};
+    params.num_tokens = num_tokens;
+    params.num_heads = num_heads;
+    params.num_kv_heads = num_kv_heads;
+    params.max_num_seqs = max_num_seqs;
+    return params;
+  };
+  const auto expect_ok = [](const AttentionParams& params) {
+    EXPECT_TRUE(CheckCudaLimits(kFlashAttnVarlenNames, params).success());
+  };
+  const auto expect_error = [](const AttentionParams& params, const Name& name,
+                               const std::string& rule) {
+    EXPECT_EQ(CheckCudaLimits(kFlashAttnVarlenNames, params).message(),
+              "flash_attn_varlen: " + name.flash + " must " + rule);
+    EXPECT_EQ(CheckCudaLimits(kPagedAttentionNames, params).message(),
+              "paged_attention: " + name.paged + " must " + rule);
+  };
+  const int64_t rows = 2147483647;
+  const int64_t seqs = 1073741823;
+  const int64_t big = int64_t{1} << 62;
+  expect_ok(call(rows, 1, 1, 1));
+  expect_ok(call(rows / 8, 8, 4, seqs));
+  expect_ok(call(1, 65535, 65535, 1));
+  expect_ok(call(0, 8, 4, big));
+  expect_ok(call(big, 0, 0, 1));
+  expect_error(call(rows + 1, 1, 1, 1), kQuery,
+               "have at most 2147483647 rows (token, head), got 2147483648");
+  expect_error(call(rows / 8 + 1, 8, 4, 1), kQuery,
+               "have at most 2147483647 rows (token, head), got 2147483648");
+  expect_error(
+      call(big, 8, 4, 1), kQuery,
+      "have at most 2147483647 rows (token, head), got 9223372036854775807");
+  expect_error(call(1, 8, 4, seqs + 1), kCuSeqlensQ,
+               "have at most 1073741824 elements, got 1073741825");
+  expect_error(call(1, 65536, 65536, 1), "num_kv_heads",
+               "be at most 65535, got 65536");
 }
 
 // Whatever the type and shape of an operand without an element.

@@ -69,7 +69,8 @@ cudaError_t PrepareSimt() {
 }
 
 // Launches a kernel over as many tiles of `tile_rows` packed rows as any
-// cu_seqlens_q could need (attention_tiles.cuh), KV heads and splits.
+// cu_seqlens_q could need (attention_tiles.cuh), KV heads and splits. All
+// fit: the limits in attention.h and kTileRows >= 4 keep `tiles` below 2^31.
 template <typename Kernel>
 cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
                         int threads, int shared_bytes,
@@ -78,9 +79,6 @@ cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
   const int64_t tiles =
       args.num_tokens * group / tile_rows + args.max_num_seqs + 2;
   const int64_t num_kv_heads = args.num_heads / group;
-  if (tiles > INT32_MAX || num_kv_heads > 65535) {
-    return cudaErrorInvalidConfiguration;
-  }
   const dim3 grid(static_cast<unsigned>(tiles),
                   static_cast<unsigned>(num_kv_heads),
                   static_cast<unsigned>(args.num_splits));

@@ -16,14 +16,17 @@ namespace xla_ops {
 // stream is being captured.
 cudaError_t PrepareAttention();
 
-// Queues one kernel on `stream`, a second one that combines the splits when
-// num_splits > 1, and with params.debug one that prints what is masked or
-// clamped for being out of range; never allocates or synchronises. With no
-// token or no head it queues nothing.
+// Queues one kernel on `stream`, before it perhaps a memset in the workspace
+// (Hopper), after it a second one that combines the splits when num_splits >
+// 1, and with params.debug one that prints what is masked or clamped for being
+// out of range; never allocates or synchronises. With no token or no head it
+// queues nothing. Beyond the limits in attention.h it returns
+// cudaErrorInvalidConfiguration, with a workspace too small or not aligned to
+// 16 bytes cudaErrorInvalidValue.
 //
 // fp16 and bf16 run on tensor cores from compute capability 8.0 on, if
 // query, keys, values and strides are aligned to 16 bytes; everything else
-// runs on a plain kernel. The workspace must be aligned to 16 bytes.
+// runs on a plain kernel.
 cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params);
 
 }  // namespace xla_ops

@@ -22,6 +22,7 @@ namespace {
 // Boxes of pages have at least this many tokens, a divisor of every tile.
 constexpr int kMinBoxTokens = 16;
 // Token and row numbers stay below it, so that sums of two fit in 32 bits.
+// There are no more items than rows of [num_tokens, num_heads].
 constexpr int64_t kMaxTokens = int64_t{1} << 30;
 
 // Calls f(shape, kernel) for the kernel that takes the call.
@@ -190,9 +191,11 @@ int Window(int64_t window) {
   return window < 0 || window >= kMaxTokens ? -1 : static_cast<int>(window);
 }
 
+// Whether TMA can take steps of `stride` elements: a multiple of 16 bytes
+// below 2^40, of 8 tokens too (MakeMap).
 bool IsStep(int64_t size, int64_t stride) {
   return size == 1 ||
-         (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 38));
+         (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 36));
 }
 
 Sm90Args MakeArgs(const AttentionParams& params) {
@@ -248,7 +251,8 @@ bool CanLaunchAttentionSm90(const AttentionParams& params) {
       params.head_dim % 8 != 0 || params.head_dim > 256) {
     return false;
   }
-  // A tile should be half full on average, or small tiles do better.
+  // A tile should be half full on average, or small tiles do better. This
+  // bounds max_num_seqs too.
   if (params.max_num_seqs == 0 || params.num_blocks == 0 ||
       params.page_size == 0 ||
       params.num_tokens * (params.num_heads / params.num_kv_heads) <
@@ -258,14 +262,12 @@ bool CanLaunchAttentionSm90(const AttentionParams& params) {
   return (!params.paged || params.page_size % kMinBoxTokens == 0) &&
          IsAligned(params.query, 16) && IsAligned(params.key, 16) &&
          IsAligned(params.value, 16) && IsAligned(params.out, 16) &&
-         IsAligned(params.workspace, 4) &&
          IsStep(params.num_kv_heads, params.head_stride) &&
          IsStep(params.page_size, params.page_stride) &&
          IsStep(params.num_blocks, params.block_stride) &&
          params.num_tokens < kMaxTokens / params.num_heads &&
          MaxContext(params) < kMaxTokens && params.page_size < kMaxTokens &&
-         params.num_blocks < (int64_t{1} << 31) &&
-         params.max_num_seqs < kMaxTokens / params.num_heads;
+         params.num_blocks < (int64_t{1} << 31);
 }
 
 cudaError_t LaunchAttentionSm90(cudaStream_t stream,

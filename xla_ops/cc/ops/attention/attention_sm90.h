@@ -18,6 +18,8 @@ cudaError_t PrepareAttentionSm90();
 // multiple of 16 tokens, one split, and enough query rows to fill its tiles.
 bool CanLaunchAttentionSm90(const AttentionParams& params);
 
+// Queues the kernel behind a memset of its counter in the workspace, which
+// LaunchAttention has checked.
 cudaError_t LaunchAttentionSm90(cudaStream_t stream,
                                 const AttentionParams& params);
 

@@ -29,7 +29,7 @@ namespace xla_ops {
 
 // AttentionParams in the form that the kernels want: clamped to 32 bits
 // where that loses nothing, and divisors prepared. The launcher refuses calls
-// of more than 2^31 - 1 query rows, num_tokens * num_heads.
+// beyond kAttentionMaxRows and its like (attention.h).
 struct AttentionArgs {
   const void* query;
   const void* key;
