@@ -57,8 +57,27 @@ struct Device {
   int multiprocessors;
 };
 
-// A kernel compiled for another architecture has an empty body, which shows
-// in its shared memory.
+// Lets a kernel have its shared memory; `*has_code`: there is code for the
+// device. A build without 9.0a compiles the kernels for another architecture
+// (ops.bzl), for which they have an empty body, as their static shared memory
+// shows; the device may not even be able to load that, which is no error.
+template <typename Kernel>
+cudaError_t PrepareSm90Kernel(Kernel* kernel, int shared_bytes,
+                              bool* has_code) {
+  *has_code = false;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaErrorNoKernelImageForDevice ||
+      error == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();  // forgets it
+    return cudaSuccess;
+  }
+  if (error != cudaSuccess || attributes.sharedSizeBytes == 0) return error;
+  *has_code = true;
+  return cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+}
+
 cudaError_t FindDevice(Device* result) {
   *result = {};
   int device = 0;
@@ -76,26 +95,20 @@ cudaError_t FindDevice(Device* result) {
   error = cudaDeviceGetAttribute(&result->multiprocessors,
                                  cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  bool has_code = true;
   for (const DType dtype : {DType::kF16, DType::kBF16}) {
     for (const int head_dim : {64, 128, 256}) {
       for (const bool all_panels : {false, true}) {
+        bool has_code = false;
         error = DispatchKernel(
             dtype, head_dim, all_panels, [&](auto shape, auto* kernel) {
-              cudaFuncAttributes attributes;
-              const cudaError_t error =
-                  cudaFuncGetAttributes(&attributes, kernel);
-              if (error != cudaSuccess) return error;
-              has_code &= attributes.sharedSizeBytes > 0;
-              return cudaFuncSetAttribute(
-                  kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                  decltype(shape)::kSharedBytes);
+              return PrepareSm90Kernel(kernel, decltype(shape)::kSharedBytes,
+                                       &has_code);
             });
-        if (error != cudaSuccess) return error;
+        if (error != cudaSuccess || !has_code) return error;
       }
     }
   }
-  result->can_run = has_code;
+  result->can_run = true;
   return cudaSuccess;
 }
 
@@ -273,8 +286,8 @@ bool CanLaunchAttentionSm90(const AttentionParams& params) {
 cudaError_t LaunchAttentionSm90(cudaStream_t stream,
                                 const AttentionParams& params) {
   Device device;
-  cudaError_t error = GetDevice(&device);
-  if (error != cudaSuccess) return error;
+  const cudaError_t found = GetDevice(&device);
+  if (found != cudaSuccess) return found;
   const bool all_panels = HasAllPanels(params);
   return DispatchKernel(
       params.dtype, params.head_dim, all_panels, [&](auto shape, auto* kernel) {
