@@ -1,6 +1,7 @@
-// Barriers in shared memory, bulk tensor copies (TMA) and the roles of
-// warpgroups on compute capability 9.0a. PTX ISA, "mbarrier" and
-// "cp.async.bulk.tensor".
+// Barriers in shared memory, bulk tensor copies (TMA), and the barriers and
+// registers by which warpgroups of one block take different roles, on compute
+// capability 9.0a. PTX ISA, "mbarrier", "cp.async.bulk.tensor" and
+// "setmaxnreg".
 //
 // A barrier's phases alternate in parity. A waiter keeps the parity of the
 // phase that it waits for, starting with 0; one that waits for a buffer to
@@ -46,6 +47,8 @@ __device__ __forceinline__ void ArriveExpecting(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
+// Waits until the phase of that parity is over, and sees what was written
+// before its arrivals.
 __device__ __forceinline__ void Wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n"

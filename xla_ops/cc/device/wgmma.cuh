@@ -74,222 +74,149 @@ __device__ __forceinline__ void FenceRegisters(float (&registers)[kSize]) {
   for (float& value : registers) asm volatile("" : "+f"(value)::"memory");
 }
 
-// d (+)= A B^T for A 64 x 16 and B N x 16 in shared memory, N = 2 * size of d.
-// MultiplyRegisters: d (+)= A B, A from registers (as mma.m16n8k16 has it),
-// B 16 x N in shared memory, its rows the summed dimension.
-#define XLA_OPS_F8(i)                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]),              \
-      "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+// Eight registers of an accumulator, as operands.
+#define XLA_OPS_OUT8(i)                                                       \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
+      "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 
+// `multiply` with PTX's name of T: the text of asm comes from no template.
+#define XLA_OPS_FOR_TYPE(T, multiply)                \
+  if constexpr (std::is_same_v<T, __half>) {         \
+    multiply("f16");                                 \
+  } else {                                           \
+    static_assert(std::is_same_v<T, __nv_bfloat16>); \
+    multiply("bf16");                                \
+  }
+
+// d (+)= A B^T for A 64 x 16 and B N x 16 in shared memory, N = 2 * size of d.
 template <typename T>
 __device__ __forceinline__ void MultiplyShared(float (&d)[40], uint64_t a,
                                                uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39}, "
-        "%40, %41, p, 1, 1, 0, 0;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  } else {
-    static_assert(std::is_same_v<T, __nv_bfloat16>);
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39}, "
-        "%40, %41, p, 1, 1, 0, 0;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
+#define XLA_OPS_MULTIPLY(type)                                                \
+  asm volatile(                                                               \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"                            \
+      "wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type             \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                    \
+      " %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+      " %16, %17, %18, %19, %20, %21, %22, %23, "                             \
+      " %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      " %32, %33, %34, %35, %36, %37, %38, %39}, "                            \
+      "%40, %41, p, 1, 1, 0, 0;\n}\n"                                         \
+      : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24), \
+        XLA_OPS_OUT8(32)                                                      \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
+#undef XLA_OPS_MULTIPLY
 }
 
 template <typename T>
 __device__ __forceinline__ void MultiplyShared(float (&d)[64], uint64_t a,
                                                uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39, "
-        " %40, %41, %42, %43, %44, %45, %46, %47, "
-        " %48, %49, %50, %51, %52, %53, %54, %55, "
-        " %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, p, 1, 1, 0, 0;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32), XLA_OPS_F8(40), XLA_OPS_F8(48), XLA_OPS_F8(56)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  } else {
-    static_assert(std::is_same_v<T, __nv_bfloat16>);
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39, "
-        " %40, %41, %42, %43, %44, %45, %46, %47, "
-        " %48, %49, %50, %51, %52, %53, %54, %55, "
-        " %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, p, 1, 1, 0, 0;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32), XLA_OPS_F8(40), XLA_OPS_F8(48), XLA_OPS_F8(56)
-        : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-  }
+#define XLA_OPS_MULTIPLY(type)                                                 \
+  asm volatile(                                                                \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                             \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type             \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                     \
+      " %8, %9, %10, %11, %12, %13, %14, %15, "                                \
+      " %16, %17, %18, %19, %20, %21, %22, %23, "                              \
+      " %24, %25, %26, %27, %28, %29, %30, %31, "                              \
+      " %32, %33, %34, %35, %36, %37, %38, %39, "                              \
+      " %40, %41, %42, %43, %44, %45, %46, %47, "                              \
+      " %48, %49, %50, %51, %52, %53, %54, %55, "                              \
+      " %56, %57, %58, %59, %60, %61, %62, %63}, "                             \
+      "%64, %65, p, 1, 1, 0, 0;\n}\n"                                          \
+      : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24),  \
+        XLA_OPS_OUT8(32), XLA_OPS_OUT8(40), XLA_OPS_OUT8(48), XLA_OPS_OUT8(56) \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
+#undef XLA_OPS_MULTIPLY
 }
 
+// d (+)= A B for A 64 x 16 from registers (as mma.m16n8k16 has it) and B
+// 16 x N in shared memory, its rows the summed dimension.
 template <typename T>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[32],
                                                   const uint32_t (&a)[4],
                                                   uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
-          "r"(static_cast<int>(add)));
-  } else {
-    static_assert(std::is_same_v<T, __nv_bfloat16>);
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
-          "r"(static_cast<int>(add)));
-  }
+#define XLA_OPS_MULTIPLY(type)                                               \
+  asm volatile(                                                              \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                           \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type            \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                   \
+      " %8, %9, %10, %11, %12, %13, %14, %15, "                              \
+      " %16, %17, %18, %19, %20, %21, %22, %23, "                            \
+      " %24, %25, %26, %27, %28, %29, %30, %31}, "                           \
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"                          \
+      : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                  \
+        "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
+#undef XLA_OPS_MULTIPLY
 }
 
 template <typename T>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[64],
                                                   const uint32_t (&a)[4],
                                                   uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39, "
-        " %40, %41, %42, %43, %44, %45, %46, %47, "
-        " %48, %49, %50, %51, %52, %53, %54, %55, "
-        " %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32), XLA_OPS_F8(40), XLA_OPS_F8(48), XLA_OPS_F8(56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
-          "r"(static_cast<int>(add)));
-  } else {
-    static_assert(std::is_same_v<T, __nv_bfloat16>);
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39, "
-        " %40, %41, %42, %43, %44, %45, %46, %47, "
-        " %48, %49, %50, %51, %52, %53, %54, %55, "
-        " %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32), XLA_OPS_F8(40), XLA_OPS_F8(48), XLA_OPS_F8(56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
-          "r"(static_cast<int>(add)));
-  }
+#define XLA_OPS_MULTIPLY(type)                                                 \
+  asm volatile(                                                                \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                             \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type             \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                     \
+      " %8, %9, %10, %11, %12, %13, %14, %15, "                                \
+      " %16, %17, %18, %19, %20, %21, %22, %23, "                              \
+      " %24, %25, %26, %27, %28, %29, %30, %31, "                              \
+      " %32, %33, %34, %35, %36, %37, %38, %39, "                              \
+      " %40, %41, %42, %43, %44, %45, %46, %47, "                              \
+      " %48, %49, %50, %51, %52, %53, %54, %55, "                              \
+      " %56, %57, %58, %59, %60, %61, %62, %63}, "                             \
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"                            \
+      : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24),  \
+        XLA_OPS_OUT8(32), XLA_OPS_OUT8(40), XLA_OPS_OUT8(48), XLA_OPS_OUT8(56) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                    \
+        "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
+#undef XLA_OPS_MULTIPLY
 }
 
 template <typename T>
 __device__ __forceinline__ void MultiplyRegisters(float (&d)[128],
                                                   const uint32_t (&a)[4],
                                                   uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39, "
-        " %40, %41, %42, %43, %44, %45, %46, %47, "
-        " %48, %49, %50, %51, %52, %53, %54, %55, "
-        " %56, %57, %58, %59, %60, %61, %62, %63, "
-        " %64, %65, %66, %67, %68, %69, %70, %71, "
-        " %72, %73, %74, %75, %76, %77, %78, %79, "
-        " %80, %81, %82, %83, %84, %85, %86, %87, "
-        " %88, %89, %90, %91, %92, %93, %94, %95, "
-        " %96, %97, %98, %99, %100, %101, %102, %103, "
-        " %104, %105, %106, %107, %108, %109, %110, %111, "
-        " %112, %113, %114, %115, %116, %117, %118, %119, "
-        " %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "{%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32), XLA_OPS_F8(40), XLA_OPS_F8(48), XLA_OPS_F8(56),
-          XLA_OPS_F8(64), XLA_OPS_F8(72), XLA_OPS_F8(80), XLA_OPS_F8(88),
-          XLA_OPS_F8(96), XLA_OPS_F8(104), XLA_OPS_F8(112), XLA_OPS_F8(120)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
-          "r"(static_cast<int>(add)));
-  } else {
-    static_assert(std::is_same_v<T, __nv_bfloat16>);
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, "
-        " %8, %9, %10, %11, %12, %13, %14, %15, "
-        " %16, %17, %18, %19, %20, %21, %22, %23, "
-        " %24, %25, %26, %27, %28, %29, %30, %31, "
-        " %32, %33, %34, %35, %36, %37, %38, %39, "
-        " %40, %41, %42, %43, %44, %45, %46, %47, "
-        " %48, %49, %50, %51, %52, %53, %54, %55, "
-        " %56, %57, %58, %59, %60, %61, %62, %63, "
-        " %64, %65, %66, %67, %68, %69, %70, %71, "
-        " %72, %73, %74, %75, %76, %77, %78, %79, "
-        " %80, %81, %82, %83, %84, %85, %86, %87, "
-        " %88, %89, %90, %91, %92, %93, %94, %95, "
-        " %96, %97, %98, %99, %100, %101, %102, %103, "
-        " %104, %105, %106, %107, %108, %109, %110, %111, "
-        " %112, %113, %114, %115, %116, %117, %118, %119, "
-        " %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "{%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"
-        : XLA_OPS_F8(0), XLA_OPS_F8(8), XLA_OPS_F8(16), XLA_OPS_F8(24),
-          XLA_OPS_F8(32), XLA_OPS_F8(40), XLA_OPS_F8(48), XLA_OPS_F8(56),
-          XLA_OPS_F8(64), XLA_OPS_F8(72), XLA_OPS_F8(80), XLA_OPS_F8(88),
-          XLA_OPS_F8(96), XLA_OPS_F8(104), XLA_OPS_F8(112), XLA_OPS_F8(120)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
-          "r"(static_cast<int>(add)));
-  }
+#define XLA_OPS_MULTIPLY(type)                                                \
+  asm volatile(                                                               \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"                           \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type            \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                    \
+      " %8, %9, %10, %11, %12, %13, %14, %15, "                               \
+      " %16, %17, %18, %19, %20, %21, %22, %23, "                             \
+      " %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+      " %32, %33, %34, %35, %36, %37, %38, %39, "                             \
+      " %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+      " %48, %49, %50, %51, %52, %53, %54, %55, "                             \
+      " %56, %57, %58, %59, %60, %61, %62, %63, "                             \
+      " %64, %65, %66, %67, %68, %69, %70, %71, "                             \
+      " %72, %73, %74, %75, %76, %77, %78, %79, "                             \
+      " %80, %81, %82, %83, %84, %85, %86, %87, "                             \
+      " %88, %89, %90, %91, %92, %93, %94, %95, "                             \
+      " %96, %97, %98, %99, %100, %101, %102, %103, "                         \
+      " %104, %105, %106, %107, %108, %109, %110, %111, "                     \
+      " %112, %113, %114, %115, %116, %117, %118, %119, "                     \
+      " %120, %121, %122, %123, %124, %125, %126, %127}, "                    \
+      "{%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"                      \
+      : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24), \
+        XLA_OPS_OUT8(32), XLA_OPS_OUT8(40), XLA_OPS_OUT8(48),                 \
+        XLA_OPS_OUT8(56), XLA_OPS_OUT8(64), XLA_OPS_OUT8(72),                 \
+        XLA_OPS_OUT8(80), XLA_OPS_OUT8(88), XLA_OPS_OUT8(96),                 \
+        XLA_OPS_OUT8(104), XLA_OPS_OUT8(112), XLA_OPS_OUT8(120)               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                   \
+        "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
+#undef XLA_OPS_MULTIPLY
 }
 
-#undef XLA_OPS_F8
+#undef XLA_OPS_FOR_TYPE
+#undef XLA_OPS_OUT8
 
 #endif  // XLA_OPS_HAS_WGMMA
 
