@@ -109,7 +109,9 @@ def _device_bytes(dump: pathlib.Path, program) -> int:
     report = dump / f"{stem}-memory-usage-report.txt"
     if not report.exists():  # a plugin that writes none
         return 0
-    return int(re.search(r"Total bytes used: (\d+)", report.read_text())[1])
+    # One total on the CPU, one of each memory space on a GPU.
+    totals = re.findall(r"Total bytes(?: used)?: (\d+)", report.read_text())
+    return sum(map(int, totals))
 
 
 def compare(megabytes: list[int], dump: pathlib.Path) -> dict:

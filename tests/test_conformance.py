@@ -1,6 +1,7 @@
 """Rules that hold for every op, over all ops at once."""
 
 import inspect
+import os
 
 import pytest
 import torch
@@ -142,8 +143,10 @@ def test_reference_on_xla_matches(name):
     wanted = op.reference(*bare)
     got, _ = Path("lazy").run(op.reference, *bare)
     as_tuple = lambda r: r if isinstance(r, tuple) else (r,)  # noqa: E731
+    # XLA:GPU may multiply the references' fp32 matrices on tensor cores.
+    atol = 1e-5 if os.environ["PJRT_DEVICE"] == "CPU" else 1e-3
     for g, w in zip(as_tuple(got), as_tuple(wanted), strict=True):
-        assert torch.allclose(numbers(g), numbers(w), atol=1e-5)
+        assert torch.allclose(numbers(g), numbers(w), atol=atol)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

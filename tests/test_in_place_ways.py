@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,3 +77,18 @@ def test_table_is_made_from_the_json(tmp_path):
     table = path.with_suffix(".md").read_text()
     assert "| xla_ops front | compiled | 16 MB | 16 MB | 2 GB | 1.23 |" in table
     assert "| other library's op | lazy | 16 MB | no | | |" in table
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "Total bytes used: 3000 (2.9KiB)\nAllocations sorted by size:\n",
+        "Memory Space: default (color=0)\nTotal bytes: 2864 (2.8KiB)\n"
+        "Memory Space: temp (color=1)\nTotal bytes: 136 (136B)\n",
+    ],
+    ids=["CPU", "GPU"],
+)
+def test_device_bytes_of_both_reports(report, tmp_path):
+    (tmp_path / "module_0001.step-memory-usage-report.txt").write_text(report)
+    program = SimpleNamespace(name="module_0001.step.txt")
+    assert in_place_ways._device_bytes(tmp_path, program) == 3000
