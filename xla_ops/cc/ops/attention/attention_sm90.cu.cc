@@ -7,7 +7,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <type_traits>
@@ -200,6 +199,7 @@ int64_t MaxContext(const AttentionParams& params) {
              : params.max_blocks * params.page_size;
 }
 
+// A window as long as any sequence hides nothing.
 int Window(int64_t window) {
   return window < 0 || window >= kMaxTokens ? -1 : static_cast<int>(window);
 }
@@ -211,6 +211,7 @@ bool IsStep(int64_t size, int64_t stride) {
          (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 36));
 }
 
+// For calls that CanLaunchAttentionSm90 takes: all numbers fit.
 Sm90Args MakeArgs(const AttentionParams& params) {
   Sm90Args args = {};
   args.query = params.query;
@@ -231,8 +232,7 @@ Sm90Args MakeArgs(const AttentionParams& params) {
   args.group = FastDiv(params.num_heads / params.num_kv_heads);
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.num_kv_tokens = static_cast<int>(MaxContext(params));
-  args.num_blocks =
-      static_cast<int>(std::min<int64_t>(params.num_blocks, INT32_MAX));
+  args.num_blocks = static_cast<int>(params.num_blocks);
   args.num_heads = static_cast<int>(params.num_heads);
   args.num_kv_heads = static_cast<int>(params.num_kv_heads);
   args.head_dim = static_cast<int>(params.head_dim);
