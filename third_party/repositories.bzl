@@ -10,7 +10,6 @@ hashes in requirements.lock; each installs one section of that file:
     @pybind11         headers of pybind11
     @cuda13           nvcc with CUDA's headers and static runtime
     @cuda12           clang with those of CUDA 12, for compute capability 7.0
-    @cutlass          headers of CUTLASS and CuTe
 
 Nothing is fetched before a target needs it: CPU-only builds fetch no CUDA.
 """
@@ -21,7 +20,7 @@ load("//third_party/pip:pins.bzl", "pip_pins")
 load("//third_party/pip:wheels.bzl", "pip_wheels")
 load("//third_party/python:interpreters.bzl", "python_interpreters")
 
-SECTIONS = ["env", "pybind11", "ffi", "cuda13", "cuda12", "cutlass"]
+SECTIONS = ["env", "pybind11", "ffi", "cuda13", "cuda12"]
 
 def xla_ops_repositories():
     """Declares the repositories that the list above describes."""
@@ -58,10 +57,4 @@ def xla_ops_repositories():
         name = "cuda12",
         build_file = "//third_party:cuda12.BUILD",
         requirements = "@xla_ops_pins//:cuda12.txt",
-    )
-    pip_wheels(
-        name = "cutlass",
-        build_file = "//third_party:cutlass.BUILD",
-        keep = ["cutlass_library/source"],
-        requirements = "@xla_ops_pins//:cutlass.txt",
     )
