@@ -31,6 +31,9 @@
 //     num_tokens], cu_seqlens_k to [previous, num_kv_tokens], leftpad_k to
 //     [0, L_k], seqused_k to [0, what the sequence's pages or, contiguous,
 //     the rows from cu_seqlens_k[s] to the buffer's end hold].
+// What lies past L_k or in masked blocks is never used, NaN neither. A NaN or
+// an infinity in V at a token of the sequence may reach rows that do not see
+// that token, by 0 * NaN: kernels work on tiles of rows and tokens.
 // With `debug` such values are reported, on stderr or a GPU's stdout, as in
 //   xla_ops: paged_attention: context_lens[3] must be from 0 to 24, got 99;
 //   clamped              (on one line; "masked" for a block id)
