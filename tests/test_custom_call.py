@@ -12,7 +12,7 @@ import xla_ops
 from hypothesis import given
 from hypothesis import strategies as st
 from support import Path
-from xla_ops.core import custom_call, handlers, hlo
+from xla_ops.core import custom_call, handlers, hlo, op
 from xla_ops.core.custom_call import CustomCall
 from xla_ops.core.hlo import Spec
 
@@ -41,6 +41,33 @@ def test_attributes_are_part_of_the_computation_cache():
     assert len({id(c) for c in made}) == len(texts)
     again = custom_call._computation("t.t", spec, spec[:1], texts[0], ((0, 0),))
     assert again is made[0]
+
+
+def test_zeros_of_both_signs_are_two_signatures():
+    assert op._signature((0.0,)) != op._signature((-0.0,))
+
+
+def test_a_remembered_signature_takes_each_call_s_tensors():
+    """Also after a call whose first two arguments are one tensor."""
+    device = torch_xla.device()
+    x, y, w = torch.randn(2, 24), torch.randn(2, 24), torch.ones(24)
+    on_device = {t: t.to(device) for t in (x, y, w)}
+    for a, b in ((x, x), (x, y), (y, x), (y, y)):
+        _, total = xla_ops.fused_add_rms_norm(*(on_device[t] for t in (a, b, w)))
+        assert torch.equal(total.cpu(), a + b)
+    short = torch.ones(23, device=device)
+    with pytest.raises(ValueError, match=r"weight must have shape \[24\], got \[23\]"):
+        xla_ops.fused_add_rms_norm(on_device[x], on_device[y], short)
+
+
+def test_signatures_are_forgotten_at_some_number(monkeypatch):
+    monkeypatch.setattr(op, "_MAX_PLANS", 2)
+    norm = op.OPS["rms_norm"]
+    norm._plans.clear()
+    for n in range(1, 4):
+        x = torch.ones(n, 8, device=torch_xla.device())
+        assert torch.allclose(xla_ops.rms_norm(x, x[0]).cpu(), torch.ones(n, 8))
+    assert len(norm._plans) == 1
 
 
 def test_an_absent_operand_is_no_parameter():

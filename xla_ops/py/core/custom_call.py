@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -64,10 +65,31 @@ def _computation(target, operands, results, backend_config, aliases, absent=()):
     return xb.computation_from_module_proto(target, module)
 
 
-def call_in_graph(call: CustomCall) -> list[torch.Tensor]:
-    """Adds the call to the lazy graph of its XLA operands and returns its results."""
-    import torch_xla
+class Node(NamedTuple):
+    """A call as a node of the lazy graph, but for its operands.
 
+    Attributes:
+        target: name of the handler.
+        computation: XLA's computation of the call.
+        num_results: how many results the caller sees.
+    """
+
+    target: str
+    computation: object
+    num_results: int
+
+    def add(self, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Adds the node to the graph of its operands, the absent ones left out."""
+        import torch_xla
+
+        results = torch_xla._XLAC._xla_user_computation(
+            self.target.replace(".", "::"), operands, self.computation
+        )
+        return results[: self.num_results]
+
+
+def node_of(call: CustomCall) -> Node:
+    """Encodes the call."""
     computation = _computation(
         call.target,
         tuple(_spec(t) for t in call.operands),
@@ -76,10 +98,12 @@ def call_in_graph(call: CustomCall) -> list[torch.Tensor]:
         tuple(call.aliases.items()),
         tuple(i for i, t in enumerate(call.operands) if isinstance(t, Spec)),
     )
-    results = torch_xla._XLAC._xla_user_computation(
-        call.target.replace(".", "::"), call.tensors, computation
-    )
-    return results[: len(call.results)]
+    return Node(call.target, computation, len(call.results))
+
+
+def call_in_graph(call: CustomCall) -> list[torch.Tensor]:
+    """Adds the call to the lazy graph of its XLA operands and returns its results."""
+    return node_of(call).add(call.tensors)
 
 
 def call_directly(

@@ -11,12 +11,13 @@ custom call computes it; this module registers the kernels:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from . import handlers
-from .custom_call import CustomCall, call_directly, call_in_graph
+from .custom_call import CustomCall, Node, call_directly, node_of
 from .hlo import Spec
 
 NAMESPACE = "xla_ops"
@@ -24,6 +25,24 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # Every declared op by name; the conformance test walks it.
 OPS: dict[str, Op] = {}
+
+# Shapes may change with every step, so an op forgets its plans at some number.
+_MAX_PLANS = 1024
+
+
+class Plan(NamedTuple):
+    """What the XLA kernel does for every call of one signature.
+
+    Attributes:
+        node: the call, but for its operands.
+        platform: of the handler.
+        operands: which of the op's arguments those are; None where the lowering makes
+            some of them, so that it has to run each time.
+    """
+
+    node: Node
+    platform: str
+    operands: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,8 @@ class Op:
             an argument's value takes a last argument `Tensor? donor`, see `in_place`.
         lower: (*args) -> CustomCall. Checks its arguments first, so it is the one
             place that knows what is legal. Sees tensors of any device, fake ones too.
+            Of an XLA tensor it may use shape, dtype and device only: it runs once a
+            signature, not once a call.
         reference: (*args) -> Tensor or tuple, the meaning in plain torch.
     """
 
@@ -43,6 +64,9 @@ class Op:
     schema: str
     lower: Callable[..., CustomCall]
     reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    _plans: dict[tuple, Plan] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self):
         OPS[self.name] = self
@@ -116,20 +140,63 @@ class Op:
         return _unpack([_new(spec, call) for spec in call.results])
 
     def _in_graph(self, *args):
-        call = self.lowered(args)
-        if _is_empty(call):
-            return _unpack(_untouched(call))
-        if not handlers.available(handlers.xla_platform(), call.target):
+        signature = _signature(args)
+        plan = self._plans.get(signature)
+        if plan is None or plan.operands is None:
+            call = self.lowered(args)
+            if _is_empty(call):
+                return _unpack(_untouched(call))
+            plan = plan or self._new_plan(signature, args, call)
+            operands = call.tensors
+        else:
+            operands = [args[i] for i in plan.operands]
+        if not handlers.available(plan.platform, plan.node.target):
             return self._reference(args)
-        results = call_in_graph(call)
+        results = plan.node.add(operands)
         if self.has_donor and args[-1] is not None:
             import torch_xla
 
             torch_xla._XLAC._set_buffer_donation(args[-1], True)
         return _unpack(results)
 
+    def _new_plan(self, signature: tuple, args, call: CustomCall) -> Plan:
+        # One tensor may be several arguments: lower again with one each, so that an
+        # operand tells which argument it is.
+        args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+        index = {id(t): i for i, t in enumerate(args) if isinstance(t, torch.Tensor)}
+        operands = tuple(index.get(id(t)) for t in self.lowered(args).tensors)
+        plan = Plan(
+            node_of(call),
+            handlers.xla_platform(),
+            None if None in operands else operands,
+        )
+        if len(self._plans) == _MAX_PLANS:
+            self._plans.clear()
+        self._plans[signature] = plan
+        return plan
+
     def _at_once(self, *args):
         return _unpack(self.compute(args))
+
+
+def _signature(args) -> tuple:
+    """Returns what a lowering of XLA tensors depends on, as a key.
+
+    The schema fixes the type of every argument, so 1, 1.0 and True never meet. 0.0 and
+    -0.0 do, and are told apart by their texts.
+    """
+    return tuple(
+        [
+            arg
+            if arg is None
+            else (arg.shape, arg.dtype, arg.device)
+            if isinstance(arg, torch.Tensor)
+            else tuple(arg)
+            if isinstance(arg, list)
+            else arg or repr(arg)
+            for arg in args
+        ]
+    )
 
 
 def _new(spec: Spec, call: CustomCall) -> torch.Tensor:
