@@ -52,8 +52,8 @@ class Checker:
 
     def rank(self, argument: str, t: torch.Tensor, shape: str) -> None:
         """Checks the number of dimensions; `shape` names them: "[tokens, hidden]"."""
-        rank = shape.count(",") + 1
-        self.require(t.dim() == rank, argument, f"have shape {shape}", list(t.shape))
+        if t.dim() != shape.count(",") + 1:
+            self.require(False, argument, f"have shape {shape}", list(t.shape))
 
     def shape(self, argument: str, t: torch.Tensor, shape: Sequence[int]) -> None:
         got, shape = list(t.shape), list(shape)

@@ -76,8 +76,10 @@ def donor(t: torch.Tensor) -> torch.Tensor | None:
     Only then does the program overwrite the caller's buffer: a clone made inside the
     graph must not donate what it was cloned from.
     """
+    if not isinstance(t, FunctionalTensor):
+        return None
     mode = proxy_tensor.get_proxy_mode()
-    if mode is None or not isinstance(t, FunctionalTensor):
+    if mode is None:
         return None
     slot = proxy_tensor.get_proxy_slot(
         torch._from_functional_tensor(t.elem), mode.tracer, None, lambda p: p.proxy

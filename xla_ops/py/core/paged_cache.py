@@ -8,7 +8,7 @@ Other layouts are views of that shape: HND is a permuted
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ from . import in_place
 from .checks import Checker
 
 
-@dataclass(frozen=True)
-class PagedCache:
+class PagedCache(NamedTuple):
     """K and V caches, located in their buffers.
 
     Attributes:
@@ -47,30 +46,11 @@ class PagedCache:
     @property
     def geometry(self) -> list[int]:
         """The integers as the functional ops' `geometry` argument has them."""
-        return [
-            self.num_blocks,
-            self.page_size,
-            self.num_kv_heads,
-            self.head_dim,
-            self.block_stride,
-            self.page_stride,
-            self.head_stride,
-            self.key_offset,
-            self.value_offset,
-        ]
+        return list(self[2:])
 
 
-ATTRIBUTES = (
-    "num_blocks",
-    "page_size",
-    "num_kv_heads",
-    "head_dim",
-    "block_stride",
-    "page_stride",
-    "head_stride",
-    "key_offset",
-    "value_offset",
-)
+# What those integers are called as attributes.
+ATTRIBUTES = PagedCache._fields[2:]
 
 
 # Element types of fp8 caches by vLLM's names for them.

@@ -85,8 +85,14 @@ def _front(
     tail = (slot_mapping, k_scale, v_scale, kv_cache_dtype)
     cache = paged_cache.locate(_check, key_cache, value_cache)
     if cache is None:
-        _write_one(key, key_cache, slot_mapping, k_scale, kv_cache_dtype)
-        _write_one(value, value_cache, slot_mapping, v_scale, kv_cache_dtype)
+        for rows, one, scale in (
+            (key, key_cache, k_scale),
+            (value, value_cache, v_scale),
+        ):
+            # An odd view is written as a dense value.
+            place = paged_cache.locate_to_read(_check, one, one)
+            buffer, geometry = place.key_buffer, place.geometry[:-1]
+            _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype)
     elif not in_place.is_value(key_cache):
         buffers = (cache.key_buffer, cache.value_buffer)
         _both.update_at_once(
@@ -102,15 +108,17 @@ def _front(
     else:
         # Two calls, not one with two results: XLA pairs donated buffers with results
         # by order, and one call keeps every cache in place in some orders only.
-        _write_one(key, key_cache, slot_mapping, k_scale, kv_cache_dtype)
-        _write_one(value, value_cache, slot_mapping, v_scale, kv_cache_dtype)
+        *shape, key_offset, value_offset = cache.geometry
+        for rows, buffer, offset, scale in (
+            (key, cache.key_buffer, key_offset, k_scale),
+            (value, cache.value_buffer, value_offset, v_scale),
+        ):
+            geometry = [*shape, offset]
+            _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype)
 
 
-def _write_one(rows, cache, slot_mapping, scale, kv_cache_dtype) -> None:
-    place = paged_cache.locate(_check, cache, cache)
-    if place is None:  # an odd view: as a dense value
-        place = paged_cache.dense(cache, cache)
-    buffer = place.key_buffer
+def _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype) -> None:
+    """Writes rows into the one cache that lies in `buffer`, an XLA or traced tensor."""
     donor = in_place.donor(buffer)
     new = _one(
         rows,
@@ -118,7 +126,7 @@ def _write_one(rows, cache, slot_mapping, scale, kv_cache_dtype) -> None:
         slot_mapping,
         scale,
         kv_cache_dtype,
-        place.geometry[:-1],
+        geometry,
         debug.enabled(),
         donor,
     )
