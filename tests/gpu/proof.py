@@ -9,13 +9,14 @@ benchmarks. Writes DIR/proof.json (device, driver, versions, and for every part 
 passed, what failed and how long it took) and each part's log, prints a short table last
 and exits 1 if a part failed.
 
-Parts: doctor; demo; one a test file, named as it is (test_rms_norm, ...), on lazy and
-compiled tensors and, with XLA_OPS_TEST_TORCH_CUDA=1, torch CUDA tensors; test_in_place
-with caches of --cache-mb; memcheck (compute-sanitizer on op tests); table (ms per step
-against cache size). With --kernel-races, the program that `bazel build
-//tests/gpu:kernel_races` makes: races (it alone, with graph capture) and races_TOOL for
-each tool of compute-sanitizer. `tests` stands for all test files. Up to --jobs parts
-that are not timed share the GPU.
+Parts: doctor; demo; one a test file, named as it is (test_rms_norm, ...; three of
+test_flash_attn_varlen, which is long), on lazy and compiled tensors and, with
+XLA_OPS_TEST_TORCH_CUDA=1, torch CUDA tensors; test_in_place with caches of --cache-mb;
+memcheck (compute-sanitizer on op tests); large (arrays past 2^31 elements); table (ms
+per step against cache size); ways (examples/in_place, compared). With --kernel-races,
+the program that `bazel build //tests/gpu:kernel_races` makes: races (it alone, with
+graph capture) and races_TOOL for each tool of compute-sanitizer. `tests` stands for all
+test files. Up to --jobs parts share the GPU, but for large and what is timed.
 """
 
 import argparse
@@ -45,7 +46,15 @@ OPS = (
 )
 # Of everything together, on the GPU as on the CPU.
 TOGETHER = ("conformance", "custom_call", "dynamo", "llm", "mutable", "vllm")
-TIMED = ("demo", "table")
+# Need the GPU, or most of its memory, for themselves.
+ALONE = ("large", "demo", "table", "ways")
+
+LONG = "test_flash_attn_varlen"
+LONG_SHARES = {
+    "lazy": "lazy",
+    "compiled": "compiled",
+    "rest": "not lazy and not compiled",
+}
 
 
 def pytest(*args):
@@ -53,16 +62,19 @@ def pytest(*args):
             "--show-capture=no", "--tb=short", *args]  # fmt: skip
 
 
+def libraries():
+    import xla_ops
+
+    return str(pathlib.Path(xla_ops.__file__).parent / "lib")
+
+
 def race_parts(program):
     """Every kernel alone; the sanitizer slows it down, so a graph's replays are left
     to the part without."""
-    import xla_ops
-
-    libraries = str(pathlib.Path(xla_ops.__file__).parent / "lib")
-    found = {"races": ([program, libraries], {})}
+    found = {"races": ([program, libraries()], {})}
     for tool in ("memcheck", "initcheck", "racecheck", "synccheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
-        found[f"races_{tool}"] = ([*command, program, "--eager", libraries], {})
+        found[f"races_{tool}"] = ([*command, program, "--eager", libraries()], {})
     return found
 
 
@@ -81,13 +93,20 @@ def parts(out, cache_mb):
     found = {"doctor": ([sys.executable, "-m", "xla_ops", "doctor"], {})}
     for name in OPS + TOGETHER:
         found[f"test_{name}"] = (pytest(f"tests/test_{name}.py"), shared)
+    whole = found.pop(LONG)
+    for share, words in LONG_SHARES.items():
+        found[f"{LONG}_{share}"] = ([*whole[0], "-k", words], shared)
     found["test_in_place"] = (pytest("tests/test_in_place.py"), shared | in_place)
     table = [sys.executable, "benchmarks/in_place.py", "--out",
              str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"]  # fmt: skip
+    large = [sys.executable, "tests/gpu/check_large.py", "--lib-dir", libraries()]
+    ways = [sys.executable, "benchmarks/in_place_ways.py", "--out", str(out / "ways")]
     return found | {
         "memcheck": (sanitizer + small, shared),
+        "large": (large, {}),
         "demo": (generate, {}),
         "table": (table, {}),
+        "ways": (ways, {}),
     }
 
 
@@ -160,15 +179,15 @@ def main():
         report["parts"][name] = result
         (args.out / "proof.json").write_text(json.dumps(report, indent=1) + "\n")
         tail = 6 if result["status"] == 0 else 45
-        if name in ("doctor", *TIMED):
+        if name in ("doctor", *ALONE):
             tail = 45
         lines = [f"--- {name}: {result}", *text.splitlines()[-tail:]]
         print("\n".join(lines), flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(measure, [n for n in names if n not in TIMED]))
+        list(pool.map(measure, [n for n in names if n not in ALONE]))
     for name in names:
-        if name in TIMED:
+        if name in ALONE:
             measure(name)
     print(json.dumps(report["versions"]))
     for name, result in report["parts"].items():
