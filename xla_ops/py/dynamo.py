@@ -12,6 +12,8 @@ the same donations, and replaces what runs around it on every call:
 - Where the arguments go is worked out once, not looked up argument by argument.
 - No argument is asked whether work is pending on it: the program refuses one that is,
   before it runs, and only then is it synchronised, as openxla does.
+- Results that are one value, or an input's, come out right, and the tensors of the
+  first call are not kept.
 
 Symbolic sizes and SPMD meshes are left to openxla's own way of calling. Measurements:
 docs/in_place.md.
@@ -34,13 +36,14 @@ from .core import in_place
 
 # What torch_xla's _run_cached_graph says of an argument that is not computed yet.
 _PENDING = "can not be a pending ir"
-# Extraction calls extract_internal by its global name.
+# Extraction calls what `_extract_program` replaces by global names.
 _extracting = threading.Lock()
 _extract_internal = dynamo_bridge.extract_internal
 
 
 def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
     """Extracts the program at the first call, which has the real tensors."""
+    _clone_copies(module.graph)
     updated = _return_updates(module.graph)
     module.recompile()
     program = None
@@ -49,11 +52,9 @@ def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
     def forward(args: list):
         nonlocal module, program
         if program is None:
-            with (
-                _extracting,
-                mock.patch.object(dynamo_bridge, "extract_internal", _extract),
-            ):
-                program = dynamo_bridge.extract_compiled_graph(module, tuple(args))
+            with _extracting:
+                if program is None:  # no other thread has been here
+                    program = _extract_program(module, args)
             module = None
         results = program(*args)
         if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
@@ -69,6 +70,31 @@ def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
 
     forward._boxed_call = True  # AOTAutograd: takes one list
     return forward
+
+
+def _extract_program(module: torch.fx.GraphModule, args: list) -> Callable:
+    with mock.patch.multiple(
+        dynamo_bridge, extract_internal=_extract, Deduper=_Deduper
+    ):
+        return dynamo_bridge.extract_compiled_graph(module, tuple(args))
+
+
+def _clone_copies(graph: torch.fx.Graph) -> None:
+    """Turns each copy(target, source) that changes nothing into clone(source).
+
+    The copy of an input would be the input's own buffer, which is no result of any
+    program.
+    """
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.aten.copy.default
+    ):
+        target, source = (n.meta["val"] for n in node.args[:2])
+        if target.device.type == "xla" and all(
+            getattr(target, name) == getattr(source, name)
+            for name in ("shape", "dtype", "device")
+        ):
+            node.target = torch.ops.aten.clone.default
+            node.args = node.args[1:2]
 
 
 def _return_updates(graph: torch.fx.Graph) -> list[int]:
@@ -101,7 +127,23 @@ def _update(args: list, argument: int, results, i: int) -> Callable:
     tensor, value = args[argument], results[i]
     is_shared = sum(r is value for r in results) > 1 or any(a is value for a in args)
     are_xla = tensor.device.type == value.device.type == "xla"
-    return torch.Tensor.copy_ if is_shared or not are_xla else in_place.adopt
+    can_adopt = are_xla and torch._is_functional_tensor(tensor)
+    return in_place.adopt if can_adopt and not is_shared else torch.Tensor.copy_
+
+
+class _Deduper(dynamo_bridge.Deduper):
+    """Knows which results are one as the program does: those that are one tensor.
+
+    torch_xla's own takes a tensor and its clone for one, of which the program returns
+    both, so that every later result comes out in the place of another.
+    """
+
+    def dedup(self, origlist: list[torch.Tensor]) -> list[torch.Tensor]:
+        ids = [torch_xla._XLAC._xla_get_tensor_id(t) for t in origlist]
+        unique = dict.fromkeys(ids)
+        places = {tensor_id: i for i, tensor_id in enumerate(unique)}
+        self.permute_for_orig = [places[tensor_id] for tensor_id in ids]
+        return [origlist[ids.index(tensor_id)] for tensor_id in unique]
 
 
 def _extract(module: torch.fx.GraphModule) -> Callable:
@@ -119,6 +161,9 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
         updated,
     ) = dynamo_bridge.extract_graph_helper(module, {})
     inputs = _input_getter(matcher)
+    num_updated = len(updated)
+    # What the program was traced with, such as a cache, is not kept.
+    returns.trace_inputs = returns.trace_outputs = returns.deduped_trace_outputs = None
 
     def run(*args):
         try:
@@ -131,7 +176,7 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
         results = returns.addDumbReturn(args, results)
         for argument, result in updates.items():
             args[argument].copy_(results[result])
-        outputs = nones.add_nones(results[len(updated) :])
+        outputs = nones.add_nones(results[num_updated:])
         return outputs[0] if len(outputs) == 1 else outputs
 
     return run
