@@ -734,6 +734,8 @@ ERRORS = [
     (ROWS, {"max_seqlen_q": -1}, "max_seqlen_q must be at least 0, got -1"),
     (ROWS, {"max_seqlen_k": -2}, "max_seqlen_k must be at least 0, got -2"),
     (ROWS, {"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
+    (ROWS, {"softmax_scale": 1e39}, "softmax_scale must be finite, got inf"),
+    (ROWS, {"softcap": 1e39}, "softcap must be finite and at least 0, got inf"),
     (ROWS, {"window_left": -2}, "window_left must be at least -1, got -2"),
     (ROWS, {"window_right": -2}, "window_right must be at least -1, got -2"),
     (ROWS, {"softcap": -1.0}, "softcap must be finite and at least 0, got -1"),

@@ -121,6 +121,18 @@ def test_any_shape(rows, hidden, dtype, magnitude, seed):
             float("nan"),
             "rms_norm: eps must be positive and finite, got nan",
         ),
+        (
+            torch.ones(2, 8),
+            torch.ones(8),
+            1e39,  # of no float32
+            "rms_norm: eps must be positive and finite, got inf",
+        ),
+        (
+            torch.ones(2, 8),
+            torch.ones(8),
+            1e-50,
+            "rms_norm: eps must be positive and finite, got 0",
+        ),
     ],
 )
 def test_errors(path, x, w, eps, message):

@@ -7,6 +7,7 @@ fails where the user wrote it and not when the graph runs.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,11 @@ from typing import Any
 import torch
 
 from .dtypes import FLOAT_DTYPES, dtype_name
+
+
+def float32(value: float) -> float:
+    """Rounds to what a float attribute can hold: 1e39 is infinite and 1e-50 is 0."""
+    return ctypes.c_float(value).value
 
 
 class Checker:
@@ -73,6 +79,7 @@ class Checker:
         self.shape(argument, t, other.shape)
 
     def positive_finite(self, argument: str, value: float) -> None:
+        value = float32(value)
         ok = value > 0 and math.isfinite(value)
         self.require(ok, argument, "be positive and finite", f"{value:g}")
 

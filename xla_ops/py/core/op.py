@@ -170,7 +170,7 @@ class Op:
             handlers.xla_platform(),
             None if None in operands else operands,
         )
-        if len(self._plans) == _MAX_PLANS:
+        if len(self._plans) >= _MAX_PLANS:  # more where threads add at once
             self._plans.clear()
         self._plans[signature] = plan
         return plan

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..core import debug, paged_cache
-from ..core.checks import Checker
+from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
@@ -231,6 +231,8 @@ def _lower(
     for name, t in (("k_scale", k_scale), ("v_scale", v_scale)):
         if t is not None:
             _check_scale(check, name, t, [max_num_seqs, num_kv_heads], kv_cache_dtype)
+    # As the handler gets them.
+    scale, soft_cap = float32(scale), float32(soft_cap)
     check.require(math.isfinite(scale), names.scale, "be finite", f"{scale:g}")
     for name, window in (("window_left", window_left), ("window_right", window_right)):
         check.require(window >= -1, name, "be at least -1", window)
