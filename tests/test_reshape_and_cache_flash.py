@@ -146,6 +146,21 @@ def test_writes_through_views(path, view):
     assert torch.equal(got_v, take(wanted)[1])
 
 
+def test_the_stride_of_a_single_head_does_not_count(path):
+    """NHD keys and HND values of one head lie alike, whatever their strides say."""
+    kc, vc = torch.randn(3, 4, 1, 8), torch.randn(3, 1, 4, 8)
+    key, value = torch.randn(3, 1, 8), torch.randn(3, 1, 8)
+    slots = torch.tensor([2, 11, 5])
+
+    def write(key, value, kc, vc, slots):
+        xla_ops.reshape_and_cache_flash(key, value, kc, vc.transpose(1, 2), slots)
+
+    _, args = path.run(write, key, value, kc, vc, slots)
+    assert torch.equal(args[2], expected(key, kc, slots))
+    wanted = expected(value, vc.transpose(1, 2), slots)
+    assert torch.equal(args[3].transpose(1, 2), wanted)
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_slots(data):

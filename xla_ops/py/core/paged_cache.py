@@ -98,7 +98,7 @@ def locate(
     The caller then works on dense copies (reading) or on one cache at a time (writing).
     """
     key, value = in_place.locate(key_cache), in_place.locate(value_cache)
-    if key.strides != value.strides or not _usable(key.strides, key_cache.shape):
+    if not _alike(key, value, key_cache.shape):
         if in_place.is_value(key_cache):
             return None
         check.require(
@@ -143,7 +143,7 @@ def locate_rows(keys: torch.Tensor, values: torch.Tensor) -> PagedCache:
     Views of one packed projection are located in it. Odd strides cost a copy.
     """
     key, value = in_place.locate(keys), in_place.locate(values)
-    if key.strides != value.strides or not _usable(key.strides, keys.shape):
+    if not _alike(key, value, keys.shape):
         strides = in_place.dense_strides(keys.shape)
         key = in_place.Located(keys.contiguous(), 0, strides)
         value = in_place.Located(values.contiguous(), 0, strides)
@@ -158,6 +158,18 @@ def locate_rows(keys: torch.Tensor, values: torch.Tensor) -> PagedCache:
         key.offset,
         value.offset,
     )
+
+
+def _alike(key: in_place.Located, value: in_place.Located, shape: torch.Size) -> bool:
+    """Whether one set of strides does for both, and the kernels can take it.
+
+    The stride of a dimension of one element has no meaning, and torch none to prefer.
+    """
+    same = all(
+        k == v or size <= 1
+        for k, v, size in zip(key.strides, value.strides, shape, strict=True)
+    )
+    return same and _usable(key.strides, shape)
 
 
 def _usable(strides: tuple[int, ...], shape: torch.Size) -> bool:
