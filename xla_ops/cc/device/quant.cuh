@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/fp8.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 
@@ -66,36 +67,48 @@ __device__ __forceinline__ float Fp8RowScale(float abs_max,
   return fmaxf(abs_max / kFp8Max, kMinFp8Scale);
 }
 
-// out[i] = map.Apply(in[i]) for `size` elements, kVectors vectors a thread,
-// each a block's width after the last; the last one may have less. `Map` is
-// copied to every thread; Load() returns what Apply() needs beside the vector.
-template <int kWidth, int kVectors, typename T, typename Map>
+// Divides elements of T, as floats, by one scale.
+template <typename T>
+class ScaleDiv {
+ public:
+  __device__ explicit ScaleDiv(float scale) : scale_(scale), div_(scale) {}
+
+  template <int kSize>
+  __device__ __forceinline__ void Divide(const float (&x)[kSize],
+                                         float (&out)[kSize]) const {
+    if constexpr (sizeof(T) < 4) {
+      div_.Divide(x, out);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) out[i] = x[i] / scale_;
+    }
+  }
+
+ private:
+  float scale_;
+  ExactDiv div_;
+};
+
+// out[i] = map.Apply(in[i]) for `size` elements, a vector a thread; the last
+// one may have less. `Map` is copied to every thread; Load() returns what
+// Apply() needs beside the vector.
+template <int kWidth, typename T, typename Map>
 __global__ void __launch_bounds__(256)
     QuantizeKernel(const T* __restrict__ in, uint8_t* __restrict__ out,
                    int64_t size, const Map map) {
-  const int step = blockDim.x * kWidth;
-  const int64_t first =
-      int64_t{blockIdx.x} * kVectors * step + threadIdx.x * kWidth;
-  Vector<T, kWidth> x[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t at = first + i * step;
-    if (at + kWidth <= size) x[i] = LoadVector<kWidth>(in + at);
-  }
+  const int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
+  Vector<T, kWidth> x;
+  if (at + kWidth <= size) x = LoadVector<kWidth>(in + at);
   const auto state = map.Load();
+  if (at + kWidth <= size) {
+    float values[kWidth];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t at = first + i * step;
-    if (at + kWidth <= size) {
-      float values[kWidth];
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) values[j] = ToFloat(x[i][j]);
-      StoreGlobal(out + at, map.Apply(values, state));
-    } else {
-      for (int64_t j = at; j < size; ++j) {
-        const float value[1] = {ToFloat(in[j])};
-        StoreGlobal(out + j, map.Apply(value, state));
-      }
+    for (int j = 0; j < kWidth; ++j) values[j] = ToFloat(x[j]);
+    StoreGlobal(out + at, map.Apply(values, state));
+  } else {
+    for (int64_t j = at; j < size; ++j) {
+      const float value[1] = {ToFloat(in[j])};
+      StoreGlobal(out + j, map.Apply(value, state));
     }
   }
 }
@@ -106,29 +119,20 @@ cudaError_t LaunchQuantize(cudaStream_t stream, const T* in, void* out,
                            int64_t size, const Map& map) {
   constexpr int kThreads = 256;
   constexpr int kWidth = kWideSize<T>;
-  // From here on a GPU has several times the blocks that it can hold, and
-  // two vectors a thread start fewer of them.
-  constexpr int64_t kManyBlocks = 4096;
   auto* bytes = static_cast<uint8_t*>(out);
   const bool wide = IsAligned(in, 16) && IsAligned(out, kWidth);
-  const bool many = wide && size > kManyBlocks * kThreads * kWidth;
-  const int64_t step = int64_t{kThreads} * (wide ? kWidth : 1) * (many ? 2 : 1);
+  const int64_t step = int64_t{kThreads} * (wide ? kWidth : 1);
   // A grid has at most 2^31 - 1 blocks.
   const int64_t most = step * INT32_MAX;
   for (int64_t first = 0; first < size; first += most) {
     const int64_t count = size - first < most ? size - first : most;
     const auto blocks = static_cast<unsigned>((count + step - 1) / step);
-    const T* source = in + first;
-    uint8_t* target = bytes + first;
-    if (many) {
-      QuantizeKernel<kWidth, 2>
-          <<<blocks, kThreads, 0, stream>>>(source, target, count, map);
-    } else if (wide) {
-      QuantizeKernel<kWidth, 1>
-          <<<blocks, kThreads, 0, stream>>>(source, target, count, map);
+    if (wide) {
+      QuantizeKernel<kWidth><<<blocks, kThreads, 0, stream>>>(
+          in + first, bytes + first, count, map);
     } else {
-      QuantizeKernel<1, 1>
-          <<<blocks, kThreads, 0, stream>>>(source, target, count, map);
+      QuantizeKernel<1><<<blocks, kThreads, 0, stream>>>(
+          in + first, bytes + first, count, map);
     }
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;

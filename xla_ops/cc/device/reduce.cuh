@@ -5,6 +5,8 @@
 #ifndef XLA_OPS_CC_DEVICE_REDUCE_CUH_
 #define XLA_OPS_CC_DEVICE_REDUCE_CUH_
 
+#include <math_constants.h>
+
 namespace xla_ops {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -18,18 +20,46 @@ __device__ __forceinline__ float WarpSum(float x, int width = 32) {
   return x;
 }
 
-// Sum over the whole block, whose size is a multiple of 32; every thread
-// gets it. `scratch` holds 32 floats of shared memory that no thread may
-// touch again before another barrier.
-__device__ __forceinline__ float BlockSum(float x, float* scratch) {
+// Partial results of a block's warps; used by one reduction of a kernel only.
+struct alignas(16) WarpResults {
+  float value[32];
+};
+
+// Combines a number of each warp, given by its first lane, over the whole
+// block, whose size is a multiple of 32 and at most 32 * kMaxWarps; every
+// thread gets the result. Every thread reads all the numbers, four at a time
+// and none after another: sooner done than five more shuffles. `none`:
+// changes nothing.
+template <int kMaxWarps, typename F>
+__device__ __forceinline__ float CombineWarps(float x, float none, F&& combine,
+                                              WarpResults& results) {
+  static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= 32);
   const int thread = threadIdx.x + threadIdx.y * blockDim.x;
   const int num_warps = blockDim.x * blockDim.y / 32;
+  const int warp = thread / 32;
   const int lane = thread % 32;
-  x = WarpSum(x);
-  if (lane == 0) scratch[thread / 32] = x;
+  if (lane == 0) results.value[warp] = x;
+  // The last warp fills up the rest.
+  if (warp == num_warps - 1 && lane > 0 && warp + lane < kMaxWarps) {
+    results.value[warp + lane] = none;
+  }
   __syncthreads();
-  // Every warp adds up the partial sums itself: no second barrier.
-  return WarpSum(lane < num_warps ? scratch[lane] : 0.0f);
+  float four[kMaxWarps / 4];
+#pragma unroll
+  for (int i = 0; i < kMaxWarps / 4; ++i) {
+    const float* value = results.value + 4 * i;
+    four[i] = combine(combine(value[0], value[1]), combine(value[2], value[3]));
+  }
+#pragma unroll
+  for (int i = 1; i < kMaxWarps / 4; ++i) four[0] = combine(four[0], four[i]);
+  return four[0];
+}
+
+// Sum over a block of at most kMaxWarps warps.
+template <int kMaxWarps>
+__device__ __forceinline__ float BlockSum(float x, WarpResults& results) {
+  return CombineWarps<kMaxWarps>(
+      WarpSum(x), 0.0f, [](float a, float b) { return a + b; }, results);
 }
 
 // The same for maxima. NaN counts as smaller than any number.
@@ -40,14 +70,11 @@ __device__ __forceinline__ float WarpMax(float x, int width = 32) {
   return x;
 }
 
-__device__ __forceinline__ float BlockMax(float x, float* scratch) {
-  const int thread = threadIdx.x + threadIdx.y * blockDim.x;
-  const int num_warps = blockDim.x * blockDim.y / 32;
-  const int lane = thread % 32;
-  x = WarpMax(x);
-  if (lane == 0) scratch[thread / 32] = x;
-  __syncthreads();
-  return WarpMax(scratch[lane < num_warps ? lane : 0]);
+template <int kMaxWarps>
+__device__ __forceinline__ float BlockMax(float x, WarpResults& results) {
+  return CombineWarps<kMaxWarps>(
+      WarpMax(x), -CUDART_INF_F, [](float a, float b) { return fmaxf(a, b); },
+      results);
 }
 
 }  // namespace xla_ops

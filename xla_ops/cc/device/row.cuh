@@ -24,6 +24,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/occupancy.h"
 #include "xla_ops/cc/device/reduce.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 
@@ -32,19 +34,21 @@ namespace xla_ops {
 constexpr int kMaxRowThreads = 1024;
 
 // kWidth: elements of a vector. kVectors: of a row, held by each thread; 0
-// for rows that are not held. kMaxThreads: of a block; with 1024, which have
-// 64 registers each, four vectors of two arrays spill.
+// for rows that are not held. kThreads: at most, of a block.
 template <int kWidthValue, int kVectors, int kThreads = kMaxRowThreads>
 struct RowPlan {
   static constexpr int kMaxThreads = kThreads;
-  static constexpr int kMinBlocks = kThreads <= 256 ? 3 : 1;
+  // Bounds the registers a thread, mostly to 40, so that many rows are on
+  // their way; kernels that hold more may have 64.
+  static constexpr int kMinBlocks = MinBlocks(1536 / kThreads, kThreads);
+  static constexpr int kMinLargeBlocks = MinBlocks(1024 / kThreads, kThreads);
   static constexpr int kWidth = kWidthValue;
   static constexpr bool kHeld = kVectors > 0;
   static constexpr int kSlots = kHeld ? kVectors : 1;
   // Whether to load what the map needs beside the row, such as weights,
-  // before the reduction, which then hides the latency: with one vector a
-  // thread there are registers for it.
-  static constexpr bool kMapEarly = kVectors == 1;
+  // before the reduction, which then hides the latency: where there are
+  // registers for it.
+  static constexpr bool kMapEarly = kHeld && kVectors <= 2;
 };
 
 // One thread's part of a row. blockDim.x threads share a row, a block has
@@ -79,20 +83,32 @@ class RowThreads {
     }
   }
 
-  // Reductions over the row. `scratch`: 32 floats of shared memory, used by
-  // one reduction of the kernel only.
-  __device__ __forceinline__ float Sum(float x, float* scratch) const {
-    return blockDim.x <= 32 ? WarpSum(x, blockDim.x) : BlockSum(x, scratch);
+  // Reductions over the row. `scratch`: used by one reduction of the kernel
+  // only.
+  __device__ __forceinline__ float Sum(float x, WarpResults& scratch) const {
+    return blockDim.x <= 32 ? WarpSum(x, blockDim.x)
+                            : BlockSum<kMaxWarps>(x, scratch);
   }
-  __device__ __forceinline__ float Max(float x, float* scratch) const {
-    return blockDim.x <= 32 ? WarpMax(x, blockDim.x) : BlockMax(x, scratch);
+  __device__ __forceinline__ float Max(float x, WarpResults& scratch) const {
+    return blockDim.x <= 32 ? WarpMax(x, blockDim.x)
+                            : BlockMax<kMaxWarps>(x, scratch);
   }
 
  private:
+  static constexpr int kMaxWarps = Plan::kMaxThreads / 32;
+
   int64_t index_;
   bool in_range_;
   int64_t row_vectors_;
 };
+
+template <typename T, int kSize>
+__device__ __forceinline__ float SumOfSquares(const Vector<T, kSize>& x) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) sum += ToFloat(x[j]) * ToFloat(x[j]);
+  return sum;
+}
 
 struct RowGrid {
   dim3 blocks;
@@ -107,15 +123,17 @@ template <typename T, typename F>
 cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
                         F&& f) {
   constexpr int kWidth = kWideSize<T>;
-  constexpr int kVectors = 4;
+  // Held by a thread, of rows that kLongThreads threads then hold, and of
+  // longer ones. Blocks of more threads leave a multiprocessor nothing to do
+  // while they wait for each other.
+  constexpr int kVectors = 2;
+  constexpr int kMaxVectors = 4;
+  constexpr int kLongThreads = 512;
   // Of a block that holds several rows, or a row of usual length.
   constexpr int kUsualThreads = 256;
-  // Below this many rows a GPU is not full: more threads a row then shorten
-  // the time to the reduction.
-  constexpr int64_t kFewRows = 256;
   RowGrid grid;
   if (!aligned || hidden_size % kWidth != 0 ||
-      hidden_size / kWidth > kVectors * kMaxRowThreads) {
+      hidden_size / kWidth > kMaxVectors * kMaxRowThreads) {
     grid.blocks = static_cast<unsigned>(num_rows);
     grid.threads = static_cast<unsigned>(
         std::clamp<int64_t>((hidden_size + 31) / 32 * 32, 32, kMaxRowThreads));
@@ -123,10 +141,9 @@ cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
     return f(RowPlan<1, 0>{}, grid);
   }
   grid.row_vectors = hidden_size / kWidth;
-  const bool one =
-      grid.row_vectors <= (num_rows <= kFewRows ? kMaxRowThreads : 32);
-  const int64_t needed =
-      one ? grid.row_vectors : (grid.row_vectors + kVectors - 1) / kVectors;
+  const int64_t vectors =
+      grid.row_vectors <= kVectors * kLongThreads ? kVectors : kMaxVectors;
+  const int64_t needed = (grid.row_vectors + vectors - 1) / vectors;
   if (needed <= 32) {
     unsigned threads = 1;
     while (threads < needed) threads *= 2;
@@ -136,8 +153,10 @@ cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
   }
   grid.blocks =
       static_cast<unsigned>((num_rows + grid.threads.y - 1) / grid.threads.y);
-  if (one) return f(RowPlan<kWidth, 1>{}, grid);
-  if (needed > kUsualThreads) return f(RowPlan<kWidth, kVectors>{}, grid);
+  if (vectors != kVectors) return f(RowPlan<kWidth, kMaxVectors>{}, grid);
+  if (needed > kUsualThreads) {
+    return f(RowPlan<kWidth, kVectors, kLongThreads>{}, grid);
+  }
   return f(RowPlan<kWidth, kVectors, kUsualThreads>{}, grid);
 }
 

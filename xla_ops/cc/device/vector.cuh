@@ -67,6 +67,22 @@ __device__ __forceinline__ void StoreGlobal(T* target,
   }
 }
 
+// Has the compiler forget what it knows of `value`, so that what is loaded
+// here stays, packed, until it is used on the other side of a reduction.
+// Without it the compiler keeps elements as floats, twice the registers, to
+// save their conversion, or loads only after the reduction.
+template <typename T, int kSize>
+__device__ __forceinline__ void KeepPacked(Vector<T, kSize>& value) {
+  if constexpr (sizeof(value) == 16) {
+    uint32_t words[4];
+    memcpy(words, &value, 16);
+    asm volatile(""
+                 : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]),
+                   "+r"(words[3]));
+    memcpy(&value, words, 16);
+  }
+}
+
 inline bool IsAligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }

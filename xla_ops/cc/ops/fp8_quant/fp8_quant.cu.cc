@@ -44,7 +44,7 @@ constexpr int kAbsMaxThreads = 256;
 template <int kWidth, typename T>
 __global__ void __launch_bounds__(kAbsMaxThreads)
     AbsMaxKernel(const T* __restrict__ input, int64_t size, int* scale) {
-  __shared__ float scratch[32];
+  __shared__ WarpResults scratch;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t threads = int64_t{gridDim.x} * blockDim.x;
   const int64_t vectors = size / kWidth;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kAbsMaxThreads)
   for (int64_t i = vectors * kWidth + thread; i < size; i += threads) {
     max = fmaxf(max, fabsf(ToFloat(input[i])));
   }
-  max = BlockMax(max, scratch);
+  max = BlockMax<kAbsMaxThreads / 32>(max, scratch);
   if (threadIdx.x == 0) atomicMax(scale, __float_as_int(max / kFp8Max));
 }
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
                            float* scale_out,             // [num_rows]
                            int64_t num_rows, int64_t row_vectors) {
   constexpr int kWidth = Plan::kWidth;
-  __shared__ float scratch[32];
+  __shared__ WarpResults scratch;
   const RowThreads<Plan> row(num_rows, row_vectors);
   const int64_t start = row.index() * row_vectors * kWidth;
 
@@ -96,15 +96,19 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
     if constexpr (!Plan::kHeld) load(i, v);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) max = fmaxf(max, fabsf(ToFloat(x[i][j])));
+    KeepPacked(x[i]);
   });
   const float scale = Fp8RowScale(row.Max(max, scratch), scale_ub);
   if (row.IsFirst()) scale_out[row.index()] = scale;
+  const ScaleDiv<T> div(scale);
 
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
+    float values[kWidth];
     float scaled[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) scaled[j] = ToFloat(x[i][j]) / scale;
+    for (int j = 0; j < kWidth; ++j) values[j] = ToFloat(x[i][j]);
+    div.Divide(values, scaled);
     StoreGlobal(out + start + v * kWidth, PackFp8(scaled));
   });
 }

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
                           float hidden_size, float eps) {
   constexpr int kWidth = Plan::kWidth;
   using V = Vector<T, kWidth>;
-  __shared__ float scratch[32];
+  __shared__ WarpResults scratch;
   const RowThreads<Plan> row(num_rows, row_vectors);
   const int64_t start = row.index() * row_vectors * kWidth;
 
@@ -56,11 +56,9 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
     add(i);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const float value = ToFloat(z[i][j]);
-      sum += value * value;
-    }
+    sum += SumOfSquares(z[i]);
+    KeepPacked(z[i]);
+    if constexpr (Plan::kMapEarly) KeepPacked(w[i]);
   });
   const float s = rsqrtf(row.Sum(sum, scratch) / hidden_size + eps);
 

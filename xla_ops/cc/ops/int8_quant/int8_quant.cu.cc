@@ -21,16 +21,19 @@
 namespace xla_ops {
 namespace {
 
+template <typename T>
 struct Symmetric {
   const float* scale;
 
-  __device__ float Load() const { return *scale; }
+  __device__ ScaleDiv<T> Load() const { return ScaleDiv<T>(*scale); }
   template <int kSize>
   __device__ Vector<uint8_t, kSize> Apply(const float (&x)[kSize],
-                                          float divisor) const {
+                                          const ScaleDiv<T>& div) const {
+    float quotients[kSize];
+    div.Divide(x, quotients);
     Vector<uint8_t, kSize> codes;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) codes[j] = ToInt8(x[j] / divisor);
+    for (int j = 0; j < kSize; ++j) codes[j] = ToInt8(quotients[j]);
     return codes;
   }
 };
@@ -65,8 +68,8 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
                            int32_t* azp_out,  // [num_rows]; with kAzp
                            int64_t num_rows, int64_t row_vectors) {
   constexpr int kWidth = Plan::kWidth;
-  __shared__ float max_scratch[32];
-  __shared__ float min_scratch[32];
+  __shared__ WarpResults max_scratch;
+  __shared__ WarpResults min_scratch;
   const RowThreads<Plan> row(num_rows, row_vectors);
   const int64_t start = row.index() * row_vectors * kWidth;
 
@@ -91,6 +94,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
         max = fmaxf(max, fabsf(value));
       }
     }
+    KeepPacked(x[i]);
   });
   max = row.Max(max, max_scratch);
   float scale = max / 127.0f;
@@ -159,7 +163,7 @@ cudaError_t LaunchStaticInt8Quant(cudaStream_t stream,
     const int64_t size = params.num_tokens * params.hidden_size;
     if (params.azp == nullptr) {
       return LaunchQuantize(stream, input, params.out, size,
-                            Symmetric{params.scale});
+                            Symmetric<T>{params.scale});
     }
     return LaunchQuantize(stream, input, params.out, size,
                           WithZeroPoint{params.scale, params.azp});

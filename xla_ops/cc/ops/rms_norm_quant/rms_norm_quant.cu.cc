@@ -40,13 +40,15 @@ struct Rows {
 // `residual_out` may be `residual`: it is written in the last pass, each
 // element by the thread that reads it.
 template <typename T, typename Plan, Quant kQuant, bool kResidual>
-__global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
+__global__ void __launch_bounds__(Plan::kMaxThreads, kResidual
+                                                         ? Plan::kMinLargeBlocks
+                                                         : Plan::kMinBlocks)
     RmsNormQuantKernel(const Rows<T> rows) {
   constexpr int kWidth = Plan::kWidth;
   constexpr bool kDynamic = kQuant != Quant::kStaticFp8;
   using V = Vector<T, kWidth>;
-  __shared__ float sum_scratch[32];
-  __shared__ float max_scratch[32];
+  __shared__ WarpResults sum_scratch;
+  __shared__ WarpResults max_scratch;
   const RowThreads<Plan> row(rows.num_rows, rows.row_vectors);
   const int64_t start = row.index() * rows.row_vectors * kWidth;
 
@@ -76,8 +78,13 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   float sum = 0.0f;
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
+    float part = 0.0f;  // a sum a vector, so that they do not wait
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum += value(i, j) * value(i, j);
+    for (int j = 0; j < kWidth; ++j) part += value(i, j) * value(i, j);
+    sum += part;
+    KeepPacked(x[i]);
+    if constexpr (kResidual) KeepPacked(r[i]);
+    if constexpr (Plan::kMapEarly) KeepPacked(w[i]);
   });
   const float s =
       rsqrtf(row.Sum(sum, sum_scratch) / rows.hidden_size + rows.eps);
@@ -103,6 +110,8 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
       for (int j = 0; j < kWidth; ++j) {
         max = fmaxf(max, fabsf(ToFloat(x[i][j])));
       }
+      KeepPacked(x[i]);
+      if constexpr (kResidual) KeepPacked(r[i]);
     });
     max = row.Max(max, max_scratch);
     scale = kQuant == Quant::kDynamicFp8 ? Fp8RowScale(max, rows.scale_ub)
@@ -111,16 +120,21 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   } else {
     scale = *rows.scale;
   }
+  const ScaleDiv<T> div(scale);
   const float inverse = 1.0f / scale;
 
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
     if constexpr (!Plan::kHeld || !kDynamic) normalize(i, v);
+    float y[kWidth];
     float scaled[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const float y = ToFloat(x[i][j]);
-      scaled[j] = kQuant == Quant::kDynamicFp8 ? y / scale : y * inverse;
+    for (int j = 0; j < kWidth; ++j) y[j] = ToFloat(x[i][j]);
+    if constexpr (kQuant == Quant::kDynamicFp8) {
+      div.Divide(y, scaled);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) scaled[j] = y[j] * inverse;
     }
     Vector<uint8_t, kWidth> codes;
     if constexpr (kQuant == Quant::kDynamicInt8) {

@@ -12,6 +12,7 @@
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/fast_div.h"
+#include "xla_ops/cc/device/occupancy.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_launch.h"
 
@@ -19,7 +20,14 @@ namespace xla_ops {
 namespace {
 
 constexpr int kThreads = 256;
+// For each multiprocessor; five spill.
+constexpr int kMinBlocks = MinBlocks(4, kThreads);
 constexpr int64_t kMaxGridY = 65535;
+// Units that a thread loads before it rotates the first.
+template <bool kNeox>
+constexpr int kUnits = kNeox ? 2 : 1;
+// From here on a GPU is full with kUnits of them a thread.
+constexpr int64_t kManyTokens = 512;
 
 // T(a * b), as a float. __fmul_rn keeps fp32 products from being fused with
 // the addition: the contract rounds them.
@@ -56,80 +64,125 @@ struct Shape {
 template <int kPairs, bool kNeox>
 constexpr int kCopySize = kPairs == 1 ? 1 : (kNeox ? kPairs : 2 * kPairs);
 
+// One unit: kPairs pairs in registers, or what to copy.
+template <typename T, int kPairs, bool kNeox>
+class Unit {
+ public:
+  static constexpr int kCopy = kCopySize<kPairs, kNeox>;
+
+  // Loads unit `unit` of a token.
+  __device__ __forceinline__ void Load(const Shape<T>& shape, int64_t token,
+                                       int unit) {
+    const int head_units = shape.head_units.value();
+    int head = shape.head_units.Divide(unit);
+    const int part = unit - head * head_units;
+    is_query_ = head < shape.query_heads;
+    if (!is_query_) head -= shape.query_heads;
+    const int heads = is_query_ ? shape.query_heads : shape.key_heads;
+    start_ = (token * heads + head) * shape.head_size;
+    if (part >= shape.rotating) {
+      pair_ = -1;
+      start_ += shape.rotary_dim + (part - shape.rotating) * kCopy;
+      return;
+    }
+    pair_ = part * kPairs;
+    start_ += kNeox ? pair_ : 2 * pair_;
+    const T* in = In(shape);
+    if constexpr (kNeox) {
+      x_ = LoadVector<kPairs>(in);
+      y_ = LoadVector<kPairs>(in + shape.rotary_dim / 2);
+    } else if constexpr (kPairs == 1) {
+      // Pairs need not be aligned to their size.
+      x_[0] = in[0];
+      y_[0] = in[1];
+    } else {
+      const auto xy = LoadVector<2 * kPairs>(in);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        x_[i] = xy[2 * i];
+        y_[i] = xy[2 * i + 1];
+      }
+    }
+  }
+
+  // Rotates by `cos_row`, unless that is null, and writes.
+  __device__ __forceinline__ void Finish(const Shape<T>& shape,
+                                         const T* cos_row) {
+    const T* in = In(shape);
+    T* out = (is_query_ ? shape.query_out : shape.key_out) + start_;
+    if (pair_ < 0) {
+      if (in != out) StoreGlobal(out, LoadVector<kCopy>(in));
+      return;
+    }
+    const int64_t pairs = shape.rotary_dim / 2;
+    if (cos_row != nullptr) {
+      const auto cos = LoadVector<kPairs>(cos_row + pair_);
+      const auto sin = LoadVector<kPairs>(cos_row + pairs + pair_);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) Rotate(cos[i], sin[i], &x_[i], &y_[i]);
+    } else if (in == out) {
+      return;
+    }
+    if constexpr (kNeox) {
+      StoreGlobal(out, x_);
+      StoreGlobal(out + pairs, y_);
+    } else if constexpr (kPairs == 1) {
+      out[0] = x_[0];
+      out[1] = y_[0];
+    } else {
+      Vector<T, 2 * kPairs> xy;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        xy[2 * i] = x_[i];
+        xy[2 * i + 1] = y_[i];
+      }
+      StoreGlobal(out, xy);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ const T* In(const Shape<T>& shape) const {
+    return (is_query_ ? shape.query : shape.key) + start_;
+  }
+
+  int64_t start_;  // of its first element
+  int pair_;       // its first pair in the head; -1 for those to copy
+  bool is_query_;
+  Vector<T, kPairs> x_;
+  Vector<T, kPairs> y_;
+};
+
 // Threads: x and blockIdx.y run over the units of a token's heads, queries
 // first, y and blockIdx.x over tokens. All vectors are aligned (checked by
-// the launcher). `out` may be `in`: a thread reads its unit before writing.
+// the launcher). `out` may be `in`: a thread reads its units before writing.
 template <typename T, int kPairs, bool kNeox>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     RotaryEmbeddingKernel(const int64_t* __restrict__ positions,
                           const T* __restrict__ cos_sin_cache,
                           const Shape<T> shape) {
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (token >= shape.num_tokens) return;
   const int64_t position = positions[token];
-  const bool rotate = position >= 0 && position < shape.max_position;
-  const int64_t pairs = shape.rotary_dim / 2;
-  const T* cos_row = cos_sin_cache + position * shape.rotary_dim;
-  const int head_units = shape.head_units.value();
-  const int units = (shape.query_heads + shape.key_heads) * head_units;
-  for (int unit = blockIdx.y * blockDim.x + threadIdx.x; unit < units;
-       unit += blockDim.x * gridDim.y) {
-    int head = shape.head_units.Divide(unit);
-    const int part = unit - head * head_units;
-    const bool is_query = head < shape.query_heads;
-    if (!is_query) head -= shape.query_heads;
-    const int heads = is_query ? shape.query_heads : shape.key_heads;
-    const int64_t start = (token * heads + head) * shape.head_size;
-    const T* in = (is_query ? shape.query : shape.key) + start;
-    T* out = (is_query ? shape.query_out : shape.key_out) + start;
-    if (part >= shape.rotating) {
-      constexpr int kCopy = kCopySize<kPairs, kNeox>;
-      const int64_t at = shape.rotary_dim + (part - shape.rotating) * kCopy;
-      if (in != out) StoreGlobal(out + at, LoadVector<kCopy>(in + at));
-      continue;
-    }
-    // The unit's own loads first: they do not wait for the position, which
+  const T* cos_row = position >= 0 && position < shape.max_position
+                         ? cos_sin_cache + position * shape.rotary_dim
+                         : nullptr;
+  const int units =
+      (shape.query_heads + shape.key_heads) * shape.head_units.value();
+  const int step = blockDim.x * gridDim.y;
+  for (int first = blockIdx.y * blockDim.x + threadIdx.x; first < units;
+       first += kUnits<kNeox> * step) {
+    // The units' own loads first: they do not wait for the position, which
     // the others do.
-    const int64_t pair = int64_t{part} * kPairs;
-    Vector<T, kPairs> x;
-    Vector<T, kPairs> y;
-    Vector<T, 2 * kPairs> xy;
-    if constexpr (kNeox) {
-      x = LoadVector<kPairs>(in + pair);
-      y = LoadVector<kPairs>(in + pairs + pair);
-    } else if constexpr (kPairs == 1) {
-      // Pairs need not be aligned to their size.
-      x[0] = in[2 * pair];
-      y[0] = in[2 * pair + 1];
-    } else {
-      xy = LoadVector<2 * kPairs>(in + 2 * pair);
+    Unit<T, kPairs, kNeox> unit[kUnits<kNeox>];
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        x[i] = xy[2 * i];
-        y[i] = xy[2 * i + 1];
+    for (int i = 0; i < kUnits<kNeox>; ++i) {
+      if (first + i * step < units) {
+        unit[i].Load(shape, token, first + i * step);
       }
     }
-    if (rotate) {
-      const auto cos = LoadVector<kPairs>(cos_row + pair);
-      const auto sin = LoadVector<kPairs>(cos_row + pairs + pair);
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) Rotate(cos[i], sin[i], &x[i], &y[i]);
-    } else if (in == out) {
-      continue;
-    }
-    if constexpr (kNeox) {
-      StoreGlobal(out + pair, x);
-      StoreGlobal(out + pairs + pair, y);
-    } else if constexpr (kPairs == 1) {
-      out[2 * pair] = x[0];
-      out[2 * pair + 1] = y[0];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        xy[2 * i] = x[i];
-        xy[2 * i + 1] = y[i];
-      }
-      StoreGlobal(out + 2 * pair, xy);
+    for (int i = 0; i < kUnits<kNeox>; ++i) {
+      if (first + i * step < units) unit[i].Finish(shape, cos_row);
     }
   }
 }
@@ -146,8 +199,10 @@ cudaError_t LaunchUnits(cudaStream_t stream,
   const int64_t units =
       (params.query.num_heads + params.key.num_heads) * head_units;
   if (units == 0) return cudaSuccess;
-  // Units are counted in int, with room for one more step of the grid.
-  if (units > INT32_MAX - kThreads * kMaxGridY) return cudaErrorInvalidValue;
+  // Units are counted in int, with room for one more round of the loop.
+  if (units > INT32_MAX - 2 * kUnits<kNeox> * kThreads * kMaxGridY) {
+    return cudaErrorInvalidValue;
+  }
   Shape<T> shape;
   shape.max_position = params.max_position;
   shape.head_size = params.head_size;
@@ -157,9 +212,13 @@ cudaError_t LaunchUnits(cudaStream_t stream,
   shape.query_heads = static_cast<int>(params.query.num_heads);
   shape.key_heads = static_cast<int>(params.key.num_heads);
 
-  // The units of a token, in equal parts where a block has too few threads.
-  const int64_t columns = std::min(kMaxGridY, CeilDivide(units, kThreads));
-  const int64_t part = std::min<int64_t>(kThreads, CeilDivide(units, columns));
+  // The threads for a token's units, in equal parts where they are more than
+  // a block.
+  const int64_t needed = params.num_tokens < kManyTokens
+                             ? units
+                             : CeilDivide(units, kUnits<kNeox>);
+  const int64_t columns = std::min(kMaxGridY, CeilDivide(needed, kThreads));
+  const int64_t part = std::min<int64_t>(kThreads, CeilDivide(needed, columns));
   dim3 block(1, 1, 1);
   if (part > 32) {
     block.x = static_cast<unsigned>(CeilDivide(part, 32) * 32);
