@@ -44,7 +44,7 @@ class ExactDiv {
       for (int i = 0; i < kSize; ++i) out[i] = x[i] / divisor_;
       return;
     }
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
     for (int i = 0; i < kSize; ++i) {
