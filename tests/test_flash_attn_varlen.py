@@ -746,6 +746,16 @@ ERRORS = [
     ),
     (
         PAGED,
+        {"seqused_k": None, "cu_seqlens_k": ONE},
+        "cu_seqlens_k must be int32, got float32",
+    ),
+    (
+        PAGED,
+        {"seqused_k": None, "cu_seqlens_k": int32(3)[0]},
+        "cu_seqlens_k must have shape [max_num_seqs + 1], got []",
+    ),
+    (
+        PAGED,
         {"seqused_k": int32([1], [2])},
         "seqused_k must have shape [max_num_seqs], got [2, 1]",
     ),

@@ -168,6 +168,9 @@ def _arguments(
         width = block_table.shape[-1] if block_table.dim() else 0
         longest = min(max_seqlen_k, width * cache.page_size)
         if seqused_k is None and cu_seqlens_k is not None:
+            _check.dtype("cu_seqlens_k", cu_seqlens_k, [torch.int32])
+            _check.rank("cu_seqlens_k", cu_seqlens_k, "[max_num_seqs + 1]")
+            _check.same_device("q", q, cu_seqlens_k=cu_seqlens_k)
             seqused_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
         cu_seqlens_k = None
     batch = attention.Batch(
