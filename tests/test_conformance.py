@@ -160,6 +160,14 @@ def test_functional_ops_leave_their_arguments_alone(name):
 
 
 @pytest.mark.parametrize("name", SAMPLES)
+def test_lowered_once_a_signature(name):
+    """Its operands are its arguments, so a call needs no lowering to find them."""
+    OPS[name]._plans.clear()
+    Path("lazy").run(OPS[name], *SAMPLES[name])
+    assert [plan.operands is None for plan in OPS[name]._plans.values()] == [False]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
 def test_deterministic(name):
     op = OPS[name]
     results = [op(*SAMPLES[name]) for _ in range(3)]

@@ -56,7 +56,7 @@ class Op:
         lower: (*args) -> CustomCall. Checks its arguments first, so it is the one
             place that knows what is legal. Sees tensors of any device, fake ones too.
             Of an XLA tensor it may use shape, dtype and device only: it runs once a
-            signature, not once a call.
+            signature, not once a call, where its operands are arguments.
         reference: (*args) -> Tensor or tuple, the meaning in plain torch.
     """
 

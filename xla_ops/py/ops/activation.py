@@ -173,7 +173,7 @@ def _lower_quant(input: torch.Tensor, scale: torch.Tensor) -> CustomCall:
     check.same_device("input", input, scale=scale)
     return CustomCall(
         "xla_ops.silu_and_mul_quant",
-        (input.contiguous(), scale.reshape(1)),
+        (input.contiguous(), scale),
         (Spec(out.shape, torch.float8_e4m3fn),),
     )
 

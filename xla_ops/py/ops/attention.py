@@ -115,8 +115,8 @@ def arguments(
         *batch,
         _as_float32(check, "alibi_slopes", alibi_slopes),
         _as_float32(check, "sinks", sinks),
-        _scale_operand(k_scale),
-        _scale_operand(v_scale),
+        k_scale,
+        v_scale,
         float(scale),
         *window,
         float(soft_cap),
@@ -160,11 +160,6 @@ def _as_float32(check: Checker, argument: str, t: torch.Tensor | None):
         return None
     check.dtype(argument, t, FLOAT_DTYPES)
     return t.float()
-
-
-def _scale_operand(t: torch.Tensor | None):
-    """One element may have any shape, such as none at all."""
-    return t.reshape(1) if t is not None and t.numel() == 1 else t
 
 
 def _lower(

@@ -113,7 +113,7 @@ def _lower_static(input: torch.Tensor, scale: torch.Tensor) -> CustomCall:
     _static_check.same_device("input", input, scale=scale)
     return CustomCall(
         "xla_ops.static_scaled_fp8_quant",
-        (input.contiguous(), scale.reshape(1)),
+        (input.contiguous(), scale),
         (_fp8_like(input),),
     )
 
@@ -133,7 +133,7 @@ def _lower_per_token(input: torch.Tensor, scale_ub: torch.Tensor | None) -> Cust
     if scale_ub is not None:
         _token_check.scale("scale_ub", scale_ub)
         _token_check.same_device("input", input, scale_ub=scale_ub)
-        operands += (scale_ub.reshape(1),)
+        operands += (scale_ub,)
     scale = Spec((quant.num_rows(input.shape), 1), torch.float32)
     return CustomCall(
         "xla_ops.dynamic_per_token_scaled_fp8_quant",

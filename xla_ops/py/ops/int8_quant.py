@@ -91,11 +91,11 @@ def _lower_static(input, scale, azp) -> CustomCall:
     _static_check.rows("input", input)
     _static_check.scale("scale", scale)
     _static_check.same_device("input", input, scale=scale, azp=azp)
-    operands = (input.contiguous(), scale.reshape(1))
+    operands = (input.contiguous(), scale)
     if azp is not None:
         _static_check.dtype("azp", azp, [torch.int32])
         _static_check.one_element("azp", azp)
-        operands += (azp.reshape(1),)
+        operands += (azp,)
     return CustomCall(
         "xla_ops.static_scaled_int8_quant", operands, (_int8_like(input),)
     )

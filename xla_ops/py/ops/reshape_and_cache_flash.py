@@ -184,7 +184,7 @@ def _check_scale(name, scale, rows) -> None:
 
 def _scale_operand(scale):
     """None, which is 1, is an absent operand."""
-    return Spec((0,), torch.float32) if scale is None else scale.reshape(1)
+    return Spec((0,), torch.float32) if scale is None else scale
 
 
 def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUTES):

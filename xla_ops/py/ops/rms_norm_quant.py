@@ -142,7 +142,7 @@ def _lower_static(check, input, residual, weight, scale, eps) -> CustomCall:
     rows = (input,) if residual is None else (input, residual)
     return CustomCall(
         f"xla_ops.{check.op}",
-        (*(t.contiguous() for t in (*rows, weight)), scale.reshape(1)),
+        (*(t.contiguous() for t in (*rows, weight)), scale),
         (Spec(tuple(input.shape), torch.float8_e4m3fn), *map(Spec.of, rows[1:])),
         {"eps": eps},
         may_overwrite={} if residual is None else {1: 1},
@@ -167,7 +167,7 @@ def _lower_dynamic(input, residual, weight, quant_dtype, eps, scale_ub) -> Custo
             quant_dtype != torch.int8, "scale_ub", "be left out for int8", "a tensor"
         )
         check.same_device("input", input, scale_ub=scale_ub)
-        operands.append(scale_ub.reshape(1))
+        operands.append(scale_ub)
     name = check.op if residual is None else "fused_add_" + check.op
     return CustomCall(
         f"xla_ops.{name}",
