@@ -76,6 +76,12 @@ def donor(t: torch.Tensor) -> torch.Tensor | None:
     Only then does the program overwrite the caller's buffer: a clone made inside the
     graph must not donate what it was cloned from.
     """
+    node = _node(t)
+    return t if node is not None and node.op == "placeholder" else None
+
+
+def _node(t: torch.Tensor) -> torch.fx.Node | None:
+    """Returns the node of `t`'s value in the graph being traced, if any."""
     if not isinstance(t, FunctionalTensor):
         return None
     mode = proxy_tensor.get_proxy_mode()
@@ -84,7 +90,7 @@ def donor(t: torch.Tensor) -> torch.Tensor | None:
     slot = proxy_tensor.get_proxy_slot(
         torch._from_functional_tensor(t.elem), mode.tracer, None, lambda p: p.proxy
     )
-    return t if slot is not None and slot.node.op == "placeholder" else None
+    return None if slot is None else slot.node
 
 
 def assign(t: torch.Tensor, value: torch.Tensor) -> None:
@@ -135,6 +141,26 @@ def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
                 "inputs; pass the stacked cache and take its views inside"
             )
         seen[storage] = name
+
+
+def check_no_alias(op: str, **tensors: torch.Tensor) -> None:
+    """Raises ValueError where a graph input is a view of another one that is updated.
+
+    AOTAutograd makes both anew in the graph, by aten.as_strided of their base at the
+    offset that XLA tensors report, which is always 0: such a view has wrong values.
+    """
+    for name, t in tensors.items():
+        node = _node(t)
+        if (
+            node is not None
+            and node.target == torch.ops.aten.as_strided.default
+            and t.device.type == "xla"
+        ):
+            raise ValueError(
+                f"{op}: {name} must not be a view, made outside the compiled function, "
+                "of an input that it updates, got both as graph inputs; take the view "
+                "inside"
+            )
 
 
 def _geometry(t: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
