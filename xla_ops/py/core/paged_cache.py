@@ -97,9 +97,7 @@ def locate(
 
     The caller then works on dense copies (reading) or on one cache at a time (writing).
     """
-    in_place.check_no_alias(
-        check.op, **{names[0]: key_cache, names[1]: value_cache}
-    )
+    in_place.check_no_alias(check.op, **{names[0]: key_cache, names[1]: value_cache})
     key, value = in_place.locate(key_cache), in_place.locate(value_cache)
     if not _alike(key, value, key_cache.shape):
         if in_place.is_value(key_cache):
