@@ -25,6 +25,8 @@ namespace xla_ops {
 
 class ExactDiv {
  public:
+  ExactDiv() = default;
+
   XLA_OPS_HOST_DEVICE explicit ExactDiv(float divisor)
       : divisor_(divisor), inverse_(1.0f / divisor) {
     // Where no remainder of a bf16 above 2^-40 is subnormal, and the
@@ -56,9 +58,9 @@ class ExactDiv {
   }
 
  private:
-  float divisor_;
-  float inverse_;
-  bool usual_;
+  float divisor_ = 1.0f;
+  float inverse_ = 1.0f;
+  bool usual_ = true;
 };
 
 }  // namespace xla_ops

@@ -26,22 +26,26 @@ struct alignas(16) WarpResults {
 };
 
 // Combines a number of each warp, given by its first lane, over the whole
-// block, whose size is a multiple of 32 and at most 32 * kMaxWarps; every
-// thread gets the result. Every thread reads all the numbers, four at a time
-// and none after another: sooner done than five more shuffles. `none`:
-// changes nothing.
-template <int kMaxWarps, typename F>
+// block, whose size is a multiple of 32 and at most 32 * kMaxWarps, or just
+// that with kFull; every thread gets the result. Every thread reads all the
+// numbers, four at a time and none after another: sooner done than five more
+// shuffles. `none`: changes nothing.
+template <int kMaxWarps, bool kFull, typename F>
 __device__ __forceinline__ float CombineWarps(float x, float none, F&& combine,
                                               WarpResults& results) {
   static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= 32);
-  const int thread = threadIdx.x + threadIdx.y * blockDim.x;
-  const int num_warps = blockDim.x * blockDim.y / 32;
+  // A full block is one row.
+  const int thread =
+      kFull ? threadIdx.x : threadIdx.x + threadIdx.y * blockDim.x;
   const int warp = thread / 32;
   const int lane = thread % 32;
   if (lane == 0) results.value[warp] = x;
-  // The last warp fills up the rest.
-  if (warp == num_warps - 1 && lane > 0 && warp + lane < kMaxWarps) {
-    results.value[warp + lane] = none;
+  if constexpr (!kFull) {
+    // The last warp fills up the rest.
+    const int num_warps = blockDim.x * blockDim.y / 32;
+    if (warp == num_warps - 1 && lane > 0 && warp + lane < kMaxWarps) {
+      results.value[warp + lane] = none;
+    }
   }
   __syncthreads();
   float four[kMaxWarps / 4];
@@ -56,9 +60,9 @@ __device__ __forceinline__ float CombineWarps(float x, float none, F&& combine,
 }
 
 // Sum over a block of at most kMaxWarps warps.
-template <int kMaxWarps>
+template <int kMaxWarps, bool kFull = false>
 __device__ __forceinline__ float BlockSum(float x, WarpResults& results) {
-  return CombineWarps<kMaxWarps>(
+  return CombineWarps<kMaxWarps, kFull>(
       WarpSum(x), 0.0f, [](float a, float b) { return a + b; }, results);
 }
 
@@ -70,9 +74,9 @@ __device__ __forceinline__ float WarpMax(float x, int width = 32) {
   return x;
 }
 
-template <int kMaxWarps>
+template <int kMaxWarps, bool kFull = false>
 __device__ __forceinline__ float BlockMax(float x, WarpResults& results) {
-  return CombineWarps<kMaxWarps>(
+  return CombineWarps<kMaxWarps, kFull>(
       WarpMax(x), -CUDART_INF_F, [](float a, float b) { return fmaxf(a, b); },
       results);
 }

@@ -25,6 +25,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/occupancy.h"
 #include "xla_ops/cc/device/reduce.cuh"
 #include "xla_ops/cc/device/vector.cuh"
@@ -34,8 +35,10 @@ namespace xla_ops {
 constexpr int kMaxRowThreads = 1024;
 
 // kWidth: elements of a vector. kVectors: of a row, held by each thread; 0
-// for rows that are not held. kThreads: at most, of a block.
-template <int kWidthValue, int kVectors, int kThreads = kMaxRowThreads>
+// for rows that are not held. kThreads: at most, of a block. kWhole: every
+// block is one row and has kThreads threads, each with kVectors vectors.
+template <int kWidthValue, int kVectors, int kThreads = kMaxRowThreads,
+          bool kWholeValue = false>
 struct RowPlan {
   static constexpr int kMaxThreads = kThreads;
   // Bounds the registers a thread, mostly to 40, so that many rows are on
@@ -44,6 +47,7 @@ struct RowPlan {
   static constexpr int kMinLargeBlocks = MinBlocks(1024 / kThreads, kThreads);
   static constexpr int kWidth = kWidthValue;
   static constexpr bool kHeld = kVectors > 0;
+  static constexpr bool kWhole = kWholeValue;
   static constexpr int kSlots = kHeld ? kVectors : 1;
   // Whether to load what the map needs beside the row, such as weights,
   // before the reduction, which then hides the latency: where there are
@@ -59,11 +63,24 @@ template <typename Plan>
 class RowThreads {
  public:
   __device__ __forceinline__ RowThreads(int64_t num_rows, int64_t row_vectors)
-      : index_(int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
-        in_range_(index_ < num_rows),
+      : index_(Plan::kWhole ? int64_t{blockIdx.x}
+                            : int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
+        in_range_(Plan::kWhole || index_ < num_rows),
         row_vectors_(in_range_ ? row_vectors : 0) {}
 
   __device__ __forceinline__ int64_t index() const { return index_; }
+  // The row's first element in the matrix. `row_vectors`: of every row; those
+  // of rows that are held fit in 32 bits, and a multiplication less is seen
+  // before the first load.
+  __device__ __forceinline__ int64_t Start(int64_t row_vectors) const {
+    if constexpr (Plan::kWhole) {
+      return static_cast<int64_t>(uint64_t{blockIdx.x} *
+                                  static_cast<uint32_t>(row_vectors)) *
+             Plan::kWidth;
+    } else {
+      return index_ * row_vectors * Plan::kWidth;
+    }
+  }
   // The thread that writes what a row has once.
   __device__ __forceinline__ bool IsFirst() const {
     return in_range_ && threadIdx.x == 0;
@@ -75,8 +92,11 @@ class RowThreads {
     if constexpr (Plan::kHeld) {
 #pragma unroll
       for (int i = 0; i < Plan::kSlots; ++i) {
-        const int v = threadIdx.x + i * blockDim.x;
-        if (v < static_cast<int>(row_vectors_)) f(i, int64_t{v});
+        const int v =
+            threadIdx.x + i * (Plan::kWhole ? Plan::kMaxThreads : blockDim.x);
+        if (Plan::kWhole || v < static_cast<int>(row_vectors_)) {
+          f(i, int64_t{v});
+        }
       }
     } else {
       for (int64_t v = threadIdx.x; v < row_vectors_; v += blockDim.x) f(0, v);
@@ -86,16 +106,20 @@ class RowThreads {
   // Reductions over the row. `scratch`: used by one reduction of the kernel
   // only.
   __device__ __forceinline__ float Sum(float x, WarpResults& scratch) const {
-    return blockDim.x <= 32 ? WarpSum(x, blockDim.x)
-                            : BlockSum<kMaxWarps>(x, scratch);
+    return WithinWarp() ? WarpSum(x, blockDim.x)
+                        : BlockSum<kMaxWarps, Plan::kWhole>(x, scratch);
   }
   __device__ __forceinline__ float Max(float x, WarpResults& scratch) const {
-    return blockDim.x <= 32 ? WarpMax(x, blockDim.x)
-                            : BlockMax<kMaxWarps>(x, scratch);
+    return WithinWarp() ? WarpMax(x, blockDim.x)
+                        : BlockMax<kMaxWarps, Plan::kWhole>(x, scratch);
   }
 
  private:
   static constexpr int kMaxWarps = Plan::kMaxThreads / 32;
+
+  __device__ __forceinline__ static bool WithinWarp() {
+    return !Plan::kWhole && blockDim.x <= 32;
+  }
 
   int64_t index_;
   bool in_range_;
@@ -108,6 +132,16 @@ __device__ __forceinline__ float SumOfSquares(const Vector<T, kSize>& x) {
 #pragma unroll
   for (int j = 0; j < kSize; ++j) sum += ToFloat(x[j]) * ToFloat(x[j]);
   return sum;
+}
+
+// 1 / sqrt(sum / hidden_size + eps), the mean within a unit of its last
+// place: every thread waits here, so exact division would show.
+__device__ __forceinline__ float RootMeanSquareScale(
+    float sum, const ExactDiv& hidden_size, float eps) {
+  const float sums[1] = {sum};
+  float mean[1];
+  hidden_size.Divide(sums, mean);
+  return rsqrtf(mean[0] + eps);
 }
 
 struct RowGrid {
@@ -154,10 +188,14 @@ cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
   grid.blocks =
       static_cast<unsigned>((num_rows + grid.threads.y - 1) / grid.threads.y);
   if (vectors != kVectors) return f(RowPlan<kWidth, kMaxVectors>{}, grid);
-  if (needed > kUsualThreads) {
-    return f(RowPlan<kWidth, kVectors, kLongThreads>{}, grid);
+  // The usual hidden sizes, 4096 and 8192 for 16-bit elements.
+  if (grid.row_vectors == kVectors * kUsualThreads) {
+    return f(RowPlan<kWidth, kVectors, kUsualThreads, true>{}, grid);
   }
-  return f(RowPlan<kWidth, kVectors, kUsualThreads>{}, grid);
+  if (grid.row_vectors == kVectors * kLongThreads) {
+    return f(RowPlan<kWidth, kVectors, kLongThreads, true>{}, grid);
+  }
+  return f(RowPlan<kWidth, kVectors, kLongThreads>{}, grid);
 }
 
 // Calls f(first_row, rows) until all rows are launched: a grid has at most

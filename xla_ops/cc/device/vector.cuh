@@ -35,6 +35,25 @@ __device__ __forceinline__ Vector<T, kSize> LoadVector(const T* source) {
   return *reinterpret_cast<const Vector<T, kSize>*>(source);
 }
 
+// The same, where it stands in the program: the compiler may put other loads
+// off until their result is needed, to save registers. Not for memory that
+// this thread has written.
+template <int kSize, typename T>
+__device__ __forceinline__ Vector<T, kSize> LoadNow(const T* source) {
+  Vector<T, kSize> value;
+  if constexpr (sizeof(value) == 16) {
+    uint32_t words[4];
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]),
+                   "=r"(words[3])
+                 : "l"(__cvta_generic_to_global(source)));
+    memcpy(&value, words, sizeof(value));
+  } else {
+    value = LoadVector<kSize>(source);
+  }
+  return value;
+}
+
 template <typename T, int kSize>
 __device__ __forceinline__ void StoreVector(T* target,
                                             const Vector<T, kSize>& value) {
@@ -67,13 +86,12 @@ __device__ __forceinline__ void StoreGlobal(T* target,
   }
 }
 
-// Has the compiler forget what it knows of `value`, so that what is loaded
-// here stays, packed, until it is used on the other side of a reduction.
-// Without it the compiler keeps elements as floats, twice the registers, to
-// save their conversion, or loads only after the reduction.
+// Has the compiler forget what it computed from `value`. A row that waits for
+// its reduction so stays packed: without it the compiler keeps the elements as
+// floats, twice the registers, to save their conversion after it.
 template <typename T, int kSize>
 __device__ __forceinline__ void KeepPacked(Vector<T, kSize>& value) {
-  if constexpr (sizeof(value) == 16) {
+  if constexpr (sizeof(T) < 4 && sizeof(value) == 16) {
     uint32_t words[4];
     memcpy(words, &value, 16);
     asm volatile(""

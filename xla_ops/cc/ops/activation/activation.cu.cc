@@ -20,10 +20,12 @@
 namespace xla_ops {
 namespace {
 
-// Two such blocks, of 32 registers a thread, fill a multiprocessor of 2048
-// threads and were the fastest on an H100.
+// Of a block, at most. Two of 1024, with 32 registers a thread, fill a
+// multiprocessor of 2048 threads, the fastest on an H100 where there is enough
+// to do; otherwise a thread's own speed counts, which takes registers.
 constexpr int kThreads = 1024;
-constexpr int kMinBlocks = MinBlocks(2, kThreads);
+constexpr int kSmallThreads = 256;
+constexpr int64_t kFewVectors = int64_t{1} << 18;
 // Blocks that fill any GPU many times over; beyond it each thread does several
 // vectors of its row, so that fewer blocks come and go.
 constexpr int64_t kManyBlocks = 16384;
@@ -67,8 +69,10 @@ __device__ __forceinline__ T Gate(T x, T y) {
 
 // Threads: x and blockIdx.y run over the vectors of a row, y and blockIdx.x
 // over rows. All pointers are aligned to a vector (checked by the launcher).
-template <Activation kActivation, typename T, int kSize>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+template <Activation kActivation, typename T, int kSize, int kMaxThreads>
+__global__ void __launch_bounds__(
+    kMaxThreads,
+    MinBlocks(kMaxThreads == kThreads ? 2048 / kThreads : 4, kMaxThreads))
     ActivationKernel(const T* __restrict__ input,      // [num_rows, 2 * size]
                      const float* __restrict__ scale,  // [1] or null
                      void* __restrict__ out,           // [num_rows, size]
@@ -84,8 +88,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int64_t step = int64_t{blockDim.x} * gridDim.y;
   for (int64_t v = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
        v < row_vectors; v += step) {
-    const Vector<T, kSize> x = LoadVector<kSize>(gate + v * kSize);
-    const Vector<T, kSize> y = LoadVector<kSize>(up + v * kSize);
+    const Vector<T, kSize> x = LoadNow<kSize>(gate + v * kSize);
+    const Vector<T, kSize> y = LoadNow<kSize>(up + v * kSize);
     if constexpr (kQuant) {
       float values[kSize];
 #pragma unroll
@@ -107,22 +111,21 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <Activation kActivation, typename T, int kSize>
+template <Activation kActivation, typename T, int kSize, int kMaxThreads>
 cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params) {
   constexpr bool kQuant = kActivation == Activation::kSiluAndMulQuant;
   const int64_t row_vectors = params.size / kSize;
   // A row's vectors in equal parts where they are more than a block; several
   // rows a block where they are few.
-  const int64_t parts = CeilDivide(row_vectors, kThreads);
-  const int64_t part = CeilDivide(row_vectors, parts);
+  const int64_t part =
+      CeilDivide(row_vectors, CeilDivide(row_vectors, kMaxThreads));
   dim3 block(1, 1, 1);
   if (part > 32) {
     block.x = static_cast<unsigned>(CeilDivide(part, 32) * 32);
   } else {
     while (block.x < part) block.x *= 2;
   }
-  block.y = static_cast<unsigned>(
-      std::min<int64_t>(kThreads / block.x, params.num_tokens));
+  block.y = std::max(1u, kSmallThreads / block.x);
   // A grid is at most 2^31 - 1 blocks wide; more rows take more launches.
   const int64_t max_rows = int64_t{INT32_MAX} * block.y;
   for (int64_t first = 0; first < params.num_tokens; first += max_rows) {
@@ -134,11 +137,12 @@ cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params) {
     const dim3 grid(static_cast<unsigned>(row_blocks),
                     static_cast<unsigned>(columns));
     const int64_t out_bytes = kQuant ? 1 : sizeof(T);
-    ActivationKernel<kActivation, T, kSize><<<grid, block, 0, stream>>>(
-        static_cast<const T*>(params.input) + first * 2 * params.size,
-        params.scale,
-        static_cast<char*>(params.out) + first * params.size * out_bytes, rows,
-        row_vectors);
+    ActivationKernel<kActivation, T, kSize, kMaxThreads>
+        <<<grid, block, 0, stream>>>(
+            static_cast<const T*>(params.input) + first * 2 * params.size,
+            params.scale,
+            static_cast<char*>(params.out) + first * params.size * out_bytes,
+            rows, row_vectors);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
@@ -151,11 +155,15 @@ cudaError_t Launch(cudaStream_t stream, const ActivationParams& params) {
     using T = typename decltype(tag)::type;
     constexpr int kSize = kWideSize<T>;
     const int64_t out_bytes = params.scale != nullptr ? kSize : 16;
-    if (params.size % kSize == 0 && IsAligned(params.input, 16) &&
-        IsAligned(params.out, out_bytes)) {
-      return LaunchVectors<kActivation, T, kSize>(stream, params);
+    if (params.size % kSize != 0 || !IsAligned(params.input, 16) ||
+        !IsAligned(params.out, out_bytes)) {
+      return LaunchVectors<kActivation, T, 1, kSmallThreads>(stream, params);
     }
-    return LaunchVectors<kActivation, T, 1>(stream, params);
+    if (params.num_tokens < kFewVectors / (params.size / kSize)) {
+      return LaunchVectors<kActivation, T, kSize, kSmallThreads>(stream,
+                                                                 params);
+    }
+    return LaunchVectors<kActivation, T, kSize, kThreads>(stream, params);
   });
 }
 

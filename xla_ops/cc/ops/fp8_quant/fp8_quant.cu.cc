@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   constexpr int kWidth = Plan::kWidth;
   __shared__ WarpResults scratch;
   const RowThreads<Plan> row(num_rows, row_vectors);
-  const int64_t start = row.index() * row_vectors * kWidth;
+  const int64_t start = row.Start(row_vectors);
 
   Vector<T, kWidth> x[Plan::kSlots];
   const auto load = [&](int i, int64_t v) {

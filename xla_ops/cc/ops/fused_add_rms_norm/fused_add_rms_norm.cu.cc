@@ -26,12 +26,12 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
                           T* out,                        // [num_rows, hidden]
                           T* residual_out,               // [num_rows, hidden]
                           int64_t num_rows, int64_t row_vectors,
-                          float hidden_size, float eps) {
+                          const ExactDiv hidden_size, float eps) {
   constexpr int kWidth = Plan::kWidth;
   using V = Vector<T, kWidth>;
   __shared__ WarpResults scratch;
   const RowThreads<Plan> row(num_rows, row_vectors);
-  const int64_t start = row.index() * row_vectors * kWidth;
+  const int64_t start = row.Start(row_vectors);
 
   V x[Plan::kSlots];
   V z[Plan::kSlots];
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   };
   V w[Plan::kSlots];
   const auto load_weight = [&](int i, int64_t v) {
-    w[i] = LoadVector<kWidth>(weight + v * kWidth);
+    w[i] = LoadNow<kWidth>(weight + v * kWidth);
   };
   // In loops of their own, so that all of a thread's loads are in flight.
   if constexpr (Plan::kHeld) row.ForEach(load);
@@ -58,9 +58,8 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
     add(i);
     sum += SumOfSquares(z[i]);
     KeepPacked(z[i]);
-    if constexpr (Plan::kMapEarly) KeepPacked(w[i]);
   });
-  const float s = rsqrtf(row.Sum(sum, scratch) / hidden_size + eps);
+  const float s = RootMeanSquareScale(row.Sum(sum, scratch), hidden_size, eps);
 
   if constexpr (Plan::kHeld && !Plan::kMapEarly) row.ForEach(load_weight);
   row.ForEach([&](int i, int64_t v) {
@@ -98,8 +97,7 @@ cudaError_t Launch(cudaStream_t stream, const FusedAddRmsNormParams& params,
                               <<<grid.blocks, grid.threads, 0, stream>>>(
                                   input, residual, weight, out, residual_out,
                                   num_rows, grid.row_vectors,
-                                  static_cast<float>(params.hidden_size),
-                                  params.eps);
+                                  ExactDiv(params.hidden_size), params.eps);
                           return cudaGetLastError();
                         });
 }

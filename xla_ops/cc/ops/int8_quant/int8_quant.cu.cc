@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   __shared__ WarpResults max_scratch;
   __shared__ WarpResults min_scratch;
   const RowThreads<Plan> row(num_rows, row_vectors);
-  const int64_t start = row.index() * row_vectors * kWidth;
+  const int64_t start = row.Start(row_vectors);
 
   Vector<T, kWidth> x[Plan::kSlots];
   const auto load = [&](int i, int64_t v) {

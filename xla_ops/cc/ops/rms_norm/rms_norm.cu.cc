@@ -23,12 +23,12 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
     RmsNormKernel(const T* input,                // [num_rows, hidden]
                   const T* __restrict__ weight,  // [hidden]
                   T* out,                        // [num_rows, hidden]
-                  int64_t num_rows, int64_t row_vectors, float hidden_size,
-                  float eps) {
+                  int64_t num_rows, int64_t row_vectors,
+                  const ExactDiv hidden_size, float eps) {
   constexpr int kWidth = Plan::kWidth;
   __shared__ WarpResults scratch;
   const RowThreads<Plan> row(num_rows, row_vectors);
-  const int64_t start = row.index() * row_vectors * kWidth;
+  const int64_t start = row.Start(row_vectors);
 
   Vector<T, kWidth> x[Plan::kSlots];
   const auto load = [&](int i, int64_t v) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   };
   Vector<T, kWidth> w[Plan::kSlots];
   const auto load_weight = [&](int i, int64_t v) {
-    w[i] = LoadVector<kWidth>(weight + v * kWidth);
+    w[i] = LoadNow<kWidth>(weight + v * kWidth);
   };
   // In loops of their own, so that all of a thread's loads are in flight.
   if constexpr (Plan::kHeld) row.ForEach(load);
@@ -46,9 +46,8 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
     if constexpr (!Plan::kHeld) load(i, v);
     sum += SumOfSquares(x[i]);
     KeepPacked(x[i]);
-    if constexpr (Plan::kMapEarly) KeepPacked(w[i]);
   });
-  const float s = rsqrtf(row.Sum(sum, scratch) / hidden_size + eps);
+  const float s = RootMeanSquareScale(row.Sum(sum, scratch), hidden_size, eps);
 
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
@@ -73,15 +72,15 @@ cudaError_t Launch(cudaStream_t stream, const RmsNormParams& params,
   T* out = static_cast<T*>(params.out) + start;
   const bool aligned =
       IsAligned(input, 16) && IsAligned(weight, 16) && IsAligned(out, 16);
-  return DispatchRow<T>(
-      num_rows, params.hidden_size, aligned,
-      [&](auto plan, const RowGrid& grid) {
-        RmsNormKernel<T, decltype(plan)>
-            <<<grid.blocks, grid.threads, 0, stream>>>(
-                input, weight, out, num_rows, grid.row_vectors,
-                static_cast<float>(params.hidden_size), params.eps);
-        return cudaGetLastError();
-      });
+  return DispatchRow<T>(num_rows, params.hidden_size, aligned,
+                        [&](auto plan, const RowGrid& grid) {
+                          RmsNormKernel<T, decltype(plan)>
+                              <<<grid.blocks, grid.threads, 0, stream>>>(
+                                  input, weight, out, num_rows,
+                                  grid.row_vectors,
+                                  ExactDiv(params.hidden_size), params.eps);
+                          return cudaGetLastError();
+                        });
 }
 
 }  // namespace

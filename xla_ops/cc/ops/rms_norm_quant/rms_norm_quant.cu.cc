@@ -32,7 +32,7 @@ struct Rows {
   T* residual_out;
   int64_t num_rows;
   int64_t row_vectors;
-  float hidden_size;
+  ExactDiv hidden_size;
   float eps;
 };
 
@@ -40,9 +40,10 @@ struct Rows {
 // `residual_out` may be `residual`: it is written in the last pass, each
 // element by the thread that reads it.
 template <typename T, typename Plan, Quant kQuant, bool kResidual>
-__global__ void __launch_bounds__(Plan::kMaxThreads, kResidual
-                                                         ? Plan::kMinLargeBlocks
-                                                         : Plan::kMinBlocks)
+__global__ void __launch_bounds__(Plan::kMaxThreads,
+                                  kResidual || kQuant != Quant::kStaticFp8
+                                      ? Plan::kMinLargeBlocks
+                                      : Plan::kMinBlocks)
     RmsNormQuantKernel(const Rows<T> rows) {
   constexpr int kWidth = Plan::kWidth;
   constexpr bool kDynamic = kQuant != Quant::kStaticFp8;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, kResidual
   __shared__ WarpResults sum_scratch;
   __shared__ WarpResults max_scratch;
   const RowThreads<Plan> row(rows.num_rows, rows.row_vectors);
-  const int64_t start = row.index() * rows.row_vectors * kWidth;
+  const int64_t start = row.Start(rows.row_vectors);
 
   V x[Plan::kSlots];
   V r[kResidual ? Plan::kSlots : 1];
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, kResidual
   };
   V w[Plan::kSlots];
   const auto load_weight = [&](int i, int64_t v) {
-    w[i] = LoadVector<kWidth>(rows.weight + v * kWidth);
+    w[i] = LoadNow<kWidth>(rows.weight + v * kWidth);
   };
   if constexpr (Plan::kHeld) row.ForEach(load);
   if constexpr (Plan::kMapEarly) row.ForEach(load_weight);
@@ -84,10 +85,9 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, kResidual
     sum += part;
     KeepPacked(x[i]);
     if constexpr (kResidual) KeepPacked(r[i]);
-    if constexpr (Plan::kMapEarly) KeepPacked(w[i]);
   });
-  const float s =
-      rsqrtf(row.Sum(sum, sum_scratch) / rows.hidden_size + rows.eps);
+  const float s = RootMeanSquareScale(row.Sum(sum, sum_scratch),
+                                      rows.hidden_size, rows.eps);
 
   // Turns x[i] into y of the contract and r[i] into the rounded sum.
   const auto normalize = [&](int i, int64_t v) {
@@ -180,7 +180,7 @@ cudaError_t Launch(cudaStream_t stream, const RmsNormQuantParams& params,
   rows.scale_ub = params.scale_ub;
   rows.out = static_cast<uint8_t*>(params.out) + start;
   rows.num_rows = num_rows;
-  rows.hidden_size = static_cast<float>(params.hidden_size);
+  rows.hidden_size = ExactDiv(params.hidden_size);
   rows.eps = params.eps;
   if (params.scale != nullptr) {
     return LaunchRows<Quant::kStaticFp8, kResidual>(stream, rows,

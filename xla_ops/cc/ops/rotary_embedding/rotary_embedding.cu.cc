@@ -52,6 +52,7 @@ struct Shape {
   // Units of a head: `rotating` ones, then copying ones.
   FastDiv head_units;
   int rotating;
+  int first_unit;  // of this launch
   int query_heads;
   int key_heads;
   const T* query;
@@ -64,92 +65,76 @@ struct Shape {
 template <int kPairs, bool kNeox>
 constexpr int kCopySize = kPairs == 1 ? 1 : (kNeox ? kPairs : 2 * kPairs);
 
-// One unit: kPairs pairs in registers, or what to copy.
-template <typename T, int kPairs, bool kNeox>
-class Unit {
- public:
-  static constexpr int kCopy = kCopySize<kPairs, kNeox>;
+// Where a unit is.
+template <typename T>
+struct Place {
+  const T* in;
+  T* out;
+  int pair;  // the first one, in the head; -1 where the unit only copies
 
-  // Loads unit `unit` of a token.
-  __device__ __forceinline__ void Load(const Shape<T>& shape, int64_t token,
-                                       int unit) {
+  template <int kPairs, bool kNeox>
+  __device__ static __forceinline__ Place Of(const Shape<T>& shape,
+                                             int64_t token, int unit) {
     const int head_units = shape.head_units.value();
     int head = shape.head_units.Divide(unit);
     const int part = unit - head * head_units;
-    is_query_ = head < shape.query_heads;
-    if (!is_query_) head -= shape.query_heads;
-    const int heads = is_query_ ? shape.query_heads : shape.key_heads;
-    start_ = (token * heads + head) * shape.head_size;
-    if (part >= shape.rotating) {
-      pair_ = -1;
-      start_ += shape.rotary_dim + (part - shape.rotating) * kCopy;
-      return;
+    const bool is_query = head < shape.query_heads;
+    if (!is_query) head -= shape.query_heads;
+    const int heads = is_query ? shape.query_heads : shape.key_heads;
+    int64_t start = (token * heads + head) * shape.head_size;
+    const int pair = part < shape.rotating ? part * kPairs : -1;
+    if (pair >= 0) {
+      start += kNeox ? pair : 2 * pair;
+    } else {
+      start +=
+          shape.rotary_dim + (part - shape.rotating) * kCopySize<kPairs, kNeox>;
     }
-    pair_ = part * kPairs;
-    start_ += kNeox ? pair_ : 2 * pair_;
-    const T* in = In(shape);
+    return {(is_query ? shape.query : shape.key) + start,
+            (is_query ? shape.query_out : shape.key_out) + start, pair};
+  }
+};
+
+// The pairs of one unit, in registers.
+template <typename T, int kPairs, bool kNeox>
+struct Pairs {
+  Vector<T, kPairs> x;
+  Vector<T, kPairs> y;
+
+  __device__ __forceinline__ void Load(const T* in, int64_t pairs) {
     if constexpr (kNeox) {
-      x_ = LoadVector<kPairs>(in);
-      y_ = LoadVector<kPairs>(in + shape.rotary_dim / 2);
+      x = LoadVector<kPairs>(in);
+      y = LoadVector<kPairs>(in + pairs);
     } else if constexpr (kPairs == 1) {
       // Pairs need not be aligned to their size.
-      x_[0] = in[0];
-      y_[0] = in[1];
+      x[0] = in[0];
+      y[0] = in[1];
     } else {
       const auto xy = LoadVector<2 * kPairs>(in);
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        x_[i] = xy[2 * i];
-        y_[i] = xy[2 * i + 1];
+        x[i] = xy[2 * i];
+        y[i] = xy[2 * i + 1];
       }
     }
   }
 
-  // Rotates by `cos_row`, unless that is null, and writes.
-  __device__ __forceinline__ void Finish(const Shape<T>& shape,
-                                         const T* cos_row) {
-    const T* in = In(shape);
-    T* out = (is_query_ ? shape.query_out : shape.key_out) + start_;
-    if (pair_ < 0) {
-      if (in != out) StoreGlobal(out, LoadVector<kCopy>(in));
-      return;
-    }
-    const int64_t pairs = shape.rotary_dim / 2;
-    if (cos_row != nullptr) {
-      const auto cos = LoadVector<kPairs>(cos_row + pair_);
-      const auto sin = LoadVector<kPairs>(cos_row + pairs + pair_);
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) Rotate(cos[i], sin[i], &x_[i], &y_[i]);
-    } else if (in == out) {
-      return;
-    }
+  __device__ __forceinline__ void Store(T* out, int64_t pairs) const {
     if constexpr (kNeox) {
-      StoreGlobal(out, x_);
-      StoreGlobal(out + pairs, y_);
+      StoreGlobal(out, x);
+      StoreGlobal(out + pairs, y);
     } else if constexpr (kPairs == 1) {
-      out[0] = x_[0];
-      out[1] = y_[0];
+      out[0] = x[0];
+      out[1] = y[0];
     } else {
       Vector<T, 2 * kPairs> xy;
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        xy[2 * i] = x_[i];
-        xy[2 * i + 1] = y_[i];
+        xy[2 * i] = x[i];
+        xy[2 * i + 1] = y[i];
       }
       StoreGlobal(out, xy);
     }
   }
-
- private:
-  __device__ __forceinline__ const T* In(const Shape<T>& shape) const {
-    return (is_query_ ? shape.query : shape.key) + start_;
-  }
-
-  int64_t start_;  // of its first element
-  int pair_;       // its first pair in the head; -1 for those to copy
-  bool is_query_;
-  Vector<T, kPairs> x_;
-  Vector<T, kPairs> y_;
 };
 
 // Threads: x and blockIdx.y run over the units of a token's heads, queries
@@ -163,27 +148,47 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (token >= shape.num_tokens) return;
   const int64_t position = positions[token];
-  const T* cos_row = position >= 0 && position < shape.max_position
-                         ? cos_sin_cache + position * shape.rotary_dim
-                         : nullptr;
+  const bool rotate = position >= 0 && position < shape.max_position;
+  const int64_t pairs = shape.rotary_dim / 2;
+  const T* cos_row = cos_sin_cache + position * shape.rotary_dim;
   const int units =
       (shape.query_heads + shape.key_heads) * shape.head_units.value();
+  const int first = shape.first_unit + blockIdx.y * blockDim.x + threadIdx.x;
   const int step = blockDim.x * gridDim.y;
-  for (int first = blockIdx.y * blockDim.x + threadIdx.x; first < units;
-       first += kUnits<kNeox> * step) {
-    // The units' own loads first: they do not wait for the position, which
-    // the others do.
-    Unit<T, kPairs, kNeox> unit[kUnits<kNeox>];
+  constexpr int kCopy = kCopySize<kPairs, kNeox>;
+
+  // The units' own loads first: they do not wait for the position, which the
+  // others do. Places are computed twice rather than kept in registers.
+  Pairs<T, kPairs, kNeox> loaded[kUnits<kNeox>];
 #pragma unroll
-    for (int i = 0; i < kUnits<kNeox>; ++i) {
-      if (first + i * step < units) {
-        unit[i].Load(shape, token, first + i * step);
+  for (int i = 0; i < kUnits<kNeox>; ++i) {
+    const int unit = first + i * step;
+    if (unit >= units) break;
+    const auto place = Place<T>::template Of<kPairs, kNeox>(shape, token, unit);
+    if (place.pair >= 0) loaded[i].Load(place.in, pairs);
+  }
+#pragma unroll
+  for (int i = 0; i < kUnits<kNeox>; ++i) {
+    int unit = first + i * step;
+    if (unit >= units) break;
+    if constexpr (kUnits<kNeox> > 1) asm volatile("" : "+r"(unit));
+    const auto place = Place<T>::template Of<kPairs, kNeox>(shape, token, unit);
+    const bool in_place = place.in == place.out;
+    if (place.pair < 0) {
+      if (!in_place) StoreGlobal(place.out, LoadVector<kCopy>(place.in));
+      continue;
+    }
+    if (rotate) {
+      const auto cos = LoadVector<kPairs>(cos_row + place.pair);
+      const auto sin = LoadVector<kPairs>(cos_row + pairs + place.pair);
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        Rotate(cos[j], sin[j], &loaded[i].x[j], &loaded[i].y[j]);
       }
+    } else if (in_place) {
+      continue;
     }
-#pragma unroll
-    for (int i = 0; i < kUnits<kNeox>; ++i) {
-      if (first + i * step < units) unit[i].Finish(shape, cos_row);
-    }
+    loaded[i].Store(place.out, pairs);
   }
 }
 
@@ -199,7 +204,7 @@ cudaError_t LaunchUnits(cudaStream_t stream,
   const int64_t units =
       (params.query.num_heads + params.key.num_heads) * head_units;
   if (units == 0) return cudaSuccess;
-  // Units are counted in int, with room for one more round of the loop.
+  // Units are counted in int, with room for one more launch's.
   if (units > INT32_MAX - 2 * kUnits<kNeox> * kThreads * kMaxGridY) {
     return cudaErrorInvalidValue;
   }
@@ -240,11 +245,16 @@ cudaError_t LaunchUnits(cudaStream_t stream,
     const dim3 grid(
         static_cast<unsigned>(CeilDivide(shape.num_tokens, block.y)),
         static_cast<unsigned>(columns));
-    RotaryEmbeddingKernel<T, kPairs, kNeox><<<grid, block, 0, stream>>>(
-        params.positions + first, static_cast<const T*>(params.cos_sin_cache),
-        shape);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
+    // One launch has all units but for heads of many million elements.
+    const int64_t launch_units = columns * block.x * kUnits<kNeox>;
+    for (int64_t unit = 0; unit < units; unit += launch_units) {
+      shape.first_unit = static_cast<int>(unit);
+      RotaryEmbeddingKernel<T, kPairs, kNeox><<<grid, block, 0, stream>>>(
+          params.positions + first, static_cast<const T*>(params.cos_sin_cache),
+          shape);
+      const cudaError_t error = cudaGetLastError();
+      if (error != cudaSuccess) return error;
+    }
   }
   return cudaSuccess;
 }
