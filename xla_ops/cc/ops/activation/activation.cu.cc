@@ -14,16 +14,17 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/occupancy.h"
 #include "xla_ops/cc/device/quant.cuh"
+#include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/activation/activation_launch.h"
 
 namespace xla_ops {
 namespace {
 
-// Of a block, at most. Two of 1024, with 32 registers a thread, fill a
-// multiprocessor of 2048 threads, the fastest on an H100 where there is enough
-// to do; otherwise a thread's own speed counts, which takes registers.
-constexpr int kThreads = 1024;
+// Of a block, at most. A block a row, whose threads have the row's vectors on
+// the way at once, was the fastest on an H100.
+constexpr int kThreads = 512;
+// Of a block that has several short rows, or where there are few elements.
 constexpr int kSmallThreads = 256;
 constexpr int64_t kFewVectors = int64_t{1} << 18;
 // Blocks that fill any GPU many times over; beyond it each thread does several
@@ -31,13 +32,13 @@ constexpr int64_t kFewVectors = int64_t{1} << 18;
 constexpr int64_t kManyBlocks = 16384;
 constexpr int64_t kMaxGridY = 65535;
 
-// Where the result is rounded to 16 bits, to two units of fp32's last place
-// and zero below -87: exact division branches, and the elements of a vector
-// would wait for one another.
+// Where the result is rounded to 16 bits: to some ten units of fp32's last
+// place, and zero below -87. Exact division branches, and the elements of a
+// vector would wait for one another.
 template <typename T>
 __device__ __forceinline__ float Silu(float x) {
-  const float divisor = 1.0f + expf(-x);
-  if constexpr (sizeof(T) == 4) return x / divisor;
+  if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-x));
+  const float divisor = 1.0f + Exp2(-kLog2E * x);
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor));
   return x * inverse;
@@ -67,12 +68,12 @@ __device__ __forceinline__ T Gate(T x, T y) {
   }
 }
 
-// Threads: x and blockIdx.y run over the vectors of a row, y and blockIdx.x
-// over rows. All pointers are aligned to a vector (checked by the launcher).
-template <Activation kActivation, typename T, int kSize, int kMaxThreads>
-__global__ void __launch_bounds__(
-    kMaxThreads,
-    MinBlocks(kMaxThreads == kThreads ? 2048 / kThreads : 4, kMaxThreads))
+// Threads: x and blockIdx.y run over the vectors of a row, kVectors for each
+// thread, y and blockIdx.x over rows. All pointers are aligned to a vector
+// (checked by the launcher).
+template <Activation kActivation, typename T, int kSize, int kVectors>
+__global__ void __launch_bounds__(kThreads,
+                                  MinBlocks(kVectors == 1 ? 3 : 2, kThreads))
     ActivationKernel(const T* __restrict__ input,      // [num_rows, 2 * size]
                      const float* __restrict__ scale,  // [1] or null
                      void* __restrict__ out,           // [num_rows, size]
@@ -86,39 +87,53 @@ __global__ void __launch_bounds__(
   float inverse_scale = 1.0f;
   if constexpr (kQuant) inverse_scale = 1.0f / *scale;
   const int64_t step = int64_t{blockDim.x} * gridDim.y;
-  for (int64_t v = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
-       v < row_vectors; v += step) {
-    const Vector<T, kSize> x = LoadNow<kSize>(gate + v * kSize);
-    const Vector<T, kSize> y = LoadNow<kSize>(up + v * kSize);
-    if constexpr (kQuant) {
-      float values[kSize];
+  for (int64_t first = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
+       first < row_vectors; first += kVectors * step) {
+    Vector<T, kSize> x[kVectors];
+    Vector<T, kSize> y[kVectors];
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        values[i] = ToFloat(Gate<kActivation>(x[i], y[i])) * inverse_scale;
-      }
-      StoreGlobal(static_cast<uint8_t*>(out) + row * size + v * kSize,
-                  PackFp8(values));
-    } else {
-      Vector<T, kSize> result;
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t v = first + i * step;
+      if (i > 0 && v >= row_vectors) break;
+      x[i] = LoadNow<kSize>(gate + v * kSize);
+      y[i] = LoadNow<kSize>(up + v * kSize);
+    }
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        result[i] = Gate<kActivation>(x[i], y[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t v = first + i * step;
+      if (i > 0 && v >= row_vectors) break;
+      if constexpr (kQuant) {
+        float values[kSize];
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          values[j] =
+              ToFloat(Gate<kActivation>(x[i][j], y[i][j])) * inverse_scale;
+        }
+        StoreGlobal(static_cast<uint8_t*>(out) + row * size + v * kSize,
+                    PackFp8(values));
+      } else {
+        Vector<T, kSize> result;
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          result[j] = Gate<kActivation>(x[i][j], y[i][j]);
+        }
+        StoreGlobal(static_cast<T*>(out) + row * size + v * kSize, result);
       }
-      StoreGlobal(static_cast<T*>(out) + row * size + v * kSize, result);
     }
   }
 }
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <Activation kActivation, typename T, int kSize, int kMaxThreads>
-cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params) {
+template <Activation kActivation, typename T, int kSize, int kVectors>
+cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params,
+                          int max_threads) {
   constexpr bool kQuant = kActivation == Activation::kSiluAndMulQuant;
   const int64_t row_vectors = params.size / kSize;
   // A row's vectors in equal parts where they are more than a block; several
   // rows a block where they are few.
-  const int64_t part =
-      CeilDivide(row_vectors, CeilDivide(row_vectors, kMaxThreads));
+  const int64_t needed = CeilDivide(row_vectors, kVectors);
+  const int64_t part = CeilDivide(needed, CeilDivide(needed, max_threads));
   dim3 block(1, 1, 1);
   if (part > 32) {
     block.x = static_cast<unsigned>(CeilDivide(part, 32) * 32);
@@ -131,13 +146,13 @@ cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params) {
   for (int64_t first = 0; first < params.num_tokens; first += max_rows) {
     const int64_t rows = std::min(max_rows, params.num_tokens - first);
     const int64_t row_blocks = CeilDivide(rows, block.y);
-    const int64_t per_row = CeilDivide(row_vectors, block.x);
+    const int64_t per_row = CeilDivide(needed, block.x);
     const int64_t columns = std::clamp<int64_t>(kManyBlocks / row_blocks, 1,
                                                 std::min(per_row, kMaxGridY));
     const dim3 grid(static_cast<unsigned>(row_blocks),
                     static_cast<unsigned>(columns));
     const int64_t out_bytes = kQuant ? 1 : sizeof(T);
-    ActivationKernel<kActivation, T, kSize, kMaxThreads>
+    ActivationKernel<kActivation, T, kSize, kVectors>
         <<<grid, block, 0, stream>>>(
             static_cast<const T*>(params.input) + first * 2 * params.size,
             params.scale,
@@ -157,13 +172,17 @@ cudaError_t Launch(cudaStream_t stream, const ActivationParams& params) {
     const int64_t out_bytes = params.scale != nullptr ? kSize : 16;
     if (params.size % kSize != 0 || !IsAligned(params.input, 16) ||
         !IsAligned(params.out, out_bytes)) {
-      return LaunchVectors<kActivation, T, 1, kSmallThreads>(stream, params);
+      return LaunchVectors<kActivation, T, 1, 1>(stream, params, kSmallThreads);
     }
-    if (params.num_tokens < kFewVectors / (params.size / kSize)) {
-      return LaunchVectors<kActivation, T, kSize, kSmallThreads>(stream,
-                                                                 params);
+    const int64_t row_vectors = params.size / kSize;
+    if (params.num_tokens < kFewVectors / row_vectors) {
+      return LaunchVectors<kActivation, T, kSize, 1>(stream, params,
+                                                     kSmallThreads);
     }
-    return LaunchVectors<kActivation, T, kSize, kThreads>(stream, params);
+    if (row_vectors <= kThreads) {
+      return LaunchVectors<kActivation, T, kSize, 1>(stream, params, kThreads);
+    }
+    return LaunchVectors<kActivation, T, kSize, 2>(stream, params, kThreads);
   });
 }
 
