@@ -413,7 +413,7 @@ def _reference(
             visible &= tokens >= position - window_left
         if window_right >= 0:
             visible &= tokens <= position + window_right
-        logits = torch.einsum("tkgd,jkd->tkgj", grouped, key) * scale
+        logits = _by_kv_head(grouped, key.permute(1, 2, 0)) * scale
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         if alibi_slopes is not None:
@@ -435,11 +435,23 @@ def _reference(
             total = total + torch.exp(sinks.reshape(*heads, 1) - largest)
         # A masked token may hold NaN.
         value = torch.where(visible.any(0)[:, None, None], value, 0.0)
-        mixed = torch.einsum("tkgj,jkd->tkgd", weights, value) / total
+        mixed = _by_kv_head(weights, value.transpose(0, 1)) / total
         out = torch.where(seen, mixed, out)
         lse = torch.where(seen, torch.log(total) + largest, lse)
     out = out.reshape(query.shape).to(query.dtype)
     return out, lse.reshape(num_tokens, num_heads).t().contiguous()
+
+
+def _by_kv_head(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """[tokens, KV heads, group, n] times [KV heads, n, m]: [tokens, KV heads, group, m].
+
+    torch_xla's matmul keeps to set_mat_mul_precision(); its einsum does not.
+    """
+    num_tokens, num_kv_heads, group, size = rows.shape
+    by_head = rows.transpose(0, 1).reshape(num_kv_heads, num_tokens * group, size)
+    products = torch.matmul(by_head, matrices)
+    shape = (num_kv_heads, num_tokens, group, matrices.shape[-1])
+    return products.reshape(shape).transpose(0, 1)
 
 
 def _sequences(batch: Batch, num_tokens: int, num_slots: int, num_blocks, page_size):
