@@ -19,6 +19,7 @@
 #include <string_view>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_combine.cuh"
@@ -29,32 +30,37 @@
 namespace xla_ops {
 namespace {
 
-// Prepares all kernels for the current device, once, and says whether the
-// tensor-core ones that were loaded for it were compiled for an architecture
-// that has the instructions. One query serves all of them: they are compiled
+struct Prepared {
+  bool has_mma;      // the tensor cores' kernels have their instructions
+  bool can_overlap;  // device/overlap.cuh
+};
+
+// Prepares all kernels for the current device, once, and says what those that
+// were loaded for it can do. One query serves all of them: they are compiled
 // together.
-cudaError_t Prepare(bool* has_mma) {
-  static PerDevice<bool> prepared;
-  return prepared.Get(
-      [](bool* result) {
+cudaError_t Prepare(Prepared* prepared) {
+  static PerDevice<Prepared> devices;
+  return devices.Get(
+      [](Prepared* result) {
         cudaFuncAttributes attributes;
         cudaError_t error = cudaFuncGetAttributes(
             &attributes, AttentionMmaKernel<__half, false, 64, 1>);
         if (error != cudaSuccess) return error;
-        *result = attributes.ptxVersion >= 80;
-        if (*result) {
+        result->has_mma = attributes.ptxVersion >= 80;
+        result->can_overlap = CanOverlap(attributes);
+        if (result->has_mma) {
           error = PrepareMma<__half, false>();
           if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>();
         }
         if (error == cudaSuccess) error = PrepareSimt<float>();
         if (error == cudaSuccess) error = PrepareSimt<__half>();
         if (error == cudaSuccess) error = PrepareSimt<__nv_bfloat16>();
-        if (error == cudaSuccess) error = PrepareAttentionFp8(*result);
+        if (error == cudaSuccess) error = PrepareAttentionFp8(result->has_mma);
         if (error == cudaSuccess) error = PrepareKernel(AttentionCombineKernel);
         if (error == cudaSuccess) error = PrepareAttentionSm90();
         return error;
       },
-      has_mma);
+      prepared);
 }
 
 // Whether every row of query, key, value and out starts and ends on 16 bytes.
@@ -144,19 +150,20 @@ AttentionArgs MakeArgs(const AttentionParams& params) {
   return args;
 }
 
-cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args) {
+cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args,
+                          bool overlap) {
   const int warps = std::min(
       kCombineMaxWarps, (args.num_splits + kCombineBatch - 1) / kCombineBatch);
-  AttentionCombineKernel<<<args.num_tokens * args.num_heads, 32 * warps, 0,
-                           stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOverlapping(stream, AttentionCombineKernel,
+                           args.num_tokens * args.num_heads, 32 * warps,
+                           overlap, args);
 }
 
 }  // namespace
 
 cudaError_t PrepareAttention() {
-  bool has_mma = false;
-  return Prepare(&has_mma);
+  Prepared prepared = {};
+  return Prepare(&prepared);
 }
 
 cudaError_t LaunchAttention(cudaStream_t stream,
@@ -169,8 +176,8 @@ cudaError_t LaunchAttention(cudaStream_t stream,
       params.num_kv_heads > kAttentionMaxKvHeads) {
     return cudaErrorInvalidConfiguration;
   }
-  bool has_mma = false;
-  cudaError_t error = Prepare(&has_mma);
+  Prepared prepared = {};
+  cudaError_t error = Prepare(&prepared);
   if (error != cudaSuccess) return error;
 
   const AttentionArgs args = MakeArgs(params);
@@ -189,7 +196,8 @@ cudaError_t LaunchAttention(cudaStream_t stream,
   if (CanLaunchAttentionSm90(params)) {
     return LaunchAttentionSm90(stream, params);
   }
-  const bool use_mma = has_mma && args.aligned && params.dtype != DType::kF32;
+  const bool use_mma =
+      prepared.has_mma && args.aligned && params.dtype != DType::kF32;
   if (params.kv_dtype != params.dtype) {
     error = LaunchAttentionFp8(stream, args, use_mma);
   } else if (params.dtype == DType::kF32) {
@@ -202,7 +210,7 @@ cudaError_t LaunchAttention(cudaStream_t stream,
                     : LaunchSimt<__nv_bfloat16>(stream, args);
   }
   if (error != cudaSuccess || args.num_splits == 1) return error;
-  return LaunchCombine(stream, args);
+  return LaunchCombine(stream, args, prepared.can_overlap);
 }
 
 }  // namespace xla_ops

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
@@ -27,6 +28,7 @@ constexpr int kCombineBatch = 4;
 // nothing, and its accumulator is not read.
 __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     AttentionCombineKernel(const __grid_constant__ AttentionArgs args) {
+  WaitForPreviousKernel();
   const int num_rows = args.num_tokens * args.num_heads;
   const int row = blockIdx.x;
   const int lane = threadIdx.x % 32;

@@ -25,6 +25,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/mma.cuh"
+#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
@@ -383,6 +384,8 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
     }
   }
 
+  // The one that combines splits; sooner, it would take room from others.
+  LetNextKernelStart();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 1);

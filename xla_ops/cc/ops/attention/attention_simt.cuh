@@ -19,6 +19,7 @@
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/fp8.cuh"
+#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
@@ -157,6 +158,7 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
     }
   }
 
+  LetNextKernelStart();  // the one that combines splits
   // Merge the four groups of lanes; a butterfly leaves the sum in all.
 #pragma unroll
   for (int step = kLanes; step < 32; step *= 2) {
