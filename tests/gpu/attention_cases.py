@@ -21,7 +21,10 @@ FP8 = {
 }
 I32_MAX = np.iinfo(np.int32).max
 # Half a rounding of the weights and half of the result, of a row's norm.
-ROW_ERROR = {F32: 5e-6, F16: 2e-3, BF16: 1.5e-2}
+ROW_ERROR = {F32: 5e-6, F16: 2e-3, BF16: 2e-2}
+# Half the distance of the smallest numbers of fp16: rows that are nearly all their sink's
+# are made of those.
+F16_STEP = 2.0**-25
 
 
 def _bucket(x, least):
@@ -313,6 +316,8 @@ def compare(case, got, got_lse, want, want_lse):
     assert np.isposinf(got_lse[empty]).all(), "lse of rows that see nothing"
     size = np.linalg.norm(want, axis=-1)
     error = np.linalg.norm(got - want, axis=-1)
+    if case["dtype"] == F16:
+        error = np.maximum(error - F16_STEP * want.shape[-1] ** 0.5, 0)
     # A row that its sink leaves nothing of has no relative error.
     error = np.where(size > 1e-30, error / np.maximum(size, 1e-30), error)
     error = np.nan_to_num(error, nan=np.inf)
