@@ -50,8 +50,8 @@ class CudaTimer:
         with torch.cuda.graph(graph):
             # All results stay alive, so that each call writes memory of its own.
             results = [call() for call in calls]
-        # The clocks need that long: after a pause, or after work that drew much power,
-        # replays were seen to take 16% more for 10 to 15 ms.
+        # After a pause, or after work that drew much power, replays were seen to take
+        # 16% more for 10 to 15 ms.
         end = time.perf_counter() + WARM_UP_SECONDS
         first = self._replay(graph, 2)
         while time.perf_counter() < end:
