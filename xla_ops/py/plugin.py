@@ -32,11 +32,13 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 PLUGIN_VARIABLE = "XLA_OPS_PJRT_PLUGIN"
 
 _LIB = pathlib.Path(__file__).parent / "lib"
+T = TypeVar("T")
 _PLUGIN_FILE = "xla_cuda_plugin.so"
 _INSTALL = (
     "pip install jax-cuda12-pjrt, or jax-cuda13-pjrt for drivers from 580"
@@ -190,24 +192,24 @@ def check_machine(plugin: pathlib.Path) -> None:
             _check_kernels(device)
 
 
+def _of_kernels(describe: Callable[[str], T]) -> dict[str, T]:
+    """File name of each installed CUDA op library to what `describe` says of it."""
+    libraries = sorted(_LIB.glob("libxla_ops_*_cuda.so"))
+    return {path.name: describe(str(path)) for path in libraries}
+
+
 def kernel_archs() -> dict[str, str]:
     """File name of each installed CUDA op library to its architectures."""
     from . import _runtime
 
-    return {
-        path.name: _runtime.cuda_archs(str(path))
-        for path in sorted(_LIB.glob("libxla_ops_*_cuda.so"))
-    }
+    return _of_kernels(_runtime.cuda_archs)
 
 
 def kernel_cuda_versions() -> dict[str, tuple[int, int]]:
     """File name of each installed CUDA op library to its CUDA, as (13, 0)."""
     from . import _runtime
 
-    versions = {
-        path.name: _runtime.cuda_version(str(path))
-        for path in sorted(_LIB.glob("libxla_ops_*_cuda.so"))
-    }
+    versions = _of_kernels(_runtime.cuda_version)
     return {k: (v // 1000, v % 1000 // 10) for k, v in versions.items()}
 
 

@@ -52,26 +52,26 @@ TargetList PyLoadLibrary(const std::string& path) {
   return targets;
 }
 
-std::string PyCudaArchs(const std::string& path) {
-  std::string archs;
+// What `ask` finds out of the op library at `path`.
+template <typename Fact>
+Fact AskOpLibrary(std::string (*ask)(const std::string&, Fact*),
+                  const std::string& path) {
+  Fact fact{};
   std::string error;
   {
     py::gil_scoped_release release;
-    error = OpLibraryCudaArchs(path, &archs);
+    error = ask(path, &fact);
   }
   if (!error.empty()) ThrowOsError(error);
-  return archs;
+  return fact;
+}
+
+std::string PyCudaArchs(const std::string& path) {
+  return AskOpLibrary(OpLibraryCudaArchs, path);
 }
 
 int PyCudaVersion(const std::string& path) {
-  int version = 0;
-  std::string error;
-  {
-    py::gil_scoped_release release;
-    error = OpLibraryCudaVersion(path, &version);
-  }
-  if (!error.empty()) ThrowOsError(error);
-  return version;
+  return AskOpLibrary(OpLibraryCudaVersion, path);
 }
 
 std::vector<std::string> PyRegisterCpu(const std::string& path) {

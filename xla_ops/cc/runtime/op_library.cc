@@ -51,8 +51,8 @@ std::string CheckEntry(const Libraries& libraries, const std::string& path,
   }
   const auto it = libraries.by_name.find({platform, entry.target});
   if (it != libraries.by_name.end()) {
-    return path + ": handler " + entry.target + " for " + platform +
-           " is in " + it->second->library + " already";
+    return path + ": handler " + entry.target + " for " + platform + " is in " +
+           it->second->library + " already";
   }
   return "";
 }
@@ -67,8 +67,8 @@ std::string LoadLocked(Libraries& libraries, const std::string& path,
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   // dlerror names the file itself, and what is wrong with it.
   if (handle == nullptr) return "cannot load op library: " + LastDlError();
-  auto* get_handlers = reinterpret_cast<XlaOpsHandlersFn*>(
-      dlsym(handle, "xla_ops_handlers"));
+  auto* get_handlers =
+      reinterpret_cast<XlaOpsHandlersFn*>(dlsym(handle, "xla_ops_handlers"));
   if (get_handlers == nullptr) {
     dlclose(handle);
     return path + " is not an op library: it does not export xla_ops_handlers";
@@ -95,6 +95,20 @@ std::string LoadLocked(Libraries& libraries, const std::string& path,
   return "";
 }
 
+// Finds a function of the library, loaded if need be; null if it exports none
+// of that name.
+template <typename Function>
+std::string FindFunction(const std::string& path, const char* name,
+                         Function** function) {
+  Libraries& libraries = GetLibraries();
+  std::lock_guard<std::mutex> lock(libraries.mutex);
+  Library* library = nullptr;
+  std::string error = LoadLocked(libraries, path, &library);
+  if (!error.empty()) return error;
+  *function = reinterpret_cast<Function*>(dlsym(library->handle, name));
+  return "";
+}
+
 }  // namespace
 
 std::string LoadOpLibrary(const std::string& path,
@@ -109,25 +123,17 @@ std::string LoadOpLibrary(const std::string& path,
 }
 
 std::string OpLibraryCudaArchs(const std::string& path, std::string* archs) {
-  Libraries& libraries = GetLibraries();
-  std::lock_guard<std::mutex> lock(libraries.mutex);
-  Library* library = nullptr;
-  std::string error = LoadLocked(libraries, path, &library);
+  XlaOpsCudaArchsFn* get_archs = nullptr;
+  std::string error = FindFunction(path, "xla_ops_cuda_archs", &get_archs);
   if (!error.empty()) return error;
-  auto* get_archs = reinterpret_cast<XlaOpsCudaArchsFn*>(
-      dlsym(library->handle, "xla_ops_cuda_archs"));
   *archs = get_archs == nullptr ? "" : get_archs();
   return "";
 }
 
 std::string OpLibraryCudaVersion(const std::string& path, int* version) {
-  Libraries& libraries = GetLibraries();
-  std::lock_guard<std::mutex> lock(libraries.mutex);
-  Library* library = nullptr;
-  std::string error = LoadLocked(libraries, path, &library);
+  XlaOpsCudaVersionFn* get_version = nullptr;
+  std::string error = FindFunction(path, "xla_ops_cuda_version", &get_version);
   if (!error.empty()) return error;
-  auto* get_version = reinterpret_cast<XlaOpsCudaVersionFn*>(
-      dlsym(library->handle, "xla_ops_cuda_version"));
   *version = get_version == nullptr ? 0 : get_version();
   return "";
 }

@@ -50,6 +50,11 @@ class CustomCall:
         return [t for t in self.operands if isinstance(t, torch.Tensor)]
 
 
+def operand(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Spec:
+    """An operand as a call takes it; None, of that dtype, is an absent one."""
+    return Spec((0,), dtype) if t is None else t.contiguous()
+
+
 @functools.lru_cache(maxsize=4096)
 def _computation(target, operands, results, backend_config, aliases, absent=()):
     """Returns the XLA computation of a signature.

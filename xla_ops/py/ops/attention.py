@@ -14,7 +14,7 @@ import torch
 
 from ..core import debug, paged_cache
 from ..core.checks import Checker, float32
-from ..core.custom_call import CustomCall
+from ..core.custom_call import CustomCall, operand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
 from ..core.op import Op
@@ -257,8 +257,8 @@ def _lower(
             query.contiguous(),
             key,
             value,
-            *(_operand(t, torch.int32) for t in batch),
-            *(_operand(t, torch.float32) for t in floats.values()),
+            *(operand(t, torch.int32) for t in batch),
+            *(operand(t, torch.float32) for t in floats.values()),
         ),
         (Spec.of(query), Spec((num_heads, num_tokens), torch.float32)),
         {
@@ -279,10 +279,6 @@ def _lower(
             ),
         ),
     )
-
-
-def _operand(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Spec:
-    return Spec((0,), dtype) if t is None else t.contiguous()
 
 
 def _check_batch(names: Names, check: Checker, query, batch: Batch) -> int:

@@ -6,7 +6,7 @@ import torch
 
 from ..core import debug, in_place, paged_cache
 from ..core.checks import Checker
-from ..core.custom_call import CustomCall
+from ..core.custom_call import CustomCall, operand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
 from ..core.op import NAMESPACE, Op
@@ -182,11 +182,6 @@ def _check_scale(name, scale, rows) -> None:
     _check.same_device("key", rows, **{name: scale})
 
 
-def _scale_operand(scale):
-    """None, which is 1, is an absent operand."""
-    return Spec((0,), torch.float32) if scale is None else scale
-
-
 def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUTES):
     values = dict(zip(names, (int(n) for n in geometry), strict=True))
     # The handler knows these two from the shape of key.
@@ -230,8 +225,8 @@ def _lower_pair(
             value.contiguous(),
             *caches,
             slot_mapping.contiguous(),
-            _scale_operand(k_scale),
-            _scale_operand(v_scale),
+            operand(k_scale, torch.float32),  # None, which is 1, is absent
+            operand(v_scale, torch.float32),
         ),
         tuple(Spec.of(cache) for cache in caches),
         _attributes(kv_cache_dtype, geometry, debug_mode),
@@ -248,7 +243,12 @@ def _lower_one(
     _check_scale("k_scale", scale, rows)
     return CustomCall(
         "xla_ops.reshape_and_cache_flash_one",
-        (rows.contiguous(), cache, slot_mapping.contiguous(), _scale_operand(scale)),
+        (
+            rows.contiguous(),
+            cache,
+            slot_mapping.contiguous(),
+            operand(scale, torch.float32),
+        ),
         (Spec.of(cache),),
         _attributes(
             kv_cache_dtype, geometry, debug_mode, paged_cache.ATTRIBUTES[:-1]
