@@ -146,9 +146,9 @@ def compare(megabytes: list[int], dump: pathlib.Path) -> dict:
 def device_name() -> str:
     if device_kind() == "CPU":
         return f"CPU, {os.cpu_count()} cores"
-    from xla_ops import cuda_driver
+    from xla_ops.gpu import driver
 
-    return cuda_driver.query().devices[0].name
+    return driver.query().devices[0].name
 
 
 def human(count: int) -> str:

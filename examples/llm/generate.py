@@ -189,12 +189,12 @@ def report(engine, device, compile_s: float, programs: list[Program]) -> None:
 def device_and_plugin(device) -> tuple[str, str]:
     import torch_xla.runtime as xr
 
-    from xla_ops import cuda_driver, plugin
+    from xla_ops.gpu import discover, driver
 
     if xr.device_type() == "CPU":
         return f"{device}, CPU, {os.cpu_count()} cores", "torch_xla's own"
-    name = cuda_driver.query().devices[0].name
-    found = plugin.describe_plugin(plugin.find_plugin())
+    name = driver.query().devices[0].name
+    found = discover.describe_plugin(discover.find_plugin())
     return f"{device}, GPU, {name}", f"xla_ops bridge over {found}"
 
 

@@ -45,7 +45,14 @@ OPS = (
     "rotary_embedding",
 )
 # Of everything together, on the GPU as on the CPU.
-TOGETHER = ("conformance", "custom_call", "dynamo", "llm", "mutable", "vllm")
+TOGETHER = (
+    "core/custom_call",
+    "core/mutable",
+    "llm/llm",
+    "ops/conformance",
+    "programs/backend",
+    "vllm/lowerings",
+)
 # Need the GPU, or most of its memory, for themselves.
 ALONE = ("large", "demo", "table", "ways")
 
@@ -60,6 +67,11 @@ LONG_SHARES = {
 def pytest(*args):
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
             "--show-capture=no", "--tb=short", *args]  # fmt: skip
+
+
+def test_file(name):
+    folder, _, subject = name.partition("/")
+    return f"tests/{folder}/test_{subject}.py"
 
 
 def libraries():
@@ -79,7 +91,7 @@ def race_parts(program):
 
 
 def parts(out, cache_mb):
-    tests = [f"tests/test_{op}.py" for op in OPS]
+    tests = [test_file(f"ops/{op}") for op in OPS]
     cuda = {"XLA_OPS_TEST_TORCH_CUDA": os.environ.get("XLA_OPS_TEST_TORCH_CUDA", "1")}
     in_place = {"XLA_OPS_TEST_CACHE_MB": str(cache_mb)}
     generate = [sys.executable, "examples/llm/generate.py", "--device", "gpu"]
@@ -91,12 +103,13 @@ def parts(out, cache_mb):
     # Others may hold memory too: each takes what it needs.
     shared = {**cuda, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     found = {"doctor": ([sys.executable, "-m", "xla_ops", "doctor"], {})}
-    for name in OPS + TOGETHER:
-        found[f"test_{name}"] = (pytest(f"tests/test_{name}.py"), shared)
+    for name in (*(f"ops/{op}" for op in OPS), *TOGETHER):
+        file = test_file(name)
+        found[pathlib.Path(file).stem] = (pytest(file), shared)
     whole = found.pop(LONG)
     for share, words in LONG_SHARES.items():
         found[f"{LONG}_{share}"] = ([*whole[0], "-k", words], shared)
-    found["test_in_place"] = (pytest("tests/test_in_place.py"), shared | in_place)
+    found["test_in_place"] = (pytest(test_file("core/in_place")), shared | in_place)
     table = [sys.executable, "benchmarks/in_place.py", "--out",
              str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"]  # fmt: skip
     large = [sys.executable, "tests/gpu/check_large.py", "--lib-dir", libraries()]

@@ -1,4 +1,4 @@
-// A libcuda.so.1 without a device, for tests of xla_ops.cuda_driver and of the
+// A libcuda.so.1 without a device, for tests of xla_ops.gpu.driver and of the
 // plugin's checks on any machine. The environment says what it shows:
 //   FAKE_CUDA_INIT      result of cuInit (0)
 //   FAKE_CUDA_VERSION   such as 13000 (13000)

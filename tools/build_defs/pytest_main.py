@@ -39,8 +39,12 @@ def main(argv: list[str]) -> int:
     if site is None or not (site / "xla_ops").is_dir():
         raise SystemExit(f"--site must name a folder with xla_ops in it, got {site}")
 
-    # Tests may import helpers beside them; nothing else of the source tree.
-    folders = {str(pathlib.Path(a).parent.resolve()) for a in rest if a.endswith(".py")}
+    # Tests may import helpers beside them and those of all tests, beside conftest.py;
+    # nothing else of the source tree.
+    beside = {pathlib.Path(a).parent.resolve() for a in rest if a.endswith(".py")}
+    above = {folder for b in beside for folder in b.parents}
+    shared = {folder for folder in above if (folder / "conftest.py").exists()}
+    folders = {str(folder) for folder in beside | shared}
     runfiles = os.environ.get("RUNFILES_DIR") or os.environ.get("TEST_SRCDIR", "")
     kept = [p for p in sys.path if not (runfiles and p.startswith(runfiles))]
     sys.path[:] = [str(site), *sorted(folders), *kept]

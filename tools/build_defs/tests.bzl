@@ -66,3 +66,42 @@ def xla_ops_py_test(
         tags = tags + (_GPU_EXECUTION if gpu else []),
         **kwargs
     )
+
+def python_tests(host_only = [], by_hand = [], data = {}, env = {}):
+    """Makes a target of every test_*.py of a folder below //tests.
+
+    NAME runs on the CPU; NAME_gpu, tagged `gpu`, the same tests on a GPU.
+
+    Args:
+      host_only: tests of parts that are the same whatever the device.
+      by_hand: tests that need what no lock file holds, tagged `manual`.
+      data: test -> files that it reads.
+      env: test -> environment variables.
+    """
+    helpers = ["//tests:helpers"] + native.glob(
+        ["*.py"],
+        exclude = ["test_*.py"],
+    )
+    tests = [path[:-len(".py")] for path in native.glob(["test_*.py"])]
+    for test in host_only + by_hand + data.keys() + env.keys():
+        if test not in tests:
+            fail("//%s has no %s.py" % (native.package_name(), test))
+    for test in tests:
+        arguments = {
+            "srcs": [test + ".py"] + helpers,
+            "data": data.get(test, []),
+        }
+        environment = env.get(test, {})
+        xla_ops_py_test(
+            name = test,
+            env = environment,
+            tags = ["manual"] if test in by_hand else [],
+            **arguments
+        )
+        if test not in host_only + by_hand:
+            xla_ops_py_test(
+                name = test + "_gpu",
+                env = dict({"XLA_OPS_TEST_TORCH_CUDA": "1"}, **environment),
+                tags = ["gpu"],
+                **arguments
+            )

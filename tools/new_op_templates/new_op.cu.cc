@@ -1,7 +1,7 @@
 // new_op on CUDA: bound by memory. A thread reads and writes 16 bytes at a
 // time where both pointers are aligned to that, one element where not.
 //
-// Tested by tests/test_new_op.py.
+// Tested by tests/ops/test_new_op.py.
 
 #include "xla_ops/cc/ops/new_op/new_op.h"
 

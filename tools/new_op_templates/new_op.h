@@ -7,7 +7,7 @@
 //   attrs    scale f32, finite
 // A tensor without elements is legal.
 //
-// Tested by new_op_test.cc and tests/test_new_op.py.
+// Tested by new_op_test.cc and tests/ops/test_new_op.py.
 
 #ifndef XLA_OPS_CC_OPS_NEW_OP_NEW_OP_H_
 #define XLA_OPS_CC_OPS_NEW_OP_NEW_OP_H_

@@ -1,7 +1,7 @@
 // The CUDA handler of new_op: checks operands, then launches the kernel on
 // XLA's stream.
 //
-// Tested by tests/test_new_op.py.
+// Tested by tests/ops/test_new_op.py.
 
 #include <cuda_runtime_api.h>
 

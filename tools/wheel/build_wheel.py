@@ -116,7 +116,9 @@ def main(argv: list[str]) -> int:
     ).encode()
     contents[f"{info}/WHEEL"] = metadata.wheel(tag).encode()
     contents[f"{info}/entry_points.txt"] = metadata.ENTRY_POINTS.encode()
-    contents[f"{info}/top_level.txt"] = f"{metadata.NAME}\n".encode()
+    contents[f"{info}/top_level.txt"] = "".join(
+        f"{name}\n" for name in metadata.TOP_LEVEL
+    ).encode()
     for path in args.license:
         contents[f"{info}/licenses/{path.name}"] = path.read_bytes()
 

@@ -1,7 +1,7 @@
 """Reads what a shared object needs at run time, for the wheel's platform tag.
 
 Only the few parts of ELF64 little-endian that say which libraries and which
-versions of their symbols are needed. Tested by tests/test_wheel.py, which
+versions of their symbols are needed. Tested by tests/tools/test_wheel.py, which
 compares the tag with auditwheel's.
 """
 

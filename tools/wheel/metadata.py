@@ -1,6 +1,8 @@
 """What the wheel says of itself: METADATA, WHEEL and entry points."""
 
 NAME = "xla_ops"
+# What an installation adds to sys.path's folder.
+TOP_LEVEL = (NAME, "xla_ops_pjrt")
 SUMMARY = "CUDA kernels inside PyTorch/XLA graphs, as typed-FFI custom calls"
 
 REQUIRES = ["torch==2.9.0", "torch_xla==2.9.0"]
@@ -16,11 +18,11 @@ EXTRAS = {
 # by its name here.
 ENTRY_POINTS = """\
 [torch_dynamo_backends]
-xla_ops = xla_ops.dynamo:backend
+xla_ops = xla_ops.programs.backend:backend
 
 [torch_xla.plugins]
-CUDA = xla_ops.plugin:GpuPlugin
-GPU = xla_ops.plugin:GpuPlugin
+CUDA = xla_ops_pjrt:GpuPlugin
+GPU = xla_ops_pjrt:GpuPlugin
 """
 
 CLASSIFIERS = [

@@ -5,13 +5,17 @@ which is read from the binaries when they are there. The interpreter is the one
 that the wheel is for, given by path, so that packing needs no environment.
 """
 
-# Where the sources of the Python package lie.
+# Where the sources of the Python package lie; a module beside it in the tree is
+# one beside it in the installation.
 _PACKAGE = "xla_ops/py/"
+_BESIDE = "xla_ops/"
 
 def _destination(file):
     path = file.short_path
     if not path.startswith(_PACKAGE):
-        fail("srcs must lie in %s, got %s" % (_PACKAGE, path))
+        if path.startswith(_BESIDE) and "/" not in path[len(_BESIDE):]:
+            return path[len(_BESIDE):]
+        fail("srcs must lie in %s or %s, got %s" % (_PACKAGE, _BESIDE, path))
     return "xla_ops/" + path[len(_PACKAGE):]
 
 def _wheel_impl(ctx):

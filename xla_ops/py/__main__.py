@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from . import doctor
+from .doctor import diagnose
 
 
 def main(argv: list[str]) -> int:
     """Runs a command; returns the exit status."""
     if argv[:1] == ["doctor"]:
-        return doctor.main(argv[1:])
+        return diagnose.main(argv[1:])
     print(
         "usage: python -m xla_ops doctor [--json]\n\n"
         "doctor: says what is installed, what works here, and how to mend the rest",

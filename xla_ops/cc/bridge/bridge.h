@@ -9,7 +9,7 @@
 //
 // The functions below are what the library exports, all in C.
 //
-// Tested by tests/test_plugin.py.
+// Tested by tests/gpu/test_bridge.py.
 
 #ifndef XLA_OPS_CC_BRIDGE_BRIDGE_H_
 #define XLA_OPS_CC_BRIDGE_BRIDGE_H_

@@ -5,7 +5,7 @@
 // table instead, so that the reason comes back as an ordinary error of the
 // first call.
 //
-// Tested by tests/test_plugin.py.
+// Tested by tests/gpu/test_bridge.py.
 
 #ifndef XLA_OPS_CC_BRIDGE_FAILED_API_H_
 #define XLA_OPS_CC_BRIDGE_FAILED_API_H_

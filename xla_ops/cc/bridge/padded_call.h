@@ -12,7 +12,7 @@
 // PJRT_ExecuteOptions and PJRT_LoadOptions (of a function that torch_xla does
 // not know). PJRT_NamedValue arrays are not checked.
 //
-// Tested by tests/test_plugin.py, on a plugin that refuses short structs.
+// Tested by tests/gpu/test_bridge.py, on a plugin that refuses short structs.
 
 #ifndef XLA_OPS_CC_BRIDGE_PADDED_CALL_H_
 #define XLA_OPS_CC_BRIDGE_PADDED_CALL_H_

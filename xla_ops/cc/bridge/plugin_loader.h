@@ -1,7 +1,7 @@
 // Opens a PJRT plugin and checks that the bridge can work with it, without
 // creating a client (no device is touched).
 //
-// Tested by tests/test_plugin.py.
+// Tested by tests/gpu/test_bridge.py.
 
 #ifndef XLA_OPS_CC_BRIDGE_PLUGIN_LOADER_H_
 #define XLA_OPS_CC_BRIDGE_PLUGIN_LOADER_H_

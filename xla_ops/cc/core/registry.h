@@ -9,7 +9,7 @@
 //                                     xla_ops_rms_norm_cpu}})
 //
 // Plain C layout: the loader may be built by another compiler.
-// Tested by xla_ops/cc/core/call_frame_test.cc and tests/test_conformance.py.
+// Tested by xla_ops/cc/core/call_frame_test.cc and tests/ops/test_conformance.py.
 
 #ifndef XLA_OPS_CC_CORE_REGISTRY_H_
 #define XLA_OPS_CC_CORE_REGISTRY_H_

@@ -7,7 +7,7 @@
 // xla_ops/cc/core/registry.h; this file does not include it, so that every op
 // library can link this one.
 //
-// Tested by tests/test_conformance.py and tests/test_wheel.py.
+// Tested by tests/ops/test_conformance.py and tests/tools/test_wheel.py.
 
 #include <cuda_runtime_api.h>
 

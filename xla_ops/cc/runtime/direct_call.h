@@ -1,7 +1,7 @@
 // Runs a loaded handler on memory given by address, without XLA: for torch CPU
 // and CUDA tensors.
 //
-// Tested by tests/test_runtime.py.
+// Tested by tests/core/test_runtime.py.
 
 #ifndef XLA_OPS_CC_RUNTIME_DIRECT_CALL_H_
 #define XLA_OPS_CC_RUNTIME_DIRECT_CALL_H_

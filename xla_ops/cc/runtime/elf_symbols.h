@@ -9,7 +9,7 @@
 //   std::string error = FindElfSymbols("/path/lib.so", {"f", "g"}, &symbols);
 //   if (error.empty()) uint64_t offset = symbols["f"].value;
 //
-// Tested by tests/test_runtime.py.
+// Tested by tests/core/test_runtime.py.
 
 #ifndef XLA_OPS_CC_RUNTIME_ELF_SYMBOLS_H_
 #define XLA_OPS_CC_RUNTIME_ELF_SYMBOLS_H_

@@ -3,7 +3,7 @@
 // the files beside this one. No function needs the GIL once its arguments are
 // read.
 //
-// Tested by tests/test_runtime.py.
+// Tested by tests/core/test_runtime.py.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

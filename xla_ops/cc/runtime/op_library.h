@@ -4,7 +4,7 @@
 // (core/registry.h). It is loaded once and never unloaded, since XLA keeps
 // pointers into it. All functions may be called from any thread.
 //
-// Tested by tests/test_runtime.py.
+// Tested by tests/core/test_runtime.py.
 
 #ifndef XLA_OPS_CC_RUNTIME_OP_LIBRARY_H_
 #define XLA_OPS_CC_RUNTIME_OP_LIBRARY_H_

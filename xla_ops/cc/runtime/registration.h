@@ -7,7 +7,7 @@
 // Handlers have to be registered before the first program that calls them is
 // compiled; how often and from which thread does not matter.
 //
-// Tested by tests/test_runtime.py and tests/test_plugin.py.
+// Tested by tests/core/test_runtime.py and tests/gpu/test_registration.py.
 
 #ifndef XLA_OPS_CC_RUNTIME_REGISTRATION_H_
 #define XLA_OPS_CC_RUNTIME_REGISTRATION_H_

@@ -1,6 +1,6 @@
 // The threads that direct calls lend to CPU handlers.
 //
-// Tested by tests/test_runtime.py.
+// Tested by tests/core/test_runtime.py.
 
 #ifndef XLA_OPS_CC_RUNTIME_THREAD_POOL_H_
 #define XLA_OPS_CC_RUNTIME_THREAD_POOL_H_

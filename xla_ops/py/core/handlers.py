@@ -8,16 +8,15 @@ never meets an XLA tensor pays nothing.
 from __future__ import annotations
 
 import functools
-import pathlib
 import threading
 import warnings
 
-from .. import _runtime, plugin
+from .. import _runtime
+from .paths import LIB, bridge_path
 
 HOST = "Host"
 CUDA = "CUDA"
 
-_LIB = pathlib.Path(__file__).parent.parent / "lib"
 _SUFFIX = {HOST: "cpu", CUDA: "cuda"}
 _lock = threading.Lock()
 _unavailable: dict[str, str] = {}
@@ -40,7 +39,7 @@ def load(platform: str) -> frozenset[str]:
     with _lock:
         return frozenset(
             target
-            for path in sorted(_LIB.glob(f"libxla_ops_*_{_SUFFIX[platform]}.so"))
+            for path in sorted(LIB.glob(f"libxla_ops_*_{_SUFFIX[platform]}.so"))
             for target, found in _runtime.load_library(str(path))
             if found == platform
         )
@@ -72,7 +71,7 @@ def registered_targets(platform: str) -> frozenset[str]:
 
                 _runtime.register_cpu(_XLAC.__file__)
             else:
-                _runtime.register_gpu(plugin.bridge_path())
+                _runtime.register_gpu(bridge_path())
     except (OSError, RuntimeError) as error:
         _unavailable[platform] = str(error)
         return frozenset()

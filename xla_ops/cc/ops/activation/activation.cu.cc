@@ -3,7 +3,7 @@
 // where they do not, and writes one vector.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_activation.py.
+// tests/ops/test_activation.py.
 
 #include "xla_ops/cc/ops/activation/activation.h"
 

@@ -20,7 +20,7 @@
 //   results  out   [..., size]      input's dtype; e4m3fn when quantised
 // Leading dimensions are flattened to num_tokens; either may be zero.
 //
-// Tested by activation_test.cc and tests/test_activation.py.
+// Tested by activation_test.cc and tests/ops/test_activation.py.
 
 #ifndef XLA_OPS_CC_OPS_ACTIVATION_ACTIVATION_H_
 #define XLA_OPS_CC_OPS_ACTIVATION_ACTIVATION_H_

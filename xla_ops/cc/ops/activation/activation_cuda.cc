@@ -2,7 +2,7 @@
 // kernel on XLA's stream.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_activation.py.
+// tests/ops/test_activation.py.
 
 #include <cuda_runtime_api.h>
 

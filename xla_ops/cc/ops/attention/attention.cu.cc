@@ -9,8 +9,8 @@
 //   attention_tiles.cuh    tiles and addresses; attention_rows.cuh: rows
 //   attention_fp8.cu.cc    compiles the kernels for 8-bit keys and values
 //
-// Tested by tests/gpu/check_kernels.py, tests/test_paged_attention.py and
-// tests/test_flash_attn_varlen.py.
+// Tested by tests/gpu/check_kernels.py, tests/ops/test_paged_attention.py and
+// tests/ops/test_flash_attn_varlen.py.
 
 #include "xla_ops/cc/ops/attention/attention.h"
 

@@ -78,8 +78,8 @@
 // num_heads % num_kv_heads == 0; any page_size. CUDA: no more rows (token,
 // head), sequences and KV heads than kAttentionMax... below.
 //
-// Tested by attention*_test.cc, tests/test_paged_attention.py and
-// tests/test_flash_attn_varlen.py.
+// Tested by attention*_test.cc, tests/ops/test_paged_attention.py and
+// tests/ops/test_flash_attn_varlen.py.
 
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_H_
 #define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_H_

@@ -2,8 +2,8 @@
 // first execute a call while it captures a CUDA graph, when code must not be
 // loaded any more; `execute` checks operands and launches.
 //
-// Tested by tests/gpu/check_kernels.py, tests/test_paged_attention.py and
-// tests/test_flash_attn_varlen.py.
+// Tested by tests/gpu/check_kernels.py, tests/ops/test_paged_attention.py and
+// tests/ops/test_flash_attn_varlen.py.
 
 #include <cuda_runtime_api.h>
 

@@ -10,7 +10,7 @@
 // them the search reads the mapping once a thread block, from the L2 cache.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_copy_blocks.py.
+// tests/ops/test_copy_blocks.py.
 
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
 

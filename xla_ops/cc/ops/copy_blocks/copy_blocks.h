@@ -24,7 +24,7 @@
 // dense block is [1, 1, its size]. Distinct blocks must not overlap.
 // Where the result is not aliased (no caller of ours) it is copied first.
 //
-// Tested by copy_blocks_test.cc and tests/test_copy_blocks.py.
+// Tested by copy_blocks_test.cc and tests/ops/test_copy_blocks.py.
 
 #ifndef XLA_OPS_CC_OPS_COPY_BLOCKS_COPY_BLOCKS_H_
 #define XLA_OPS_CC_OPS_COPY_BLOCKS_COPY_BLOCKS_H_

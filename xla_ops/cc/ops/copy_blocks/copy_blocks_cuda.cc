@@ -2,7 +2,7 @@
 // on XLA's stream.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_copy_blocks.py.
+// tests/ops/test_copy_blocks.py.
 
 #include <cuda_runtime_api.h>
 

@@ -5,7 +5,7 @@
 // PerTokenFp8QuantKernel             a scale a row, the row read once where
 //                                    it fits in registers (device/row.cuh)
 //
-// Tested by tests/test_fp8_quant.py.
+// Tested by tests/ops/test_fp8_quant.py.
 
 #include "xla_ops/cc/ops/fp8_quant/fp8_quant.h"
 

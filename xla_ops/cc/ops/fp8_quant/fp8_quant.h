@@ -24,7 +24,7 @@
 //     results  out, scale [num_tokens, 1] fp32
 // Leading dimensions are flattened to num_tokens; any may be zero.
 //
-// Tested by fp8_quant_test.cc and tests/test_fp8_quant.py.
+// Tested by fp8_quant_test.cc and tests/ops/test_fp8_quant.py.
 
 #ifndef XLA_OPS_CC_OPS_FP8_QUANT_FP8_QUANT_H_
 #define XLA_OPS_CC_OPS_FP8_QUANT_FP8_QUANT_H_

@@ -1,7 +1,7 @@
 // The CUDA handlers of fp8_quant: each checks its operands, then launches on
 // XLA's stream.
 //
-// Tested by tests/test_fp8_quant.py.
+// Tested by tests/ops/test_fp8_quant.py.
 
 #include <cuda_runtime_api.h>
 

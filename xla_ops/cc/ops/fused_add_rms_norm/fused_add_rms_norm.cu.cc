@@ -1,7 +1,7 @@
 // Residual addition and RMSNorm on CUDA. Bound by memory: two rows are read
 // and two written, once each where a row fits in registers (device/row.cuh).
 //
-// Tested by tests/test_fused_add_rms_norm.py.
+// Tested by tests/ops/test_fused_add_rms_norm.py.
 
 #include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm.h"
 

@@ -1,7 +1,7 @@
 // The CUDA handler of fused_add_rms_norm: checks operands, then launches the
 // kernel on XLA's stream.
 //
-// Tested by tests/test_fused_add_rms_norm.py.
+// Tested by tests/ops/test_fused_add_rms_norm.py.
 
 #include <cuda_runtime_api.h>
 

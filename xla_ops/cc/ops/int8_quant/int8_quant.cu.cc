@@ -4,7 +4,7 @@
 // DynamicInt8QuantKernel             a scale a row, the row read once where
 //                                    it fits in registers (device/row.cuh)
 //
-// Tested by tests/test_int8_quant.py.
+// Tested by tests/ops/test_int8_quant.py.
 
 #include "xla_ops/cc/ops/int8_quant/int8_quant.h"
 

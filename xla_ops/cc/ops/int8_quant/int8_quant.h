@@ -29,7 +29,7 @@
 //            dynamic azp: azp [num_tokens, 1] int32
 // Leading dimensions are flattened to num_tokens; any may be zero.
 //
-// Tested by int8_quant_test.cc and tests/test_int8_quant.py.
+// Tested by int8_quant_test.cc and tests/ops/test_int8_quant.py.
 
 #ifndef XLA_OPS_CC_OPS_INT8_QUANT_INT8_QUANT_H_
 #define XLA_OPS_CC_OPS_INT8_QUANT_INT8_QUANT_H_

@@ -1,7 +1,7 @@
 // The CUDA handlers of int8_quant: each checks its operands, then launches
 // on XLA's stream.
 //
-// Tested by tests/test_int8_quant.py.
+// Tested by tests/ops/test_int8_quant.py.
 
 #include <cuda_runtime_api.h>
 

@@ -3,7 +3,7 @@
 // element where they do not, and computes its head's weights itself.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_merge_attn_states.py.
+// tests/ops/test_merge_attn_states.py.
 
 #include "xla_ops/cc/ops/merge_attn_states/merge_attn_states.h"
 

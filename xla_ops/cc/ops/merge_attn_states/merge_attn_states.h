@@ -23,7 +23,7 @@
 // Source: section 2.2 of Ye et al., "FlashInfer: Efficient and Customizable
 // Attention Engine for LLM Inference Serving", 2025.
 //
-// Tested by merge_attn_states_test.cc and tests/test_merge_attn_states.py.
+// Tested by merge_attn_states_test.cc and tests/ops/test_merge_attn_states.py.
 
 #ifndef XLA_OPS_CC_OPS_MERGE_ATTN_STATES_MERGE_ATTN_STATES_H_
 #define XLA_OPS_CC_OPS_MERGE_ATTN_STATES_MERGE_ATTN_STATES_H_

@@ -2,7 +2,7 @@
 // kernel on XLA's stream.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_merge_attn_states.py.
+// tests/ops/test_merge_attn_states.py.
 
 #include <cuda_runtime_api.h>
 

@@ -6,7 +6,7 @@
 // and values, so that each thread has two independent loads in flight.
 //
 // Tested by tests/gpu/check_kernels.py and
-// tests/test_reshape_and_cache_flash.py.
+// tests/ops/test_reshape_and_cache_flash.py.
 
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
 

@@ -42,7 +42,7 @@
 // Where a result is not aliased (no caller of ours) it is copied first.
 //
 // Tested by reshape_and_cache_flash_test.cc and
-// tests/test_reshape_and_cache_flash.py.
+// tests/ops/test_reshape_and_cache_flash.py.
 
 #ifndef XLA_OPS_CC_OPS_RESHAPE_AND_CACHE_FLASH_RESHAPE_AND_CACHE_FLASH_H_
 #define XLA_OPS_CC_OPS_RESHAPE_AND_CACHE_FLASH_RESHAPE_AND_CACHE_FLASH_H_

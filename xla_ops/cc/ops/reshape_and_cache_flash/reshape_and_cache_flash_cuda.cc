@@ -2,7 +2,7 @@
 // their operands and share one kernel.
 //
 // Tested by tests/gpu/check_kernels.py and
-// tests/test_reshape_and_cache_flash.py.
+// tests/ops/test_reshape_and_cache_flash.py.
 
 #include <cuda_runtime_api.h>
 

@@ -1,7 +1,7 @@
 // RMSNorm on CUDA. Bound by memory: a row is read once, where it fits in
 // registers (device/row.cuh), and written once.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_rms_norm.py.
+// Tested by tests/gpu/check_kernels.py and tests/ops/test_rms_norm.py.
 
 #include "xla_ops/cc/ops/rms_norm/rms_norm.h"
 

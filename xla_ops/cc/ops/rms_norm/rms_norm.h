@@ -11,7 +11,7 @@
 //   attrs    eps    f32, > 0
 // Leading dimensions are flattened to num_tokens; either may be zero.
 //
-// Tested by rms_norm_test.cc and tests/test_rms_norm.py.
+// Tested by rms_norm_test.cc and tests/ops/test_rms_norm.py.
 
 #ifndef XLA_OPS_CC_OPS_RMS_NORM_RMS_NORM_H_
 #define XLA_OPS_CC_OPS_RMS_NORM_RMS_NORM_H_

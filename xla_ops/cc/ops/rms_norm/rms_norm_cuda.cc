@@ -1,7 +1,7 @@
 // The CUDA handler of rms_norm: checks operands, then launches the kernel on
 // XLA's stream.
 //
-// Tested by tests/gpu/check_kernels.py and tests/test_rms_norm.py.
+// Tested by tests/gpu/check_kernels.py and tests/ops/test_rms_norm.py.
 
 #include <cuda_runtime_api.h>
 

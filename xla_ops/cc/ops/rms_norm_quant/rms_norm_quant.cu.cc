@@ -2,7 +2,7 @@
 // where it fits in registers (device/row.cuh), and leaves as one byte an
 // element.
 //
-// Tested by tests/test_rms_norm_quant.py.
+// Tested by tests/ops/test_rms_norm_quant.py.
 
 #include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant.h"
 

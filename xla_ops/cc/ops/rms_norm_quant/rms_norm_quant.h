@@ -29,7 +29,7 @@
 // Leading dimensions are flattened to num_tokens; any may be zero.
 // `residual_out` may be `residual`'s buffer.
 //
-// Tested by rms_norm_quant_test.cc and tests/test_rms_norm_quant.py.
+// Tested by rms_norm_quant_test.cc and tests/ops/test_rms_norm_quant.py.
 
 #ifndef XLA_OPS_CC_OPS_RMS_NORM_QUANT_RMS_NORM_QUANT_H_
 #define XLA_OPS_CC_OPS_RMS_NORM_QUANT_RMS_NORM_QUANT_H_

@@ -1,7 +1,7 @@
 // The CUDA handlers of rms_norm_quant: four targets that differ in their
 // operands and share one launcher.
 //
-// Tested by tests/test_rms_norm_quant.py.
+// Tested by tests/ops/test_rms_norm_quant.py.
 
 #include <cuda_runtime_api.h>
 

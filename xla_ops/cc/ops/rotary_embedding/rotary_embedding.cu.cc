@@ -3,7 +3,7 @@
 // in place). Queries and keys share one launch.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_rotary_embedding.py.
+// tests/ops/test_rotary_embedding.py.
 
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding.h"
 

@@ -22,7 +22,7 @@
 // Target `xla_ops.rotary_embedding_one`: the same without key.
 // A result may lie in its argument's buffer.
 //
-// Tested by rotary_embedding_test.cc and tests/test_rotary_embedding.py.
+// Tested by rotary_embedding_test.cc and tests/ops/test_rotary_embedding.py.
 
 #ifndef XLA_OPS_CC_OPS_ROTARY_EMBEDDING_ROTARY_EMBEDDING_H_
 #define XLA_OPS_CC_OPS_ROTARY_EMBEDDING_ROTARY_EMBEDDING_H_

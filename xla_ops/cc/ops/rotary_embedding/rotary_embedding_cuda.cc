@@ -2,7 +2,7 @@
 // launch the kernel on XLA's stream.
 //
 // Tested by tests/gpu/check_elementwise.py and
-// tests/test_rotary_embedding.py.
+// tests/ops/test_rotary_embedding.py.
 
 #include <cuda_runtime_api.h>
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch.utils import _pytree as pytree
 
-from . import ops as _ops  # noqa: F401, defines torch.ops.xla_ops.*
+from .. import ops as _ops  # noqa: F401, defines torch.ops.xla_ops.*
 
 # Every lowering by op name, for register_lowerings.
 _registrars: dict[str, Callable[[], None]] = {}
@@ -239,3 +239,6 @@ register_copy_blocks_lowering = _lowering(
     namespace="_C_cache_ops",
     overload="default",
 )
+
+__all__ = ["register_lowerings"]
+__all__ += [register.__name__ for register in _registrars.values()]

@@ -15,7 +15,11 @@ import fakes
 import pytest
 
 import xla_ops
-from xla_ops import cuda_driver, doctor, plugin
+from xla_ops.core import paths
+from xla_ops.doctor import diagnose
+from xla_ops.gpu import check as gpu_check
+from xla_ops.gpu import discover
+from xla_ops.gpu import driver as cuda_driver
 
 
 def run(*arguments, **environ):
@@ -101,25 +105,25 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_driver, "_DRIVER_LIBRARY", str(driver))
     monkeypatch.setenv("FAKE_CUDA_INIT", "0")
     # Whatever this wheel was built for, on that machine its kernels run.
-    monkeypatch.setattr(plugin, "kernel_archs", lambda: {"op": "8.0 9.0"})
+    monkeypatch.setattr(gpu_check, "kernel_archs", lambda: {"op": "8.0 9.0"})
     calls = []
 
     def fake_call(report, device, environ):
         calls.append(device)
 
-    monkeypatch.setattr(doctor, "_check_call", fake_call)
+    monkeypatch.setattr(diagnose, "_check_call", fake_call)
 
-    def diagnose(device, devices="9.0", version="13000", **macros):
+    def run_doctor(device, devices="9.0", version="13000", **macros):
         fakes.copy(fakes.build("fake_pjrt_plugin", **macros), path)
-        monkeypatch.setenv(plugin.PLUGIN_VARIABLE, str(path))
+        monkeypatch.setenv(discover.PLUGIN_VARIABLE, str(path))
         monkeypatch.setenv("FAKE_CUDA_DEVICES", devices)
         monkeypatch.setenv("FAKE_CUDA_VERSION", version)
         calls.clear()
-        report = doctor.diagnose({**os.environ, "PJRT_DEVICE": device})
+        report = diagnose.diagnose({**os.environ, "PJRT_DEVICE": device})
         found = {c.name: c for c in report.checks if c.section == "GPU"}
         return report, found, list(calls)
 
-    return diagnose
+    return run_doctor
 
 
 def test_gpu_machine(machine):
@@ -149,12 +153,12 @@ def test_gpu_problem_names_its_fix(machine, device, setting, name, text, fix):
     assert check.status == ("FAIL" if asked else "note")
     assert report.healthy is not asked
     assert calls == ["CPU"]
-    assert check.fix.split()[0] in doctor.render(report)
+    assert check.fix.split()[0] in diagnose.render(report)
 
 
 def test_kernels_that_do_not_fit_the_gpu(machine, monkeypatch):
     monkeypatch.setattr(
-        plugin, "kernel_archs", lambda: {"libxla_ops_a_cuda.so": "8.0 9.0a"}
+        gpu_check, "kernel_archs", lambda: {"libxla_ops_a_cuda.so": "8.0 9.0a"}
     )
     report, found, _ = machine("GPU", devices="9.0,7.5")
     assert found["GPU 0"].status == "ok"
@@ -168,12 +172,12 @@ def failing_interpreter(tmp_path, monkeypatch, script):
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
-    monkeypatch.setattr(doctor.sys, "executable", str(path))
+    monkeypatch.setattr(diagnose.sys, "executable", str(path))
 
 
 def call_check(device="CPU"):
-    report = doctor.Report(device)
-    doctor._check_call(report, device, dict(os.environ))
+    report = diagnose.Report(device)
+    diagnose._check_call(report, device, dict(os.environ))
     return report.checks[-1]
 
 
@@ -185,7 +189,7 @@ def test_client_that_aborts_is_reported(tmp_path, monkeypatch):
 
 def test_client_that_hangs_is_reported(tmp_path, monkeypatch):
     failing_interpreter(tmp_path, monkeypatch, "exec sleep 60")
-    monkeypatch.setattr(doctor, "_CALL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(diagnose, "_CALL_TIMEOUT_S", 0.2)
     assert "no answer in 0.2 s" in call_check("GPU").text
 
 
@@ -230,7 +234,7 @@ def test_device_names_that_xla_ops_does_not_serve(machine, device, status, verdi
     (check,) = [c for c in report.checks if c.name == "PJRT_DEVICE"]
     assert check.status == status
     assert check.fix == (f"PJRT_DEVICE={device.upper()}" if status == "FAIL" else "")
-    assert verdict in doctor.render(report)
+    assert verdict in diagnose.render(report)
 
 
 def test_an_empty_device_is_the_cpu(machine):
@@ -238,20 +242,20 @@ def test_an_empty_device_is_the_cpu(machine):
 
 
 def test_wrong_torch_xla_is_not_healthy(monkeypatch):
-    real = doctor._version
+    real = diagnose._version
     monkeypatch.setattr(
-        doctor, "_version", lambda name: "2.8.0" if name == "torch_xla" else real(name)
+        diagnose, "_version", lambda name: "2.8.0" if name == "torch_xla" else real(name)
     )
-    report = doctor.Report("CPU")
-    doctor._check_versions(report)
+    report = diagnose.Report("CPU")
+    diagnose._check_versions(report)
     (check,) = [c for c in report.checks if c.status == "FAIL"]
     assert check.name == "torch_xla" and "pip install torch_xla==2.9.0" in check.fix
 
 
 def test_missing_op_libraries_are_not_healthy(monkeypatch, tmp_path):
-    monkeypatch.setattr(plugin, "__file__", str(tmp_path / "plugin.py"))
-    report = doctor.Report("CPU")
-    doctor._check_libraries(report)
+    monkeypatch.setattr(paths, "LIB", tmp_path / "lib")
+    report = diagnose.Report("CPU")
+    diagnose._check_libraries(report)
     (check,) = [c for c in report.checks if c.status == "FAIL"]
     assert check.text == f"none in {tmp_path / 'lib'}"
 
@@ -260,9 +264,9 @@ def test_broken_op_library_is_not_healthy(monkeypatch, tmp_path):
     (tmp_path / "lib").mkdir()
     broken = pathlib.Path(tmp_path / "lib" / "libxla_ops_broken_cpu.so")
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(plugin, "__file__", str(tmp_path / "plugin.py"))
-    report = doctor.Report("CPU")
-    doctor._check_libraries(report)
+    monkeypatch.setattr(paths, "LIB", tmp_path / "lib")
+    report = diagnose.Report("CPU")
+    diagnose._check_libraries(report)
     assert any(
         c.status == "FAIL" and c.name == broken.name and str(broken) in c.text
         for c in report.checks

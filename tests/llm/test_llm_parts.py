@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "llm"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "llm"))
 
 from hlo import Program, copies_of, step_programs  # noqa: E402
 from kv_cache import BlockAllocator, blocks_for  # noqa: E402

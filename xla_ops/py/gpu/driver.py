@@ -4,7 +4,7 @@ Everything goes through ctypes on the driver's own libraries, so that it works
 where no CUDA toolkit and no GPU build of torch is installed. `query` calls cuInit,
 which a later fork() does not survive; `count` uses NVML, which does.
 
-Tested by tests/test_plugin.py.
+Tested by tests/gpu/test_check.py.
 """
 
 from __future__ import annotations

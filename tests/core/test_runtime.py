@@ -1,7 +1,7 @@
 """xla_ops._runtime: op libraries, ELF symbols, direct calls, CPU registration.
 
 The libraries under test are the wheel's own and fakes built on the spot (fakes.py).
-Registration with a GPU plugin is in test_plugin.py.
+Registration with a GPU plugin is in tests/gpu/test_registration.py.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ NEW = [
     *(f"{FOLDER}/{NAME}{end}" for end in (".h", "_checks.h", "_launch.h", ".cc")),
     *(f"{FOLDER}/{NAME}{end}" for end in ("_cpu.cc", "_cuda.cc", ".cu.cc", "_test.cc")),
     f"xla_ops/py/ops/{NAME}.py",
-    f"tests/test_{NAME}.py",
+    f"tests/ops/test_{NAME}.py",
 ]
-SHARED = ["xla_ops/ops.bzl", "xla_ops/py/ops/__init__.py", "tests/test_conformance.py"]
+SHARED = ["xla_ops/ops.bzl", "xla_ops/py/ops/__init__.py", "tests/ops/test_conformance.py"]
 # .../include/xla/ffi/api/ffi.h
 FFI = pathlib.Path(os.environ["XLA_OPS_TEST_FFI_HEADER"]).absolute().parents[3]
 # As tools/build_defs/cc.bzl has it, but without optimisation, which takes the longest.
@@ -123,8 +123,8 @@ def test_python_tests_pass(scaffolded, tmp_path):
     for module in (f"{NAME}.py", "__init__.py"):
         shutil.copy(scaffolded / "xla_ops/py/ops" / module, package / "ops" / module)
 
-    tests = scaffolded / "tests"
-    path = os.pathsep.join([str(tmp_path / "site"), str(tests)])
+    tests = scaffolded / "tests/ops"
+    path = os.pathsep.join([str(tmp_path / "site"), str(scaffolded / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "PJRT_DEVICE": "CPU"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rfEs"]

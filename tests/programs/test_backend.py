@@ -1,6 +1,6 @@
 """The Dynamo backend "xla_ops": openxla's results in all cases, with fewer copies.
 
-tests/test_in_place.py runs through it too, as the path "dispatched".
+tests/core/test_in_place.py runs through it too, as the path "dispatched".
 """
 
 import gc
@@ -18,9 +18,9 @@ import torch_xla
 import torch_xla.debug.metrics as met
 import xla_ops
 from torch_xla._dynamo import dynamo_bridge
-from xla_ops import dynamo
+from xla_ops.programs import backend as backend_module
 
-sys.path.insert(0, str(File(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(File(__file__).resolve().parents[2] / "benchmarks"))
 
 BACKENDS = pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
 
@@ -168,7 +168,7 @@ def test_threads_extract_a_program_once(monkeypatch):
 
     monkeypatch.setattr(dynamo_bridge, "extract_compiled_graph", extract)
     module = torch.fx.symbolic_trace(lambda t: (t + 1,))
-    forward, results = dynamo._compile(module, None), []
+    forward, results = backend_module._compile(module, None), []
     threads = [
         threading.Thread(target=lambda: results.append(forward([torch.ones(1)])))
         for _ in range(2)

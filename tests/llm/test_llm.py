@@ -16,7 +16,7 @@ import torch_xla.runtime as xr
 from torch_xla.backends import set_mat_mul_precision
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-LLM = Path(__file__).resolve().parents[1] / "examples" / "llm"
+LLM = Path(__file__).resolve().parents[2] / "examples" / "llm"
 sys.path.insert(0, str(LLM))
 
 import weights  # noqa: E402

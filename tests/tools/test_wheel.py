@@ -172,9 +172,9 @@ def test_metadata_pins_the_frameworks_and_names_the_entry_points():
         (point.group, point.name): point.value for point in distribution.entry_points
     }
     assert points == {
-        ("torch_dynamo_backends", "xla_ops"): "xla_ops.dynamo:backend",
-        ("torch_xla.plugins", "CUDA"): "xla_ops.plugin:GpuPlugin",
-        ("torch_xla.plugins", "GPU"): "xla_ops.plugin:GpuPlugin",
+        ("torch_dynamo_backends", "xla_ops"): "xla_ops.programs.backend:backend",
+        ("torch_xla.plugins", "CUDA"): "xla_ops_pjrt:GpuPlugin",
+        ("torch_xla.plugins", "GPU"): "xla_ops_pjrt:GpuPlugin",
     }
 
 

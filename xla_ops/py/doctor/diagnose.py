@@ -6,7 +6,7 @@ client that cannot start may end its process. The exit status is 0 if the device
 PJRT_DEVICE asks for (the CPU, where it is not set) works: what is missing for a GPU is
 a failure only where a GPU was asked for.
 
-Tested by tests/test_doctor.py.
+Tested by tests/gpu/test_doctor.py.
 """
 
 from __future__ import annotations
@@ -166,9 +166,11 @@ def _base(version: str | None) -> str:
 
 
 def _check_libraries(report: Report) -> None:
-    from . import _runtime, plugin
+    from .. import _runtime
+    from ..core import paths
 
-    folder = pathlib.Path(plugin.__file__).parent / "lib"
+    folder = paths.LIB
+
     libraries: dict[str, dict] = {}
     for path in sorted(folder.glob("libxla_ops_*.so")):
         if path.name == "libxla_ops_pjrt.so":
@@ -219,18 +221,19 @@ def _check_gpu(report: Report) -> bool:
 
 
 def _check_plugin(report: Report) -> pathlib.Path | None:
-    from . import _runtime, plugin
+    from .. import _runtime
+    from ..gpu import discover
 
     try:
-        path = plugin.find_plugin()
+        path = discover.find_plugin()
     except RuntimeError as error:
         report.facts["plugin"] = {"error": str(error)}
-        if plugin.installed_plugins() or os.environ.get(plugin.PLUGIN_VARIABLE):
+        if discover.installed_plugins() or os.environ.get(discover.PLUGIN_VARIABLE):
             report.gpu("plugin", False, *_split_fix(str(error)))
         else:
             fix = (
                 "pip install jax-cuda12-pjrt, or jax-cuda13-pjrt for drivers from 580"
-                f" (0.7.1 or newer); or set {plugin.PLUGIN_VARIABLE}"
+                f" (0.7.1 or newer); or set {discover.PLUGIN_VARIABLE}"
             )
             report.gpu("plugin", False, "no CUDA plugin of JAX is installed", fix)
         return None
@@ -239,7 +242,7 @@ def _check_plugin(report: Report) -> pathlib.Path | None:
     if info["error"]:
         report.gpu("plugin", False, *_split_fix(info["error"]))
         return None
-    report.gpu("plugin", True, plugin.describe_plugin(path))
+    report.gpu("plugin", True, discover.describe_plugin(path))
     good = info["custom_call"]
     report.gpu(
         "PJRT API",
@@ -252,7 +255,7 @@ def _check_plugin(report: Report) -> pathlib.Path | None:
 
 
 def _check_driver(report: Report, plugin_path: pathlib.Path | None) -> None:
-    from . import cuda_driver, plugin
+    from ..gpu import check, driver as cuda_driver
 
     try:
         driver = cuda_driver.query()
@@ -263,7 +266,7 @@ def _check_driver(report: Report, plugin_path: pathlib.Path | None) -> None:
     report.facts["driver"] = dataclasses.asdict(driver)
     cuda_version = ".".join(map(str, driver.cuda_version))
     report.gpu("driver", True, f"runs CUDA up to {cuda_version}")
-    archs = plugin.kernel_archs()
+    archs = check.kernel_archs()
     for device in driver.devices:
         capability = ".".join(map(str, device.capability))
         text = (
@@ -273,7 +276,7 @@ def _check_driver(report: Report, plugin_path: pathlib.Path | None) -> None:
         missing = sorted(
             name
             for name, built in archs.items()
-            if not plugin.runs_on(built, device.capability)
+            if not check.runs_on(built, device.capability)
         )
         if missing:
             text += f"; not built for it: {', '.join(missing)}"
@@ -286,7 +289,7 @@ def _check_driver(report: Report, plugin_path: pathlib.Path | None) -> None:
         )
     if plugin_path is not None:
         try:
-            plugin.check_machine(plugin_path)
+            check.check_machine(plugin_path)
         except (RuntimeError, ValueError) as error:
             text, fix = _split_fix(str(error))
             if not any(check.status != OK and check.name.startswith("GPU ")

@@ -32,7 +32,7 @@ import torch_xla.runtime as xr
 from torch._dynamo.backends.common import aot_autograd
 from torch_xla._dynamo import dynamo_bridge
 
-from .core import in_place
+from ..core import in_place
 
 # What torch_xla's _run_cached_graph says of an argument that is not computed yet.
 _PENDING = "can not be a pending ir"

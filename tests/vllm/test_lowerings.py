@@ -2,7 +2,7 @@
 
 Three ops are given, before the lowerings are registered, what vLLM's compiled libraries
 give them: a schema and kernels. The others are defined by the lowerings.
-tests/test_vllm_code.py does the same with vLLM's own Python code.
+tests/vllm/test_vllm_code.py does the same with vLLM's own Python code.
 """
 
 import pytest

@@ -1,0 +1,251 @@
+"""The bridge, on any machine: a fake (fakes.py) stands for JAX's CUDA plugin.
+
+The fake plugin claims to be newer than torch_xla: it refuses every argument struct that
+is not longer than torch_xla's, and any that is not zero where it is longer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+
+import fakes
+import pytest
+import xla_ops
+from xla_ops import _runtime
+
+BRIDGE = pathlib.Path(xla_ops.__file__).parent / "lib" / "libxla_ops_pjrt.so"
+
+# Positions in PJRT's function table.
+INITIALIZE, COMPILE, OPTIMIZED_PROGRAM, EXECUTE, AOT_COMPILE = 3, 20, 48, 55, 89
+SPECIAL = {0, 1, 2, 3, 10, 12, COMPILE, OPTIMIZED_PROGRAM, EXECUTE, 70, AOT_COMPILE}
+
+
+class Bridge:
+    """A bridge of its own (a copy of the library) and its function table."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.path = fakes.copy(BRIDGE, folder / "libxla_ops_pjrt.so")
+        self.library = ctypes.CDLL(str(self.path))
+        self.library.GetPjrtApi.restype = ctypes.c_void_p
+
+    def open(self, path) -> Bridge:
+        _runtime.open_plugin(str(self.path), str(path))
+        return self
+
+    @property
+    def table(self) -> list[int | None]:
+        address = self.library.GetPjrtApi()
+        size = ctypes.c_size_t.from_address(address).value
+        count = (size - 40) // 8
+        return list((ctypes.c_void_p * count).from_address(address + 40))
+
+    @property
+    def version(self) -> tuple[int, int]:
+        address = self.library.GetPjrtApi()
+        return tuple((ctypes.c_int * 2).from_address(address + 32))
+
+    def call(self, index: int, *fields: int) -> list[int]:
+        """Calls a function with the struct {size, null, *fields}; returns its words.
+
+        Raises RuntimeError with the error's text.
+        """
+        words = (ctypes.c_uint64 * (len(fields) + 2))(0, 0, *fields)
+        words[0] = ctypes.sizeof(words)
+        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self.table[index])
+        error = function(ctypes.addressof(words))
+        if error is not None:
+            raise RuntimeError(self.take_error(error))
+        assert words[0] == ctypes.sizeof(words)
+        return list(words)
+
+    def take_error(self, error: int) -> str:
+        void = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        message = (ctypes.c_uint64 * 5)(40, 0, error)
+        void(self.table[1])(ctypes.addressof(message))
+        text = ctypes.string_at(message[3], message[4]).decode()
+        assert self.call(2, error, 0)[3] & 0xFFFFFFFF in (3, 6, 9)
+        destroy = (ctypes.c_uint64 * 3)(24, 0, error)
+        void(self.table[0])(ctypes.addressof(destroy))
+        return text
+
+
+def struct(*fields: int):
+    """A nested PJRT struct {size, null, *fields}."""
+    words = (ctypes.c_uint64 * (len(fields) + 2))(0, 0, *fields)
+    words[0] = ctypes.sizeof(words)
+    return words
+
+
+@pytest.fixture
+def bridge(tmp_path):
+    return Bridge(tmp_path)
+
+
+@pytest.fixture
+def opened(bridge):
+    return bridge.open(fakes.build("fake_pjrt_plugin"))
+
+
+# ------------------------------------------------------------------ the bridge
+
+
+def test_every_function_is_forwarded_with_longer_structs(opened):
+    for index in set(range(160)) - SPECIAL:
+        words = opened.call(index, 7, 0)
+        assert words[2:] == [7, index * 1000 + 7]
+
+
+def test_the_fake_refuses_what_is_not_padded(opened):
+    # Past the functions that torch_xla knows the table is the plugin's own.
+    with pytest.raises(RuntimeError, match="expected 48, got 32"):
+        opened.call(180, 7, 0)
+
+
+def test_a_missing_function_stays_missing(opened):
+    assert opened.table[70] is None
+
+
+@pytest.mark.parametrize("words", [63, 64, 65, 100])
+def test_structs_as_long_as_the_padding_pass_unchanged(opened, words):
+    # The fake writes the size that it saw into the seventh word.
+    seen = opened.call(90, *[0] * (words - 2))[6]
+    assert seen == (512 if words < 64 else words * 8)
+
+
+def test_struct_shorter_than_its_head_is_left_to_the_plugin(opened):
+    function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(opened.table[90])
+    words = (ctypes.c_uint64 * 2)(8, 0)
+    assert "got 8" in opened.take_error(function(ctypes.addressof(words)))
+
+
+def test_platform_is_gpu(opened):
+    words = opened.call(12, 0, 0, 0)
+    assert ctypes.string_at(words[3], words[4]) == b"gpu"
+
+
+def test_initialize(opened):
+    opened.call(INITIALIZE)
+
+
+@pytest.mark.parametrize(("index", "fields"), [(COMPILE, 5), (AOT_COMPILE, 6)])
+def test_program_is_padded_too(opened, index, fields):
+    program = struct(0, 77, 0, 0)
+    words = opened.call(index, 0, ctypes.addressof(program), *[0] * (fields - 2))
+    assert words[3] == ctypes.addressof(program)
+    assert words[-1] == 77
+
+
+def test_answer_in_the_program_is_copied_back(opened):
+    program = struct(0, 0, 0, 0)
+    words = opened.call(OPTIMIZED_PROGRAM, 0, ctypes.addressof(program))
+    assert words[3] == ctypes.addressof(program)
+    assert list(program) == [48, 0, 0, 1234, 0, 0]
+
+
+def test_execute_options_are_padded_too(opened):
+    options = struct(0, 0, 0, 0, 42, 0, 0, 0)
+    words = opened.call(EXECUTE, 0, ctypes.addressof(options), *[0] * 6)
+    assert words[3] == ctypes.addressof(options)
+    assert words[9] == 42
+    assert options[0] == 80
+
+
+def test_error_texts_come_through(opened):
+    with pytest.raises(RuntimeError, match="fake plugin: no devices"):
+        opened.call(10, *[0] * 9)
+
+
+def test_head_of_the_table_is_the_plugins(opened):
+    assert opened.version == (0, 115)
+    assert len(opened.table) == 190
+
+
+def test_many_threads_call_at_once(opened):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(value):
+        return [opened.call(90 + i % 60, value, 0)[3] for i in range(200)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for value, answers in zip(range(32), pool.map(work, range(32)), strict=True):
+            assert answers == [(90 + i % 60) * 1000 + value for i in range(200)]
+
+
+def test_opening_the_same_plugin_again_is_fine(opened):
+    table = opened.library.GetPjrtApi()
+    opened.open(fakes.build("fake_pjrt_plugin"))
+    assert opened.library.GetPjrtApi() == table
+
+
+def test_a_second_plugin_in_one_process_raises(opened):
+    other = fakes.build("fake_pjrt_plugin", MINOR=80)
+    with pytest.raises(RuntimeError, match="this process uses .* already"):
+        opened.open(other)
+
+
+@pytest.mark.parametrize(
+    ("macros", "text"),
+    [
+        ({"MAJOR": 1, "MINOR": 3}, "speaks PJRT API 1.3, torch_xla needs major"),
+        ({"MINOR": 74}, r"speaks PJRT API 0.74, torch_xla needs 0.75 or newer"),
+        ({"FUNCTIONS": 60}, "malformed: its function table has 60"),
+        ({"NULL_API": None}, "its GetPjrtApi failed"),
+    ],
+)
+def test_unusable_plugin(bridge, macros, text):
+    path = fakes.build("fake_pjrt_plugin", **macros)
+    with pytest.raises(RuntimeError, match=text) as info:
+        bridge.open(path)
+    assert str(path) in str(info.value)
+    # The framework's way in gives the same text as an error of its first call.
+    _runtime.fail_plugin(str(bridge.path), str(info.value))
+    with pytest.raises(RuntimeError, match=text):
+        bridge.call(INITIALIZE)
+
+
+@pytest.mark.parametrize("minor", [75, 76, 116, 900])
+def test_plugin_generations(bridge, minor):
+    path = fakes.build("fake_pjrt_plugin", MINOR=minor)
+    assert bridge.open(path).version == (0, minor)
+
+
+def test_not_a_plugin(bridge):
+    with pytest.raises(RuntimeError, match="does not export GetPjrtApi"):
+        bridge.open(fakes.build("fake_ops"))
+    with pytest.raises(RuntimeError, match="cannot be loaded: /no/such.so: cannot"):
+        bridge.open("/no/such.so")
+
+
+def test_without_a_plugin_every_function_fails(bridge, monkeypatch):
+    monkeypatch.delenv("XLA_OPS_PJRT_PLUGIN", raising=False)
+    assert len(bridge.table) >= 115
+    for index in range(3, len(bridge.table)):
+        with pytest.raises(RuntimeError, match="no PJRT plugin to wrap"):
+            bridge.call(index, 0, 0)
+
+
+def test_plugin_named_by_the_environment_is_opened(bridge, monkeypatch):
+    path = fakes.build("fake_pjrt_plugin")
+    monkeypatch.setenv("XLA_OPS_PJRT_PLUGIN", str(path))
+    assert bridge.version == (0, 115)
+
+
+def test_find_plugin_info():
+    path = str(fakes.build("fake_pjrt_plugin"))
+    assert _runtime.find_plugin_info(path) == {
+        "path": path,
+        "error": "",
+        "major": 0,
+        "minor": 115,
+        "extensions": [4242, 0],
+        "custom_call": True,
+    }
+    info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", EXTENSION=0)))
+    assert (info["extensions"], info["custom_call"]) == ([4242], False)
+    info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", MAJOR=1)))
+    assert (info["major"], info["minor"]) == (1, 115)
+    assert "speaks PJRT API 1.115" in info["error"]
+    info = _runtime.find_plugin_info("/no/such.so")
+    assert (info["major"], info["custom_call"]) == (None, False)
+    assert "cannot be loaded" in info["error"]

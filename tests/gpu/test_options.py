@@ -1,0 +1,131 @@
+"""What the environment asks of the GPU client (gpu/options.py)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from xla_ops.gpu import options
+from xla_ops_pjrt import GpuPlugin
+
+BASE = {"platform_name": "gpu", "allocator": "default"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, {}),
+        ({"PJRT_ALLOCATOR_FRACTION": "0.5"}, {"memory_fraction": 0.5}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".25"}, {"memory_fraction": 0.25}),
+        (
+            {"PJRT_ALLOCATOR_FRACTION": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.1"},
+            {"memory_fraction": 1.0},
+        ),
+        (
+            {"PJRT_ALLOCATOR_FRACTION": "1.5", "TF_FORCE_UNIFIED_MEMORY": "1"},
+            {"memory_fraction": 1.5},
+        ),
+        ({"PJRT_ALLOCATOR_PREALLOCATE": "0"}, {"preallocate": False}),
+        ({"PJRT_ALLOCATOR_PREALLOCATE": "1"}, {"preallocate": True}),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, {"preallocate": False}),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "True"}, {"preallocate": True}),
+        ({"PJRT_ALLOCATOR_PREALLOCATE": ""}, {}),
+        ({"PJRT_ALLOCATOR_CUDA_ASYNC": "1"}, {"allocator": "cuda_async"}),
+        ({"PJRT_ALLOCATOR_CUDA_ASYNC": "0"}, {}),
+        ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, {"allocator": "platform"}),
+        ({"XLA_PYTHON_CLIENT_ALLOCATOR": "BFC"}, {"allocator": "bfc"}),
+        # torchrun: four processes on two hosts.
+        (
+            {
+                "LOCAL_RANK": "1",
+                "RANK": "3",
+                "LOCAL_WORLD_SIZE": "2",
+                "WORLD_SIZE": "4",
+            },
+            {"node_id": 3, "num_nodes": 4, "visible_devices": [1]},
+        ),
+        # xmp.spawn: two processes on this host.
+        (
+            {"PJRT_LOCAL_PROCESS_RANK": "1", "PJRT_LOCAL_PROCESS_COUNT": "2"},
+            {"node_id": 1, "num_nodes": 2, "visible_devices": [1]},
+        ),
+        # One process on each of two hosts uses all GPUs of its host.
+        (
+            {
+                "LOCAL_RANK": "0",
+                "RANK": "1",
+                "LOCAL_WORLD_SIZE": "1",
+                "WORLD_SIZE": "2",
+            },
+            {"node_id": 1, "num_nodes": 2},
+        ),
+        # The launcher shows each process its own GPU only.
+        (
+            {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5"},
+            {"node_id": 1, "num_nodes": 2, "visible_devices": [0]},
+        ),
+        (
+            {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5,6"},
+            {"node_id": 1, "num_nodes": 2, "visible_devices": [1]},
+        ),
+    ],
+)
+def test_client_options(environ, expected):
+    assert options.client_options(environ) == {**BASE, **expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PJRT_ALLOCATOR_FRACTION", "0"),
+        ("PJRT_ALLOCATOR_FRACTION", "1.5"),
+        ("PJRT_ALLOCATOR_FRACTION", "-1"),
+        ("PJRT_ALLOCATOR_FRACTION", "nan"),
+        ("PJRT_ALLOCATOR_FRACTION", "half"),
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", "2"),
+        ("PJRT_ALLOCATOR_PREALLOCATE", "maybe"),
+        ("XLA_PYTHON_CLIENT_PREALLOCATE", "2"),
+        ("PJRT_ALLOCATOR_CUDA_ASYNC", "cuda"),
+        ("XLA_PYTHON_CLIENT_ALLOCATOR", "arena"),
+        ("LOCAL_RANK", "one"),
+        ("RANK", "-1"),
+        ("WORLD_SIZE", "0"),
+        ("LOCAL_WORLD_SIZE", "1.0"),
+    ],
+)
+def test_wrong_value_raises_naming_the_variable(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got '{value}'$"):
+        options.client_options({name: value})
+
+
+def test_fewer_visible_gpus_than_processes_raises():
+    environ = {
+        "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "3",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+    }
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES must name a GPU for"):
+        options.client_options(environ)
+
+
+def test_coordinator_is_needed_by_several_processes(monkeypatch):
+    gpu = GpuPlugin()
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "PJRT_LOCAL_PROCESS_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert not gpu.requires_xla_coordinator()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert gpu.requires_xla_coordinator()
+    monkeypatch.setenv("WORLD_SIZE", "two")  # library_path reports it
+    assert not gpu.requires_xla_coordinator()
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("0,1,2", 3), ("GPU-3f", 1), ("", 1), ("-1", 1), ("0,-1,1", 1)],
+)
+def test_processes_of_spawn(monkeypatch, visible, count):
+    monkeypatch.delenv("GPU_NUM_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert GpuPlugin().physical_chip_count() == count
+    monkeypatch.setenv("GPU_NUM_DEVICES", "5")
+    assert GpuPlugin().physical_chip_count() == 5

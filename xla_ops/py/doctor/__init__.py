@@ -1,0 +1,1 @@
+"""`python -m xla_ops doctor`: what is installed, what works, how to mend the rest."""

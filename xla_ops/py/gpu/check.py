@@ -1,0 +1,107 @@
+"""Whether plugin, driver, GPUs and kernels go together.
+
+Tested by tests/gpu/test_check.py.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+from .. import _runtime
+from ..core.paths import LIB
+from . import discover, driver, options
+
+T = TypeVar("T")
+
+
+def check_machine(plugin: pathlib.Path) -> None:
+    """Checks the driver and the GPUs that this process is going to use.
+
+    Raises:
+      RuntimeError: no driver (driver.DriverError), a driver too old for
+        `plugin` or for the kernels, or a GPU that the kernels were not built for.
+    """
+    found = driver.query()
+    match = re.fullmatch(r"xla_cuda(\d+)", plugin.parent.name)
+    if match is not None and found.cuda_version[0] < int(match[1]):
+        have = ".".join(map(str, found.cuda_version))
+        raise RuntimeError(
+            f"the NVIDIA driver runs CUDA up to {have}, and"
+            f" {discover.describe_plugin(plugin)} needs CUDA {match[1]}: update the"
+            f" driver, or install jax-cuda{found.cuda_version[0]}-pjrt instead"
+        )
+    for library, version in kernel_cuda_versions().items():
+        if found.cuda_version[0] < version[0]:
+            have, needed = (
+                ".".join(map(str, v)) for v in (found.cuda_version, version)
+            )
+            raise RuntimeError(
+                f"the NVIDIA driver runs CUDA up to {have}, and the kernels of"
+                f" {library} were built with CUDA {needed}: update the driver, or run"
+                " on the CPU with PJRT_DEVICE=CPU"
+            )
+    used = options.client_options(os.environ).get("visible_devices")
+    for ordinal in used or ():
+        if ordinal >= len(found.devices):
+            raise RuntimeError(
+                f"this process is to use GPU {ordinal}, and {len(found.devices)} are"
+                " visible: start as many processes on a host as it has GPUs"
+            )
+    for device in found.devices:
+        if used is None or device.ordinal in used:
+            _check_kernels(device)
+
+
+def _of_kernels(describe: Callable[[str], T]) -> dict[str, T]:
+    """File name of each installed CUDA op library to what `describe` says of it."""
+    libraries = sorted(LIB.glob("libxla_ops_*_cuda.so"))
+    return {path.name: describe(str(path)) for path in libraries}
+
+
+def kernel_archs() -> dict[str, str]:
+    """File name of each installed CUDA op library to its architectures."""
+    return _of_kernels(_runtime.cuda_archs)
+
+
+def kernel_cuda_versions() -> dict[str, tuple[int, int]]:
+    """File name of each installed CUDA op library to its CUDA, as (13, 0)."""
+    versions = _of_kernels(_runtime.cuda_version)
+    return {k: (v // 1000, v % 1000 // 10) for k, v in versions.items()}
+
+
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether device code for `archs`, as "8.0 9.0a 12.0+PTX", runs on a GPU.
+
+    Code for 8.0 runs on 8.0 to 8.9; for 9.0a on 9.0 alone; for 10.0f on the family
+    10.x from 10.0 on; with +PTX on every later GPU too.
+    """
+    for arch in archs.replace(",", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            raise ValueError(f"malformed architecture {arch!r} in {archs!r}")
+        built = (int(match[1]), int(match[2]))
+        if match[3] == "a":
+            if capability == built:
+                return True
+        elif capability[0] == built[0] and capability >= built:
+            return True
+        if match[4] and not match[3] and capability >= built:
+            return True
+    return False
+
+
+def _check_kernels(device) -> None:
+    for library, archs in kernel_archs().items():
+        if runs_on(archs, device.capability):
+            continue
+        have = ".".join(map(str, device.capability))
+        raise RuntimeError(
+            f"GPU {device.ordinal} ({device.name}) has compute capability {have}, and"
+            f" the kernels of {library} were built for {archs}: build xla_ops with"
+            f" {have} among the architectures, or hide this GPU by"
+            " CUDA_VISIBLE_DEVICES, or run on the CPU with PJRT_DEVICE=CPU"
+        )

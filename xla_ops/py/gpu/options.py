@@ -1,0 +1,168 @@
+"""What the environment asks of the client and of xmp.spawn.
+
+Environment:
+  PJRT_DEVICE: GPU or CUDA, the same.
+  XLA_OPS_PJRT_PLUGIN: path of the xla_cuda_plugin.so to use. Default: the installed
+    one (jax-cuda12-pjrt or jax-cuda13-pjrt).
+  PJRT_ALLOCATOR_FRACTION, or XLA_PYTHON_CLIENT_MEM_FRACTION: share of the GPU's
+    memory for XLA. Default: XLA's, 0.75.
+  PJRT_ALLOCATOR_PREALLOCATE, or XLA_PYTHON_CLIENT_PREALLOCATE: take that share at
+    the start. Default: XLA's, true.
+  PJRT_ALLOCATOR_CUDA_ASYNC: true for the allocator of the CUDA driver. Or
+    XLA_PYTHON_CLIENT_ALLOCATOR: default, bfc, cuda_async or platform.
+  CUDA_VISIBLE_DEVICES: as for every CUDA program.
+  GPU_NUM_DEVICES: processes that xmp.spawn starts. Default: one a visible GPU.
+  LOCAL_RANK, RANK, LOCAL_WORLD_SIZE, WORLD_SIZE, MASTER_ADDR (torchrun) and
+    PJRT_LOCAL_PROCESS_RANK, PJRT_LOCAL_PROCESS_COUNT (xmp.spawn): one GPU a process.
+The names that begin with PJRT_ go before those that begin with XLA_PYTHON_.
+
+Tested by tests/gpu/test_options.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from . import driver
+
+_ALLOCATORS = ("default", "bfc", "cuda_async", "platform")
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+def process_count(environ: Mapping[str, str]) -> int:
+    """How many processes xmp.spawn starts: one a visible GPU.
+
+    Raises ValueError if GPU_NUM_DEVICES is set to anything but a positive integer.
+    """
+    number = _integer(environ, "GPU_NUM_DEVICES", None, minimum=1)
+    if number is not None:
+        return number
+    # Where there is no driver, the one process's client says so.
+    return max(driver.count() or 1, 1)
+
+
+class Ranks:
+    """This process's place, from torchrun's or torch_xla's variables."""
+
+    def __init__(self, environ: Mapping[str, str]):
+        def read(names: tuple[str, ...], default: int, minimum: int) -> int:
+            for name in names:
+                if name in environ:
+                    return _integer(environ, name, default, minimum)
+            return default
+
+        self.local_rank = read(("PJRT_LOCAL_PROCESS_RANK", "LOCAL_RANK"), 0, 0)
+        self.rank = read(("RANK",), self.local_rank, 0)
+        self.local_world_size = read(
+            ("PJRT_LOCAL_PROCESS_COUNT", "LOCAL_WORLD_SIZE"), 1, 1
+        )
+        self.world_size = read(("WORLD_SIZE",), self.local_world_size, 1)
+
+
+def client_options(environ: Mapping[str, str]) -> dict:
+    """The options of PJRT_Client_Create that `environ` asks for.
+
+    Options that it does not mention are left out, so XLA's defaults hold. Raises
+    ValueError naming the variable with a wrong value.
+    """
+    options: dict = {"platform_name": "gpu", "allocator": _allocator(environ)}
+    fraction = _fraction(
+        environ, ("PJRT_ALLOCATOR_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    )
+    if fraction is not None:
+        options["memory_fraction"] = fraction
+    preallocate = _boolean(
+        environ, ("PJRT_ALLOCATOR_PREALLOCATE", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    )
+    if preallocate is not None:
+        options["preallocate"] = preallocate
+    ranks = Ranks(environ)
+    if ranks.world_size > 1:
+        options["node_id"] = ranks.rank
+        options["num_nodes"] = ranks.world_size
+    if ranks.local_world_size > 1:
+        device = _device_of_process(environ, ranks)
+        options["visible_devices"] = [device]
+    return options
+
+
+def _device_of_process(environ: Mapping[str, str], ranks: Ranks) -> int:
+    """Which of the visible GPUs is this process's, where each has its own."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return ranks.local_rank
+    count = len(visible.split(","))
+    # Launchers such as Slurm show each process its own GPU only.
+    if count == 1:
+        return 0
+    if ranks.local_rank < count:
+        return ranks.local_rank
+    raise ValueError(
+        f"CUDA_VISIBLE_DEVICES must name a GPU for each of the"
+        f" {ranks.local_world_size} processes of this host, got {visible!r}"
+    )
+
+
+def _first(
+    environ: Mapping[str, str], names: tuple[str, ...]
+) -> tuple[str, str | None]:
+    """The first of `names` that is set and not empty, and its value."""
+    for name in names:
+        if environ.get(name, "").strip():
+            return name, environ[name].strip()
+    return names[0], None
+
+
+def _boolean(environ: Mapping[str, str], names: tuple[str, ...]) -> bool | None:
+    name, text = _first(environ, names)
+    if text is None:
+        return None
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise ValueError(f"{name} must be 1, 0, true or false, got {text!r}")
+
+
+def _fraction(environ: Mapping[str, str], names: tuple[str, ...]) -> float | None:
+    name, text = _first(environ, names)
+    if text is None:
+        return None
+    # With unified memory XLA may take more than the GPU has.
+    unified = environ.get("TF_FORCE_UNIFIED_MEMORY", "").lower() in _TRUE
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if 0 < value <= 1 or (unified and 1 < value < float("inf")):
+        return value
+    raise ValueError(f"{name} must be a number above 0 and at most 1, got {text!r}")
+
+
+def _integer(
+    environ: Mapping[str, str], name: str, default: int | None, minimum: int
+) -> int | None:
+    text = environ.get(name, "").strip()
+    if not text:
+        return default
+    if not re.fullmatch(r"\d+", text) or int(text) < minimum:
+        raise ValueError(
+            f"{name} must be an integer of at least {minimum}, got {text!r}"
+        )
+    return int(text)
+
+
+def _allocator(environ: Mapping[str, str]) -> str:
+    use_async = _boolean(environ, ("PJRT_ALLOCATOR_CUDA_ASYNC",))
+    if use_async is not None:
+        return "cuda_async" if use_async else "default"
+    name, text = _first(environ, ("XLA_PYTHON_CLIENT_ALLOCATOR",))
+    if text is None:
+        return "default"
+    if text.lower() not in _ALLOCATORS:
+        raise ValueError(
+            f"{name} must be one of {', '.join(_ALLOCATORS)}, got {text!r}"
+        )
+    return text.lower()
