@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.utils import _pytree as pytree
+
 import cases
 import peers
-import torch
 import worker
 from case import Case
 from timing import CpuTimer, CudaTimer, ceilings
-from torch.utils import _pytree as pytree
 
 # The operands of one measurement: enough that nothing is still in the L2 cache, and
 # enough calls that a replay is long against the clock's ticks.

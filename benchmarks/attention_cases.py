@@ -6,8 +6,9 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import peers
 import torch
+
+import peers
 import xla_ops
 from case import Case, Target
 

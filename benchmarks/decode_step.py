@@ -20,12 +20,13 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_dump_hlo_module_re=.*"
 )
 
-import alone  # noqa: E402
-import step  # noqa: E402
 import torch  # noqa: E402
 import torch_xla  # noqa: E402
 import torch_xla.core.xla_model as xm  # noqa: E402
 import torch_xla.runtime as xr  # noqa: E402
+
+import alone  # noqa: E402
+import step  # noqa: E402
 import worker  # noqa: E402
 import xla_dump  # noqa: E402
 import xla_ops  # noqa: E402

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import peers
 import torch
 import torch.nn.functional as F
+
+import peers
 import xla_ops
 from case import Case, Target
 from xla_ops.core.op import OPS

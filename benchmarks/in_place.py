@@ -20,6 +20,7 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
+
 import xla_ops
 
 PAGE, HEADS, DIM, SEQS = 16, 8, 128, 64
@@ -105,9 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument(
-        "--kinds", nargs="+", default=["stacked", "separate", "stock"]
-    )
+    parser.add_argument("--kinds", nargs="+", default=["stacked", "separate", "stock"])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[64, 2048])
     args = parser.parse_args()
     rows = []

@@ -57,10 +57,11 @@ def device_kind() -> str:
 
 def measure(way: str, compiled: bool, num_blocks: int, dump: pathlib.Path) -> dict:
     """Times one way; the fields it returns belong to a row of the table."""
-    import common
     import torch
     import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as met
+
+    import common
 
     module = importlib.import_module(way)
     torch._dynamo.reset()

@@ -16,16 +16,17 @@ import statistics
 import time
 from collections.abc import Callable
 
-import alone
-import cases
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
+from torch.utils import _pytree as pytree
+
+import alone
+import cases
 import worker
 from case import Case
 from timing import spread
-from torch.utils import _pytree as pytree
 
 OPERAND_BYTES = 512 << 20
 CHAIN = {"cuda": 64, "cpu": 4}

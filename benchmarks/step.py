@@ -22,14 +22,15 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
+
 import xla_ops
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples" / "llm"))
 
-from config import ModelConfig  # noqa: E402
-from engine import compilations  # noqa: E402
-from kv_cache import PAGE_SIZE, PagedKVCache  # noqa: E402
-from model import Decoder, StepInputs  # noqa: E402
+from config import ModelConfig
+from engine import compilations
+from kv_cache import PAGE_SIZE, PagedKVCache
+from model import Decoder, StepInputs
 
 SEQS, HEAD_DIM, VOCAB = 4, 64, 64
 # What a step is run by; None is lazy, with a sync after the step.

@@ -24,8 +24,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import torch_xla  # noqa: E402, F401
+import torch_xla  # noqa: E402
 import torch_xla.backends  # noqa: E402
+
 from support import Path  # noqa: E402
 
 # XLA:GPU would compute float32 products in TF32, which no reference does.

@@ -73,7 +73,7 @@ def copies_of(shape, program) -> list[str]:
     """Returns the instructions of `program` that copy an array of `shape`."""
     dims = ",".join(map(str, shape))
     pattern = rf"^.* = \w+\[{dims}\]\S* (?:copy|copy-start|fusion)\(.*$"
-    return [line.strip() for line in re.findall(pattern, program, re.M)]
+    return [line.strip() for line in re.findall(pattern, program, re.MULTILINE)]
 
 
 def assert_close_to_exact(actual, same_dtype, exact, floor=1e-6):
@@ -88,9 +88,7 @@ def assert_close_to_exact(actual, same_dtype, exact, floor=1e-6):
     assert actual.shape == exact.shape
     assert not torch.isnan(actual.double()).any()
     error = (actual.double() - exact).abs().max().item() if exact.numel() else 0.0
-    allowed = (
-        (same_dtype.double() - exact).abs().max().item() if exact.numel() else 0.0
-    )
+    allowed = (same_dtype.double() - exact).abs().max().item() if exact.numel() else 0.0
     largest = exact.abs().max().item() if exact.numel() else 0.0
     bound = 2 * allowed + floor * max(largest, 1.0)
     assert error <= bound or math.isclose(error, bound), (error, bound)

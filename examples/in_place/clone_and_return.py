@@ -10,6 +10,7 @@ cache and needs room for two.
 """
 
 import torch
+
 import xla_ops  # noqa: F401  (the op)
 from common import demonstrate, read, write_arguments
 

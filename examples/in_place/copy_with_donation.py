@@ -11,6 +11,7 @@ cannot be donated so: the buffer belongs to its base.
 """
 
 import torch
+
 import xla_ops  # noqa: F401  (the op)
 from common import demonstrate, read, write_arguments
 

@@ -12,8 +12,9 @@ no functionalization: reads and writes of one cache in a graph may change places
 
 import torch
 import torch_xla
-from common import demonstrate, read, write_arguments
 from torch._subclasses import FakeTensor
+
+from common import demonstrate, read, write_arguments
 from xla_ops.core import handlers
 from xla_ops.core.custom_call import call_in_graph
 from xla_ops.core.op import OPS

@@ -11,6 +11,7 @@ lowering for XLA, as xla_ops.vllm.register_lowerings() adds for vLLM's ops.
 """
 
 import torch
+
 from common import HEAD_DIM, HEADS, demonstrate, read
 
 BACKEND = "openxla"

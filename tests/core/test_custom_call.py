@@ -8,9 +8,10 @@ import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
-import xla_ops
 from hypothesis import given
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path
 from xla_ops.core import custom_call, handlers, hlo, op
 from xla_ops.core.custom_call import CustomCall
@@ -24,7 +25,9 @@ def test_attributes_that_differ_give_different_programs(name):
     x = torch.randn(3, 8)
     w = torch.ones(8)
     device = torch_xla.device()
-    f = Path(name).function(lambda x, w: [xla_ops.rms_norm(x, w, e) for e in (1e-6, 1.0)])
+    f = Path(name).function(
+        lambda x, w: [xla_ops.rms_norm(x, w, e) for e in (1e-6, 1.0)]
+    )
     results = f(x.to(device), w.to(device))
     for eps, out in zip((1e-6, 1.0), results, strict=True):
         wanted = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -33,10 +36,13 @@ def test_attributes_that_differ_give_different_programs(name):
 
 def test_attributes_are_part_of_the_computation_cache():
     spec = (Spec((2, 8), torch.float32), Spec((8,), torch.float32))
-    texts = [hlo.encode_attributes({"a": v}) for v in (0.0, -0.0, 0, False, 1.0, 1, True)]
+    texts = [
+        hlo.encode_attributes({"a": v}) for v in (0.0, -0.0, 0, False, 1.0, 1, True)
+    ]
     assert len(set(texts)) == len(texts)
     made = [
-        custom_call._computation("t.t", spec, spec[:1], text, ((0, 0),)) for text in texts
+        custom_call._computation("t.t", spec, spec[:1], text, ((0, 0),))
+        for text in texts
     ]
     assert len({id(c) for c in made}) == len(texts)
     again = custom_call._computation("t.t", spec, spec[:1], texts[0], ((0, 0),))
@@ -68,7 +74,7 @@ def test_signatures_are_forgotten_at_some_number(monkeypatch):
         x = torch.ones(n, 8, device=torch_xla.device())
         assert torch.allclose(xla_ops.rms_norm(x, x[0]).cpu(), torch.ones(n, 8))
     assert len(norm._plans) == 1
-    norm._plans.update({n: None for n in range(3)})  # as threads may, all at once
+    norm._plans.update(dict.fromkeys(range(3)))  # as threads may, all at once
     xla_ops.rms_norm(x, x[0], 1e-3)
     assert len(norm._plans) == 1
 
@@ -160,7 +166,9 @@ def test_without_handlers_the_reference_serves_and_says_so_once(monkeypatch, rec
     x, w = torch.randn(2, 40), torch.ones(40)
     for _ in range(2):
         out, _ = Path("lazy").run(xla_ops.rms_norm, x, w)
-    assert torch.allclose(out, torch.nn.functional.rms_norm(x, (40,), w, 1e-6), atol=1e-5)
+    assert torch.allclose(
+        out, torch.nn.functional.rms_norm(x, (40,), w, 1e-6), atol=1e-5
+    )
     told = [w for w in recwarn if "using the plain torch reference" in str(w.message)]
     assert len(told) == 1
     assert "xla_ops.rms_norm" in str(told[0].message)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch_xla
 import torch_xla.debug.metrics as met
+
 import xla_ops
 from support import Path, addresses, copies_of, int32, programs_with
 
@@ -214,7 +215,9 @@ def test_views_are_read_beside_the_cache_that_is_written(name):
     args = Path("lazy").put((torch.ones(1, HEADS, DIM), torch.tensor([16]), *meta))
     f = Path(name).function(f)
     if name == "lazy":
-        assert torch.equal(f(kv, *kv.unbind(0), *args).cpu(), torch.full((1, 2, 32), 2.0))
+        assert torch.equal(
+            f(kv, *kv.unbind(0), *args).cpu(), torch.full((1, 2, 32), 2.0)
+        )
         return
     # AOTAutograd would take V, at an offset that it cannot see, for K.
     with pytest.raises(Exception) as error:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import xla_ops
 from support import same
 from xla_ops import _runtime

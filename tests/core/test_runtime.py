@@ -17,12 +17,12 @@ import threading
 import time
 
 import _XLAC
-import fakes
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fakes
 import xla_ops
 from xla_ops import _runtime
 

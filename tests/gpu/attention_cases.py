@@ -9,9 +9,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax_ops
 import ml_dtypes
 import numpy as np
+
+import jax_ops
 from kernel_cases import BF16, DTYPES, F16, F32, poison
 
 FP8 = {

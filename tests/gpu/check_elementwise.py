@@ -19,8 +19,9 @@ import traceback
 
 import jax
 import jax.numpy as jnp
-import jax_ops
 import numpy as np
+
+import jax_ops
 from kernel_cases import BF16, DTYPES, F32, ROUNDING, poison
 
 jax.config.update("jax_enable_x64", True)

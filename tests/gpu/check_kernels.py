@@ -21,12 +21,13 @@ import tempfile
 import time
 import traceback
 
-import attention_cases
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+import attention_cases
 import jax_ops
 import kernel_cases
-import numpy as np
 
 jax.config.update("jax_enable_x64", True)
 

@@ -21,8 +21,9 @@ import traceback
 
 import jax
 import jax.numpy as jnp
-import jax_ops
 import numpy as np
+
+import jax_ops
 
 jax.config.update("jax_enable_x64", True)
 

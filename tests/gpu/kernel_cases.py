@@ -6,9 +6,10 @@ worth reporting.
 """
 
 import jax
-import jax_ops
 import ml_dtypes
 import numpy as np
+
+import jax_ops
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)

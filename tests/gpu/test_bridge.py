@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import pathlib
 
-import fakes
 import pytest
+
+import fakes
 import xla_ops
 from xla_ops import _runtime
 

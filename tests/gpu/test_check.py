@@ -6,12 +6,14 @@ from __future__ import annotations
 import itertools
 import pathlib
 
-import fakes
 import pytest
+
+import fakes
 from xla_ops.gpu import check
 from xla_ops.gpu import driver as cuda_driver
 
 _numbers = itertools.count()
+
 
 @pytest.fixture
 def driver(monkeypatch):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-import fakes
 import pytest
+
+import fakes
 from xla_ops.gpu import discover
 
 

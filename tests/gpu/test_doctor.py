@@ -6,14 +6,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import pathlib
+import re
 import subprocess
 import sys
 
-import fakes
 import pytest
 
+import fakes
 import xla_ops
 from xla_ops.core import paths
 from xla_ops.doctor import diagnose
@@ -244,7 +244,9 @@ def test_an_empty_device_is_the_cpu(machine):
 def test_wrong_torch_xla_is_not_healthy(monkeypatch):
     real = diagnose._version
     monkeypatch.setattr(
-        diagnose, "_version", lambda name: "2.8.0" if name == "torch_xla" else real(name)
+        diagnose,
+        "_version",
+        lambda name: "2.8.0" if name == "torch_xla" else real(name),
     )
     report = diagnose.Report("CPU")
     diagnose._check_versions(report)

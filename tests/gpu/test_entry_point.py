@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 
-import fakes
 import pytest
+
+import fakes
 from xla_ops.gpu import discover
 
 USE_DEVICE = """

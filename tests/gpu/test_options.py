@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+
 from xla_ops.gpu import options
 from xla_ops_pjrt import GpuPlugin
 

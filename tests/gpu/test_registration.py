@@ -7,8 +7,9 @@ import pathlib
 import subprocess
 import sys
 
-import fakes
 import pytest
+
+import fakes
 import xla_ops
 from xla_ops import _runtime
 

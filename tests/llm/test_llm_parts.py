@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "llm"))
 
-from hlo import Program, copies_of, step_programs  # noqa: E402
-from kv_cache import BlockAllocator, blocks_for  # noqa: E402
-from sampling import Sampling, sample  # noqa: E402
+from hlo import Program, copies_of, step_programs
+from kv_cache import BlockAllocator, blocks_for
+from sampling import Sampling, sample
 
 
 # --- Blocks. ------------------------------------------------------------------

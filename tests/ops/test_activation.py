@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path, assert_close_to_exact
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

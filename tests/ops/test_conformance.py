@@ -5,9 +5,10 @@ import os
 
 import pytest
 import torch
+from torch.library import opcheck
+
 import xla_ops
 from support import Path, int32
-from torch.library import opcheck
 from xla_ops.core import handlers
 from xla_ops.core.custom_call import call_directly
 from xla_ops.core.op import OPS

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch_xla
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path, addresses, copies_of, programs_with
 
 DTYPES = [

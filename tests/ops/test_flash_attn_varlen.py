@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch_xla
 import torch_xla.debug.metrics as met
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Path, assert_close_to_exact, int32, same
 from torch.nn.functional import scaled_dot_product_attention
+
+import xla_ops
+from support import Path, assert_close_to_exact, int32, same
 from xla_ops.core import handlers
 from xla_ops.core.custom_call import call_directly
 from xla_ops.core.op import OPS

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path, assert_close_to_exact, int32, same
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path
 
 FP8 = {
@@ -223,7 +224,10 @@ def arguments(**changes):
 
 
 ERRORS = [
-    ({"key": torch.ones(3, 2, 8).int()}, "key must be float32, float16 or bfloat16, got int32"),
+    (
+        {"key": torch.ones(3, 2, 8).int()},
+        "key must be float32, float16 or bfloat16, got int32",
+    ),
     (
         {"key": torch.ones(3, 16)},
         "key must have shape [num_tokens, num_kv_heads, head_dim], got [3, 16]",
@@ -239,7 +243,10 @@ ERRORS = [
         {"value_cache": torch.ones(2, 5, 2, 8)},
         "value_cache must have shape [2, 4, 2, 8], got [2, 5, 2, 8]",
     ),
-    ({"value_cache": torch.ones(2, 4, 2, 8).half()}, "value_cache must be float32, got float16"),
+    (
+        {"value_cache": torch.ones(2, 4, 2, 8).half()},
+        "value_cache must be float32, got float16",
+    ),
     (
         {"key_cache": torch.ones(2, 4, 1, 8), "value_cache": torch.ones(2, 4, 1, 8)},
         "key_cache must have heads and head_dim [2, 8], got [1, 8]",
@@ -252,13 +259,19 @@ ERRORS = [
         {"kv_cache_dtype": "int8"},
         "kv_cache_dtype must be auto, fp8, fp8_e4m3 or fp8_e5m2, got int8",
     ),
-    ({"kv_cache_dtype": "fp8"}, "key_cache must be float8_e4m3fn or uint8, got float32"),
+    (
+        {"kv_cache_dtype": "fp8"},
+        "key_cache must be float8_e4m3fn or uint8, got float32",
+    ),
     ({"slot_mapping": torch.arange(3).int()}, "slot_mapping must be int64, got int32"),
     (
         {"slot_mapping": torch.zeros(3, 1, dtype=torch.int64)},
         "slot_mapping must have shape [num_tokens], got [3, 1]",
     ),
-    ({"slot_mapping": torch.arange(4)}, "slot_mapping must have at most 3 elements, got 4"),
+    (
+        {"slot_mapping": torch.arange(4)},
+        "slot_mapping must have at most 3 elements, got 4",
+    ),
     ({"k_scale": torch.ones(2)}, "k_scale must have 1 element, got shape [2]"),
     ({"v_scale": torch.ones(1).half()}, "v_scale must be float32, got float16"),
 ]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path, assert_close_to_exact
 
 EPS = 1e-5
@@ -24,7 +25,16 @@ def two_roundings(x, w):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1), (7, 33), (3, 127), (2, 3, 100), (5, 4096), (2, 1, 3, 64), (17,), (1, 8193)],
+    [
+        (1, 1),
+        (7, 33),
+        (3, 127),
+        (2, 3, 100),
+        (5, 4096),
+        (2, 1, 3, 64),
+        (17,),
+        (1, 8193),
+    ],
 )
 def test_numerics(path, shape, dtype):
     x = torch.randn(shape, dtype=torch.float32).to(dtype)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path, assert_close_to_exact
 from xla_ops.ops import rms_norm_quant
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Path, assert_close_to_exact
+
+import xla_ops
+from support import assert_close_to_exact
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

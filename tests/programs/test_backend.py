@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch_xla
 import torch_xla.debug.metrics as met
-import xla_ops
 from torch_xla._dynamo import dynamo_bridge
+
+import xla_ops
 from xla_ops.programs import backend as backend_module
 
 sys.path.insert(0, str(File(__file__).resolve().parents[2] / "benchmarks"))

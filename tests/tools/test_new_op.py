@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import pytest
+
 import xla_ops
 
 NAME = "scaled_copy"
@@ -24,7 +25,11 @@ NEW = [
     f"xla_ops/py/ops/{NAME}.py",
     f"tests/ops/test_{NAME}.py",
 ]
-SHARED = ["xla_ops/ops.bzl", "xla_ops/py/ops/__init__.py", "tests/ops/test_conformance.py"]
+SHARED = [
+    "xla_ops/ops.bzl",
+    "xla_ops/py/ops/__init__.py",
+    "tests/ops/test_conformance.py",
+]
 # .../include/xla/ffi/api/ffi.h
 FFI = pathlib.Path(os.environ["XLA_OPS_TEST_FFI_HEADER"]).absolute().parents[3]
 # As tools/build_defs/cc.bzl has it, but without optimisation, which takes the longest.

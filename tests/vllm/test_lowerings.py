@@ -8,9 +8,10 @@ tests/vllm/test_vllm_code.py does the same with vLLM's own Python code.
 import pytest
 import torch
 import torch_xla
+from torch._dynamo.backends.common import aot_autograd
+
 import xla_ops.vllm
 from support import Path
-from torch._dynamo.backends.common import aot_autograd
 
 EPS = 1e-5
 # Written by the kernels that stand for vLLM's own.

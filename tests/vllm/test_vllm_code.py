@@ -10,13 +10,14 @@ import sys
 
 import pytest
 import torch
+
 import xla_ops
 import xla_ops.vllm
 
 sys.path.insert(0, os.environ["XLA_OPS_TEST_VLLM"])
 import vllm._custom_ops as ops
-from vllm.vllm_flash_attn import flash_attn_varlen_func
 from vllm.version import __version__ as vllm_version
+from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 xla_ops.vllm.register_lowerings()
 

@@ -97,9 +97,7 @@ def loaded(platform: str, target: str) -> bool:
     """Returns whether `target` can be called directly; warns once where it cannot."""
     if target in load(platform):
         return True
-    _tell_once(
-        target, f"this build of xla_ops has no {platform} handler for {target}"
-    )
+    _tell_once(target, f"this build of xla_ops has no {platform} handler for {target}")
     return False
 
 

@@ -58,7 +58,8 @@ def locate(t: torch.Tensor) -> Located:
     """
     if not is_value(t):
         extent = 1 + sum(
-            (size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)
+            (size - 1) * stride
+            for size, stride in zip(t.shape, t.stride(), strict=True)
         )
         flat = t.as_strided((extent if t.numel() else 0,), (1,))
         return Located(flat, 0, t.stride())

@@ -128,9 +128,7 @@ class Op:
         direct = {
             i: t for i, t in (into or {}).items() if _may_write(call, i, operands, t)
         }
-        return call_directly(
-            CustomCall(**{**vars(call), "operands": operands}), direct
-        )
+        return call_directly(CustomCall(**{**vars(call), "operands": operands}), direct)
 
     def _reference(self, args):
         return self.reference(*(args[:-1] if self.has_donor else args))
@@ -210,7 +208,9 @@ def _is_empty(call: CustomCall) -> bool:
 
 def _untouched(call: CustomCall) -> list[torch.Tensor]:
     return [
-        call.operands[call.aliases[i]].clone() if i in call.aliases else _new(spec, call)
+        call.operands[call.aliases[i]].clone()
+        if i in call.aliases
+        else _new(spec, call)
         for i, spec in enumerate(call.results)
     ]
 

@@ -255,7 +255,8 @@ def _check_plugin(report: Report) -> pathlib.Path | None:
 
 
 def _check_driver(report: Report, plugin_path: pathlib.Path | None) -> None:
-    from ..gpu import check, driver as cuda_driver
+    from ..gpu import check
+    from ..gpu import driver as cuda_driver
 
     try:
         driver = cuda_driver.query()

@@ -79,9 +79,7 @@ def _front(
         key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
     )
     _check.same_device("key", key, value_cache=value_cache)
-    in_place.check_graph_inputs(
-        _check.op, key_cache=key_cache, value_cache=value_cache
-    )
+    in_place.check_graph_inputs(_check.op, key_cache=key_cache, value_cache=value_cache)
     tail = (slot_mapping, k_scale, v_scale, kv_cache_dtype)
     cache = paged_cache.locate(_check, key_cache, value_cache)
     if cache is None:
@@ -137,7 +135,9 @@ def _check_tensors(
     key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
 ) -> None:
     _check_pair(key, value)
-    _check.dtype("key_cache", key_cache, paged_cache.dtypes(_check, key, kv_cache_dtype))
+    _check.dtype(
+        "key_cache", key_cache, paged_cache.dtypes(_check, key, kv_cache_dtype)
+    )
     _check.require(
         list(key_cache.shape[2:]) == list(key.shape[1:]),
         "key_cache",
@@ -250,9 +250,7 @@ def _lower_one(
             operand(scale, torch.float32),
         ),
         (Spec.of(cache),),
-        _attributes(
-            kv_cache_dtype, geometry, debug_mode, paged_cache.ATTRIBUTES[:-1]
-        ),
+        _attributes(kv_cache_dtype, geometry, debug_mode, paged_cache.ATTRIBUTES[:-1]),
         {0: 1},
         nothing_to_do=slot_mapping.numel() == 0 or rows.numel() == 0,
     )
