@@ -102,7 +102,7 @@ class Alone:
             return self._time(peer, operands)
         except ImportError as error:
             return {"absent": str(error)}
-        except Exception as error:  # a peer's limits are its own
+        except Exception as error:  # noqa: BLE001 - a peer's limits are its own
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # raises if the device is lost
             return {"failed": worker.first_line(error)}

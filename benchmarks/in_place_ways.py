@@ -175,7 +175,8 @@ def table(result: dict) -> str:
         f"{result['device']}, xla_ops {result['version']}; "
         f"{2 * result['layers']} caches, bf16",
         "",
-        "| way | mode | caches | cache bytes copied a step | device bytes | ms a step |",
+        "| way | mode | caches | cache bytes copied a step | device bytes "
+        "| ms a step |",
         "|---|---|---|---|---|---|",
     ]
     return "\n".join([*head, *map(table_row, result["rows"])]) + "\n"

@@ -233,8 +233,10 @@ def markdown(results: dict) -> str:
         "peers": "others' time over ours",
     }
     out = [f"| {' | '.join(heads.values())} |", "|" + "---|" * len(heads)]
-    for line in lines(results):
-        out.append(f"| {' | '.join(getattr(line, cell) for cell in heads)} |")
+    out += [
+        f"| {' | '.join(getattr(line, cell) for cell in heads)} |"
+        for line in lines(results)
+    ]
     return "\n".join(out)
 
 

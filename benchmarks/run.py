@@ -65,6 +65,7 @@ def run_part(script: list[str], options: list[str], env: dict, until: float) -> 
                     [*command, "--deadline", str(until)],
                     env=env,
                     timeout=max(1, until - time.time()) + GRACE_SECONDS,
+                    check=False,
                 ).returncode
             except subprocess.TimeoutExpired:
                 ended = f"stopped {GRACE_SECONDS} s past its share of the budget"
@@ -90,9 +91,11 @@ def commit() -> str | None:
     git = ["git", "-C", str(HERE)]
     try:
         head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         )
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+        dirty = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False
+        )
     except FileNotFoundError:
         return None
     if head.returncode:
@@ -150,8 +153,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="GROUP")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="a few rows of each group")
-    parser.add_argument("--budget", type=float, default=180, metavar="SECONDS",
-                        help="no row starts after that; the last rows matter least")  # fmt: skip
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=180,
+        metavar="SECONDS",
+        help="no row starts after that; the last rows matter least",
+    )
     parser.add_argument("--alone-env", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--commit", help="what to record where there is no git")
     parser.add_argument("--plot", type=pathlib.Path, metavar="RESULTS.json")

@@ -153,8 +153,9 @@ def main():
             row = measure(mode, args.layers, steps, ops)
             rows.append(row)
             print(
-                f"{mode:8s} {ops:10s} {row['host_ms']:7.2f} {row['host_ms_median']:9.2f}"
-                f" {row['step_ms']:8.2f} {row['retraces_and_recompilations']:11d}"
+                f"{mode:8s} {ops:10s} {row['host_ms']:7.2f}"
+                f" {row['host_ms_median']:9.2f} {row['step_ms']:8.2f}"
+                f" {row['retraces_and_recompilations']:11d}"
                 f" {row['cache_bytes_moved']:12d}",
                 flush=True,
             )

@@ -106,7 +106,7 @@ class Job:
         lost = False
         try:
             row = run()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the row says it
             row = {"failed": first_line(error)}
             lost = not _device_works()
         row["seconds"] = round(time.time() - start, 2)

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import tempfile
 
+_COMPILE = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror"]
+_COMPILE += ["-Wno-unused-function", "-Wno-unused-variable"]
 _TESTDATA = pathlib.Path(__file__).parent / "testdata"
 
 
@@ -32,9 +34,7 @@ def build(name: str, **macros: object) -> pathlib.Path:
     number = len(list(_folder().iterdir()))
     path = _folder() / f"{name}_{number}.so"
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror"]
-        + ["-Wno-unused-function", "-Wno-unused-variable", *defines]
-        + [str(_TESTDATA / f"{name}.cc"), "-o", str(path)],
+        [*_COMPILE, *defines, str(_TESTDATA / f"{name}.cc"), "-o", str(path)],
         check=True,
     )
     return path

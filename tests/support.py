@@ -45,7 +45,7 @@ class Path:
             xm.wait_device_ops()
 
     def run(self, f, *args):
-        """Calls f on copies of the arguments and returns (result, arguments) on the CPU.
+        """Calls f on copies of the arguments; returns (result, arguments) on the CPU.
 
         The arguments come back because f may update them.
         """

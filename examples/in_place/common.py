@@ -69,7 +69,9 @@ def demonstrate(step, backend: str) -> None:
             for _ in range(3):
                 before = addresses(caches)
                 out, caches = run(f, caches, x, slots)
-                stayed = sum(a == b for a, b in zip(before, addresses(caches)))
+                stayed = sum(
+                    a == b for a, b in zip(before, addresses(caches), strict=True)
+                )
         except RuntimeError as error:
             print(f"{mode}: raises {str(error)[:60]}...")
             continue

@@ -23,8 +23,8 @@ FP8 = {
 I32_MAX = np.iinfo(np.int32).max
 # Half a rounding of the weights and half of the result, of a row's norm.
 ROW_ERROR = {F32: 5e-6, F16: 2e-3, BF16: 2e-2}
-# Half the distance of the smallest numbers of fp16: rows that are nearly all their sink's
-# are made of those.
+# Half the distance of the smallest numbers of fp16: rows that are nearly all their
+# sink's are made of those.
 F16_STEP = 2.0**-25
 
 

@@ -110,8 +110,8 @@ def parts(out, cache_mb):
     for share, words in LONG_SHARES.items():
         found[f"{LONG}_{share}"] = ([*whole[0], "-k", words], shared)
     found["test_in_place"] = (pytest(test_file("core/in_place")), shared | in_place)
-    table = [sys.executable, "benchmarks/in_place.py", "--out",
-             str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"]  # fmt: skip
+    table = [sys.executable, "benchmarks/in_place.py"]
+    table += ["--out", str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"]
     large = [sys.executable, "tests/gpu/check_large.py", "--lib-dir", libraries()]
     ways = [sys.executable, "benchmarks/in_place_ways.py", "--out", str(out / "ways")]
     return found | {
@@ -135,6 +135,7 @@ def run(name, command, env, out, timeout):
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 timeout=timeout,
+                check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             status = 124
@@ -155,11 +156,14 @@ def versions():
 
     query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem"
     gpu = subprocess.run(
-        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True
+        ["nvidia-smi", query, "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     found = {}
-    for package in ("xla_ops", "torch", "torch_xla", "jax-cuda12-pjrt",
-                    "jax-cuda13-pjrt"):  # fmt: skip
+    ours = ("xla_ops", "torch", "torch_xla", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
+    for package in ours:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,5 +1,5 @@
-"""xla_ops_pjrt, by which torch_xla finds the GPU: through torch_xla itself, in processes
-of their own."""
+"""xla_ops_pjrt, by which torch_xla finds the GPU: through torch_xla itself, each time
+in a process of its own."""
 
 from __future__ import annotations
 

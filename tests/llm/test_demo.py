@@ -27,6 +27,7 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        check=False,
         timeout=600,
     )
 

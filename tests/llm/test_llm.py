@@ -169,7 +169,6 @@ def test_shipped_checkpoint():
 @pytest.fixture(autouse=True)
 def _fresh():
     """In place of conftest's: what Dynamo compiled stays, the engine is warm."""
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +203,8 @@ def test_nothing_compiles_and_nothing_is_copied_after_warm_up(
     assert len(engine.stats.decode_s) > NEW_TOKENS
     programs = step_programs(hlo_dump, engine.cache.shape, "float32")
     assert len(programs) >= len(engine.shapes)
-    # 2 layers: 4 norms each (q and k too), rotary, two writes, attend, gate; the last norm.
+    # 2 layers: 4 norms each (q and k too), rotary, two writes, attend, gate; then the
+    # last norm.
     for program in programs:
         assert program.cache_copies == 0, program
         assert program.custom_calls == 2 * (4 + 5) + 1, program

@@ -335,8 +335,8 @@ def test_static_errors(path, args, message):
     with pytest.raises(Exception) as error:
         path.run(xla_ops.rms_norm_static_fp8_quant, *args)
     assert f"rms_norm_static_fp8_quant: {message}" in str(error.value)
+    args = (args[0], args[0], *args[1:])
     with pytest.raises(Exception) as error:
-        args = (args[0], args[0], *args[1:])
         path.run(xla_ops.fused_add_rms_norm_static_fp8_quant, *args)
     assert f"fused_add_rms_norm_static_fp8_quant: {message}" in str(error.value)
 

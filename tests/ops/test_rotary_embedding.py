@@ -192,11 +192,13 @@ GOOD = {
         ),
         (
             {"query": torch.ones(2, 30)},
-            "query must have shape [2, num_heads * 8] or [2, num_heads, 8], got [2, 30]",
+            "query must have shape [2, num_heads * 8] or [2, num_heads, 8], "
+            "got [2, 30]",
         ),
         (
             {"query": torch.ones(3, 32)},
-            "query must have shape [2, num_heads * 8] or [2, num_heads, 8], got [3, 32]",
+            "query must have shape [2, num_heads * 8] or [2, num_heads, 8], "
+            "got [3, 32]",
         ),
         (
             {"query": torch.ones(2)},

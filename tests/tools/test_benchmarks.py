@@ -37,6 +37,7 @@ def run(out: Path, *options: str) -> tuple[subprocess.CompletedProcess, dict]:
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
     path = out / "results.json"
     return done, json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""The examples of docs/in_place.md do what it says of them, and are measured rightly."""
+"""The examples of docs/in_place.md do what it says, and are measured rightly."""
 
 import json
 import subprocess

@@ -48,7 +48,7 @@ def tree(tmp_path_factory):
 
 def scaffold(tree, name):
     command = [sys.executable, tree / "tools/new_op", name]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def contents(tree):
@@ -68,7 +68,10 @@ def scaffolded(tree, tmp_path_factory):
 def compile_to(output, tree, sources, *options):
     command = [*COMPILE, f"-I{tree}", f"-isystem{FFI}", *options, "-o", output]
     done = subprocess.run(
-        [*command, *(tree / s for s in sources)], capture_output=True, text=True
+        [*command, *(tree / s for s in sources)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -111,7 +114,7 @@ def test_cpp_test_passes(scaffolded, tmp_path):
     program = tmp_path / "test"
     call_frame = "xla_ops/cc/core/call_frame.cc"
     compile_to(program, scaffolded, [*sources, call_frame], "-pthread")
-    done = subprocess.run([program], capture_output=True, text=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -131,14 +134,15 @@ def test_python_tests_pass(scaffolded, tmp_path):
     tests = scaffolded / "tests/ops"
     path = os.pathsep.join([str(tmp_path / "site"), str(scaffolded / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "PJRT_DEVICE": "CPU"}
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rfEs"]
+    pytest += ["--import-mode=importlib", f"-k={NAME} or every_op_has_a_sample"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rfEs"]
-        + ["--import-mode=importlib", f"-k={NAME} or every_op_has_a_sample"]
-        + [tests / f"test_{NAME}.py", tests / "test_conformance.py"],
+        [*pytest, tests / f"test_{NAME}.py", tests / "test_conformance.py"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
     # 8 conformance tests of the op, 36 of its own; a few may come and go.

@@ -1,4 +1,4 @@
-"""vLLM 0.12.0's own Python code, vllm._custom_ops and its flash attention, on every path.
+"""vLLM 0.12.0's own Python code on every path: vllm._custom_ops, flash attention.
 
 A target tagged `manual`, because vLLM's wheel is half a gigabyte. XLA_OPS_TEST_VLLM is
 the folder that holds its package `vllm`; the wheel's *.py are enough (docs/vllm.md).

@@ -5,9 +5,11 @@ the same handlers, on CPU and CUDA tensors. Importing this package defines them 
 torch.ops.xla_ops.* and torch.ops.xla_gpu.* too.
 """
 
+from . import ops
 from .core.debug import set_debug
 from .ops import *  # noqa: F403
-from .ops import __all__ as _ops
 from .version import __version__
 
-__all__ = [*_ops, "__version__", "set_debug"]
+# In the form that type checkers read.
+__all__ = ["__version__", "set_debug"]
+__all__ += ops.__all__

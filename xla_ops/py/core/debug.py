@@ -18,7 +18,7 @@ def set_debug(enabled: bool) -> None:
     XLA_OPS_DEBUG=1 turns it on for a whole process. Compiled functions keep the mode
     that they were traced in.
     """
-    global _enabled
+    global _enabled  # noqa: PLW0603 - one mode a process
     _enabled = bool(enabled)
 
 

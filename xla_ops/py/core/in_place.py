@@ -2,9 +2,9 @@
 
 A mutable torch op whose kernel sits on the XLA key either raises or, under
 torch.compile, silently loses writes through views. So a mutable op here is a front
-(CompositeImplicitAutograd) over a functional op. The functional op's custom call aliases
-its result to the buffer it updates, and the front makes the result the tensor's new
-value. Where that happens differs:
+(CompositeImplicitAutograd) over a functional op. The functional op's custom call
+aliases its result to the buffer it updates, and the front makes the result the tensor's
+new value. Where that happens differs:
 
 - lazily, the XLA tensor is a functionalization wrapper whose value is replaced, in
   program order, as aten's own in-place ops do. The step marker then donates the old

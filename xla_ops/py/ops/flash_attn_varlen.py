@@ -90,8 +90,8 @@ def flash_attn_varlen(
             element or [num_seqs, num_kv_heads]; None: 1.
 
     Returns:
-        out, like q, and softmax_lse, float32 [num_heads, total_q]: the natural logarithm
-        of the softmax's denominator, the sink included.
+        out, like q, and softmax_lse, float32 [num_heads, total_q]: the natural
+        logarithm of the softmax's denominator, the sink included.
 
     Raises:
         ValueError: an argument breaks one of the rules above.

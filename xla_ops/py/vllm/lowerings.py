@@ -13,12 +13,13 @@ the graphs that torch.compile makes of them, stay as they were.
     ops.rms_norm(out, x, weight, 1e-6)  # out, x and weight on an XLA device
 
 Each op calls the mutable front of the same name, torch.ops.xla_ops.<name>, which says
-what the op computes and what it checks. docs/vllm.md tells how the dispatcher gets there.
-The schemas are those of vLLM 0.11.1 to 0.13.0.
+what the op computes and what it checks. docs/vllm.md tells how the dispatcher gets
+there. The schemas are those of vLLM 0.11.1 to 0.13.0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 
@@ -89,10 +90,9 @@ def _lowering(
 def _register(
     caller: str, namespace: str, name: str, schema: str, front: Callable
 ) -> None:
-    try:
+    # Without vLLM, or with one that is compiled for another machine, there is none.
+    with contextlib.suppress(ImportError):
         importlib.import_module(_MODULES[namespace])
-    except ImportError:
-        pass  # no vLLM, or none that is compiled for this machine
     packet = getattr(getattr(torch.ops, namespace), name, None)
     library = torch.library.Library(namespace, "FRAGMENT")
     if packet is None:
@@ -118,11 +118,12 @@ def _add_to_kernels(
     """Gives `op`, which has kernels for other devices, `front` for the rest.
 
     A kernel on the XLA key would come after functionalization, which rejects mutable
-    ops; one on AutogradXLA is passed over under inference mode, and one on Functionalize
-    would change how torch.compile treats the op on CUDA. CompositeImplicitAutograd is
-    right for XLA in all modes and gives way to a device's own kernel, except that
-    tracing prefers a decomposition to a kernel. So tracing is told, by the kernel that
-    it looks for first (py_impl), that the op has none for such devices.
+    ops; one on AutogradXLA is passed over under inference mode, and one on
+    Functionalize would change how torch.compile treats the op on CUDA.
+    CompositeImplicitAutograd is right for XLA in all modes and gives way to a device's
+    own kernel, except that tracing prefers a decomposition to a kernel. So tracing is
+    told, by the kernel that it looks for first (py_impl), that the op has none for such
+    devices.
     """
 
     def kernel(*args):
