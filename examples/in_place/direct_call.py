@@ -30,10 +30,11 @@ def write(cache, rows, slots):
     if type(cache) is not torch.Tensor:
         raise TypeError(f"write: backend must be {BACKEND}, got one with AOTAutograd")
     op = OPS["reshape_and_cache_flash_one"]
-    call = op.lowered(write_arguments(rows, cache, slots))
-    if not handlers.available(handlers.xla_platform(), call.target):
-        raise RuntimeError(f"write: XLA must have a handler of {call.target}, got none")
-    (new,) = call_in_graph(call)
+    bound = op.lowered(write_arguments(rows, cache, slots))
+    target = bound.call.target
+    if not handlers.available(handlers.xla_platform(), target):
+        raise RuntimeError(f"write: XLA must have a handler of {target}, got none")
+    (new,) = call_in_graph(bound)
     torch_xla._XLAC._set_buffer_donation(cache, True)
     return new
 

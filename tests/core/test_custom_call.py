@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import xla_ops
 from support import Path
 from xla_ops.core import custom_call, handlers, hlo, op
-from xla_ops.core.custom_call import CustomCall
+from xla_ops.core.custom_call import CustomCall, OptionalOperand
 from xla_ops.core.hlo import Spec
 
 XLA_PATHS = pytest.mark.parametrize("name", ["lazy", "compiled"])
@@ -50,7 +50,22 @@ def test_attributes_are_part_of_the_computation_cache():
 
 
 def test_zeros_of_both_signs_are_two_signatures():
-    assert op._signature((0.0,)) != op._signature((-0.0,))
+    assert op._key(0.0) != op._key(-0.0)
+    assert op._key(float("nan")) == op._key(float("nan"))
+
+
+def test_an_operand_that_is_no_tensor_is_named():
+    call = CustomCall("t.t", ("x", OptionalOperand("w", torch.int32)), ())
+    assert call.bind({"x": torch.ones(2), "w": None}).operands[1] == ((0,), torch.int32)
+    with pytest.raises(TypeError, match=r"t\.t: x must be a tensor, got NoneType"):
+        call.bind({"x": None, "w": None})
+    with pytest.raises(TypeError, match=r"t\.t: w must be a tensor, got float"):
+        call.bind({"x": torch.ones(2), "w": 1.0})
+
+
+def test_an_alias_of_no_operand_is_refused():
+    with pytest.raises(ValueError, match=r"must name operands, got 'y'"):
+        CustomCall("t.t", ("x",), (), aliases={0: "y"})
 
 
 def test_a_remembered_signature_takes_each_call_s_tensors():
@@ -112,10 +127,14 @@ torch.library.register_fake(
 )
 
 
+def norm(x, w, attributes):
+    call = CustomCall("xla_ops.rms_norm", ("x", "w"), (Spec.of(x),), attributes)
+    return call.bind({"x": x, "w": w})
+
+
 def _refused(x, w):
     assert handlers.available(handlers.xla_platform(), "xla_ops.rms_norm")
-    call = CustomCall("xla_ops.rms_norm", (x, w), (Spec.of(x),), {"eps": 1e-6})
-    return custom_call.call_in_graph(call)[0]
+    return custom_call.call_in_graph(norm(x, w, {"eps": 1e-6}))[0]
 
 
 _library.impl("refused", _refused, "XLA")
@@ -156,9 +175,8 @@ def test_a_handlers_error_reaches_the_caller_and_later_calls_go_on(name):
 def test_the_handler_refuses_wrong_attributes():
     x, w = torch.ones(2, 8), torch.ones(8)
     for attributes in ({}, {"eps": 1}, {"eps": 1e-6, "other": 2}):
-        call = CustomCall("xla_ops.rms_norm", (x, w), (Spec.of(x),), attributes)
         with pytest.raises((ValueError, RuntimeError)):
-            custom_call.call_directly(call)
+            custom_call.call_directly(norm(x, w, attributes))
 
 
 def test_without_handlers_the_reference_serves_and_says_so_once(monkeypatch, recwarn):

@@ -937,15 +937,14 @@ def test_the_handler_says_what_python_says(op, legal, name, value):
     with pytest.raises(ValueError) as error:
         OPS[op].lower(*(legal | {name: value}).values())
     assert str(error.value).startswith(op + ": ")
-    call = OPS[op].lower(*legal.values())
-    call_directly(call)
-    at = list(legal).index(name)
-    if at < len(call.operands):
-        operands = (*call.operands[:at], value.contiguous(), *call.operands[at + 1 :])
-        call = dataclasses.replace(call, operands=operands)
+    bound = OPS[op].lowered(list(legal.values()))
+    call_directly(bound)
+    if name in bound.call.names:
+        bound = bound.call.bind(legal | {name: value})
     else:
-        attributes = {**call.attributes, name: value}
-        call = dataclasses.replace(call, attributes=attributes)
+        attributes = {**bound.call.attributes, name: value}
+        call = dataclasses.replace(bound.call, attributes=attributes)
+        bound = bound._replace(call=call)
     with pytest.raises(ValueError) as from_handler:
-        call_directly(call)
+        call_directly(bound)
     assert str(from_handler.value) == str(error.value)

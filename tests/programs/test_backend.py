@@ -167,7 +167,7 @@ def test_threads_extract_a_program_once(monkeypatch):
         time.sleep(0.2)  # the other thread arrives
         return lambda t: (module(t),)
 
-    monkeypatch.setattr(dynamo_bridge, "extract_compiled_graph", extract)
+    monkeypatch.setattr(backend_module, "_extract_program", extract)
     module = torch.fx.symbolic_trace(lambda t: (t + 1,))
     forward, results = backend_module._compile(module, None), []
     threads = [
@@ -180,6 +180,25 @@ def test_threads_extract_a_program_once(monkeypatch):
         thread.join()
     assert len(results) == 2
     assert len(extractions) == 1
+
+
+def test_torch_xlas_own_functions_stay_as_they_are():
+    """openxla may compile in another thread meanwhile."""
+    before = dict(vars(dynamo_bridge))
+    seen = []
+
+    def probe(module, args):
+        seen.append({n for n, v in vars(dynamo_bridge).items() if before[n] is not v})
+        return extract(module, args)
+
+    extract = backend_module._extract_program
+    backend_module._extract_program = probe
+    try:
+        assert compiled(lambda t: t + 1)(xla(1)).item() == 2
+    finally:
+        backend_module._extract_program = extract
+    assert seen == [set()]
+    assert vars(dynamo_bridge) == before
 
 
 def test_without_functionalization_values_are_copied():

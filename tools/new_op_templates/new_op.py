@@ -43,7 +43,7 @@ def _lower(input: torch.Tensor, scale: float) -> CustomCall:
     _check.require(math.isfinite(scale), "scale", "be finite", f"{scale:g}")
     return CustomCall(
         "xla_ops.new_op",
-        (input.contiguous(),),
+        ("input",),
         (Spec.of(input),),
         {"scale": scale},
     )

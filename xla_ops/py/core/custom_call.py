@@ -1,4 +1,5 @@
-"""Runs one custom call: as a node of the XLA graph, or at once on CPU and CUDA tensors."""
+"""One custom call: what a lowering says of it, and the two ways to run it: as a node of
+the XLA graph, or at once on CPU and CUDA tensors."""
 
 from __future__ import annotations
 
@@ -15,44 +16,125 @@ from .dtypes import primitive_type
 from .hlo import AttributeValue, Spec, encode_attributes, encode_module
 
 
+class OptionalOperand(NamedTuple):
+    """An operand that a caller may leave out: absent, it has no element.
+
+    Attributes:
+        name: of the op's argument.
+        dtype: of the operand where it is absent.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class CustomCall:
     """What a lowering says: which handler, on what, giving what.
 
+    It holds no tensor, only names of the op's arguments, so that one lowering serves
+    every call of a signature.
+
     Attributes:
         target: name of the handler, such as "xla_ops.rms_norm".
-        operands: tensors of one device, contiguous where that is not XLA. A Spec of no
-            element stands for an operand that is absent; the first is a tensor.
+        operands: in the handler's order, the op's arguments that it takes. The first is
+            always there.
         results: shape and dtype of each result.
         attributes: typed FFI attributes (int: i64, float: f32, bool, str).
-        aliases: result index -> index of the operand that it updates.
+        aliases: result index -> the operand that it updates. Its tensor is a dense
+            buffer.
         nothing_to_do: the call would leave its aliased results as they are (no
             token to write, say), so it need not run.
-        may_overwrite: result index -> index of an operand in whose buffer the handler
-            may also be asked to put the result: it reads each element before it
-            writes it. XLA never asks; mutable fronts of CPU and CUDA tensors do.
+        may_overwrite: result index -> an operand in whose buffer the handler may also
+            be asked to put the result: it reads each element before it writes it. XLA
+            never asks; mutable fronts of CPU and CUDA tensors do.
         scratch: memory that the handler works in, as results after `results` that
             nobody gets to see.
     """
 
     target: str
-    operands: tuple[torch.Tensor | Spec, ...]
+    operands: tuple[str | OptionalOperand, ...]
     results: tuple[Spec, ...]
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
-    aliases: Mapping[int, int] = field(default_factory=dict)
+    aliases: Mapping[int, str] = field(default_factory=dict)
     nothing_to_do: bool = False
-    may_overwrite: Mapping[int, int] = field(default_factory=dict)
+    may_overwrite: Mapping[int, str] = field(default_factory=dict)
     scratch: tuple[Spec, ...] = ()
+
+    def __post_init__(self):
+        known = self.names
+        for name in (*self.aliases.values(), *self.may_overwrite.values()):
+            if name not in known:
+                raise ValueError(
+                    f"{self.target}: aliases and may_overwrite must name operands,"
+                    f" got {name!r}"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The operands' names."""
+        return tuple(o if isinstance(o, str) else o.name for o in self.operands)
+
+    def bind(self, arguments: Mapping[str, object]) -> BoundCall:
+        """Joins the call with an op's arguments by name.
+
+        Raises:
+            TypeError: an operand's argument is no tensor, and not None where it may be
+                absent.
+        """
+        updated = set(self.aliases.values())
+        operands: list[torch.Tensor | Spec] = []
+        for operand in self.operands:
+            name = operand if isinstance(operand, str) else operand.name
+            value = arguments[name]
+            if isinstance(value, torch.Tensor):
+                # A copy of an operand that is updated would take the update.
+                operands.append(value if name in updated else value.contiguous())
+            elif value is None and isinstance(operand, OptionalOperand):
+                operands.append(Spec((0,), operand.dtype))
+            else:
+                kind = type(value).__name__
+                raise TypeError(f"{self.target}: {name} must be a tensor, got {kind}")
+        return BoundCall(self, tuple(operands))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute: no result, or no token to write."""
+        return self.nothing_to_do or all(0 in spec.shape for spec in self.results)
+
+
+class BoundCall(NamedTuple):
+    """A call with its operands; a Spec of no element stands for an absent one."""
+
+    call: CustomCall
+    operands: tuple[torch.Tensor | Spec, ...]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The operands that are there."""
         return [t for t in self.operands if isinstance(t, torch.Tensor)]
 
+    def operand(self, name: str) -> torch.Tensor:
+        """The tensor of the operand `name`, which is there."""
+        found = self.operands[self.call.names.index(name)]
+        assert isinstance(found, torch.Tensor), name
+        return found
 
-def operand(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | Spec:
-    """An operand as a call takes it; None, of that dtype, is an absent one."""
-    return Spec((0,), dtype) if t is None else t.contiguous()
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    def untouched(self) -> list[torch.Tensor]:
+        """The results of an empty call: what is updated, as it was."""
+        aliases = self.call.aliases
+        return [
+            self.operand(aliases[i]).clone() if i in aliases else self.new(spec)
+            for i, spec in enumerate(self.call.results)
+        ]
+
+    def new(self, spec: Spec) -> torch.Tensor:
+        """A new tensor on the operands' device, fake where they are."""
+        return self.tensors[0].new_empty(spec.shape, dtype=spec.dtype)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -93,26 +175,28 @@ class Node(NamedTuple):
         return results[: self.num_results]
 
 
-def node_of(call: CustomCall) -> Node:
+def node_of(bound: BoundCall) -> Node:
     """Encodes the call."""
+    call = bound.call
+    index = {name: i for i, name in enumerate(call.names)}
     computation = _computation(
         call.target,
-        tuple(_spec(t) for t in call.operands),
+        tuple(_spec(t) for t in bound.operands),
         (*call.results, *call.scratch),
         encode_attributes(call.attributes),
-        tuple(call.aliases.items()),
-        tuple(i for i, t in enumerate(call.operands) if isinstance(t, Spec)),
+        tuple((result, index[name]) for result, name in call.aliases.items()),
+        tuple(i for i, t in enumerate(bound.operands) if isinstance(t, Spec)),
     )
     return Node(call.target, computation, len(call.results))
 
 
-def call_in_graph(call: CustomCall) -> list[torch.Tensor]:
+def call_in_graph(bound: BoundCall) -> list[torch.Tensor]:
     """Adds the call to the lazy graph of its XLA operands and returns its results."""
-    return node_of(call).add(call.tensors)
+    return node_of(bound).add(bound.tensors)
 
 
 def call_directly(
-    call: CustomCall, into: Mapping[int, torch.Tensor] | None = None
+    bound: BoundCall, into: Mapping[int, torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
     """Runs the handler now, on CPU tensors or, on torch's stream, CUDA tensors.
 
@@ -123,36 +207,36 @@ def call_directly(
     Returns:
         The results. An aliased one is the operand itself, updated in place.
     """
-    device = call.operands[0].device
+    call, device = bound.call, bound.device
     into = into or {}
     results = []
     for i, spec in enumerate(call.results):
         if i in call.aliases:
-            results.append(call.operands[call.aliases[i]])
+            results.append(bound.operand(call.aliases[i]))
         elif i in into:
             results.append(into[i])
         else:
-            results.append(_new(spec, device))
-    scratch = [_new(spec, device) for spec in call.scratch]
+            results.append(bound.new(spec))
+    scratch = [bound.new(spec) for spec in call.scratch]
     if device.type == "cuda":
-        platform = handlers.CUDA
-        handlers.load(platform)
+        handlers.load(handlers.CUDA)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            _run(call, platform, stream, results + scratch)
+            _run(bound, handlers.CUDA, stream, results + scratch)
     else:
         handlers.load(handlers.HOST)
-        _run(call, handlers.HOST, 0, results + scratch)
+        _run(bound, handlers.HOST, 0, results + scratch)
     return results
 
 
-def _run(call: CustomCall, platform: str, stream: int, results) -> None:
+def _run(bound: BoundCall, platform: str, stream: int, results) -> None:
+    call = bound.call
     specs = (*call.results, *call.scratch)
     _runtime.call(
         call.target,
         platform,
         stream,
-        [_buffer(t, _spec(t)) for t in call.operands],
+        [_buffer(t, _spec(t)) for t in bound.operands],
         [_buffer(t, spec) for t, spec in zip(results, specs, strict=True)],
         dict(call.attributes),
     )
@@ -165,7 +249,3 @@ def _buffer(t: torch.Tensor | Spec, spec: Spec) -> tuple[int, int, tuple[int, ..
 
 def _spec(t: torch.Tensor | Spec) -> Spec:
     return t if isinstance(t, Spec) else Spec.of(t)
-
-
-def _new(spec: Spec, device: torch.device) -> torch.Tensor:
-    return torch.empty(spec.shape, dtype=spec.dtype, device=device)

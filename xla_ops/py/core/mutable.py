@@ -73,17 +73,19 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
         update: what to run, and what to write.
     """
     op, args, targets = update
-    call = op.lowered(args)
+    bound = op.lowered(args)
     check = Checker(name)
-    for (argument, target), spec in zip(targets.items(), call.results, strict=True):
+    for (argument, target), spec in zip(
+        targets.items(), bound.call.results, strict=True
+    ):
         if target is None:
             continue
         check.dtype(argument, target, [spec.dtype])
         if _squeezed(target.shape) != _squeezed(spec.shape):
             check.shape(argument, target, spec.shape)
-        check.same_device("input", call.operands[0], **{argument: target})
+        check.same_device("input", bound.tensors[0], **{argument: target})
     given = [t for t in targets.values() if t is not None]
-    if any(in_place.is_value(t) for t in (*given, *call.tensors)):
+    if any(in_place.is_value(t) for t in (*given, *bound.tensors)):
         results = op(*args)
         results = list(results) if isinstance(results, tuple) else [results]
         for i, target in enumerate(targets.values()):

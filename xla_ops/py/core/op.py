@@ -10,14 +10,14 @@ custom call computes it; this module registers the kernels:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from . import handlers
-from .custom_call import CustomCall, Node, call_directly, node_of
+from .custom_call import BoundCall, CustomCall, Node, call_directly, node_of
 from .hlo import Spec
 
 NAMESPACE = "xla_ops"
@@ -36,13 +36,12 @@ class Plan(NamedTuple):
     Attributes:
         node: the call, but for its operands.
         platform: of the handler.
-        operands: which of the op's arguments those are; None where the lowering makes
-            some of them, so that it has to run each time.
+        operands: which of the op's arguments those are.
     """
 
     node: Node
     platform: str
-    operands: tuple[int, ...] | None
+    operands: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Op:
         schema: arguments and results in torch's schema language. An op that updates
             an argument's value takes a last argument `Tensor? donor`, see `in_place`.
         lower: (*args) -> CustomCall. Checks its arguments first, so it is the one
-            place that knows what is legal. Sees tensors of any device, fake ones too.
-            Of an XLA tensor it may use shape, dtype and device only: it runs once a
-            signature, not once a call, where its operands are arguments.
+            place that knows what is legal. Sees tensors of any device, fake ones too,
+            and may use of a tensor its shape, dtype and device only: on XLA it runs
+            once a signature, not once a call.
         reference: (*args) -> Tensor or tuple, the meaning in plain torch.
     """
 
@@ -64,11 +63,15 @@ class Op:
     schema: str
     lower: Callable[..., CustomCall]
     reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    arguments: tuple[str, ...] = field(init=False)
     _plans: dict[tuple, Plan] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self):
+        schema = torch._C.parse_schema(self.name + self.schema)
+        arguments = tuple(argument.name for argument in schema.arguments)
+        object.__setattr__(self, "arguments", arguments)
         OPS[self.name] = self
         _library.define(self.name + self.schema)
         _library.impl(self.name, self._in_graph, "XLA")
@@ -83,21 +86,23 @@ class Op:
 
     @property
     def has_donor(self) -> bool:
-        return "Tensor? donor" in self.schema
+        return self.arguments[-1] == "donor"
+
+    def lowered(self, args: Sequence) -> BoundCall:
+        """Checks the arguments and returns the call that they make."""
+        values = dict(zip(self.arguments, args, strict=True))
+        values.pop("donor", None)
+        return self.lower(*values.values()).bind(values)
 
     def update_at_once(self, *args) -> list[torch.Tensor]:
         """Runs the handler on CPU or CUDA tensors, updating aliased operands."""
-        call = self.lowered(args)
-        if _is_empty(call):
-            return [_new(spec, call) for spec in call.results]
-        return call_directly(call)
-
-    def lowered(self, args) -> CustomCall:
-        """Checks the arguments and returns the call that they make."""
-        return self.lower(*(args[:-1] if self.has_donor else args))
+        bound = self.lowered(args)
+        if bound.call.is_empty:
+            return [bound.new(spec) for spec in bound.call.results]
+        return call_directly(bound)
 
     def compute(
-        self, args, into: Mapping[int, torch.Tensor] | None = None
+        self, args: Sequence, into: Mapping[int, torch.Tensor] | None = None
     ) -> list[torch.Tensor]:
         """Computes the results now, from CPU or CUDA tensors.
 
@@ -111,63 +116,54 @@ class Op:
             tensor; where it could not (a strided tensor, one that overlaps an operand
             still to be read, no handler) it is another one, and the caller copies.
         """
-        call = self.lowered(args)
-        if _is_empty(call):
-            return _untouched(call)
-        platform = handlers.HOST
-        if call.operands[0].device.type == "cuda":
-            platform = handlers.CUDA
+        bound = self.lowered(args)
+        call = bound.call
+        if call.is_empty:
+            return bound.untouched()
+        platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
         if not handlers.loaded(platform, call.target):
             results = self._reference(args)
             return list(results) if isinstance(results, tuple) else [results]
         # A functional op must not touch its arguments.
         updated = set(call.aliases.values())
         operands = tuple(
-            t.clone() if i in updated else t for i, t in enumerate(call.operands)
+            t.clone() if name in updated and isinstance(t, torch.Tensor) else t
+            for name, t in zip(call.names, bound.operands, strict=True)
         )
-        direct = {
-            i: t for i, t in (into or {}).items() if _may_write(call, i, operands, t)
-        }
-        return call_directly(CustomCall(**{**vars(call), "operands": operands}), direct)
+        bound = BoundCall(call, operands)
+        direct = {i: t for i, t in (into or {}).items() if _may_write(bound, i, t)}
+        return call_directly(bound, direct)
 
-    def _reference(self, args):
+    def _reference(self, args: Sequence):
         return self.reference(*(args[:-1] if self.has_donor else args))
 
     def _fake(self, *args):
-        call = self.lowered(args)
-        return _unpack([_new(spec, call) for spec in call.results])
+        bound = self.lowered(args)
+        return _unpack([bound.new(spec) for spec in bound.call.results])
 
     def _in_graph(self, *args):
-        signature = _signature(args)
+        signature = tuple(map(_key, args))
         plan = self._plans.get(signature)
-        if plan is None or plan.operands is None:
-            call = self.lowered(args)
-            if _is_empty(call):
-                return _unpack(_untouched(call))
-            plan = plan or self._new_plan(signature, args, call)
-            operands = call.tensors
-        else:
-            operands = [args[i] for i in plan.operands]
+        if plan is None:
+            bound = self.lowered(args)
+            if bound.call.is_empty:
+                return _unpack(bound.untouched())
+            plan = self._new_plan(signature, bound)
         if not handlers.available(plan.platform, plan.node.target):
             return self._reference(args)
-        results = plan.node.add(operands)
+        results = plan.node.add([args[i] for i in plan.operands])
         if self.has_donor and args[-1] is not None:
             import torch_xla
 
             torch_xla._XLAC._set_buffer_donation(args[-1], True)
         return _unpack(results)
 
-    def _new_plan(self, signature: tuple, args, call: CustomCall) -> Plan:
-        # One tensor may be several arguments: lower again with one each, so that an
-        # operand tells which argument it is.
-        args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-        index = {id(t): i for i, t in enumerate(args) if isinstance(t, torch.Tensor)}
-        operands = tuple(index.get(id(t)) for t in self.lowered(args).tensors)
-        plan = Plan(
-            node_of(call),
-            handlers.xla_platform(),
-            None if None in operands else operands,
+    def _new_plan(self, signature: tuple, bound: BoundCall) -> Plan:
+        names = zip(bound.call.names, bound.operands, strict=True)
+        operands = tuple(
+            self.arguments.index(name) for name, t in names if not isinstance(t, Spec)
         )
+        plan = Plan(node_of(bound), handlers.xla_platform(), operands)
         if len(self._plans) >= _MAX_PLANS:  # more where threads add at once
             self._plans.clear()
         self._plans[signature] = plan
@@ -177,53 +173,29 @@ class Op:
         return _unpack(self.compute(args))
 
 
-def _signature(args) -> tuple:
-    """Returns what a lowering of XLA tensors depends on, as a key.
+def _key(arg) -> object:
+    """Returns what a lowering of XLA tensors depends on in an argument.
 
     The schema fixes the type of every argument, so 1, 1.0 and True never meet. 0.0 and
-    -0.0 do, and are told apart by their texts.
+    -0.0 would, and NaN would not meet itself.
     """
-    return tuple(
-        [
-            arg
-            if arg is None
-            else (arg.shape, arg.dtype, arg.device)
-            if isinstance(arg, torch.Tensor)
-            else tuple(arg)
-            if isinstance(arg, list)
-            else arg or repr(arg)
-            for arg in args
-        ]
-    )
+    if isinstance(arg, torch.Tensor):
+        return arg.shape, arg.dtype, arg.device
+    if isinstance(arg, float):
+        return arg.hex()
+    return tuple(arg) if isinstance(arg, list) else arg
 
 
-def _new(spec: Spec, call: CustomCall) -> torch.Tensor:
-    return call.operands[0].new_empty(spec.shape, dtype=spec.dtype)
-
-
-def _is_empty(call: CustomCall) -> bool:
-    """Whether there is nothing to compute: no result, or no token to write."""
-    return call.nothing_to_do or all(0 in spec.shape for spec in call.results)
-
-
-def _untouched(call: CustomCall) -> list[torch.Tensor]:
-    return [
-        call.operands[call.aliases[i]].clone()
-        if i in call.aliases
-        else _new(spec, call)
-        for i, spec in enumerate(call.results)
-    ]
-
-
-def _may_write(call: CustomCall, i: int, operands, t: torch.Tensor) -> bool:
+def _may_write(bound: BoundCall, i: int, t: torch.Tensor) -> bool:
     """Whether result `i` may go straight to `t`'s memory."""
+    call = bound.call
     if i in call.aliases or not t.is_contiguous():
         return False
-    for j, operand in enumerate(operands):
+    for name, operand in zip(call.names, bound.operands, strict=True):
         if isinstance(operand, Spec):
             continue
         same = t.data_ptr() == operand.data_ptr() and t.nbytes == operand.nbytes
-        if same and call.may_overwrite.get(i) == j:
+        if same and call.may_overwrite.get(i) == name:
             continue
         if (
             t.data_ptr() < operand.data_ptr() + operand.nbytes

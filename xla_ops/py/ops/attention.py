@@ -6,15 +6,14 @@ same; they differ in what their errors call the arguments.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 
 from ..core import debug, paged_cache
 from ..core.checks import Checker, float32
-from ..core.custom_call import CustomCall, operand
+from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
 from ..core.op import Op
@@ -67,18 +66,70 @@ FEATURES_SCHEMA = (
 )
 
 
+class Arguments(NamedTuple):
+    """The functional op's arguments, in its order: from the fronts to the handler.
+
+    Attributes:
+        query, key, value: query's rows, and the buffers that hold keys and values.
+        cu_seqlens_q to num_seqs: the `Batch`.
+        alibi_slopes to v_scale, kv_cache_dtype: the `Features`, floats as float32.
+        scale, window_left, window_right, soft_cap: as in attention.h.
+        num_splits: into how many pieces each sequence's KV tokens are cut.
+        geometry: where keys and values lie in their buffers, `PagedCache.geometry`.
+        debug: whether the handler reports what it masks.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    block_table: torch.Tensor | None
+    leftpad_k: torch.Tensor | None
+    num_seqs: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    scale: float
+    window_left: int
+    window_right: int
+    soft_cap: float
+    kv_cache_dtype: str
+    num_splits: int
+    geometry: list[int]
+    debug: bool
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(*(getattr(self, name) for name in Batch._fields))
+
+
+# Types of the functional op's schema; ints may be symbolic.
+_SCHEMA_TYPES = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    float: "float",
+    int: "SymInt",
+    str: "str",
+    list[int]: "SymInt[]",
+    bool: "bool",
+}
+
+
 def declare(names: Names) -> Op:
     """Declares the functional op torch.ops.xla_ops.<names.op>."""
+    schema = ", ".join(
+        f"{_SCHEMA_TYPES[hint]} {name}"
+        for name, hint in get_type_hints(Arguments).items()
+    )
+    check = Checker(names.op)
     return Op(
         names.op,
-        "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q,"
-        " Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table,"
-        " Tensor? leftpad_k, Tensor? num_seqs, Tensor? alibi_slopes, Tensor? sinks,"
-        " Tensor? k_scale, Tensor? v_scale, float scale, SymInt window_left,"
-        " SymInt window_right, float soft_cap, str kv_cache_dtype, SymInt num_splits,"
-        " SymInt[] geometry, bool debug) -> (Tensor out, Tensor lse)",
-        functools.partial(_lower, names, Checker(names.op)),
-        _reference,
+        f"({schema}) -> (Tensor out, Tensor lse)",
+        lambda *args: _lower(names, check, Arguments(*args)),
+        lambda *args: _reference(Arguments(*args)),
     )
 
 
@@ -100,30 +151,30 @@ def arguments(
     window: tuple[int, int],
     soft_cap: float,
     longest: int,
-) -> tuple:
+) -> Arguments:
     """Returns the functional op's arguments.
 
     Args:
         longest: how many KV tokens a sequence has at most, as far as the host knows.
         The others are as in attention.h.
     """
-    alibi_slopes, sinks, kv_cache_dtype, k_scale, v_scale = features
-    return (
-        query,
-        cache.key_buffer,
-        cache.value_buffer,
-        *batch,
-        _as_float32(check, "alibi_slopes", alibi_slopes),
-        _as_float32(check, "sinks", sinks),
-        k_scale,
-        v_scale,
-        float(scale),
-        *window,
-        float(soft_cap),
-        kv_cache_dtype,
-        num_splits(query.shape[0] * cache.num_kv_heads, longest),
-        cache.geometry,
-        debug.enabled(),
+    return Arguments(
+        query=query,
+        key=cache.key_buffer,
+        value=cache.value_buffer,
+        **batch._asdict(),
+        alibi_slopes=_as_float32(check, "alibi_slopes", features.alibi_slopes),
+        sinks=_as_float32(check, "sinks", features.sinks),
+        k_scale=features.k_scale,
+        v_scale=features.v_scale,
+        scale=float(scale),
+        window_left=window[0],
+        window_right=window[1],
+        soft_cap=float(soft_cap),
+        kv_cache_dtype=features.kv_cache_dtype,
+        num_splits=num_splits(query.shape[0] * cache.num_kv_heads, longest),
+        geometry=cache.geometry,
+        debug=debug.enabled(),
     )
 
 
@@ -162,44 +213,23 @@ def _as_float32(check: Checker, argument: str, t: torch.Tensor | None):
     return t.float()
 
 
-def _lower(
-    names,
-    check,
-    query,
-    key,
-    value,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_k,
-    block_table,
-    leftpad_k,
-    num_seqs,
-    alibi_slopes,
-    sinks,
-    k_scale,
-    v_scale,
-    scale,
-    window_left,
-    window_right,
-    soft_cap,
-    kv_cache_dtype,
-    num_splits,
-    geometry,
-    debug_mode,
-) -> CustomCall:
-    check.dtype(names.query, query, FLOAT_DTYPES)
-    check.rank(names.query, query, "[num_tokens, num_heads, head_dim]")
-    num_tokens, num_heads, head_dim = query.shape
+_FLOAT_OPERANDS = ("alibi_slopes", "sinks", "k_scale", "v_scale")
+
+
+def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
+    check.dtype(names.query, a.query, FLOAT_DTYPES)
+    check.rank(names.query, a.query, "[num_tokens, num_heads, head_dim]")
+    num_tokens, num_heads, head_dim = a.query.shape
     check.require(
         head_dim % 8 == 0 and 0 < head_dim <= 256,
         names.query,
         "have a head_dim that is a multiple of 8 up to 256",
         head_dim,
     )
-    cache_dtypes = paged_cache.dtypes(check, query, kv_cache_dtype)
-    check.dtype(names.key, key, cache_dtypes)
-    check.dtype(names.value, value, cache_dtypes)
-    place = dict(zip(paged_cache.ATTRIBUTES, (int(n) for n in geometry), strict=True))
+    cache_dtypes = paged_cache.dtypes(check, a.query, a.kv_cache_dtype)
+    check.dtype(names.key, a.key, cache_dtypes)
+    check.dtype(names.value, a.value, cache_dtypes)
+    place = dict(zip(paged_cache.ATTRIBUTES, (int(n) for n in a.geometry), strict=True))
     del place["head_dim"]
     num_kv_heads = place["num_kv_heads"]
     check.require(
@@ -208,28 +238,13 @@ def _lower(
         f"divide num_heads {num_heads}",
         num_kv_heads,
     )
-    batch = Batch(
-        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, leftpad_k, num_seqs
-    )
-    max_num_seqs = _check_batch(names, check, query, batch)
-    if alibi_slopes is not None:
-        check.dtype("alibi_slopes", alibi_slopes, [torch.float32])
-        check.require(
-            list(alibi_slopes.shape) in ([num_heads], [max_num_seqs, num_heads]),
-            "alibi_slopes",
-            f"have shape [{num_heads}] or [{max_num_seqs}, {num_heads}]",
-            list(alibi_slopes.shape),
-        )
-    if sinks is not None:
-        check.dtype("sinks", sinks, [torch.float32])
-        check.shape("sinks", sinks, [num_heads])
-    for name, t in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if t is not None:
-            _check_scale(check, name, t, [max_num_seqs, num_kv_heads], kv_cache_dtype)
+    max_num_seqs = _check_batch(names, check, a.query, a.batch)
+    _check_features(names, check, a, max_num_seqs, num_kv_heads)
     # As the handler gets them.
-    scale, soft_cap = float32(scale), float32(soft_cap)
+    scale, soft_cap = float32(a.scale), float32(a.soft_cap)
     check.require(math.isfinite(scale), names.scale, "be finite", f"{scale:g}")
-    for name, window in (("window_left", window_left), ("window_right", window_right)):
+    for name in ("window_left", "window_right"):
+        window = getattr(a, name)
         check.require(window >= -1, name, "be at least -1", window)
     check.require(
         math.isfinite(soft_cap) and soft_cap >= 0,
@@ -238,46 +253,60 @@ def _lower(
         f"{soft_cap:g}",
     )
     check.require(
-        1 <= num_splits <= 1024, "num_splits", "be from 1 to 1024", num_splits
-    )
-    floats = {
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-    }
-    check.same_device(
-        names.query, query, **{names.key: key, names.value: value}, **floats
+        1 <= a.num_splits <= 1024, "num_splits", "be from 1 to 1024", a.num_splits
     )
     # Of each split, for each row and head: an accumulator, its maximum and its sum.
-    partials = num_splits * num_tokens * num_heads * (head_dim + 2) * 4
+    partials = a.num_splits * num_tokens * num_heads * (head_dim + 2) * 4
+    scratch = _SCHEDULER_BYTES + (partials if a.num_splits > 1 else 0)
     return CustomCall(
         f"xla_ops.{names.op}",
         (
-            query.contiguous(),
-            key,
-            value,
-            *(operand(t, torch.int32) for t in batch),
-            *(operand(t, torch.float32) for t in floats.values()),
+            "query",
+            "key",
+            "value",
+            *(OptionalOperand(name, torch.int32) for name in Batch._fields),
+            *(OptionalOperand(name, torch.float32) for name in _FLOAT_OPERANDS),
         ),
-        (Spec.of(query), Spec((num_heads, num_tokens), torch.float32)),
+        (Spec.of(a.query), Spec((num_heads, num_tokens), torch.float32)),
         {
             "scale": scale,
-            "window_left": int(window_left),
-            "window_right": int(window_right),
+            "window_left": int(a.window_left),
+            "window_right": int(a.window_right),
             "soft_cap": soft_cap,
-            "kv_cache_dtype": kv_cache_dtype,
-            "paged": block_table is not None,
-            "num_splits": int(num_splits),
+            "kv_cache_dtype": a.kv_cache_dtype,
+            "paged": a.block_table is not None,
+            "num_splits": int(a.num_splits),
             **place,
-            "debug": debug_mode,
+            "debug": a.debug,
         },
-        nothing_to_do=query.numel() == 0,
-        scratch=(
-            Spec(
-                (_SCHEDULER_BYTES + (partials if num_splits > 1 else 0),), torch.uint8
-            ),
-        ),
+        nothing_to_do=a.query.numel() == 0,
+        scratch=(Spec((scratch,), torch.uint8),),
+    )
+
+
+def _check_features(
+    names: Names, check: Checker, a: Arguments, max_num_seqs: int, num_kv_heads: int
+) -> None:
+    num_heads = a.query.shape[1]
+    if a.alibi_slopes is not None:
+        check.dtype("alibi_slopes", a.alibi_slopes, [torch.float32])
+        check.require(
+            list(a.alibi_slopes.shape) in ([num_heads], [max_num_seqs, num_heads]),
+            "alibi_slopes",
+            f"have shape [{num_heads}] or [{max_num_seqs}, {num_heads}]",
+            list(a.alibi_slopes.shape),
+        )
+    if a.sinks is not None:
+        check.dtype("sinks", a.sinks, [torch.float32])
+        check.shape("sinks", a.sinks, [num_heads])
+    for name in ("k_scale", "v_scale"):
+        t = getattr(a, name)
+        if t is not None:
+            shape = [max_num_seqs, num_kv_heads]
+            _check_scale(check, name, t, shape, a.kv_cache_dtype)
+    floats = {name: getattr(a, name) for name in _FLOAT_OPERANDS}
+    check.same_device(
+        names.query, a.query, **{names.key: a.key, names.value: a.value}, **floats
     )
 
 
@@ -355,91 +384,65 @@ def _check_scale(check: Checker, name: str, t, shape, kv_cache_dtype: str) -> No
     )
 
 
-def _reference(
-    query,
-    key,
-    value,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_k,
-    block_table,
-    leftpad_k,
-    num_seqs,
-    alibi_slopes,
-    sinks,
-    k_scale,
-    v_scale,
-    scale,
-    window_left,
-    window_right,
-    soft_cap,
-    kv_cache_dtype,
-    num_splits,
-    geometry,
-    debug_mode,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, head_dim = query.shape
+def _reference(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, head_dim = a.query.shape
     num_blocks, page_size, num_kv_heads, _, *strides, key_offset, value_offset = (
-        geometry
+        a.geometry
     )
     shape = (num_blocks, page_size, num_kv_heads, head_dim)
-    keys = _take(key, shape, strides, key_offset, kv_cache_dtype)
-    values = _take(value, shape, strides, value_offset, kv_cache_dtype)
-    integers = (
-        *(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
-        *(leftpad_k, num_seqs),
-    )
-    batch = Batch(*(None if t is None else t.long() for t in integers))
-    rows = torch.arange(num_tokens, device=query.device)
+    keys = _take(a.key, shape, strides, key_offset, a.kv_cache_dtype)
+    values = _take(a.value, shape, strides, value_offset, a.kv_cache_dtype)
+    batch = Batch(*(None if t is None else t.long() for t in a.batch))
+    rows = torch.arange(num_tokens, device=a.query.device)
     # [num_tokens, num_kv_heads, heads of one KV head, ...] from here on.
     heads = (num_kv_heads, num_heads // max(num_kv_heads, 1))
-    grouped = query.float().reshape(num_tokens, *heads, head_dim)
+    grouped = a.query.float().reshape(num_tokens, *heads, head_dim)
     out = torch.zeros_like(grouped)
     lse = grouped.new_full((num_tokens, *heads, 1), torch.inf)
     for s, (start, end, index, exists, length) in enumerate(
         _sequences(batch, num_tokens, keys.shape[0], num_blocks, page_size)
     ):
-        key = keys[index] * _of_sequence(k_scale, s)
-        value = values[index] * _of_sequence(v_scale, s)
-        tokens = torch.arange(index.shape[0], device=query.device)
+        key = keys[index] * _of_sequence(a.k_scale, s)
+        value = values[index] * _of_sequence(a.v_scale, s)
+        tokens = torch.arange(index.shape[0], device=a.query.device)
         position = (rows - start + length - (end - start))[:, None]
         visible = ((rows >= start) & (rows < end))[:, None] & exists
         visible &= tokens < length
-        if window_left >= 0:
-            visible &= tokens >= position - window_left
-        if window_right >= 0:
-            visible &= tokens <= position + window_right
-        logits = _by_kv_head(grouped, key.permute(1, 2, 0)) * scale
-        if soft_cap:
-            logits = soft_cap * torch.tanh(logits / soft_cap)
-        if alibi_slopes is not None:
-            slopes = alibi_slopes
-            if alibi_slopes.dim() == 2:
-                slopes = _row(alibi_slopes, s)
+        if a.window_left >= 0:
+            visible &= tokens >= position - a.window_left
+        if a.window_right >= 0:
+            visible &= tokens <= position + a.window_right
+        logits = _by_kv_head(grouped, key.permute(1, 2, 0)) * a.scale
+        if a.soft_cap:
+            logits = a.soft_cap * torch.tanh(logits / a.soft_cap)
+        if a.alibi_slopes is not None:
+            slopes = a.alibi_slopes
+            if a.alibi_slopes.dim() == 2:
+                slopes = _row(a.alibi_slopes, s)
             distance = (position - tokens).abs()[:, None, None, :]
             logits = logits - slopes.reshape(*heads, 1) * distance
         mask = visible[:, None, None, :]
         logits = logits.masked_fill(~mask, -torch.inf)
         largest = logits.amax(-1, keepdim=True)
-        if sinks is not None:
-            largest = torch.maximum(largest, sinks.reshape(*heads, 1))
+        if a.sinks is not None:
+            largest = torch.maximum(largest, a.sinks.reshape(*heads, 1))
         seen = mask.any(-1, keepdim=True)
         largest = torch.where(seen, largest, 0.0)
         weights = torch.exp(logits - largest)
         total = weights.sum(-1, keepdim=True)
-        if sinks is not None:
-            total = total + torch.exp(sinks.reshape(*heads, 1) - largest)
+        if a.sinks is not None:
+            total = total + torch.exp(a.sinks.reshape(*heads, 1) - largest)
         # A masked token may hold NaN.
         value = torch.where(visible.any(0)[:, None, None], value, 0.0)
         mixed = _by_kv_head(weights, value.transpose(0, 1)) / total
         out = torch.where(seen, mixed, out)
         lse = torch.where(seen, torch.log(total) + largest, lse)
-    out = out.reshape(query.shape).to(query.dtype)
+    out = out.reshape(a.query.shape).to(a.query.dtype)
     return out, lse.reshape(num_tokens, num_heads).t().contiguous()
 
 
 def _by_kv_head(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """[tokens, KV heads, group, n] times [KV heads, n, m]: [tokens, KV heads, group, m].
+    """[tokens, KV heads, group, n] times [KV heads, n, m].
 
     torch_xla's matmul keeps to set_mat_mul_precision(); its einsum does not.
     """
@@ -503,7 +506,7 @@ def _of_sequence(scale: torch.Tensor | None, s: int) -> torch.Tensor | float:
 
 
 def _row(t: torch.Tensor, s: int) -> torch.Tensor:
-    """t[s], which torch_xla 2.9.0 gets wrong below functionalization: t[0] of a square."""
+    """t[s]. torch_xla 2.9.0 gets t[0] of a square wrong below functionalization."""
     return t[s : s + 1].reshape(t.shape[1])
 
 

@@ -147,10 +147,10 @@ def _lower(cache, block_mapping, geometry, debug_mode) -> CustomCall:
     values = dict(zip(_ATTRIBUTES, (int(n) for n in geometry), strict=True))
     return CustomCall(
         "xla_ops.copy_blocks",
-        (cache, block_mapping.contiguous()),
+        ("cache", "block_mapping"),
         (Spec.of(cache),),
         {**values, "debug": debug_mode},
-        {0: 0},
+        {0: "cache"},
         nothing_to_do=block_mapping.numel() == 0 or cache.numel() == 0,
     )
 

@@ -113,7 +113,7 @@ def _lower_static(input: torch.Tensor, scale: torch.Tensor) -> CustomCall:
     _static_check.same_device("input", input, scale=scale)
     return CustomCall(
         "xla_ops.static_scaled_fp8_quant",
-        (input.contiguous(), scale),
+        ("input", "scale"),
         (_fp8_like(input),),
     )
 
@@ -122,18 +122,18 @@ def _lower_dynamic(input: torch.Tensor) -> CustomCall:
     _dynamic_check.rows("input", input)
     return CustomCall(
         "xla_ops.dynamic_scaled_fp8_quant",
-        (input.contiguous(),),
+        ("input",),
         (_fp8_like(input), Spec((1,), torch.float32)),
     )
 
 
 def _lower_per_token(input: torch.Tensor, scale_ub: torch.Tensor | None) -> CustomCall:
     _token_check.rows("input", input)
-    operands = (input.contiguous(),)
+    operands = ("input",)
     if scale_ub is not None:
         _token_check.scale("scale_ub", scale_ub)
         _token_check.same_device("input", input, scale_ub=scale_ub)
-        operands += (scale_ub,)
+        operands += ("scale_ub",)
     scale = Spec((quant.num_rows(input.shape), 1), torch.float32)
     return CustomCall(
         "xla_ops.dynamic_per_token_scaled_fp8_quant",

@@ -62,10 +62,10 @@ def _lower(
     _check.same_device("input", input, residual=residual, weight=weight)
     return CustomCall(
         "xla_ops.fused_add_rms_norm",
-        (input.contiguous(), residual.contiguous(), weight.contiguous()),
+        ("input", "residual", "weight"),
         (Spec.of(input), Spec.of(input)),
         {"eps": eps},
-        may_overwrite={0: 0, 1: 1},
+        may_overwrite={0: "input", 1: "residual"},
     )
 
 

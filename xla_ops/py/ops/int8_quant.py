@@ -91,11 +91,11 @@ def _lower_static(input, scale, azp) -> CustomCall:
     _static_check.rows("input", input)
     _static_check.scale("scale", scale)
     _static_check.same_device("input", input, scale=scale, azp=azp)
-    operands = (input.contiguous(), scale)
+    operands = ("input", "scale")
     if azp is not None:
         _static_check.dtype("azp", azp, [torch.int32])
         _static_check.one_element("azp", azp)
-        operands += (azp,)
+        operands += ("azp",)
     return CustomCall(
         "xla_ops.static_scaled_int8_quant", operands, (_int8_like(input),)
     )
@@ -106,7 +106,7 @@ def _lower_dynamic(input) -> CustomCall:
     scale = Spec((quant.num_rows(input.shape), 1), torch.float32)
     return CustomCall(
         "xla_ops.dynamic_scaled_int8_quant",
-        (input.contiguous(),),
+        ("input",),
         (_int8_like(input), scale),
     )
 
@@ -116,7 +116,7 @@ def _lower_dynamic_azp(input) -> CustomCall:
     shape = (quant.num_rows(input.shape), 1)
     return CustomCall(
         "xla_ops.dynamic_scaled_int8_azp_quant",
-        (input.contiguous(),),
+        ("input",),
         (_int8_like(input), Spec(shape, torch.float32), Spec(shape, torch.int32)),
     )
 

@@ -73,9 +73,9 @@ def _lower(prefix_output, prefix_lse, suffix_output, suffix_lse) -> CustomCall:
     _check.same_device("prefix_output", prefix_output, **operands)
     return CustomCall(
         "xla_ops.merge_attn_states",
-        tuple(t.contiguous() for t in operands.values()),
+        tuple(operands),
         (Spec.of(prefix_output), Spec.of(prefix_lse)),
-        may_overwrite={0: 0},
+        may_overwrite={0: "prefix_output"},
     )
 
 

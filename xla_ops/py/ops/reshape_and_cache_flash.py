@@ -6,7 +6,7 @@ import torch
 
 from ..core import debug, in_place, paged_cache
 from ..core.checks import Checker
-from ..core.custom_call import CustomCall, operand
+from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
 from ..core.op import NAMESPACE, Op
@@ -191,13 +191,21 @@ def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUT
 
 def _lower_both(key, value, key_cache, value_cache, *rest) -> CustomCall:
     return _lower_pair(
-        "xla_ops.reshape_and_cache_flash", key, value, (key_cache, value_cache), *rest
+        "xla_ops.reshape_and_cache_flash",
+        key,
+        value,
+        {"key_cache": key_cache, "value_cache": value_cache},
+        *rest,
     )
 
 
 def _lower_stacked(key, value, kv_cache, *rest) -> CustomCall:
     return _lower_pair(
-        "xla_ops.reshape_and_cache_flash_stacked", key, value, (kv_cache,), *rest
+        "xla_ops.reshape_and_cache_flash_stacked",
+        key,
+        value,
+        {"kv_cache": kv_cache},
+        *rest,
     )
 
 
@@ -213,7 +221,7 @@ def _lower_pair(
     geometry,
     debug_mode,
 ) -> CustomCall:
-    """Writes keys and values into `caches`: one buffer for each, or one for both."""
+    """Writes keys and values into `caches`, by name: a buffer for each, or one."""
     _check_pair(key, value)
     _check_slots(key, slot_mapping)
     _check_scale("k_scale", k_scale, key)
@@ -221,16 +229,16 @@ def _lower_pair(
     return CustomCall(
         target,
         (
-            key.contiguous(),
-            value.contiguous(),
+            "key",
+            "value",
             *caches,
-            slot_mapping.contiguous(),
-            operand(k_scale, torch.float32),  # None, which is 1, is absent
-            operand(v_scale, torch.float32),
+            "slot_mapping",
+            OptionalOperand("k_scale", torch.float32),  # absent, it is 1
+            OptionalOperand("v_scale", torch.float32),
         ),
-        tuple(Spec.of(cache) for cache in caches),
+        tuple(Spec.of(cache) for cache in caches.values()),
         _attributes(kv_cache_dtype, geometry, debug_mode),
-        {i: 2 + i for i in range(len(caches))},
+        dict(enumerate(caches)),
         nothing_to_do=slot_mapping.numel() == 0 or key.numel() == 0,
     )
 
@@ -244,14 +252,14 @@ def _lower_one(
     return CustomCall(
         "xla_ops.reshape_and_cache_flash_one",
         (
-            rows.contiguous(),
-            cache,
-            slot_mapping.contiguous(),
-            operand(scale, torch.float32),
+            "key",
+            "key_cache",
+            "slot_mapping",
+            OptionalOperand("scale", torch.float32),
         ),
         (Spec.of(cache),),
         _attributes(kv_cache_dtype, geometry, debug_mode, paged_cache.ATTRIBUTES[:-1]),
-        {0: 1},
+        {0: "key_cache"},
         nothing_to_do=slot_mapping.numel() == 0 or rows.numel() == 0,
     )
 

@@ -51,10 +51,10 @@ def _lower(input: torch.Tensor, weight: torch.Tensor, eps: float) -> CustomCall:
     _check.same_device("input", input, weight=weight)
     return CustomCall(
         "xla_ops.rms_norm",
-        (input.contiguous(), weight.contiguous()),
+        ("input", "weight"),
         (Spec.of(input),),
         {"eps": eps},
-        may_overwrite={0: 0},
+        may_overwrite={0: "input"},
     )
 
 

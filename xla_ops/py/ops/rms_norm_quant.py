@@ -139,13 +139,14 @@ def _lower_static(check, input, residual, weight, scale, eps) -> CustomCall:
     _check_common(check, input, residual, weight, eps)
     check.scale("scale", scale)
     check.same_device("input", input, scale=scale)
-    rows = (input,) if residual is None else (input, residual)
+    rows = ("input",) if residual is None else ("input", "residual")
+    sums = () if residual is None else (Spec.of(residual),)
     return CustomCall(
         f"xla_ops.{check.op}",
-        (*(t.contiguous() for t in (*rows, weight)), scale),
-        (Spec(tuple(input.shape), torch.float8_e4m3fn), *map(Spec.of, rows[1:])),
+        (*rows, "weight", "scale"),
+        (Spec(tuple(input.shape), torch.float8_e4m3fn), *sums),
         {"eps": eps},
-        may_overwrite={} if residual is None else {1: 1},
+        may_overwrite={} if residual is None else {1: "residual"},
     )
 
 
@@ -158,8 +159,9 @@ def _lower_dynamic(input, residual, weight, quant_dtype, eps, scale_ub) -> Custo
         str(quant_dtype).removeprefix("torch."),
     )
     _check_common(check, input, residual, weight, eps)
-    rows = (input,) if residual is None else (input, residual)
-    operands = [t.contiguous() for t in (*rows, weight)]
+    rows = ("input",) if residual is None else ("input", "residual")
+    sums = () if residual is None else (Spec.of(residual),)
+    operands = [*rows, "weight"]
     if scale_ub is not None:
         check.tensor("scale_ub", scale_ub)
         check.scale("scale_ub", scale_ub)
@@ -167,7 +169,7 @@ def _lower_dynamic(input, residual, weight, quant_dtype, eps, scale_ub) -> Custo
             quant_dtype != torch.int8, "scale_ub", "be left out for int8", "a tensor"
         )
         check.same_device("input", input, scale_ub=scale_ub)
-        operands.append(scale_ub)
+        operands.append("scale_ub")
     name = check.op if residual is None else "fused_add_" + check.op
     return CustomCall(
         f"xla_ops.{name}",
@@ -175,10 +177,10 @@ def _lower_dynamic(input, residual, weight, quant_dtype, eps, scale_ub) -> Custo
         (
             Spec(tuple(input.shape), quant_dtype),
             Spec((quant.num_rows(input.shape), 1), torch.float32),
-            *map(Spec.of, rows[1:]),
+            *sums,
         ),
         {"eps": eps},
-        may_overwrite={} if residual is None else {2: 1},
+        may_overwrite={} if residual is None else {2: "residual"},
     )
 
 

@@ -131,15 +131,10 @@ def _lower_both(positions, query, key, head_size, cos_sin_cache, is_neox) -> Cus
     )
     return CustomCall(
         "xla_ops.rotary_embedding",
-        (
-            positions.contiguous(),
-            query.contiguous(),
-            key.contiguous(),
-            cos_sin_cache.contiguous(),
-        ),
+        ("positions", "query", "key", "cos_sin_cache"),
         (Spec.of(query), Spec.of(key)),
         {"head_size": head_size, "is_neox": is_neox},
-        may_overwrite={0: 1, 1: 2},
+        may_overwrite={0: "query", 1: "key"},
     )
 
 
@@ -149,10 +144,10 @@ def _lower_one(positions, query, head_size, cos_sin_cache, is_neox) -> CustomCal
     _check.same_device("query", query, positions=positions, cos_sin_cache=cos_sin_cache)
     return CustomCall(
         "xla_ops.rotary_embedding_one",
-        (positions.contiguous(), query.contiguous(), cos_sin_cache.contiguous()),
+        ("positions", "query", "cos_sin_cache"),
         (Spec.of(query),),
         {"head_size": head_size, "is_neox": is_neox},
-        may_overwrite={0: 1},
+        may_overwrite={0: "query"},
     )
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from operator import itemgetter
-from unittest import mock
+from types import FunctionType
 
 import torch
 import torch_xla
@@ -36,9 +36,8 @@ from ..core import in_place
 
 # What torch_xla's _run_cached_graph says of an argument that is not computed yet.
 _PENDING = "can not be a pending ir"
-# Extraction calls what `_extract_program` replaces by global names.
+# Extraction clears and runs the lazy graph of the device: one at a time.
 _extracting = threading.Lock()
-_extract_internal = dynamo_bridge.extract_internal
 
 
 def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
@@ -54,7 +53,7 @@ def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
         if program is None:
             with _extracting:
                 if program is None:  # no other thread has been here
-                    program = _extract_program(module, args)
+                    program = _extract_program(module, tuple(args))
             module = None
         results = program(*args)
         if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
@@ -70,13 +69,6 @@ def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
 
     forward._boxed_call = True  # AOTAutograd: takes one list
     return forward
-
-
-def _extract_program(module: torch.fx.GraphModule, args: list) -> Callable:
-    with mock.patch.multiple(
-        dynamo_bridge, extract_internal=_extract, Deduper=_Deduper
-    ):
-        return dynamo_bridge.extract_compiled_graph(module, tuple(args))
 
 
 def _clone_copies(graph: torch.fx.Graph) -> None:
@@ -149,7 +141,7 @@ class _Deduper(dynamo_bridge.Deduper):
 def _extract(module: torch.fx.GraphModule) -> Callable:
     """Does what dynamo_bridge.extract_internal does, and returns a faster call."""
     if xr.is_spmd() or not all(isinstance(a, torch.Tensor) for a in module.xla_args):
-        return _extract_internal(module)
+        return dynamo_bridge.extract_internal(module)
     (
         _sharding,
         _results,
@@ -159,7 +151,7 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
         matcher,
         returns,
         updated,
-    ) = dynamo_bridge.extract_graph_helper(module, {})
+    ) = _extract_graph_helper(module, {})
     inputs = _input_getter(matcher)
     num_updated = len(updated)
     # What the program was traced with, such as a cache, is not kept.
@@ -210,6 +202,42 @@ def _finish(args: tuple) -> None:
         sync_xla_data=True,
     )
 
+
+def _with_globals(function: Callable, **replaced: object) -> Callable:
+    """A function of torch_xla's that finds `replaced` where it looks for globals.
+
+    The module itself stays as it is: openxla uses it, in other threads too.
+    """
+    assert isinstance(function, FunctionType)
+    return FunctionType(
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+class _SpecialReturnHandler(dynamo_bridge.SpecialReturnHandler):
+    __init__ = _with_globals(
+        dynamo_bridge.SpecialReturnHandler.__init__, Deduper=_Deduper
+    )
+
+
+_extract_graph_helper = _with_globals(
+    dynamo_bridge.extract_graph_helper, SpecialReturnHandler=_SpecialReturnHandler
+)
+_extract_program = _with_globals(
+    dynamo_bridge.extract_compiled_graph,
+    extract_compiled_graph_helper=_with_globals(
+        dynamo_bridge.extract_compiled_graph_helper,
+        extract_internal=_extract,
+        partition_fx_graph_for_cpu_fallback=_with_globals(
+            dynamo_bridge.partition_fx_graph_for_cpu_fallback,
+            extract_internal=_extract,
+        ),
+    ),
+)
 
 # The entry point of the group torch_dynamo_backends. With the updates of its inputs in
 # the graph, `_compile` makes them; AOTAutograd would make them by copy_.
