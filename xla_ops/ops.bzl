@@ -98,6 +98,7 @@ def xla_custom_call_libraries(name):
             "//xla_ops/cc/core",
             "//xla_ops/cc/device",
             "//xla_ops/cc/device:archs",
+            "//xla_ops/cc/device:cuda_handler",
         ],
         alwayslink = True,
     )

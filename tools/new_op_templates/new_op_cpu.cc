@@ -6,10 +6,9 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/new_op/new_op.h"
 #include "xla_ops/cc/ops/new_op/new_op_checks.h"
 
@@ -28,11 +27,8 @@ void NewOpPiece(const T* input, int64_t size, float scale, T* out) {
   }
 }
 
-ffi::Error NewOpCpu(ffi::AnyBuffer input, ffi::Result<ffi::AnyBuffer> out,
-                    float scale, ffi::ThreadPool pool) {
-  NewOpParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeNewOpParams(input, out, scale, &params));
-  if (params.num_elements == 0) return ffi::Error::Success();
+void NewOp(const NewOpParams& params, ffi::ThreadPool& pool) {
+  if (params.num_elements == 0) return;
   DispatchFloat(params.dtype, [&](auto dtype) {
     using T = CpuType<dtype.value>;
     const int64_t pieces = (params.num_elements + kPiece - 1) / kPiece;
@@ -43,19 +39,10 @@ ffi::Error NewOpCpu(ffi::AnyBuffer input, ffi::Result<ffi::AnyBuffer> out,
                  static_cast<T*>(params.out) + start);
     });
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(new_op, NewOpBinding(), MakeNewOpParams, NewOp);
+
 }  // namespace xla_ops
-
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_new_op_cpu(
-    XLA_FFI_CallFrame* call_frame);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_new_op_cpu, xla_ops::NewOpCpu,
-    xla_ops::NewOpBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS({"xla_ops.new_op",
-                         "Host",
-                         {nullptr, nullptr, nullptr, xla_ops_new_op_cpu}})

@@ -41,6 +41,13 @@ xla::ffi::Error MakeActivationParams(Activation activation,
                                      xla::ffi::Result<xla::ffi::AnyBuffer> out,
                                      ActivationParams* params);
 
+template <Activation kActivation>
+xla::ffi::Error MakeActivationParams(xla::ffi::AnyBuffer input,
+                                     xla::ffi::Result<xla::ffi::AnyBuffer> out,
+                                     ActivationParams* params) {
+  return MakeActivationParams(kActivation, input, out, params);
+}
+
 xla::ffi::Error MakeActivationQuantParams(
     xla::ffi::AnyBuffer input, xla::ffi::AnyBuffer scale,
     xla::ffi::Result<xla::ffi::AnyBuffer> out, ActivationParams* params);

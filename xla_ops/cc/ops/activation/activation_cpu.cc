@@ -7,11 +7,10 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
 #include "xla_ops/cc/core/quant.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/activation/activation.h"
 #include "xla_ops/cc/ops/activation/activation_checks.h"
 
@@ -76,79 +75,22 @@ void Run(const ActivationParams& params, ffi::ThreadPool& pool) {
   });
 }
 
-template <Activation kActivation>
-ffi::Error ActivationCpu(ffi::AnyBuffer input, ffi::Result<ffi::AnyBuffer> out,
-                         ffi::ThreadPool pool) {
-  ActivationParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeActivationParams(kActivation, input, out, &params));
-  Run<kActivation>(params, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error ActivationQuantCpu(ffi::AnyBuffer input, ffi::AnyBuffer scale,
-                              ffi::Result<ffi::AnyBuffer> out,
-                              ffi::ThreadPool pool) {
-  ActivationParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeActivationQuantParams(input, scale, out, &params));
-  Run<Activation::kSiluAndMulQuant>(params, pool);
-  return ffi::Error::Success();
-}
-
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(silu_and_mul, ActivationBinding(),
+                    MakeActivationParams<Activation::kSiluAndMul>,
+                    Run<Activation::kSiluAndMul>);
+XLA_OPS_CPU_HANDLER(mul_and_silu, ActivationBinding(),
+                    MakeActivationParams<Activation::kMulAndSilu>,
+                    Run<Activation::kMulAndSilu>);
+XLA_OPS_CPU_HANDLER(gelu_and_mul, ActivationBinding(),
+                    MakeActivationParams<Activation::kGeluAndMul>,
+                    Run<Activation::kGeluAndMul>);
+XLA_OPS_CPU_HANDLER(gelu_tanh_and_mul, ActivationBinding(),
+                    MakeActivationParams<Activation::kGeluTanhAndMul>,
+                    Run<Activation::kGeluTanhAndMul>);
+XLA_OPS_CPU_HANDLER(silu_and_mul_quant, ActivationQuantBinding(),
+                    MakeActivationQuantParams,
+                    Run<Activation::kSiluAndMulQuant>);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_silu_and_mul_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_mul_and_silu_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_gelu_and_mul_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_gelu_tanh_and_mul_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_silu_and_mul_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_silu_and_mul_cpu,
-    xla_ops::ActivationCpu<xla_ops::Activation::kSiluAndMul>,
-    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_mul_and_silu_cpu,
-    xla_ops::ActivationCpu<xla_ops::Activation::kMulAndSilu>,
-    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_gelu_and_mul_cpu,
-    xla_ops::ActivationCpu<xla_ops::Activation::kGeluAndMul>,
-    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_gelu_tanh_and_mul_cpu,
-    xla_ops::ActivationCpu<xla_ops::Activation::kGeluTanhAndMul>,
-    xla_ops::ActivationBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_silu_and_mul_quant_cpu, xla_ops::ActivationQuantCpu,
-    xla_ops::ActivationQuantBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.silu_and_mul",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_silu_and_mul_cpu}},
-    {"xla_ops.mul_and_silu",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_mul_and_silu_cpu}},
-    {"xla_ops.gelu_and_mul",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_gelu_and_mul_cpu}},
-    {"xla_ops.gelu_tanh_and_mul",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_gelu_tanh_and_mul_cpu}},
-    {"xla_ops.silu_and_mul_quant",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_silu_and_mul_quant_cpu}})

@@ -9,9 +9,8 @@
 #include <cstring>
 
 #include "xla/ffi/api/ffi.h"
-#include "xla_ops/cc/core/error.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks_checks.h"
 
@@ -60,18 +59,13 @@ void CopyPiece(const CopyBlocksParams& params, char* run, int64_t begin,
   }
 }
 
-ffi::Error CopyBlocksCpu(ffi::AnyBuffer cache, ffi::AnyBuffer block_mapping,
-                         ffi::Result<ffi::AnyBuffer> cache_result,
-                         CopyBlocksAttrs attrs, ffi::ThreadPool pool) {
-  CopyBlocksParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeCopyBlocksParams(cache, block_mapping, cache_result, attrs, &params));
+void CopyBlocks(const CopyBlocksParams& params, ffi::ThreadPool& pool) {
   if (params.copy_size > 0) {
     std::memcpy(params.copy_to, params.copy_from,
                 static_cast<size_t>(params.copy_size));
   }
   if (params.debug) ReportSkippedPairs(params);
-  if (IsEmpty(params)) return ffi::Error::Success();
+  if (IsEmpty(params)) return;
   const int64_t pieces = (params.run_size + kPieceSize - 1) / kPieceSize;
   const int64_t piece_size = std::min(params.run_size, kPieceSize);
   const int64_t cost = params.num_pairs * (1 + piece_size / kBytesPerStep);
@@ -85,19 +79,11 @@ ffi::Error CopyBlocksCpu(ffi::AnyBuffer cache, ffi::AnyBuffer block_mapping,
                 CopyPiece(params, run, begin,
                           std::min(kPieceSize, params.run_size - begin));
               });
-  return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(copy_blocks, CopyBlocksBinding(), MakeCopyBlocksParams,
+                    CopyBlocks);
+
 }  // namespace xla_ops
-
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_copy_blocks_cpu(
-    XLA_FFI_CallFrame* call_frame);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_copy_blocks_cpu, xla_ops::CopyBlocksCpu,
-    xla_ops::CopyBlocksBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS({"xla_ops.copy_blocks",
-                         "Host",
-                         {nullptr, nullptr, nullptr, xla_ops_copy_blocks_cpu}})

@@ -5,11 +5,10 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
 #include "xla_ops/cc/core/quant.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/fp8_quant/fp8_quant.h"
 #include "xla_ops/cc/ops/fp8_quant/fp8_quant_checks.h"
 
@@ -48,21 +47,11 @@ void QuantizeAll(const Fp8QuantParams& params, float scale,
              });
 }
 
-ffi::Error StaticCpu(ffi::AnyBuffer input, ffi::AnyBuffer scale,
-                     ffi::Result<ffi::AnyBuffer> out, ffi::ThreadPool pool) {
-  Fp8QuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeStaticFp8QuantParams(input, scale, out, &params));
+void StaticFp8Quant(const Fp8QuantParams& params, ffi::ThreadPool& pool) {
   QuantizeAll(params, *params.scale, pool);
-  return ffi::Error::Success();
 }
 
-ffi::Error DynamicCpu(ffi::AnyBuffer input, ffi::Result<ffi::AnyBuffer> out,
-                      ffi::Result<ffi::AnyBuffer> scale,
-                      ffi::ThreadPool pool) {
-  Fp8QuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeDynamicFp8QuantParams(input, out, scale, &params));
+void DynamicFp8Quant(const Fp8QuantParams& params, ffi::ThreadPool& pool) {
   std::vector<float> largest(
       NumWorkers(pool, params.num_tokens, params.hidden_size), 0.0f);
   ForEachRow(params, pool,
@@ -74,16 +63,9 @@ ffi::Error DynamicCpu(ffi::AnyBuffer input, ffi::Result<ffi::AnyBuffer> out,
       AbsMax(largest.size(), [&](int64_t i) { return largest[i]; });
   *params.scale_out = abs_max / kFp8Max;
   QuantizeAll(params, *params.scale_out, pool);
-  return ffi::Error::Success();
 }
 
-ffi::Error PerTokenCpu(ffi::AnyBuffer input, ffi::RemainingArgs optional,
-                       ffi::Result<ffi::AnyBuffer> out,
-                       ffi::Result<ffi::AnyBuffer> scale,
-                       ffi::ThreadPool pool) {
-  Fp8QuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakePerTokenFp8QuantParams(input, optional, out, scale, &params));
+void PerTokenFp8Quant(const Fp8QuantParams& params, ffi::ThreadPool& pool) {
   ForEachRow(params, pool,
              [&](int, int64_t token, const auto* row, Float8E4M3FN* out) {
                const float scale = Fp8RowScale(
@@ -93,41 +75,16 @@ ffi::Error PerTokenCpu(ffi::AnyBuffer input, ffi::RemainingArgs optional,
                  out[i] = ToFp8(ToFloat(row[i]) / scale);
                }
              });
-  return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(static_scaled_fp8_quant, StaticFp8QuantBinding(),
+                    MakeStaticFp8QuantParams, StaticFp8Quant);
+XLA_OPS_CPU_HANDLER(dynamic_scaled_fp8_quant, DynamicFp8QuantBinding(),
+                    MakeDynamicFp8QuantParams, DynamicFp8Quant);
+XLA_OPS_CPU_HANDLER(dynamic_per_token_scaled_fp8_quant,
+                    PerTokenFp8QuantBinding(), MakePerTokenFp8QuantParams,
+                    PerTokenFp8Quant);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_static_scaled_fp8_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_dynamic_scaled_fp8_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_dynamic_per_token_scaled_fp8_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_static_scaled_fp8_quant_cpu, xla_ops::StaticCpu,
-    xla_ops::StaticFp8QuantBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_dynamic_scaled_fp8_quant_cpu, xla_ops::DynamicCpu,
-    xla_ops::DynamicFp8QuantBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_dynamic_per_token_scaled_fp8_quant_cpu, xla_ops::PerTokenCpu,
-    xla_ops::PerTokenFp8QuantBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.static_scaled_fp8_quant",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_static_scaled_fp8_quant_cpu}},
-    {"xla_ops.dynamic_scaled_fp8_quant",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_dynamic_scaled_fp8_quant_cpu}},
-    {"xla_ops.dynamic_per_token_scaled_fp8_quant",
-     "Host",
-     {nullptr, nullptr, nullptr,
-      xla_ops_dynamic_per_token_scaled_fp8_quant_cpu}})

@@ -5,10 +5,9 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/core/row_math.h"
 #include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm.h"
 #include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm_checks.h"
@@ -37,17 +36,9 @@ void FusedAddRmsNormRow(const T* input, const T* residual, const T* weight,
   }
 }
 
-ffi::Error FusedAddRmsNormCpu(ffi::AnyBuffer input, ffi::AnyBuffer residual,
-                              ffi::AnyBuffer weight,
-                              ffi::Result<ffi::AnyBuffer> out,
-                              ffi::Result<ffi::AnyBuffer> residual_out,
-                              float eps, ffi::ThreadPool pool) {
-  FusedAddRmsNormParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeFusedAddRmsNormParams(
-      input, residual, weight, out, residual_out, eps, &params));
-  if (params.num_tokens == 0 || params.hidden_size == 0) {
-    return ffi::Error::Success();
-  }
+void FusedAddRmsNorm(const FusedAddRmsNormParams& params,
+                     ffi::ThreadPool& pool) {
+  if (params.num_tokens == 0 || params.hidden_size == 0) return;
   DispatchFloat(params.dtype, [&](auto dtype) {
     using T = CpuType<dtype.value>;
     const int64_t size = params.hidden_size;
@@ -55,25 +46,16 @@ ffi::Error FusedAddRmsNormCpu(ffi::AnyBuffer input, ffi::AnyBuffer residual,
       const int64_t start = token * size;
       FusedAddRmsNormRow(static_cast<const T*>(params.input) + start,
                          static_cast<const T*>(params.residual) + start,
-                         static_cast<const T*>(params.weight), size,
-                         params.eps, static_cast<T*>(params.out) + start,
+                         static_cast<const T*>(params.weight), size, params.eps,
+                         static_cast<T*>(params.out) + start,
                          static_cast<T*>(params.residual_out) + start);
     });
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(fused_add_rms_norm, FusedAddRmsNormBinding(),
+                    MakeFusedAddRmsNormParams, FusedAddRmsNorm);
+
 }  // namespace xla_ops
-
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_fused_add_rms_norm_cpu(
-    XLA_FFI_CallFrame* call_frame);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_fused_add_rms_norm_cpu, xla_ops::FusedAddRmsNormCpu,
-    xla_ops::FusedAddRmsNormBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.fused_add_rms_norm",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_fused_add_rms_norm_cpu}})

@@ -6,11 +6,10 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
 #include "xla_ops/cc/core/quant.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/int8_quant/int8_quant.h"
 #include "xla_ops/cc/ops/int8_quant/int8_quant_checks.h"
 
@@ -74,11 +73,7 @@ void Asymmetric(const T* row, int64_t size, int8_t* out, float* scale,
   WithZeroPoint(row, size, step, *azp, out);
 }
 
-ffi::Error StaticCpu(AnyBuffer input, AnyBuffer scale, RemainingArgs azp,
-                     AnyResult out, ffi::ThreadPool pool) {
-  Int8QuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeStaticInt8QuantParams(input, scale, azp, out, &params));
+void StaticInt8Quant(const Int8QuantParams& params, ffi::ThreadPool& pool) {
   const float divisor = *params.scale;
   ForEachRow(params, pool, [&](int64_t, const auto* row, int8_t* out) {
     if (params.azp != nullptr) {
@@ -89,63 +84,28 @@ ffi::Error StaticCpu(AnyBuffer input, AnyBuffer scale, RemainingArgs azp,
       out[i] = ToInt8(ToFloat(row[i]) / divisor);
     }
   });
-  return ffi::Error::Success();
 }
 
-ffi::Error DynamicCpu(AnyBuffer input, AnyResult out, AnyResult scale,
-                      ffi::ThreadPool pool) {
-  Int8QuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeDynamicInt8QuantParams(input, out, scale, &params));
+void DynamicInt8Quant(const Int8QuantParams& params, ffi::ThreadPool& pool) {
   ForEachRow(params, pool, [&](int64_t token, const auto* row, int8_t* out) {
     params.scale_out[token] = Symmetric(row, params.hidden_size, out);
   });
-  return ffi::Error::Success();
 }
 
-ffi::Error DynamicAzpCpu(AnyBuffer input, AnyResult out, AnyResult scale,
-                         AnyResult azp, ffi::ThreadPool pool) {
-  Int8QuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeDynamicInt8AzpQuantParams(input, out, scale, azp, &params));
+void DynamicInt8AzpQuant(const Int8QuantParams& params, ffi::ThreadPool& pool) {
   ForEachRow(params, pool, [&](int64_t token, const auto* row, int8_t* out) {
     Asymmetric(row, params.hidden_size, out, &params.scale_out[token],
                &params.azp_out[token]);
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(static_scaled_int8_quant, StaticInt8QuantBinding(),
+                    MakeStaticInt8QuantParams, StaticInt8Quant);
+XLA_OPS_CPU_HANDLER(dynamic_scaled_int8_quant, DynamicInt8QuantBinding(),
+                    MakeDynamicInt8QuantParams, DynamicInt8Quant);
+XLA_OPS_CPU_HANDLER(dynamic_scaled_int8_azp_quant, DynamicInt8AzpQuantBinding(),
+                    MakeDynamicInt8AzpQuantParams, DynamicInt8AzpQuant);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_static_scaled_int8_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_dynamic_scaled_int8_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_dynamic_scaled_int8_azp_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_static_scaled_int8_quant_cpu, xla_ops::StaticCpu,
-    xla_ops::StaticInt8QuantBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_dynamic_scaled_int8_quant_cpu, xla_ops::DynamicCpu,
-    xla_ops::DynamicInt8QuantBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_dynamic_scaled_int8_azp_quant_cpu, xla_ops::DynamicAzpCpu,
-    xla_ops::DynamicInt8AzpQuantBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.static_scaled_int8_quant",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_static_scaled_int8_quant_cpu}},
-    {"xla_ops.dynamic_scaled_int8_quant",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_dynamic_scaled_int8_quant_cpu}},
-    {"xla_ops.dynamic_scaled_int8_azp_quant",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_dynamic_scaled_int8_azp_quant_cpu}})

@@ -7,10 +7,9 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/merge_attn_states/merge_attn_states.h"
 #include "xla_ops/cc/ops/merge_attn_states/merge_attn_states_checks.h"
 
@@ -48,17 +47,8 @@ void MergeHead(const T* prefix, const T* suffix, const Weights& weights,
   }
 }
 
-ffi::Error MergeAttnStatesCpu(ffi::AnyBuffer prefix_output,
-                              ffi::AnyBuffer prefix_lse,
-                              ffi::AnyBuffer suffix_output,
-                              ffi::AnyBuffer suffix_lse,
-                              ffi::Result<ffi::AnyBuffer> output,
-                              ffi::Result<ffi::AnyBuffer> output_lse,
-                              ffi::ThreadPool pool) {
-  MergeAttnStatesParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeMergeAttnStatesParams(prefix_output, prefix_lse, suffix_output,
-                                suffix_lse, output, output_lse, &params));
+void MergeAttnStates(const MergeAttnStatesParams& params,
+                     ffi::ThreadPool& pool) {
   const int64_t head_dim = params.head_dim;
   DispatchFloat(params.dtype, [&](auto dtype) {
     using T = CpuType<dtype.value>;
@@ -78,20 +68,11 @@ ffi::Error MergeAttnStatesCpu(ffi::AnyBuffer prefix_output,
           }
         });
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(merge_attn_states, MergeAttnStatesBinding(),
+                    MakeMergeAttnStatesParams, MergeAttnStates);
+
 }  // namespace xla_ops
-
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_merge_attn_states_cpu(
-    XLA_FFI_CallFrame* call_frame);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_merge_attn_states_cpu, xla_ops::MergeAttnStatesCpu,
-    xla_ops::MergeAttnStatesBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS({"xla_ops.merge_attn_states",
-                         "Host",
-                         {nullptr, nullptr, nullptr,
-                          xla_ops_merge_attn_states_cpu}})

@@ -89,12 +89,13 @@ ffi::Error BindCache(const CacheOperand& operand, const CacheGeometry& geometry,
 }
 
 void AddCopy(ffi::AnyBuffer from, ffi::Result<ffi::AnyBuffer> to,
-             CacheCopies* copies) {
+             ReshapeAndCacheFlashParams* params) {
   if (from.untyped_data() == to->untyped_data() || from.size_bytes() == 0) {
     return;
   }
-  copies->copies[copies->count++] = {from.untyped_data(), to->untyped_data(),
-                                     static_cast<int64_t>(from.size_bytes())};
+  params->copies[params->num_copies++] = {
+      from.untyped_data(), to->untyped_data(),
+      static_cast<int64_t>(from.size_bytes())};
 }
 
 ffi::Error BindScale(const char* name, ffi::AnyBuffer scale,
@@ -135,8 +136,8 @@ ffi::Error MakeReshapeAndCacheFlashParams(
     ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
     ffi::Result<ffi::AnyBuffer> key_cache_result,
     ffi::Result<ffi::AnyBuffer> value_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
-    CacheCopies* copies) {
+    const ReshapeAndCacheFlashAttrs& attrs,
+    ReshapeAndCacheFlashParams* params) {
   XLA_OPS_RETURN_IF_ERROR(
       MakeTwoCacheParams(key, value,
                          {"key_cache", "key_cache result", "key_offset",
@@ -144,8 +145,8 @@ ffi::Error MakeReshapeAndCacheFlashParams(
                          {"value_cache", "value_cache result", "value_offset",
                           value_cache, value_cache_result, attrs.value_offset},
                          slot_mapping, k_scale, v_scale, attrs, params));
-  AddCopy(key_cache, key_cache_result, copies);
-  AddCopy(value_cache, value_cache_result, copies);
+  AddCopy(key_cache, key_cache_result, params);
+  AddCopy(value_cache, value_cache_result, params);
   return ffi::Error::Success();
 }
 
@@ -153,8 +154,8 @@ ffi::Error MakeReshapeAndCacheFlashStackedParams(
     ffi::AnyBuffer key, ffi::AnyBuffer value, ffi::AnyBuffer kv_cache,
     ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
     ffi::Result<ffi::AnyBuffer> kv_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
-    CacheCopies* copies) {
+    const ReshapeAndCacheFlashAttrs& attrs,
+    ReshapeAndCacheFlashParams* params) {
   CacheOperand operand = {"kv_cache", "kv_cache result", "key_offset",
                           kv_cache,   kv_cache_result,   attrs.key_offset};
   CacheOperand value_operand = operand;
@@ -163,7 +164,7 @@ ffi::Error MakeReshapeAndCacheFlashStackedParams(
   XLA_OPS_RETURN_IF_ERROR(MakeTwoCacheParams(key, value, operand, value_operand,
                                              slot_mapping, k_scale, v_scale,
                                              attrs, params));
-  AddCopy(kv_cache, kv_cache_result, copies);
+  AddCopy(kv_cache, kv_cache_result, params);
   return ffi::Error::Success();
 }
 
@@ -171,7 +172,7 @@ ffi::Error MakeReshapeAndCacheFlashOneParams(
     ffi::AnyBuffer key, ffi::AnyBuffer key_cache, ffi::AnyBuffer slot_mapping,
     ffi::AnyBuffer k_scale, ffi::Result<ffi::AnyBuffer> key_cache_result,
     const ReshapeAndCacheFlashOneAttrs& attrs,
-    ReshapeAndCacheFlashParams* params, CacheCopies* copies) {
+    ReshapeAndCacheFlashParams* params) {
   const CacheGeometry geometry = {attrs.num_blocks, attrs.page_size,
                                   attrs.block_stride, attrs.page_stride,
                                   attrs.head_stride};
@@ -182,7 +183,7 @@ ffi::Error MakeReshapeAndCacheFlashOneParams(
                  key_cache_result, attrs.key_offset},
                 geometry, attrs.kv_cache_dtype, params, &params->key_cache));
   XLA_OPS_RETURN_IF_ERROR(BindScale("k_scale", k_scale, &params->k_scale));
-  AddCopy(key_cache, key_cache_result, copies);
+  AddCopy(key_cache, key_cache_result, params);
   return ffi::Error::Success();
 }
 

@@ -53,6 +53,13 @@
 
 namespace xla_ops {
 
+// Bytes to copy before any is written.
+struct CacheCopy {
+  const void* from;
+  void* to;
+  int64_t bytes;
+};
+
 // One or two caches written by one launch; `value*` are null for one.
 struct ReshapeAndCacheFlashParams {
   DType dtype;        // of key and value
@@ -75,7 +82,17 @@ struct ReshapeAndCacheFlashParams {
   const float* k_scale;         // [1], or null: 1; read for fp8 caches
   const float* v_scale;         // the same
   bool debug;
+  // What has to be copied first: caches whose result is another buffer.
+  int num_copies;
+  CacheCopy copies[2];
 };
+
+// Whether there is nothing to write.
+inline bool IsEmpty(const ReshapeAndCacheFlashParams& params) {
+  return params.num_tokens == 0 || params.num_kv_heads == 0 ||
+         params.head_dim == 0 || params.num_blocks == 0 ||
+         params.page_size == 0;
+}
 
 }  // namespace xla_ops
 

@@ -60,18 +60,6 @@ struct ReshapeAndCacheFlashOneAttrs {
   bool debug;
 };
 
-// A cache whose result is not aliased to its argument has to be copied to
-// the result before the kernel runs. Aliased caches are not listed.
-struct CacheCopies {
-  struct Copy {
-    const void* from;
-    void* to;
-    int64_t bytes;
-  };
-  int count = 0;
-  Copy copies[2];
-};
-
 // The bindings of every platform; handlers append their context.
 inline auto ReshapeAndCacheFlashBinding() {
   return xla::ffi::Ffi::Bind()
@@ -111,7 +99,7 @@ inline auto ReshapeAndCacheFlashOneBinding() {
 
 // None of these reads a buffer. The cache pointers of `params` are the
 // results', moved to the view's first element. With no token, an empty key
-// or an empty cache they succeed; the handler has only `copies` to do then.
+// or an empty cache they succeed; the handler has only the copies to do then.
 xla::ffi::Error MakeReshapeAndCacheFlashParams(
     xla::ffi::AnyBuffer key, xla::ffi::AnyBuffer value,
     xla::ffi::AnyBuffer key_cache, xla::ffi::AnyBuffer value_cache,
@@ -119,30 +107,21 @@ xla::ffi::Error MakeReshapeAndCacheFlashParams(
     xla::ffi::AnyBuffer v_scale,
     xla::ffi::Result<xla::ffi::AnyBuffer> key_cache_result,
     xla::ffi::Result<xla::ffi::AnyBuffer> value_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
-    CacheCopies* copies);
+    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params);
 
 xla::ffi::Error MakeReshapeAndCacheFlashStackedParams(
     xla::ffi::AnyBuffer key, xla::ffi::AnyBuffer value,
     xla::ffi::AnyBuffer kv_cache, xla::ffi::AnyBuffer slot_mapping,
     xla::ffi::AnyBuffer k_scale, xla::ffi::AnyBuffer v_scale,
     xla::ffi::Result<xla::ffi::AnyBuffer> kv_cache_result,
-    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params,
-    CacheCopies* copies);
+    const ReshapeAndCacheFlashAttrs& attrs, ReshapeAndCacheFlashParams* params);
 
 xla::ffi::Error MakeReshapeAndCacheFlashOneParams(
     xla::ffi::AnyBuffer key, xla::ffi::AnyBuffer key_cache,
     xla::ffi::AnyBuffer slot_mapping, xla::ffi::AnyBuffer k_scale,
     xla::ffi::Result<xla::ffi::AnyBuffer> key_cache_result,
     const ReshapeAndCacheFlashOneAttrs& attrs,
-    ReshapeAndCacheFlashParams* params, CacheCopies* copies);
-
-// Whether there is nothing to write.
-inline bool IsEmpty(const ReshapeAndCacheFlashParams& params) {
-  return params.num_tokens == 0 || params.num_kv_heads == 0 ||
-         params.head_dim == 0 || params.num_blocks == 0 ||
-         params.page_size == 0;
-}
+    ReshapeAndCacheFlashParams* params);
 
 }  // namespace xla_ops
 

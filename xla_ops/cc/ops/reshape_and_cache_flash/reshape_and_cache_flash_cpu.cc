@@ -10,10 +10,9 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_checks.h"
 
@@ -78,7 +77,8 @@ void Write(const ReshapeAndCacheFlashParams& params, ffi::ThreadPool& pool) {
   const bool scaled = params.cache_dtype != params.dtype;
   const float k_scale = scaled && params.k_scale ? *params.k_scale : 1.0f;
   const bool two = params.value != nullptr;
-  const float v_scale = two && scaled && params.v_scale ? *params.v_scale : 1.0f;
+  const float v_scale =
+      two && scaled && params.v_scale ? *params.v_scale : 1.0f;
   const int64_t num_heads = params.num_kv_heads;
   ParallelFor(pool, two ? 2 * num_heads : num_heads,
               params.num_tokens * params.head_dim, [&](int64_t i) {
@@ -94,9 +94,9 @@ void Write(const ReshapeAndCacheFlashParams& params, ffi::ThreadPool& pool) {
 }
 
 void ReshapeAndCacheFlash(const ReshapeAndCacheFlashParams& params,
-                          const CacheCopies& copies, ffi::ThreadPool& pool) {
-  for (int i = 0; i < copies.count; ++i) {
-    const CacheCopies::Copy& copy = copies.copies[i];
+                          ffi::ThreadPool& pool) {
+  for (int i = 0; i < params.num_copies; ++i) {
+    const CacheCopy& copy = params.copies[i];
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   }
   if (params.debug) {
@@ -115,81 +115,16 @@ void ReshapeAndCacheFlash(const ReshapeAndCacheFlashParams& params,
   });
 }
 
-ffi::Error TwoCachesCpu(ffi::AnyBuffer key, ffi::AnyBuffer value,
-                        ffi::AnyBuffer key_cache, ffi::AnyBuffer value_cache,
-                        ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale,
-                        ffi::AnyBuffer v_scale,
-                        ffi::Result<ffi::AnyBuffer> key_cache_result,
-                        ffi::Result<ffi::AnyBuffer> value_cache_result,
-                        ReshapeAndCacheFlashAttrs attrs, ffi::ThreadPool pool) {
-  ReshapeAndCacheFlashParams params;
-  CacheCopies copies;
-  XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashParams(
-      key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale,
-      key_cache_result, value_cache_result, attrs, &params, &copies));
-  ReshapeAndCacheFlash(params, copies, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error StackedCpu(ffi::AnyBuffer key, ffi::AnyBuffer value,
-                      ffi::AnyBuffer kv_cache, ffi::AnyBuffer slot_mapping,
-                      ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
-                      ffi::Result<ffi::AnyBuffer> kv_cache_result,
-                      ReshapeAndCacheFlashAttrs attrs, ffi::ThreadPool pool) {
-  ReshapeAndCacheFlashParams params;
-  CacheCopies copies;
-  XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashStackedParams(
-      key, value, kv_cache, slot_mapping, k_scale, v_scale, kv_cache_result,
-      attrs, &params, &copies));
-  ReshapeAndCacheFlash(params, copies, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error OneCacheCpu(ffi::AnyBuffer key, ffi::AnyBuffer key_cache,
-                       ffi::AnyBuffer slot_mapping, ffi::AnyBuffer k_scale,
-                       ffi::Result<ffi::AnyBuffer> key_cache_result,
-                       ReshapeAndCacheFlashOneAttrs attrs,
-                       ffi::ThreadPool pool) {
-  ReshapeAndCacheFlashParams params;
-  CacheCopies copies;
-  XLA_OPS_RETURN_IF_ERROR(MakeReshapeAndCacheFlashOneParams(
-      key, key_cache, slot_mapping, k_scale, key_cache_result, attrs, &params,
-      &copies));
-  ReshapeAndCacheFlash(params, copies, pool);
-  return ffi::Error::Success();
-}
-
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(reshape_and_cache_flash, ReshapeAndCacheFlashBinding(),
+                    MakeReshapeAndCacheFlashParams, ReshapeAndCacheFlash);
+XLA_OPS_CPU_HANDLER(reshape_and_cache_flash_stacked,
+                    ReshapeAndCacheFlashStackedBinding(),
+                    MakeReshapeAndCacheFlashStackedParams,
+                    ReshapeAndCacheFlash);
+XLA_OPS_CPU_HANDLER(reshape_and_cache_flash_one,
+                    ReshapeAndCacheFlashOneBinding(),
+                    MakeReshapeAndCacheFlashOneParams, ReshapeAndCacheFlash);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_reshape_and_cache_flash_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_reshape_and_cache_flash_stacked_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_reshape_and_cache_flash_one_cpu(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_reshape_and_cache_flash_cpu, xla_ops::TwoCachesCpu,
-    xla_ops::ReshapeAndCacheFlashBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_reshape_and_cache_flash_stacked_cpu, xla_ops::StackedCpu,
-    xla_ops::ReshapeAndCacheFlashStackedBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_reshape_and_cache_flash_one_cpu, xla_ops::OneCacheCpu,
-    xla_ops::ReshapeAndCacheFlashOneBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.reshape_and_cache_flash",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_cpu}},
-    {"xla_ops.reshape_and_cache_flash_stacked",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_stacked_cpu}},
-    {"xla_ops.reshape_and_cache_flash_one",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_reshape_and_cache_flash_one_cpu}})

@@ -5,10 +5,9 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/core/row_math.h"
 #include "xla_ops/cc/ops/rms_norm/rms_norm.h"
 #include "xla_ops/cc/ops/rms_norm/rms_norm_checks.h"
@@ -28,14 +27,8 @@ void RmsNormRow(const T* row, const T* weight, int64_t size, float eps,
   }
 }
 
-ffi::Error RmsNormCpu(ffi::AnyBuffer input, ffi::AnyBuffer weight,
-                      ffi::Result<ffi::AnyBuffer> out, float eps,
-                      ffi::ThreadPool pool) {
-  RmsNormParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeRmsNormParams(input, weight, out, eps, &params));
-  if (params.num_tokens == 0 || params.hidden_size == 0) {
-    return ffi::Error::Success();
-  }
+void RmsNorm(const RmsNormParams& params, ffi::ThreadPool& pool) {
+  if (params.num_tokens == 0 || params.hidden_size == 0) return;
   DispatchFloat(params.dtype, [&](auto dtype) {
     using T = CpuType<dtype.value>;
     const int64_t size = params.hidden_size;
@@ -45,19 +38,10 @@ ffi::Error RmsNormCpu(ffi::AnyBuffer input, ffi::AnyBuffer weight,
                  static_cast<T*>(params.out) + token * size);
     });
   });
-  return ffi::Error::Success();
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(rms_norm, RmsNormBinding(), MakeRmsNormParams, RmsNorm);
+
 }  // namespace xla_ops
-
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_rms_norm_cpu(
-    XLA_FFI_CallFrame* call_frame);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_rms_norm_cpu, xla_ops::RmsNormCpu,
-    xla_ops::RmsNormBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS({"xla_ops.rms_norm",
-                         "Host",
-                         {nullptr, nullptr, nullptr, xla_ops_rms_norm_cpu}})

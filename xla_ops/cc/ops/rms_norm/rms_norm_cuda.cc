@@ -3,42 +3,14 @@
 //
 // Tested by tests/gpu/check_kernels.py and tests/ops/test_rms_norm.py.
 
-#include <cuda_runtime_api.h>
-
-#include "xla/ffi/api/ffi.h"
-#include "xla_ops/cc/core/error.h"
-#include "xla_ops/cc/core/registry.h"
-#include "xla_ops/cc/device/launch_status.h"
+#include "xla_ops/cc/device/cuda_handler.h"
 #include "xla_ops/cc/ops/rms_norm/rms_norm.h"
 #include "xla_ops/cc/ops/rms_norm/rms_norm_checks.h"
 #include "xla_ops/cc/ops/rms_norm/rms_norm_launch.h"
 
 namespace xla_ops {
-namespace {
 
-ffi::Error RmsNormCuda(ffi::AnyBuffer input, ffi::AnyBuffer weight,
-                       ffi::Result<ffi::AnyBuffer> out, float eps,
-                       cudaStream_t stream) {
-  RmsNormParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeRmsNormParams(input, weight, out, eps, &params));
-  const cudaError_t error = LaunchRmsNorm(stream, params);
-  if (error != cudaSuccess) {
-    return ffi::Error::Internal(LaunchErrorText("rms_norm", error));
-  }
-  return ffi::Error::Success();
-}
+XLA_OPS_CUDA_HANDLER(rms_norm, RmsNormBinding(), MakeRmsNormParams,
+                     LaunchRmsNorm);
 
-}  // namespace
 }  // namespace xla_ops
-
-extern "C" XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_rms_norm_cuda(
-    XLA_FFI_CallFrame* call_frame);
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_rms_norm_cuda, xla_ops::RmsNormCuda,
-    xla_ops::RmsNormBinding().Ctx<xla::ffi::PlatformStream<cudaStream_t>>(),
-    {xla::ffi::Traits::kCmdBufferCompatible});
-
-XLA_OPS_EXPORT_HANDLERS({"xla_ops.rms_norm",
-                         "CUDA",
-                         {nullptr, nullptr, nullptr, xla_ops_rms_norm_cuda}})

@@ -8,11 +8,10 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
 #include "xla_ops/cc/core/quant.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/core/row_math.h"
 #include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant.h"
 #include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant_checks.h"
@@ -72,7 +71,7 @@ void QuantizeRow(const RmsNormQuantParams& params, int64_t token,
   for (int64_t i = 0; i < size; ++i) int8[i] = ToInt8(y[i] * inverse);
 }
 
-ffi::Error Run(const RmsNormQuantParams& params, ffi::ThreadPool& pool) {
+void RmsNormQuant(const RmsNormQuantParams& params, ffi::ThreadPool& pool) {
   const int64_t size = params.hidden_size;
   std::vector<std::vector<float>> scratch(
       NumWorkers(pool, params.num_tokens, size), std::vector<float>(size));
@@ -85,107 +84,21 @@ ffi::Error Run(const RmsNormQuantParams& params, ffi::ThreadPool& pool) {
                             QuantizeRow(params, token, y);
                           });
   });
-  return ffi::Error::Success();
-}
-
-ffi::Error RmsNormStaticFp8QuantCpu(AnyBuffer input, AnyBuffer weight,
-                                    AnyBuffer scale, AnyResult out, float eps,
-                                    ffi::ThreadPool pool) {
-  RmsNormQuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeRmsNormStaticFp8QuantParams(
-      input, weight, scale, out, eps, &params));
-  return Run(params, pool);
-}
-
-ffi::Error FusedAddRmsNormStaticFp8QuantCpu(AnyBuffer input, AnyBuffer residual,
-                                            AnyBuffer weight, AnyBuffer scale,
-                                            AnyResult out,
-                                            AnyResult residual_out, float eps,
-                                            ffi::ThreadPool pool) {
-  RmsNormQuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeFusedAddRmsNormStaticFp8QuantParams(
-      input, residual, weight, scale, out, residual_out, eps, &params));
-  return Run(params, pool);
-}
-
-ffi::Error RmsNormDynamicPerTokenQuantCpu(AnyBuffer input, AnyBuffer weight,
-                                          RemainingArgs scale_ub, AnyResult out,
-                                          AnyResult scale, float eps,
-                                          ffi::ThreadPool pool) {
-  RmsNormQuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeRmsNormDynamicPerTokenQuantParams(
-      input, weight, scale_ub, out, scale, eps, &params));
-  return Run(params, pool);
-}
-
-ffi::Error FusedAddRmsNormDynamicPerTokenQuantCpu(AnyBuffer input,
-                                                  AnyBuffer residual,
-                                                  AnyBuffer weight,
-                                                  RemainingArgs scale_ub,
-                                                  AnyResult out,
-                                                  AnyResult scale,
-                                                  AnyResult residual_out,
-                                                  float eps,
-                                                  ffi::ThreadPool pool) {
-  RmsNormQuantParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeFusedAddRmsNormDynamicPerTokenQuantParams(
-      input, residual, weight, scale_ub, out, scale, residual_out, eps,
-      &params));
-  return Run(params, pool);
 }
 
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(rms_norm_static_fp8_quant, RmsNormStaticFp8QuantBinding(),
+                    MakeRmsNormStaticFp8QuantParams, RmsNormQuant);
+XLA_OPS_CPU_HANDLER(fused_add_rms_norm_static_fp8_quant,
+                    FusedAddRmsNormStaticFp8QuantBinding(),
+                    MakeFusedAddRmsNormStaticFp8QuantParams, RmsNormQuant);
+XLA_OPS_CPU_HANDLER(rms_norm_dynamic_per_token_quant,
+                    RmsNormDynamicPerTokenQuantBinding(),
+                    MakeRmsNormDynamicPerTokenQuantParams, RmsNormQuant);
+XLA_OPS_CPU_HANDLER(fused_add_rms_norm_dynamic_per_token_quant,
+                    FusedAddRmsNormDynamicPerTokenQuantBinding(),
+                    MakeFusedAddRmsNormDynamicPerTokenQuantParams,
+                    RmsNormQuant);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_rms_norm_static_fp8_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_fused_add_rms_norm_static_fp8_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_rms_norm_dynamic_per_token_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error*
-xla_ops_fused_add_rms_norm_dynamic_per_token_quant_cpu(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_rms_norm_static_fp8_quant_cpu,
-    xla_ops::RmsNormStaticFp8QuantCpu,
-    xla_ops::RmsNormStaticFp8QuantBinding()
-        .Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_fused_add_rms_norm_static_fp8_quant_cpu,
-    xla_ops::FusedAddRmsNormStaticFp8QuantCpu,
-    xla_ops::FusedAddRmsNormStaticFp8QuantBinding()
-        .Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_rms_norm_dynamic_per_token_quant_cpu,
-    xla_ops::RmsNormDynamicPerTokenQuantCpu,
-    xla_ops::RmsNormDynamicPerTokenQuantBinding()
-        .Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_fused_add_rms_norm_dynamic_per_token_quant_cpu,
-    xla_ops::FusedAddRmsNormDynamicPerTokenQuantCpu,
-    xla_ops::FusedAddRmsNormDynamicPerTokenQuantBinding()
-        .Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.rms_norm_static_fp8_quant",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_rms_norm_static_fp8_quant_cpu}},
-    {"xla_ops.fused_add_rms_norm_static_fp8_quant",
-     "Host",
-     {nullptr, nullptr, nullptr,
-      xla_ops_fused_add_rms_norm_static_fp8_quant_cpu}},
-    {"xla_ops.rms_norm_dynamic_per_token_quant",
-     "Host",
-     {nullptr, nullptr, nullptr,
-      xla_ops_rms_norm_dynamic_per_token_quant_cpu}},
-    {"xla_ops.fused_add_rms_norm_dynamic_per_token_quant",
-     "Host",
-     {nullptr, nullptr, nullptr,
-      xla_ops_fused_add_rms_norm_dynamic_per_token_quant_cpu}})

@@ -6,10 +6,9 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
-#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding.h"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_checks.h"
 
@@ -71,55 +70,11 @@ void RotaryEmbedding(const RotaryEmbeddingParams& params,
   });
 }
 
-ffi::Error RotaryEmbeddingCpu(ffi::AnyBuffer positions, ffi::AnyBuffer query,
-                              ffi::AnyBuffer key, ffi::AnyBuffer cos_sin_cache,
-                              ffi::Result<ffi::AnyBuffer> query_result,
-                              ffi::Result<ffi::AnyBuffer> key_result,
-                              int64_t head_size, bool is_neox,
-                              ffi::ThreadPool pool) {
-  RotaryEmbeddingParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeRotaryEmbeddingParams(
-      positions, query, key, cos_sin_cache, query_result, key_result, head_size,
-      is_neox, &params));
-  RotaryEmbedding(params, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error RotaryEmbeddingOneCpu(ffi::AnyBuffer positions, ffi::AnyBuffer query,
-                                 ffi::AnyBuffer cos_sin_cache,
-                                 ffi::Result<ffi::AnyBuffer> query_result,
-                                 int64_t head_size, bool is_neox,
-                                 ffi::ThreadPool pool) {
-  RotaryEmbeddingParams params;
-  XLA_OPS_RETURN_IF_ERROR(
-      MakeRotaryEmbeddingOneParams(positions, query, cos_sin_cache,
-                                   query_result, head_size, is_neox, &params));
-  RotaryEmbedding(params, pool);
-  return ffi::Error::Success();
-}
-
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(rotary_embedding, RotaryEmbeddingBinding(),
+                    MakeRotaryEmbeddingParams, RotaryEmbedding);
+XLA_OPS_CPU_HANDLER(rotary_embedding_one, RotaryEmbeddingOneBinding(),
+                    MakeRotaryEmbeddingOneParams, RotaryEmbedding);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_rotary_embedding_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_rotary_embedding_one_cpu(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_rotary_embedding_cpu, xla_ops::RotaryEmbeddingCpu,
-    xla_ops::RotaryEmbeddingBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_rotary_embedding_one_cpu, xla_ops::RotaryEmbeddingOneCpu,
-    xla_ops::RotaryEmbeddingOneBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.rotary_embedding",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_rotary_embedding_cpu}},
-    {"xla_ops.rotary_embedding_one",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_rotary_embedding_one_cpu}})

@@ -1,0 +1,61 @@
+// A CUDA handler from its parts, one macro call a target, as core/handler.h has
+// it for the CPU:
+//
+//   // in rms_norm_cuda.cc, inside namespace xla_ops
+//   XLA_OPS_CUDA_HANDLER(rms_norm, RmsNormBinding(), MakeRmsNormParams,
+//                        LaunchRmsNorm);
+//
+// It makes xla_ops_rms_norm_cuda and adds {"xla_ops.rms_norm", "CUDA"} to the
+// library's table. The last argument queues the work on XLA's stream:
+//
+//   cudaError_t LaunchRmsNorm(cudaStream_t stream, const RmsNormParams&
+//   params);
+//
+// or returns ffi::Error, if it can fail otherwise. XLA may capture the handler
+// into a CUDA graph, so the launcher must not allocate, synchronise or read
+// device memory.
+//
+// Tested by tests/test_conformance.py and tests/gpu/kernel_races_test.cc.
+
+#ifndef XLA_OPS_CC_DEVICE_CUDA_HANDLER_H_
+#define XLA_OPS_CC_DEVICE_CUDA_HANDLER_H_
+
+#include <cuda_runtime_api.h>
+
+#include <type_traits>
+
+#include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/handler.h"
+#include "xla_ops/cc/device/launch_status.h"
+
+namespace xla_ops {
+
+inline ffi::Error ToLaunchError(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(LaunchErrorText(op, error));
+}
+
+template <typename Make, typename Result, typename Params>
+auto CudaHandler(const char* op, Make make,
+                 Result (*launch)(cudaStream_t, const Params&)) {
+  return MakeCheckedHandler<Params>(
+      make, [op, launch](const Params& params, cudaStream_t stream) {
+        if constexpr (std::is_same_v<Result, cudaError_t>) {
+          return ToLaunchError(op, launch(stream, params));
+        } else {
+          return launch(stream, params);
+        }
+      });
+}
+
+}  // namespace xla_ops
+
+#define XLA_OPS_CUDA_HANDLER(target, binding, make, launch)                   \
+  XLA_OPS_HANDLER_SYMBOL(                                                     \
+      xla_ops_##target##_cuda, ::xla_ops::CudaHandler(#target, make, launch), \
+      (binding).Ctx<::xla::ffi::PlatformStream<cudaStream_t>>(),              \
+      {::xla::ffi::Traits::kCmdBufferCompatible});                            \
+  XLA_OPS_LIST_HANDLER(target, "CUDA",                                        \
+                       {nullptr, nullptr, nullptr, xla_ops_##target##_cuda})
+
+#endif  // XLA_OPS_CC_DEVICE_CUDA_HANDLER_H_
