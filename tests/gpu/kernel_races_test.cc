@@ -17,7 +17,8 @@
 // The cases reach every kernel template: the three dtypes, rows that are held
 // in registers and rows that are not, whole vectors and single elements,
 // blocks shared by several rows and rows shared by several warps. Exit
-// status 1 if a case fails, if a handler has no case or if none ran.
+// status 1 if a case fails, if a handler has no case or no initialize stage,
+// which loads its kernels, or if none ran.
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -155,7 +156,7 @@ class Run {
   }
 
   CallStatus Initialize() {
-    if (handlers_.initialize == nullptr) return {};
+    if (handlers_.initialize == nullptr) return {};  // Main() reports it
     return frame_.Call(handlers_.initialize, XLA_FFI_ExecutionStage_INITIALIZE);
   }
   CallStatus Execute() { return frame_.Call(handlers_.execute); }
@@ -684,12 +685,17 @@ int Main(int argc, char** argv) {
   }
   const auto handlers = Load(paths);
   std::set<std::string> without_case;
-  for (const auto& [target, bundle] : handlers) without_case.insert(target);
+  int failed = 0;
+  for (const auto& [target, bundle] : handlers) {
+    without_case.insert(target);
+    if (bundle.initialize != nullptr) continue;
+    ++failed;
+    std::printf("FAIL %s: has no initialize stage\n", target.c_str());
+  }
 
   cudaStream_t stream;
   CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   int run = 0;
-  int failed = 0;
   for (const Case& c : Cases().TakeAll()) {
     const auto handler = handlers.find(c.target);
     if (handler == handlers.end()) continue;  // its library was not given

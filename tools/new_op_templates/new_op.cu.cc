@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/new_op/new_op_launch.h"
 
@@ -50,10 +51,10 @@ cudaError_t LaunchVectors(cudaStream_t stream, const NewOpParams& params) {
   constexpr int64_t kPerBlock = int64_t{kThreads} * kSize;
   const int64_t blocks =
       std::min(kMaxBlocks, (params.num_elements + kPerBlock - 1) / kPerBlock);
-  NewOpKernel<T, kSize><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+  return LaunchKernel<NewOpKernel<T, kSize>>(
+      stream, static_cast<unsigned>(blocks), kThreads,
       static_cast<const T*>(params.input), static_cast<T*>(params.out),
       params.num_elements, params.scale);
-  return cudaGetLastError();
 }
 
 }  // namespace

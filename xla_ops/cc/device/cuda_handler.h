@@ -26,6 +26,7 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/handler.h"
+#include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/device/launch_status.h"
 
 namespace xla_ops {
@@ -33,6 +34,22 @@ namespace xla_ops {
 inline ffi::Error ToLaunchError(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(LaunchErrorText(op, error));
+}
+
+// What the initialize stage calls. It looks at no operand and so takes any.
+inline auto SetupHandler(const char* op, cudaError_t (*setup)()) {
+  return [op, setup](ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+    const cudaError_t error = setup();
+    if (error == cudaSuccess) return ffi::Error::Success();
+    return ffi::Error::Internal(SetupErrorText(op, error));
+  };
+}
+
+inline auto SetupBinding() {
+  return ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
 }
 
 template <typename Make, typename Result, typename Params>
@@ -50,12 +67,21 @@ auto CudaHandler(const char* op, Make make,
 
 }  // namespace xla_ops
 
-#define XLA_OPS_CUDA_HANDLER(target, binding, make, launch)                   \
+#define XLA_OPS_CUDA_HANDLER(target, binding, make, launch)      \
+  XLA_OPS_CUDA_HANDLER_WITH_SETUP(target, binding, make, launch, \
+                                  ::xla_ops::LoadKernels)
+
+#define XLA_OPS_CUDA_HANDLER_WITH_SETUP(target, binding, make, launch, setup) \
+  XLA_OPS_HANDLER_SYMBOL(xla_ops_##target##_initialize_cuda,                  \
+                         ::xla_ops::SetupHandler(#target, setup),             \
+                         ::xla_ops::SetupBinding(),                           \
+                         {::xla::ffi::Traits::kCmdBufferCompatible});         \
   XLA_OPS_HANDLER_SYMBOL(                                                     \
       xla_ops_##target##_cuda, ::xla_ops::CudaHandler(#target, make, launch), \
       (binding).Ctx<::xla::ffi::PlatformStream<cudaStream_t>>(),              \
       {::xla::ffi::Traits::kCmdBufferCompatible});                            \
   XLA_OPS_LIST_HANDLER(target, "CUDA",                                        \
-                       {nullptr, nullptr, nullptr, xla_ops_##target##_cuda})
+                       {nullptr, nullptr, xla_ops_##target##_initialize_cuda, \
+                        xla_ops_##target##_cuda})
 
 #endif  // XLA_OPS_CC_DEVICE_CUDA_HANDLER_H_

@@ -11,6 +11,7 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/fp8.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/vector.cuh"
 
 namespace xla_ops {
@@ -127,14 +128,13 @@ cudaError_t LaunchQuantize(cudaStream_t stream, const T* in, void* out,
   for (int64_t first = 0; first < size; first += most) {
     const int64_t count = size - first < most ? size - first : most;
     const auto blocks = static_cast<unsigned>((count + step - 1) / step);
-    if (wide) {
-      QuantizeKernel<kWidth><<<blocks, kThreads, 0, stream>>>(
-          in + first, bytes + first, count, map);
-    } else {
-      QuantizeKernel<1><<<blocks, kThreads, 0, stream>>>(
-          in + first, bytes + first, count, map);
-    }
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error =
+        wide ? LaunchKernel<QuantizeKernel<kWidth, T, Map>>(
+                   stream, blocks, kThreads, in + first, bytes + first, count,
+                   map)
+             : LaunchKernel<QuantizeKernel<1, T, Map>>(
+                   stream, blocks, kThreads, in + first, bytes + first, count,
+                   map);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/occupancy.h"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
@@ -152,13 +153,14 @@ cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params,
     const dim3 grid(static_cast<unsigned>(row_blocks),
                     static_cast<unsigned>(columns));
     const int64_t out_bytes = kQuant ? 1 : sizeof(T);
-    ActivationKernel<kActivation, T, kSize, kVectors>
-        <<<grid, block, 0, stream>>>(
+    const cudaError_t error =
+        LaunchKernel<ActivationKernel<kActivation, T, kSize, kVectors>>(
+            stream, grid, block,
             static_cast<const T*>(params.input) + first * 2 * params.size,
             params.scale,
             static_cast<char*>(params.out) + first * params.size * out_bytes,
             rows, row_vectors);
-    const cudaError_t error = cudaGetLastError();
+
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks_launch.h"
 
@@ -166,9 +167,9 @@ cudaError_t LaunchUnits(cudaStream_t stream, const CopyBlocksParams& params) {
       std::min(kMaxGridY, CeilDivide(geometry.block_units, kThreads)));
   const dim3 grid(static_cast<unsigned>(params.num_pairs),
                   static_cast<unsigned>(columns));
-  CopyBlocksKernel<Unit><<<grid, kThreads, 0, stream>>>(
-      reinterpret_cast<Unit*>(params.cache), params.block_mapping, geometry);
-  return cudaGetLastError();
+  return LaunchKernel<CopyBlocksKernel<Unit>>(
+      stream, grid, kThreads, reinterpret_cast<Unit*>(params.cache),
+      params.block_mapping, geometry);
 }
 
 }  // namespace
@@ -178,9 +179,10 @@ cudaError_t LaunchCopyBlocks(cudaStream_t stream,
   if (params.num_pairs == 0) return cudaSuccess;
   if (params.debug) {
     const int64_t blocks = CeilDivide(params.num_pairs, kThreads);
-    ReportPairsKernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        params.block_mapping, params.num_pairs, params.num_blocks);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = LaunchKernel<ReportPairsKernel>(
+        stream, static_cast<unsigned>(blocks), kThreads, params.block_mapping,
+        params.num_pairs, params.num_blocks);
+
     if (error != cudaSuccess) return error;
   }
   if (IsEmpty(params)) return cudaSuccess;

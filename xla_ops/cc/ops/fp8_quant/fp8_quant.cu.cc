@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
@@ -123,13 +124,10 @@ cudaError_t LaunchAbsMax(cudaStream_t stream, const T* input, int64_t size,
   const auto blocks = static_cast<unsigned>(
       std::min<int64_t>(kMaxBlocks, (size + step - 1) / step));
   auto* bits = reinterpret_cast<int*>(scale);
-  if (wide) {
-    AbsMaxKernel<kWideSize<T>>
-        <<<blocks, kAbsMaxThreads, 0, stream>>>(input, size, bits);
-  } else {
-    AbsMaxKernel<1><<<blocks, kAbsMaxThreads, 0, stream>>>(input, size, bits);
-  }
-  return cudaGetLastError();
+  return wide ? LaunchKernel<AbsMaxKernel<kWideSize<T>, T>>(
+                    stream, blocks, kAbsMaxThreads, input, size, bits)
+              : LaunchKernel<AbsMaxKernel<1, T>>(stream, blocks, kAbsMaxThreads,
+                                                 input, size, bits);
 }
 
 template <typename T>
@@ -138,16 +136,14 @@ cudaError_t LaunchPerToken(cudaStream_t stream, const Fp8QuantParams& params,
   const int64_t start = first_row * params.hidden_size;
   const T* input = static_cast<const T*>(params.input) + start;
   uint8_t* out = static_cast<uint8_t*>(params.out) + start;
-  return DispatchRow<T>(num_rows, params.hidden_size,
-                        IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
-                        [&](auto plan, const RowGrid& grid) {
-                          PerTokenFp8QuantKernel<T, decltype(plan)>
-                              <<<grid.blocks, grid.threads, 0, stream>>>(
-                                  input, params.scale_ub, out,
-                                  params.scale_out + first_row, num_rows,
-                                  grid.row_vectors);
-                          return cudaGetLastError();
-                        });
+  return DispatchRow<T>(
+      num_rows, params.hidden_size,
+      IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
+      [&](auto plan, const RowGrid& grid) {
+        return LaunchKernel<PerTokenFp8QuantKernel<T, decltype(plan)>>(
+            stream, grid.blocks, grid.threads, input, params.scale_ub, out,
+            params.scale_out + first_row, num_rows, grid.row_vectors);
+      });
 }
 
 cudaError_t LaunchByScale(cudaStream_t stream, const Fp8QuantParams& params,

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm_launch.h"
@@ -91,15 +92,14 @@ cudaError_t Launch(cudaStream_t stream, const FusedAddRmsNormParams& params,
   const bool aligned = IsAligned(input, 16) && IsAligned(residual, 16) &&
                        IsAligned(weight, 16) && IsAligned(out, 16) &&
                        IsAligned(residual_out, 16);
-  return DispatchRow<T>(num_rows, params.hidden_size, aligned,
-                        [&](auto plan, const RowGrid& grid) {
-                          FusedAddRmsNormKernel<T, decltype(plan)>
-                              <<<grid.blocks, grid.threads, 0, stream>>>(
-                                  input, residual, weight, out, residual_out,
-                                  num_rows, grid.row_vectors,
-                                  ExactDiv(params.hidden_size), params.eps);
-                          return cudaGetLastError();
-                        });
+  return DispatchRow<T>(
+      num_rows, params.hidden_size, aligned,
+      [&](auto plan, const RowGrid& grid) {
+        return LaunchKernel<FusedAddRmsNormKernel<T, decltype(plan)>>(
+            stream, grid.blocks, grid.threads, input, residual, weight, out,
+            residual_out, num_rows, grid.row_vectors,
+            ExactDiv(params.hidden_size), params.eps);
+      });
 }
 
 }  // namespace

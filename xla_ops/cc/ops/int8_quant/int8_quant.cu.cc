@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
@@ -141,16 +142,16 @@ cudaError_t LaunchDynamic(cudaStream_t stream, const Int8QuantParams& params,
   const int64_t start = first_row * params.hidden_size;
   const T* input = static_cast<const T*>(params.input) + start;
   uint8_t* out = static_cast<uint8_t*>(params.out) + start;
-  return DispatchRow<T>(num_rows, params.hidden_size,
-                        IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
-                        [&](auto plan, const RowGrid& grid) {
-                          DynamicInt8QuantKernel<T, decltype(plan), kAzp>
-                              <<<grid.blocks, grid.threads, 0, stream>>>(
-                                  input, out, params.scale_out + first_row,
-                                  kAzp ? params.azp_out + first_row : nullptr,
-                                  num_rows, grid.row_vectors);
-                          return cudaGetLastError();
-                        });
+  return DispatchRow<T>(
+      num_rows, params.hidden_size,
+      IsAligned(input, 16) && IsAligned(out, kWideSize<T>),
+      [&](auto plan, const RowGrid& grid) {
+        return LaunchKernel<DynamicInt8QuantKernel<T, decltype(plan), kAzp>>(
+            stream, grid.blocks, grid.threads, input, out,
+            params.scale_out + first_row,
+            kAzp ? params.azp_out + first_row : nullptr, num_rows,
+            grid.row_vectors);
+      });
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/merge_attn_states/merge_attn_states_launch.h"
 
@@ -98,13 +99,13 @@ cudaError_t LaunchVectors(cudaStream_t stream,
   for (int64_t first = 0; first < num_rows; first += max_rows) {
     const int64_t rows = std::min(max_rows, num_rows - first);
     const int64_t blocks = CeilDivide(rows, block.y);
-    MergeAttnStatesKernel<T, kSize>
-        <<<static_cast<unsigned>(blocks), block, 0, stream>>>(
-            static_cast<const T*>(params.prefix_output), params.prefix_lse,
-            static_cast<const T*>(params.suffix_output), params.suffix_lse,
-            static_cast<T*>(params.output), params.output_lse, first,
-            first + rows, params.num_tokens, params.num_heads, head_vectors);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = LaunchKernel<MergeAttnStatesKernel<T, kSize>>(
+        stream, static_cast<unsigned>(blocks), block,
+        static_cast<const T*>(params.prefix_output), params.prefix_lse,
+        static_cast<const T*>(params.suffix_output), params.suffix_lse,
+        static_cast<T*>(params.output), params.output_lse, first, first + rows,
+        params.num_tokens, params.num_heads, head_vectors);
+
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

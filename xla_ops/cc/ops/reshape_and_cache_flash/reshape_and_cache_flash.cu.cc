@@ -16,6 +16,7 @@
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/fp8.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_launch.h"
 
@@ -202,14 +203,13 @@ cudaError_t LaunchUnits(cudaStream_t stream,
     geometry.num_tokens = std::min(max_tokens, params.num_tokens - first);
     const int64_t start = first * geometry.row_units;
     const int64_t blocks = CeilDivide(geometry.num_tokens, block.y);
-    ReshapeAndCacheFlashKernel<Unit>
-        <<<static_cast<unsigned>(blocks), block, 0, stream>>>(
-            key + start, value == nullptr ? nullptr : value + start,
-            static_cast<typename Unit::Target*>(params.key_cache),
-            static_cast<typename Unit::Target*>(params.value_cache),
-            params.slot_mapping + first, params.k_scale, params.v_scale,
-            geometry);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = LaunchKernel<ReshapeAndCacheFlashKernel<Unit>>(
+        stream, static_cast<unsigned>(blocks), block, key + start,
+        value == nullptr ? nullptr : value + start,
+        static_cast<typename Unit::Target*>(params.key_cache),
+        static_cast<typename Unit::Target*>(params.value_cache),
+        params.slot_mapping + first, params.k_scale, params.v_scale, geometry);
+
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -253,9 +253,10 @@ cudaError_t LaunchReshapeAndCacheFlash(
   const int64_t num_slots = params.num_blocks * params.page_size;
   if (params.debug) {
     const int64_t blocks = CeilDivide(params.num_tokens, kThreads);
-    ReportSlotsKernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-        params.slot_mapping, params.num_tokens, num_slots);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = LaunchKernel<ReportSlotsKernel>(
+        stream, static_cast<unsigned>(blocks), kThreads, params.slot_mapping,
+        params.num_tokens, num_slots);
+
     if (error != cudaSuccess) return error;
   }
   if (num_slots == 0 || params.num_kv_heads == 0 || params.head_dim == 0) {

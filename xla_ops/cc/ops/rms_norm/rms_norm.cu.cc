@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/rms_norm/rms_norm_launch.h"
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
     if constexpr (!Plan::kMapEarly) load_weight(i, v);
-    // The two roundings of the contract. The product of two 16-bit floats is
-    // exact in fp32, so the second multiplication rounds once.
+      // The two roundings of the contract. The product of two 16-bit floats is
+      // exact in fp32, so the second multiplication rounds once.
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const T normed = FromFloat<T>(ToFloat(x[i][j]) * s);
@@ -74,12 +75,10 @@ cudaError_t Launch(cudaStream_t stream, const RmsNormParams& params,
       IsAligned(input, 16) && IsAligned(weight, 16) && IsAligned(out, 16);
   return DispatchRow<T>(num_rows, params.hidden_size, aligned,
                         [&](auto plan, const RowGrid& grid) {
-                          RmsNormKernel<T, decltype(plan)>
-                              <<<grid.blocks, grid.threads, 0, stream>>>(
-                                  input, weight, out, num_rows,
-                                  grid.row_vectors,
-                                  ExactDiv(params.hidden_size), params.eps);
-                          return cudaGetLastError();
+                          return LaunchKernel<RmsNormKernel<T, decltype(plan)>>(
+                              stream, grid.blocks, grid.threads, input, weight,
+                              out, num_rows, grid.row_vectors,
+                              ExactDiv(params.hidden_size), params.eps);
                         });
 }
 

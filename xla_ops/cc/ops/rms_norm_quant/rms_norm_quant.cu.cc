@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
 #include "xla_ops/cc/device/vector.cuh"
@@ -159,9 +160,9 @@ cudaError_t LaunchRows(cudaStream_t stream, Rows<T> rows, int64_t hidden_size) {
   return DispatchRow<T>(
       rows.num_rows, hidden_size, aligned, [&](auto plan, const RowGrid& grid) {
         rows.row_vectors = grid.row_vectors;
-        RmsNormQuantKernel<T, decltype(plan), kQuant, kResidual>
-            <<<grid.blocks, grid.threads, 0, stream>>>(rows);
-        return cudaGetLastError();
+        return LaunchKernel<
+            RmsNormQuantKernel<T, decltype(plan), kQuant, kResidual>>(
+            stream, grid.blocks, grid.threads, rows);
       });
 }
 

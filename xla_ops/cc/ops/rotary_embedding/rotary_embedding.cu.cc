@@ -12,6 +12,7 @@
 
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/fast_div.h"
+#include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/occupancy.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_launch.h"
@@ -249,10 +250,11 @@ cudaError_t LaunchUnits(cudaStream_t stream,
     const int64_t launch_units = columns * block.x * kUnits<kNeox>;
     for (int64_t unit = 0; unit < units; unit += launch_units) {
       shape.first_unit = static_cast<int>(unit);
-      RotaryEmbeddingKernel<T, kPairs, kNeox><<<grid, block, 0, stream>>>(
-          params.positions + first, static_cast<const T*>(params.cos_sin_cache),
-          shape);
-      const cudaError_t error = cudaGetLastError();
+      const cudaError_t error =
+          LaunchKernel<RotaryEmbeddingKernel<T, kPairs, kNeox>>(
+              stream, grid, block, params.positions + first,
+              static_cast<const T*>(params.cos_sin_cache), shape);
+
       if (error != cudaSuccess) return error;
     }
   }

@@ -1,0 +1,81 @@
+// The kernels of a library, listed so that all can be loaded at once.
+//
+// CUDA loads a kernel's code on its first use, and may wait for the device to
+// be idle first. It never is where another rank's collective waits for the
+// stream that this kernel is for: a deadlock. So a handler's initialize stage
+// loads them, before XLA queues anything (device/cuda_handler.h).
+//
+// LaunchKernel() (device/launch.h) lists the kernels that it is compiled for;
+// nobody else need know of this.
+//
+// Tested by tests/gpu/kernel_races_test.cc.
+
+#ifndef XLA_OPS_CC_DEVICE_KERNEL_LIST_H_
+#define XLA_OPS_CC_DEVICE_KERNEL_LIST_H_
+
+#include <cuda_runtime_api.h>
+
+#include "xla_ops/cc/device/per_device.h"
+
+namespace xla_ops {
+
+// One kernel of the list. Entries are static objects, which add themselves
+// while the library is loaded: by one thread, before any handler can run.
+class KernelEntry {
+ public:
+  explicit KernelEntry(const void* kernel) : kernel_(kernel), next_(First()) {
+    First() = this;
+  }
+  KernelEntry(const KernelEntry&) = delete;
+  KernelEntry& operator=(const KernelEntry&) = delete;
+
+  static const KernelEntry*& First() {
+    static const KernelEntry* first = nullptr;
+    return first;
+  }
+  const void* kernel() const { return kernel_; }
+  const KernelEntry* next() const { return next_; }
+
+ private:
+  const void* kernel_;
+  const KernelEntry* next_;
+};
+
+// The entry of a kernel. Code that mentions it has the kernel listed, whether
+// it runs or not.
+template <auto kKernel>
+struct ListedKernel {
+  static const KernelEntry entry;
+};
+
+template <auto kKernel>
+const KernelEntry ListedKernel<kKernel>::entry(
+    reinterpret_cast<const void*>(kKernel));
+
+// Loads the listed kernels on the current device. Costs one atomic load after
+// the first time; safe from any thread.
+inline cudaError_t LoadKernels() {
+  static PerDevice<bool> devices;
+  bool loaded = false;
+  return devices.Get(
+      [](bool* loaded) {
+        for (const KernelEntry* entry = KernelEntry::First(); entry != nullptr;
+             entry = entry->next()) {
+          cudaFuncAttributes attributes;
+          const cudaError_t error =
+              cudaFuncGetAttributes(&attributes, entry->kernel());
+          if (error != cudaSuccess) {
+            // Reported here, and not to whoever asks for the last error.
+            static_cast<void>(cudaGetLastError());
+            return error;
+          }
+        }
+        *loaded = true;
+        return cudaSuccess;
+      },
+      &loaded);
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_DEVICE_KERNEL_LIST_H_
