@@ -81,7 +81,7 @@ def xla_custom_call_libraries(name):
             archs_only = _ARCHS_OF_SUFFIX.get(suffix, []),
             target_compatible_with = CUDA_ONLY,
             deps = [
-                "//xla_ops/cc/core:dtype",
+                "//xla_ops/cc/core:portable",
                 "//xla_ops/cc/device",
             ],
         )

@@ -50,7 +50,7 @@ template <typename T, int kSize>
 cudaError_t LaunchVectors(cudaStream_t stream, const NewOpParams& params) {
   constexpr int64_t kPerBlock = int64_t{kThreads} * kSize;
   const int64_t blocks =
-      std::min(kMaxBlocks, (params.num_elements + kPerBlock - 1) / kPerBlock);
+      std::min(kMaxBlocks, CeilDivide(params.num_elements, kPerBlock));
   return LaunchKernel<NewOpKernel<T, kSize>>(
       stream, static_cast<unsigned>(blocks), kThreads,
       static_cast<const T*>(params.input), static_cast<T*>(params.out),
@@ -62,7 +62,7 @@ cudaError_t LaunchVectors(cudaStream_t stream, const NewOpParams& params) {
 cudaError_t LaunchNewOp(cudaStream_t stream, const NewOpParams& params) {
   if (params.num_elements == 0) return cudaSuccess;
   const bool wide = IsAligned(params.input, 16) && IsAligned(params.out, 16);
-  return DispatchFloat(params.dtype, [&](auto tag) {
+  return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return wide ? LaunchVectors<T, kWideSize<T>>(stream, params)
                 : LaunchVectors<T, 1>(stream, params);

@@ -13,14 +13,9 @@
 #include <cstdint>
 
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/quant_constants.h"
 
 namespace xla_ops {
-
-inline constexpr float kFp8Max = 448.0f;
-// The smallest scale of a row that is quantised to fp8 or, after RMSNorm, to
-// int8.
-inline constexpr float kMinFp8Scale = 1.0f / (kFp8Max * 512.0f);
-inline constexpr float kMinInt8Scale = 1.1920928955078125e-07f;
 
 // Saturates, infinities too. NaN becomes 448, as in vLLM.
 inline Float8E4M3FN ToFp8(float x) {

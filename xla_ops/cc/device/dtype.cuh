@@ -43,7 +43,7 @@ struct TypeTag {
 // Calls f(TypeTag<T>{}) for the CUDA type of `dtype`. The handlers have
 // checked the dtype; another one is an error of ours.
 template <typename F>
-cudaError_t DispatchFloat(DType dtype, F&& f) {
+cudaError_t DispatchCudaFloat(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kF32:
       return f(TypeTag<float>{});

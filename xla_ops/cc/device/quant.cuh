@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/core/quant_constants.h"
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/fp8.cuh"
@@ -15,10 +16,6 @@
 #include "xla_ops/cc/device/vector.cuh"
 
 namespace xla_ops {
-
-constexpr float kFp8Max = 448.0f;
-constexpr float kMinFp8Scale = 1.0f / (kFp8Max * 512.0f);
-constexpr float kMinInt8Scale = 1.1920928955078125e-07f;
 
 // fminf() drops a NaN operand, so NaN becomes 448.
 __device__ __forceinline__ float ClampToFp8(float x) {
@@ -123,21 +120,15 @@ cudaError_t LaunchQuantize(cudaStream_t stream, const T* in, void* out,
   auto* bytes = static_cast<uint8_t*>(out);
   const bool wide = IsAligned(in, 16) && IsAligned(out, kWidth);
   const int64_t step = int64_t{kThreads} * (wide ? kWidth : 1);
-  // A grid has at most 2^31 - 1 blocks.
-  const int64_t most = step * INT32_MAX;
-  for (int64_t first = 0; first < size; first += most) {
-    const int64_t count = size - first < most ? size - first : most;
-    const auto blocks = static_cast<unsigned>((count + step - 1) / step);
-    const cudaError_t error =
-        wide ? LaunchKernel<QuantizeKernel<kWidth, T, Map>>(
-                   stream, blocks, kThreads, in + first, bytes + first, count,
-                   map)
-             : LaunchKernel<QuantizeKernel<1, T, Map>>(
-                   stream, blocks, kThreads, in + first, bytes + first, count,
-                   map);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return ForEachGrid(size, step, [&](int64_t first, int64_t count) {
+    const auto blocks = static_cast<unsigned>(CeilDivide(count, step));
+    return wide ? LaunchKernel<QuantizeKernel<kWidth, T, Map>>(
+                      stream, blocks, kThreads, in + first, bytes + first,
+                      count, map)
+                : LaunchKernel<QuantizeKernel<1, T, Map>>(
+                      stream, blocks, kThreads, in + first, bytes + first,
+                      count, map);
+  });
 }
 
 }  // namespace xla_ops

@@ -35,11 +35,10 @@ __device__ __forceinline__ Vector<T, kSize> LoadVector(const T* source) {
   return *reinterpret_cast<const Vector<T, kSize>*>(source);
 }
 
-// The same, where it stands in the program: the compiler may put other loads
-// off until their result is needed, to save registers. Not for memory that
-// this thread has written.
+// The same, at once: the compiler may put off other loads until their result
+// is needed, to save registers. Not for memory that this thread has written.
 template <int kSize, typename T>
-__device__ __forceinline__ Vector<T, kSize> LoadNow(const T* source) {
+__device__ __forceinline__ Vector<T, kSize> LoadEagerly(const T* source) {
   Vector<T, kSize> value;
   if constexpr (sizeof(value) == 16) {
     uint32_t words[4];

@@ -7,7 +7,6 @@
 
 #include "xla_ops/cc/ops/activation/activation.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -31,7 +30,6 @@ constexpr int64_t kFewVectors = int64_t{1} << 18;
 // Blocks that fill any GPU many times over; beyond it each thread does several
 // vectors of its row, so that fewer blocks come and go.
 constexpr int64_t kManyBlocks = 16384;
-constexpr int64_t kMaxGridY = 65535;
 
 // Where the result is rounded to 16 bits: to some ten units of fp32's last
 // place, and zero below -87. Exact division branches, and the elements of a
@@ -96,8 +94,8 @@ __global__ void __launch_bounds__(kThreads,
     for (int i = 0; i < kVectors; ++i) {
       const int64_t v = first + i * step;
       if (i > 0 && v >= row_vectors) break;
-      x[i] = LoadNow<kSize>(gate + v * kSize);
-      y[i] = LoadNow<kSize>(up + v * kSize);
+      x[i] = LoadEagerly<kSize>(gate + v * kSize);
+      y[i] = LoadEagerly<kSize>(up + v * kSize);
     }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -124,51 +122,32 @@ __global__ void __launch_bounds__(kThreads,
   }
 }
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <Activation kActivation, typename T, int kSize, int kVectors>
 cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params,
                           int max_threads) {
   constexpr bool kQuant = kActivation == Activation::kSiluAndMulQuant;
   const int64_t row_vectors = params.size / kSize;
-  // A row's vectors in equal parts where they are more than a block; several
-  // rows a block where they are few.
   const int64_t needed = CeilDivide(row_vectors, kVectors);
-  const int64_t part = CeilDivide(needed, CeilDivide(needed, max_threads));
-  dim3 block(1, 1, 1);
-  if (part > 32) {
-    block.x = static_cast<unsigned>(CeilDivide(part, 32) * 32);
-  } else {
-    while (block.x < part) block.x *= 2;
-  }
-  block.y = std::max(1u, kSmallThreads / block.x);
-  // A grid is at most 2^31 - 1 blocks wide; more rows take more launches.
-  const int64_t max_rows = int64_t{INT32_MAX} * block.y;
-  for (int64_t first = 0; first < params.num_tokens; first += max_rows) {
-    const int64_t rows = std::min(max_rows, params.num_tokens - first);
-    const int64_t row_blocks = CeilDivide(rows, block.y);
-    const int64_t per_row = CeilDivide(needed, block.x);
-    const int64_t columns = std::clamp<int64_t>(kManyBlocks / row_blocks, 1,
-                                                std::min(per_row, kMaxGridY));
-    const dim3 grid(static_cast<unsigned>(row_blocks),
-                    static_cast<unsigned>(columns));
-    const int64_t out_bytes = kQuant ? 1 : sizeof(T);
-    const cudaError_t error =
-        LaunchKernel<ActivationKernel<kActivation, T, kSize, kVectors>>(
+  const dim3 block = RowBlock(needed, max_threads, kSmallThreads);
+  return ForEachGrid(
+      params.num_tokens, block.y, [&](int64_t first, int64_t rows) {
+        const int64_t grid_x = CeilDivide(rows, block.y);
+        const dim3 grid(
+            static_cast<unsigned>(grid_x),
+            BlocksPerRow(CeilDivide(needed, block.x), grid_x, kManyBlocks));
+        const int64_t out_bytes = kQuant ? 1 : sizeof(T);
+        return LaunchKernel<ActivationKernel<kActivation, T, kSize, kVectors>>(
             stream, grid, block,
             static_cast<const T*>(params.input) + first * 2 * params.size,
             params.scale,
             static_cast<char*>(params.out) + first * params.size * out_bytes,
             rows, row_vectors);
-
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+      });
 }
 
 template <Activation kActivation>
 cudaError_t Launch(cudaStream_t stream, const ActivationParams& params) {
-  return DispatchFloat(params.dtype, [&](auto tag) {
+  return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kSize = kWideSize<T>;
     const int64_t out_bytes = params.scale != nullptr ? kSize : 16;

@@ -14,7 +14,6 @@
 
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 
@@ -29,7 +28,6 @@ constexpr int kThreads = 256;
 // Thread blocks that fill any GPU; beyond it each thread copies several
 // units, so that the mapping is searched less often.
 constexpr int64_t kManyBlocks = 4096;
-constexpr int64_t kMaxGridY = 65535;
 
 // Sizes and strides in units.
 struct Geometry {
@@ -135,8 +133,6 @@ __global__ void ReportPairsKernel(const int64_t* mapping, int64_t num_pairs,
       static_cast<long long>(pair.source), static_cast<long long>(pair.target));
 }
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Whether every run is made of whole units of `size` bytes, aligned.
 bool UnitsFit(const CopyBlocksParams& params, int64_t size) {
   return params.run_size % size == 0 && params.block_stride % size == 0 &&
@@ -162,11 +158,9 @@ cudaError_t LaunchUnits(cudaStream_t stream, const CopyBlocksParams& params) {
       params.num_pairs > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  const int64_t columns = std::clamp<int64_t>(
-      kManyBlocks / params.num_pairs, 1,
-      std::min(kMaxGridY, CeilDivide(geometry.block_units, kThreads)));
   const dim3 grid(static_cast<unsigned>(params.num_pairs),
-                  static_cast<unsigned>(columns));
+                  BlocksPerRow(CeilDivide(geometry.block_units, kThreads),
+                               params.num_pairs, kManyBlocks));
   return LaunchKernel<CopyBlocksKernel<Unit>>(
       stream, grid, kThreads, reinterpret_cast<Unit*>(params.cache),
       params.block_mapping, geometry);
@@ -186,11 +180,9 @@ cudaError_t LaunchCopyBlocks(cudaStream_t stream,
     if (error != cudaSuccess) return error;
   }
   if (IsEmpty(params)) return cudaSuccess;
-  if (UnitsFit(params, 16)) return LaunchUnits<uint4>(stream, params);
-  if (UnitsFit(params, 8)) return LaunchUnits<uint2>(stream, params);
-  if (UnitsFit(params, 4)) return LaunchUnits<uint32_t>(stream, params);
-  if (UnitsFit(params, 2)) return LaunchUnits<uint16_t>(stream, params);
-  return LaunchUnits<uint8_t>(stream, params);
+  return DispatchUnit<1>(
+      [&](int size) { return UnitsFit(params, size); },
+      [&](auto unit) { return LaunchUnits<decltype(unit)>(stream, params); });
 }
 
 }  // namespace xla_ops

@@ -16,6 +16,7 @@
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
+#include "xla_ops/cc/device/row_dispatch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/fp8_quant/fp8_quant_launch.h"
 
@@ -122,7 +123,7 @@ cudaError_t LaunchAbsMax(cudaStream_t stream, const T* input, int64_t size,
   const bool wide = IsAligned(input, 16);
   const int64_t step = kAbsMaxThreads * (wide ? kWideSize<T> : 1);
   const auto blocks = static_cast<unsigned>(
-      std::min<int64_t>(kMaxBlocks, (size + step - 1) / step));
+      std::min<int64_t>(kMaxBlocks, CeilDivide(size, step)));
   auto* bits = reinterpret_cast<int*>(scale);
   return wide ? LaunchKernel<AbsMaxKernel<kWideSize<T>, T>>(
                     stream, blocks, kAbsMaxThreads, input, size, bits)
@@ -148,7 +149,7 @@ cudaError_t LaunchPerToken(cudaStream_t stream, const Fp8QuantParams& params,
 
 cudaError_t LaunchByScale(cudaStream_t stream, const Fp8QuantParams& params,
                           const float* scale) {
-  return DispatchFloat(params.dtype, [&](auto tag) {
+  return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return LaunchQuantize(stream, static_cast<const T*>(params.input),
                           params.out, params.num_tokens * params.hidden_size,
@@ -169,7 +170,7 @@ cudaError_t LaunchDynamicFp8Quant(cudaStream_t stream,
       cudaMemsetAsync(params.scale_out, 0, sizeof(float), stream);
   const int64_t size = params.num_tokens * params.hidden_size;
   if (error != cudaSuccess || size == 0) return error;
-  error = DispatchFloat(params.dtype, [&](auto tag) {
+  error = DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return LaunchAbsMax(stream, static_cast<const T*>(params.input), size,
                         params.scale_out);
@@ -180,8 +181,8 @@ cudaError_t LaunchDynamicFp8Quant(cudaStream_t stream,
 
 cudaError_t LaunchPerTokenFp8Quant(cudaStream_t stream,
                                    const Fp8QuantParams& params) {
-  return ForEachRowGrid(params.num_tokens, [&](int64_t row, int64_t rows) {
-    return DispatchFloat(params.dtype, [&](auto tag) {
+  return ForEachGrid(params.num_tokens, 1, [&](int64_t row, int64_t rows) {
+    return DispatchCudaFloat(params.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       return LaunchPerToken<T>(stream, params, row, rows);
     });

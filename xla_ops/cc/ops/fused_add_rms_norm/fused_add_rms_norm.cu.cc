@@ -8,8 +8,11 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/launch.h"
+#include "xla_ops/cc/device/rms.cuh"
 #include "xla_ops/cc/device/row.cuh"
+#include "xla_ops/cc/device/row_dispatch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/fused_add_rms_norm/fused_add_rms_norm_launch.h"
 
@@ -48,11 +51,11 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   };
   V w[Plan::kSlots];
   const auto load_weight = [&](int i, int64_t v) {
-    w[i] = LoadNow<kWidth>(weight + v * kWidth);
+    w[i] = LoadEagerly<kWidth>(weight + v * kWidth);
   };
   // In loops of their own, so that all of a thread's loads are in flight.
   if constexpr (Plan::kHeld) row.ForEach(load);
-  if constexpr (Plan::kMapEarly) row.ForEach(load_weight);
+  if constexpr (Plan::kLoadWeightsFirst) row.ForEach(load_weight);
   float sum = 0.0f;
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
@@ -62,7 +65,8 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   });
   const float s = RootMeanSquareScale(row.Sum(sum, scratch), hidden_size, eps);
 
-  if constexpr (Plan::kHeld && !Plan::kMapEarly) row.ForEach(load_weight);
+  if constexpr (Plan::kHeld && !Plan::kLoadWeightsFirst)
+    row.ForEach(load_weight);
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) {
       load(i, v);
@@ -107,8 +111,8 @@ cudaError_t Launch(cudaStream_t stream, const FusedAddRmsNormParams& params,
 cudaError_t LaunchFusedAddRmsNorm(cudaStream_t stream,
                                   const FusedAddRmsNormParams& params) {
   if (params.num_tokens == 0 || params.hidden_size == 0) return cudaSuccess;
-  return ForEachRowGrid(params.num_tokens, [&](int64_t row, int64_t rows) {
-    return DispatchFloat(params.dtype, [&](auto tag) {
+  return ForEachGrid(params.num_tokens, 1, [&](int64_t row, int64_t rows) {
+    return DispatchCudaFloat(params.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       return Launch<T>(stream, params, row, rows);
     });

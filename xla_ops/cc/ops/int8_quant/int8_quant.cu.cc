@@ -16,6 +16,7 @@
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/row.cuh"
+#include "xla_ops/cc/device/row_dispatch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/int8_quant/int8_quant_launch.h"
 
@@ -158,7 +159,7 @@ cudaError_t LaunchDynamic(cudaStream_t stream, const Int8QuantParams& params,
 
 cudaError_t LaunchStaticInt8Quant(cudaStream_t stream,
                                   const Int8QuantParams& params) {
-  return DispatchFloat(params.dtype, [&](auto tag) {
+  return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* input = static_cast<const T*>(params.input);
     const int64_t size = params.num_tokens * params.hidden_size;
@@ -173,8 +174,8 @@ cudaError_t LaunchStaticInt8Quant(cudaStream_t stream,
 
 cudaError_t LaunchDynamicInt8Quant(cudaStream_t stream,
                                    const Int8QuantParams& params) {
-  return ForEachRowGrid(params.num_tokens, [&](int64_t row, int64_t rows) {
-    return DispatchFloat(params.dtype, [&](auto tag) {
+  return ForEachGrid(params.num_tokens, 1, [&](int64_t row, int64_t rows) {
+    return DispatchCudaFloat(params.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       return params.azp_out == nullptr
                  ? LaunchDynamic<false, T>(stream, params, row, rows)

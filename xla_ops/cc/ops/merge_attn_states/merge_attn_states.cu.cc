@@ -9,7 +9,6 @@
 
 #include <math_constants.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
@@ -84,31 +83,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T, int kSize>
 cudaError_t LaunchVectors(cudaStream_t stream,
                           const MergeAttnStatesParams& params) {
   const int64_t head_vectors = params.head_dim / kSize;
   const int64_t num_rows = params.num_tokens * params.num_heads;
-  dim3 block(1, 1, 1);
-  while (block.x < head_vectors && block.x < kThreads) block.x *= 2;
-  block.y = kThreads / block.x;
-  // A grid has at most 2^31 - 1 blocks; more rows take more launches.
-  const int64_t max_rows = int64_t{INT32_MAX} * block.y;
-  for (int64_t first = 0; first < num_rows; first += max_rows) {
-    const int64_t rows = std::min(max_rows, num_rows - first);
-    const int64_t blocks = CeilDivide(rows, block.y);
-    const cudaError_t error = LaunchKernel<MergeAttnStatesKernel<T, kSize>>(
-        stream, static_cast<unsigned>(blocks), block,
+  const dim3 block = RowBlock(head_vectors, kThreads, kThreads);
+  return ForEachGrid(num_rows, block.y, [&](int64_t first, int64_t rows) {
+    return LaunchKernel<MergeAttnStatesKernel<T, kSize>>(
+        stream, static_cast<unsigned>(CeilDivide(rows, block.y)), block,
         static_cast<const T*>(params.prefix_output), params.prefix_lse,
         static_cast<const T*>(params.suffix_output), params.suffix_lse,
         static_cast<T*>(params.output), params.output_lse, first, first + rows,
         params.num_tokens, params.num_heads, head_vectors);
-
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  });
 }
 
 }  // namespace
@@ -117,7 +105,7 @@ cudaError_t LaunchMergeAttnStates(cudaStream_t stream,
                                   const MergeAttnStatesParams& params) {
   // With a head_dim of zero the lse is still merged.
   if (params.num_tokens == 0 || params.num_heads == 0) return cudaSuccess;
-  return DispatchFloat(params.dtype, [&](auto tag) {
+  return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const bool wide = params.head_dim % kWideSize<T> == 0 &&
                       IsAligned(params.prefix_output, 16) &&

@@ -151,8 +151,6 @@ __global__ void ReportSlotsKernel(const int64_t* slot_mapping,
       static_cast<long long>(slot_mapping[token]));
 }
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Heads that follow one another in the cache as they do in the source make
 // one run.
 bool OneRun(const ReshapeAndCacheFlashParams& params) {
@@ -192,51 +190,39 @@ cudaError_t LaunchUnits(cudaStream_t stream,
   geometry.run_stride = OneRun(params) ? 0 : params.head_stride / size;
   if (geometry.row_units > INT32_MAX - kThreads) return cudaErrorInvalidValue;
 
-  dim3 block(1, 1, 1);
-  while (block.x < geometry.row_units && block.x < kThreads) block.x *= 2;
-  block.y = kThreads / block.x;
-  // A grid has at most 2^31 - 1 blocks; more tokens take more launches.
-  const int64_t max_tokens = int64_t{INT32_MAX} * block.y;
+  const dim3 block = RowBlock(geometry.row_units, kThreads, kThreads);
   const auto* key = static_cast<const typename Unit::Source*>(params.key);
   const auto* value = static_cast<const typename Unit::Source*>(params.value);
-  for (int64_t first = 0; first < params.num_tokens; first += max_tokens) {
-    geometry.num_tokens = std::min(max_tokens, params.num_tokens - first);
-    const int64_t start = first * geometry.row_units;
-    const int64_t blocks = CeilDivide(geometry.num_tokens, block.y);
-    const cudaError_t error = LaunchKernel<ReshapeAndCacheFlashKernel<Unit>>(
-        stream, static_cast<unsigned>(blocks), block, key + start,
-        value == nullptr ? nullptr : value + start,
-        static_cast<typename Unit::Target*>(params.key_cache),
-        static_cast<typename Unit::Target*>(params.value_cache),
-        params.slot_mapping + first, params.k_scale, params.v_scale, geometry);
-
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return ForEachGrid(
+      params.num_tokens, block.y, [&](int64_t first, int64_t tokens) {
+        geometry.num_tokens = tokens;
+        const int64_t start = first * geometry.row_units;
+        return LaunchKernel<ReshapeAndCacheFlashKernel<Unit>>(
+            stream, static_cast<unsigned>(CeilDivide(tokens, block.y)), block,
+            key + start, value == nullptr ? nullptr : value + start,
+            static_cast<typename Unit::Target*>(params.key_cache),
+            static_cast<typename Unit::Target*>(params.value_cache),
+            params.slot_mapping + first, params.k_scale, params.v_scale,
+            geometry);
+      });
 }
 
 cudaError_t LaunchCopy(cudaStream_t stream,
                        const ReshapeAndCacheFlashParams& params) {
   const int64_t bytes = SizeOf(params.dtype);
-  if (UnitsFit(params, 16 / bytes)) {
-    return LaunchUnits<CopyUnit<uint4>>(stream, params, 16 / bytes);
-  }
-  if (UnitsFit(params, 8 / bytes)) {
-    return LaunchUnits<CopyUnit<uint2>>(stream, params, 8 / bytes);
-  }
-  if (UnitsFit(params, 4 / bytes)) {
-    return LaunchUnits<CopyUnit<uint32_t>>(stream, params, 4 / bytes);
-  }
-  if (bytes == 2) {
-    return LaunchUnits<CopyUnit<uint16_t>>(stream, params, 1);
-  }
-  return cudaErrorInvalidValue;
+  return DispatchUnit<2>(
+      [&](int64_t size) { return UnitsFit(params, size / bytes); },
+      [&](auto unit) {
+        const int64_t size = sizeof(unit) / bytes;
+        if (size == 0) return cudaErrorInvalidValue;  // fp32 not aligned to 4
+        return LaunchUnits<CopyUnit<decltype(unit)>>(stream, params, size);
+      });
 }
 
 template <__nv_fp8_interpretation_t kFormat>
 cudaError_t LaunchConvert(cudaStream_t stream,
                           const ReshapeAndCacheFlashParams& params) {
-  return DispatchFloat(params.dtype, [&](auto tag) {
+  return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (UnitsFit(params, 8)) {
       return LaunchUnits<Fp8Unit<T, 8, kFormat>>(stream, params, 8);

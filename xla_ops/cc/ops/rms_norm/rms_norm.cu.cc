@@ -8,8 +8,11 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/launch.h"
+#include "xla_ops/cc/device/rms.cuh"
 #include "xla_ops/cc/device/row.cuh"
+#include "xla_ops/cc/device/row_dispatch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/rms_norm/rms_norm_launch.h"
 
@@ -37,11 +40,11 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   };
   Vector<T, kWidth> w[Plan::kSlots];
   const auto load_weight = [&](int i, int64_t v) {
-    w[i] = LoadNow<kWidth>(weight + v * kWidth);
+    w[i] = LoadEagerly<kWidth>(weight + v * kWidth);
   };
   // In loops of their own, so that all of a thread's loads are in flight.
   if constexpr (Plan::kHeld) row.ForEach(load);
-  if constexpr (Plan::kMapEarly) row.ForEach(load_weight);
+  if constexpr (Plan::kLoadWeightsFirst) row.ForEach(load_weight);
   float sum = 0.0f;
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
 
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
-    if constexpr (!Plan::kMapEarly) load_weight(i, v);
+    if constexpr (!Plan::kLoadWeightsFirst) load_weight(i, v);
       // The two roundings of the contract. The product of two 16-bit floats is
       // exact in fp32, so the second multiplication rounds once.
 #pragma unroll
@@ -86,8 +89,8 @@ cudaError_t Launch(cudaStream_t stream, const RmsNormParams& params,
 
 cudaError_t LaunchRmsNorm(cudaStream_t stream, const RmsNormParams& params) {
   if (params.num_tokens == 0 || params.hidden_size == 0) return cudaSuccess;
-  return ForEachRowGrid(params.num_tokens, [&](int64_t row, int64_t rows) {
-    return DispatchFloat(params.dtype, [&](auto tag) {
+  return ForEachGrid(params.num_tokens, 1, [&](int64_t row, int64_t rows) {
+    return DispatchCudaFloat(params.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       return Launch<T>(stream, params, row, rows);
     });

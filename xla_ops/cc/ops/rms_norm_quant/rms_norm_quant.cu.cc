@@ -9,9 +9,12 @@
 #include <cstdint>
 
 #include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/quant.cuh"
+#include "xla_ops/cc/device/rms.cuh"
 #include "xla_ops/cc/device/row.cuh"
+#include "xla_ops/cc/device/row_dispatch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/rms_norm_quant/rms_norm_quant_launch.h"
 
@@ -73,10 +76,10 @@ __global__ void __launch_bounds__(Plan::kMaxThreads,
   };
   V w[Plan::kSlots];
   const auto load_weight = [&](int i, int64_t v) {
-    w[i] = LoadNow<kWidth>(rows.weight + v * kWidth);
+    w[i] = LoadEagerly<kWidth>(rows.weight + v * kWidth);
   };
   if constexpr (Plan::kHeld) row.ForEach(load);
-  if constexpr (Plan::kMapEarly) row.ForEach(load_weight);
+  if constexpr (Plan::kLoadWeightsFirst) row.ForEach(load_weight);
   float sum = 0.0f;
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(Plan::kMaxThreads,
 
   // Turns x[i] into y of the contract and r[i] into the rounded sum.
   const auto normalize = [&](int i, int64_t v) {
-    if constexpr (!Plan::kMapEarly) load_weight(i, v);
+    if constexpr (!Plan::kLoadWeightsFirst) load_weight(i, v);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float exact = value(i, j);
@@ -200,8 +203,8 @@ cudaError_t Launch(cudaStream_t stream, const RmsNormQuantParams& params,
 
 cudaError_t LaunchRmsNormQuant(cudaStream_t stream,
                                const RmsNormQuantParams& params) {
-  return ForEachRowGrid(params.num_tokens, [&](int64_t row, int64_t rows) {
-    return DispatchFloat(params.dtype, [&](auto tag) {
+  return ForEachGrid(params.num_tokens, 1, [&](int64_t row, int64_t rows) {
+    return DispatchCudaFloat(params.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       return params.residual == nullptr
                  ? Launch<false, T>(stream, params, row, rows)

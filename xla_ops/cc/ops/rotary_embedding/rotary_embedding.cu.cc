@@ -23,7 +23,6 @@ namespace {
 constexpr int kThreads = 256;
 // For each multiprocessor; five spill.
 constexpr int kMinBlocks = MinBlocks(4, kThreads);
-constexpr int64_t kMaxGridY = 65535;
 // Units that a thread loads before it rotates the first.
 template <bool kNeox>
 constexpr int kUnits = kNeox ? 2 : 1;
@@ -193,8 +192,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T, int kPairs, bool kNeox>
 cudaError_t LaunchUnits(cudaStream_t stream,
                         const RotaryEmbeddingParams& params) {
@@ -218,47 +215,36 @@ cudaError_t LaunchUnits(cudaStream_t stream,
   shape.query_heads = static_cast<int>(params.query.num_heads);
   shape.key_heads = static_cast<int>(params.key.num_heads);
 
-  // The threads for a token's units, in equal parts where they are more than
-  // a block.
   const int64_t needed = params.num_tokens < kManyTokens
                              ? units
                              : CeilDivide(units, kUnits<kNeox>);
   const int64_t columns = std::min(kMaxGridY, CeilDivide(needed, kThreads));
-  const int64_t part = std::min<int64_t>(kThreads, CeilDivide(needed, columns));
-  dim3 block(1, 1, 1);
-  if (part > 32) {
-    block.x = static_cast<unsigned>(CeilDivide(part, 32) * 32);
-  } else {
-    while (block.x < part) block.x *= 2;
-  }
-  block.y = kThreads / block.x;
-  // A grid is at most 2^31 - 1 blocks wide; more tokens take more launches.
-  const int64_t max_tokens = int64_t{INT32_MAX} * block.y;
-  for (int64_t first = 0; first < params.num_tokens; first += max_tokens) {
-    shape.num_tokens = std::min(max_tokens, params.num_tokens - first);
-    const int64_t query_start =
-        first * params.query.num_heads * params.head_size;
-    const int64_t key_start = first * params.key.num_heads * params.head_size;
-    shape.query = static_cast<const T*>(params.query.in) + query_start;
-    shape.query_out = static_cast<T*>(params.query.out) + query_start;
-    shape.key = static_cast<const T*>(params.key.in) + key_start;
-    shape.key_out = static_cast<T*>(params.key.out) + key_start;
-    const dim3 grid(
-        static_cast<unsigned>(CeilDivide(shape.num_tokens, block.y)),
-        static_cast<unsigned>(columns));
-    // One launch has all units but for heads of many million elements.
-    const int64_t launch_units = columns * block.x * kUnits<kNeox>;
-    for (int64_t unit = 0; unit < units; unit += launch_units) {
-      shape.first_unit = static_cast<int>(unit);
-      const cudaError_t error =
-          LaunchKernel<RotaryEmbeddingKernel<T, kPairs, kNeox>>(
-              stream, grid, block, params.positions + first,
-              static_cast<const T*>(params.cos_sin_cache), shape);
-
-      if (error != cudaSuccess) return error;
-    }
-  }
-  return cudaSuccess;
+  const dim3 block = RowBlock(needed, kThreads, kThreads);
+  // One launch has all units but for heads of many million elements.
+  const int64_t launch_units = columns * block.x * kUnits<kNeox>;
+  return ForEachGrid(
+      params.num_tokens, block.y, [&](int64_t first, int64_t tokens) {
+        shape.num_tokens = tokens;
+        const int64_t query_start =
+            first * params.query.num_heads * params.head_size;
+        const int64_t key_start =
+            first * params.key.num_heads * params.head_size;
+        shape.query = static_cast<const T*>(params.query.in) + query_start;
+        shape.query_out = static_cast<T*>(params.query.out) + query_start;
+        shape.key = static_cast<const T*>(params.key.in) + key_start;
+        shape.key_out = static_cast<T*>(params.key.out) + key_start;
+        const dim3 grid(static_cast<unsigned>(CeilDivide(tokens, block.y)),
+                        static_cast<unsigned>(columns));
+        for (int64_t unit = 0; unit < units; unit += launch_units) {
+          shape.first_unit = static_cast<int>(unit);
+          const cudaError_t error =
+              LaunchKernel<RotaryEmbeddingKernel<T, kPairs, kNeox>>(
+                  stream, grid, block, params.positions + first,
+                  static_cast<const T*>(params.cos_sin_cache), shape);
+          if (error != cudaSuccess) return error;
+        }
+        return cudaSuccess;
+      });
 }
 
 // 16-byte vectors where every unit of every head is aligned to one.
@@ -278,7 +264,7 @@ cudaError_t Launch(cudaStream_t stream, const RotaryEmbeddingParams& params) {
 
 cudaError_t LaunchRotaryEmbedding(cudaStream_t stream,
                                   const RotaryEmbeddingParams& params) {
-  return DispatchFloat(params.dtype, [&](auto tag) {
+  return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     return params.is_neox ? Launch<T, true>(stream, params)
                           : Launch<T, false>(stream, params);
