@@ -128,10 +128,10 @@ std::string RegisterLocked(State& state, PjrtRegisterCustomCallArgs args) {
       extension->base.struct_size >
           offsetof(PjrtGpuCustomCallExtension, handles_traits) &&
       extension->handles_traits;
-  args.struct_size = has_traits ? sizeof(args)
-                                : offsetof(PjrtRegisterCustomCallArgs, traits);
+  args.struct_size =
+      has_traits ? sizeof(args) : offsetof(PjrtRegisterCustomCallArgs, traits);
   const std::string error =
-      TakeErrorText(*wrapped_api, extension->custom_call(&args));
+      TakePjrtErrorText(*wrapped_api, extension->custom_call(&args));
   return error.empty() ? "" : target + " cannot be registered: " + error;
 }
 

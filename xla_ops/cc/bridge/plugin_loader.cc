@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include "xla_ops/cc/bridge/dl_error.h"
 #include "xla_ops/cc/bridge/padded_call.h"
 
 namespace xla_ops {
@@ -38,9 +39,7 @@ std::string CheckVersion(const std::string& path, const PjrtApi& api) {
 std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    const char* reason = dlerror();
-    return "PJRT plugin " + path + " cannot be loaded: " +
-           (reason == nullptr ? "unknown reason" : reason);
+    return "PJRT plugin " + path + " cannot be loaded: " + LastDlError();
   }
   auto* get_api =
       reinterpret_cast<GetPjrtApiFunction*>(dlsym(library, "GetPjrtApi"));
@@ -76,7 +75,7 @@ std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
   return "";
 }
 
-std::string TakeErrorText(const PjrtApi& api, PjrtError* error) {
+std::string TakePjrtErrorText(const PjrtApi& api, PjrtError* error) {
   if (error == nullptr) return "";
   PjrtErrorMessageArgs message_args = {};
   message_args.base.struct_size = sizeof(message_args);

@@ -27,7 +27,7 @@ std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin);
 
 // Takes `error` from a call into `api`: returns its text and frees it. Returns
 // an empty string for null.
-std::string TakeErrorText(const PjrtApi& api, PjrtError* error);
+std::string TakePjrtErrorText(const PjrtApi& api, PjrtError* error);
 
 }  // namespace xla_ops
 

@@ -9,6 +9,8 @@
 #include <mutex>
 #include <utility>
 
+#include "xla_ops/cc/bridge/dl_error.h"
+
 namespace xla_ops {
 namespace {
 
@@ -30,11 +32,6 @@ struct Libraries {
 Libraries& GetLibraries() {
   static Libraries* const libraries = new Libraries;
   return *libraries;
-}
-
-std::string LastDlError() {
-  const char* reason = dlerror();
-  return reason == nullptr ? "unknown reason" : reason;
 }
 
 // Checks one entry of a library's table before anything of it is kept.

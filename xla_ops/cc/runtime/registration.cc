@@ -11,6 +11,7 @@
 
 #include "xla/ffi/api/c_api.h"
 #include "xla_ops/cc/bridge/bridge.h"
+#include "xla_ops/cc/bridge/dl_error.h"
 #include "xla_ops/cc/core/call_frame.h"
 #include "xla_ops/cc/runtime/elf_symbols.h"
 #include "xla_ops/cc/runtime/op_library.h"
@@ -31,11 +32,6 @@ constexpr size_t kErrorSize = 4096;
 std::mutex& RegistrationMutex() {
   static std::mutex* const mutex = new std::mutex;
   return *mutex;
-}
-
-std::string LastDlError() {
-  const char* reason = dlerror();
-  return reason == nullptr ? "unknown reason" : reason;
 }
 
 // The handler's own traits; zero where it does not tell.
@@ -73,17 +69,16 @@ std::string FindFfiApi(const std::string& path, const XLA_FFI_Api** api) {
       reinterpret_cast<uintptr_t>(exported)) {
     return path + " is not the file that this process loaded: restart it";
   }
-  auto* get_api = reinterpret_cast<const XLA_FFI_Api* (*)()>(
-      map->l_addr + symbols[kGetApi]);
+  auto* get_api = reinterpret_cast<const XLA_FFI_Api* (*)()>(map->l_addr +
+                                                             symbols[kGetApi]);
   *api = get_api();
   return "";
 }
 
 std::string CheckFfiApi(const std::string& path, const XLA_FFI_Api* api) {
   // Up to and with the last function that is used here.
-  constexpr size_t kNeeded =
-      offsetof(XLA_FFI_Api, XLA_FFI_Handler_Register) +
-      sizeof(XLA_FFI_Api::XLA_FFI_Handler_Register);
+  constexpr size_t kNeeded = offsetof(XLA_FFI_Api, XLA_FFI_Handler_Register) +
+                             sizeof(XLA_FFI_Api::XLA_FFI_Handler_Register);
   if (api == nullptr || api->struct_size < kNeeded) {
     return path + ": its XLA FFI API is malformed";
   }
@@ -100,7 +95,7 @@ std::string CheckFfiApi(const std::string& path, const XLA_FFI_Api* api) {
   return "";
 }
 
-std::string TakeErrorText(const XLA_FFI_Api& api, XLA_FFI_Error* error) {
+std::string TakeFfiErrorText(const XLA_FFI_Api& api, XLA_FFI_Error* error) {
   if (error == nullptr) return "";
   XLA_FFI_Error_GetMessage_Args message = {};
   message.struct_size = XLA_FFI_Error_GetMessage_Args_STRUCT_SIZE;
@@ -125,7 +120,7 @@ std::string RegisterWithCpu(const XLA_FFI_Api& api,
                  handler.bundle.initialize, handler.bundle.execute};
   args.traits = TraitsOf(handler);
   const std::string error =
-      TakeErrorText(api, api.XLA_FFI_Handler_Register(&args));
+      TakeFfiErrorText(api, api.XLA_FFI_Handler_Register(&args));
   if (error.empty()) return "";
   return handler.target + " of " + handler.library +
          " cannot be registered: " + error;
@@ -216,8 +211,7 @@ std::map<std::string, std::vector<std::string>> RegisteredTargets() {
 std::string OpenBridgePlugin(const std::string& bridge_path,
                              const std::string& plugin_path) {
   decltype(xla_ops_pjrt_open)* open = nullptr;
-  std::string error =
-      BridgeFunction(bridge_path, "xla_ops_pjrt_open", &open);
+  std::string error = BridgeFunction(bridge_path, "xla_ops_pjrt_open", &open);
   if (!error.empty()) return error;
   char text[kErrorSize];
   return open(plugin_path.c_str(), text, sizeof(text)) == 0 ? "" : text;
@@ -226,8 +220,7 @@ std::string OpenBridgePlugin(const std::string& bridge_path,
 std::string FailBridge(const std::string& bridge_path,
                        const std::string& reason) {
   decltype(xla_ops_pjrt_fail)* fail = nullptr;
-  std::string error =
-      BridgeFunction(bridge_path, "xla_ops_pjrt_fail", &fail);
+  std::string error = BridgeFunction(bridge_path, "xla_ops_pjrt_fail", &fail);
   if (error.empty()) fail(reason.c_str());
   return error;
 }
