@@ -1,8 +1,8 @@
 """The list of ops, and what is built of each.
 
 To add an op, add its name to OPS and its files: xla_ops/cc/ops/NAME/ and
-xla_ops/py/ops/NAME.py. In xla_ops/cc/ops/NAME/ the file's name says what it is
-for:
+xla_ops/py/ops/NAME.py. In xla_ops/cc/ops/NAME/ the end of a file's name says
+what it is for; a file that it says nothing of is an error:
 
     *.h, *.cuh       contract, parameters, launchers, device code
     *_cpu.cc         the CPU kernel and handler
@@ -10,7 +10,8 @@ for:
     *.cu.cc          CUDA kernels, compiled by nvcc; *_sm90.cu.cc for compute
                      capability 9.0a alone
     *_test.cc        C++ tests
-    any other *.cc   code of both handlers, such as checks
+    NAME.cc and      code of both handlers, such as checks
+    *_shared.cc
 """
 
 load("//third_party/cuda:cuda.bzl", "CUDA_ONLY", "cuda_objects")
@@ -31,11 +32,50 @@ OPS = [
     "rotary_embedding",
 ]
 
-# The end of a .cu.cc file's name, and the capabilities that it is for.
+# The end of a file's name, and what the file is for.
+_KINDS = {
+    ".h": "header",
+    ".cuh": "device_header",
+    "_cpu.cc": "cpu",
+    "_cuda.cc": "cuda",
+    "_shared.cc": "shared",
+    "_test.cc": "test",
+}
+
+# Of a kernel's file, what stands before .cu.cc, and the capabilities that it is
+# for.
 _ARCHS_OF_SUFFIX = {
     "_sm90": ["9.0a"],
     "_sm100": ["10.0a"],
 }
+
+def source_kind(op, file):
+    """Says what a file of an op's folder is for.
+
+    Args:
+      op: the op.
+      file: the file's name, without its folder.
+
+    Returns:
+      header, device_header, cpu, cuda, kernel, kernel_smXY, test or shared.
+    """
+    if file.endswith(".cu.cc"):
+        words = file[:-len(".cu.cc")].split("_")
+        archs = [w for w in words if w[:2] == "sm" and w[2:].isdigit()]
+        if not archs:
+            return "kernel"
+        suffix = "_" + words[-1]
+        if archs == words[-1:] and suffix in _ARCHS_OF_SUFFIX:
+            return "kernel" + suffix
+        fail("%s: %s must name no architecture or end in %s.cu.cc" %
+             (op, file, " or ".join(sorted(_ARCHS_OF_SUFFIX))))
+    if file == op + ".cc":
+        return "shared"
+    for end, kind in _KINDS.items():
+        if file.endswith(end):
+            return kind
+    fail("%s: %s must be %s.cc or end in one of %s or .cu.cc" %
+         (op, file, op, ", ".join(sorted(_KINDS))))
 
 def xla_custom_call_libraries(name):
     """Static libraries and C++ tests of an op; for //xla_ops/cc/ops/BUILD.
@@ -46,15 +86,15 @@ def xla_custom_call_libraries(name):
       name: the op.
     """
     folder = name + "/"
-    headers = native.glob([folder + "*.h"])
-    device_headers = native.glob([folder + "*.cuh"])
-    shared = native.glob(
-        [folder + "*.cc"],
-        exclude = [folder + e for e in ["*_cpu.cc", "*_cuda.cc", "*.cu.cc", "*_test.cc"]],
-    )
+    sources = {}
+    for path in native.glob([folder + "*"]):
+        kind = source_kind(name, path[len(folder):])
+        sources.setdefault(kind, []).append(path)
+    headers = sources.get("header", [])
+    shared = sources.get("shared", [])
     native.cc_library(
         name = name + "_cpu",
-        srcs = shared + native.glob([folder + "*_cpu.cc"]),
+        srcs = shared + sources.get("cpu", []),
         hdrs = headers,
         copts = COPTS,
         linkstatic = True,
@@ -63,21 +103,16 @@ def xla_custom_call_libraries(name):
         alwayslink = True,
     )
 
-    kernels = native.glob([folder + "*.cu.cc"])
-    groups = {}
-    for source in kernels:
-        suffix = ""
-        for candidate in _ARCHS_OF_SUFFIX:
-            if source.endswith(candidate + ".cu.cc"):
-                suffix = candidate
-        groups.setdefault(suffix, []).append(source)
     objects = []
-    for suffix, sources in groups.items():
+    for suffix in [""] + _ARCHS_OF_SUFFIX.keys():
+        kernels = sources.get("kernel" + suffix, [])
+        if not kernels:
+            continue
         objects.append(":%s_kernels%s" % (name, suffix))
         cuda_objects(
             name = "%s_kernels%s" % (name, suffix),
-            srcs = sources,
-            hdrs = headers + device_headers,
+            srcs = kernels,
+            hdrs = headers + sources.get("device_header", []),
             archs_only = _ARCHS_OF_SUFFIX.get(suffix, []),
             target_compatible_with = CUDA_ONLY,
             deps = [
@@ -87,7 +122,7 @@ def xla_custom_call_libraries(name):
         )
     native.cc_library(
         name = name + "_cuda",
-        srcs = shared + native.glob([folder + "*_cuda.cc"]) + objects,
+        srcs = shared + sources.get("cuda", []) + objects,
         hdrs = headers,
         copts = COPTS,
         linkstatic = True,
@@ -103,7 +138,7 @@ def xla_custom_call_libraries(name):
         alwayslink = True,
     )
 
-    for test in native.glob([folder + "*_test.cc"]):
+    for test in sources.get("test", []):
         xla_ops_cc_test(
             name = test[len(folder):-len(".cc")],
             srcs = [test],

@@ -3,7 +3,8 @@
 The scaffold runs in a copy of the files that it reads and changes. Its C++ is compiled
 with the compiler that Bazel uses, and its Python tests run against a copy of the
 installed package to which the new op is added. CUDA files are checked for includes
-that no longer exist; the author's first build compiles them.
+that no longer exist; the author's first build compiles them. What ops.bzl makes of the
+names of files is tested here too.
 """
 
 import os
@@ -196,3 +197,53 @@ def test_overwrites_nothing(tree, file, tmp_path):
     assert done.returncode == 1
     assert done.stderr == f"new_op: {file} must not exist yet\n"
     assert contents(root) == before
+
+
+@pytest.fixture(scope="module")
+def source_kind():
+    """The function of ops.bzl, which is Python as well as Starlark."""
+
+    def fail(text):
+        raise ValueError(text)
+
+    scope = {"load": lambda *_: None, "fail": fail}
+    exec(pathlib.Path("xla_ops/ops.bzl").read_text(), scope)
+    return scope["source_kind"]
+
+
+@pytest.mark.parametrize(
+    "file, kind",
+    [
+        ("norm.h", "header"),
+        ("norm_checks.h", "header"),
+        ("norm_tile.cuh", "device_header"),
+        ("norm.cc", "shared"),
+        ("norm_shared.cc", "shared"),
+        ("norm_cpu.cc", "cpu"),
+        ("norm_cuda.cc", "cuda"),
+        ("norm.cu.cc", "kernel"),
+        ("norm_fp8.cu.cc", "kernel"),
+        ("norm_sm90.cu.cc", "kernel_sm90"),
+        ("norm_fp8_sm100.cu.cc", "kernel_sm100"),
+        ("norm_errors_test.cc", "test"),
+    ],
+)
+def test_the_end_of_a_name_says_what_a_file_is_for(source_kind, file, kind):
+    assert source_kind("norm", file) == kind
+
+
+@pytest.mark.parametrize(
+    "file, rule",
+    [
+        ("norm_gpu.cc", "be norm.cc or end in one of "),
+        ("norm_checks.cc", "be norm.cc or end in one of "),
+        ("norm_cuda.cpp", "be norm.cc or end in one of "),
+        ("norm.cu", "be norm.cc or end in one of "),
+        ("README.md", "be norm.cc or end in one of "),
+        ("norm_sm89.cu.cc", "name no architecture or end in _sm100 or _sm90.cu.cc"),
+        ("norm_sm90_fp8.cu.cc", "name no architecture or end in _sm100 or _sm90.cu.cc"),
+    ],
+)
+def test_a_name_that_says_nothing_is_an_error(source_kind, file, rule):
+    with pytest.raises(ValueError, match="^norm: " + re.escape(f"{file} must {rule}")):
+        source_kind("norm", file)

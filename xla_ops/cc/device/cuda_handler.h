@@ -15,7 +15,7 @@
 // into a CUDA graph, so the launcher must not allocate, synchronise or read
 // device memory.
 //
-// Tested by tests/test_conformance.py and tests/gpu/kernel_races_test.cc.
+// Tested by tests/gpu/kernel_races_test.cc.
 
 #ifndef XLA_OPS_CC_DEVICE_CUDA_HANDLER_H_
 #define XLA_OPS_CC_DEVICE_CUDA_HANDLER_H_
