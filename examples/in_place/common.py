@@ -39,7 +39,7 @@ def write_arguments(rows, cache, slots) -> tuple:
     strides = (PAGE * HEADS * HEAD_DIM, HEADS * HEAD_DIM, HEAD_DIM)
     geometry = [*cache.shape, *strides, 0]  # a dense cache that begins at element 0
     scale = rows.new_ones((), dtype=torch.float32)  # for fp8 caches
-    return rows, cache, slots, scale, "auto", geometry, False, None
+    return cache, rows, slots, scale, "auto", geometry, False, None
 
 
 def read(cache, slots) -> torch.Tensor:

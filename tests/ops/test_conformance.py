@@ -71,11 +71,11 @@ SAMPLES = {
         *("auto", [*GEOMETRY, 0], False),
     ),
     "reshape_and_cache_flash_stacked": (
-        *(ROWS, ROWS, torch.zeros(2, 3, 4, 2, 16), SLOTS, ONE, ONE),
+        *(torch.zeros(2, 3, 4, 2, 16), ROWS, ROWS, SLOTS, ONE, ONE),
         *("auto", [*GEOMETRY, 384], False, None),
     ),
     "reshape_and_cache_flash_one": (
-        *(ROWS, CACHE, SLOTS, ONE),
+        *(CACHE, ROWS, SLOTS, ONE),
         *("auto", GEOMETRY, False, None),
     ),
     "paged_attention": (

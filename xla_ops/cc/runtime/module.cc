@@ -18,6 +18,7 @@
 #include "xla_ops/cc/bridge/plugin_loader.h"
 #include "xla_ops/cc/runtime/direct_call.h"
 #include "xla_ops/cc/runtime/elf_symbols.h"
+#include "xla_ops/cc/runtime/lazy_tensors.h"
 #include "xla_ops/cc/runtime/op_library.h"
 #include "xla_ops/cc/runtime/registration.h"
 
@@ -229,6 +230,20 @@ void PyCall(const std::string& target, const std::string& platform,
   throw std::runtime_error(status.message);
 }
 
+// The lazy tensors of this process; Python sees to it that it is loaded once.
+LazyTensors lazy_tensors;
+
+std::vector<std::pair<int, int>> PyBufferHolders(
+    const std::vector<uintptr_t>& tensors) {
+  std::vector<std::pair<int, int>> found;
+  found.reserve(tensors.size());
+  for (const uintptr_t tensor : tensors) {
+    const BufferHolders holders = lazy_tensors.Holders(tensor);
+    found.emplace_back(holders.data, holders.node);
+  }
+  return found;
+}
+
 PYBIND11_MODULE(_runtime, m) {
   m.doc() = "Loads op libraries, registers their handlers, calls them.";
   m.def("load_library", &PyLoadLibrary, py::arg("path"),
@@ -289,6 +304,22 @@ second plugin in one process.)");
 
 Returns: {"path", "error" ("" if it can be used), "major", "minor" (None if they
 cannot be read), "extensions" (list of PJRT_Extension_Type), "custom_call"}.)");
+  m.def(
+      "load_lazy_tensors",
+      [](const std::string& library) {
+        ThrowIfRuntimeError(lazy_tensors.Load(library));
+      },
+      py::arg("library"),
+      "Makes the two functions below usable; library is the path of "
+      "libtorch_cpu.so. RuntimeError with the reason where it is another.");
+  m.def(
+      "lazy_tensor_id",
+      [](uintptr_t tensor) { return lazy_tensors.Id(tensor); },
+      py::arg("tensor"),
+      "torch_xla's number of a tensor, given by the address of its TensorImpl.");
+  m.def("buffer_holders", &PyBufferHolders, py::arg("tensors"),
+        R"(How many hold each tensor's device data and IR node, the tensor itself
+counted; 0 where it has none. Tensors are addresses of a TensorImpl of torch_xla's.)");
   m.def("_find_symbols", &PyFindSymbols, py::arg("path"), py::arg("names"),
         "Values of function symbols in an ELF file's .symtab; RuntimeError "
         "with the reason where there are none. For tests and the doctor.");

@@ -25,7 +25,10 @@ from typing import NamedTuple
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental import proxy_tensor
+
+from . import ownership
+from .op import Op
+from .tracing import node_of
 
 
 class Located(NamedTuple):
@@ -71,27 +74,31 @@ def locate(t: torch.Tensor) -> Located:
     return Located(t, 0, dense_strides(t.shape))
 
 
+def update(op: Op, buffer: torch.Tensor, *args) -> None:
+    """Gives `buffer` the value that `op(buffer, *args, donor)` computes, in place.
+
+    Args:
+        op: a functional op whose first argument is aliased to its one result.
+        buffer: a whole buffer, from `locate`.
+    """
+    given = donor(buffer)
+    if buffer.device.type == "xla":
+        if given is not None:
+            given = ownership.owned(buffer)
+        elif not isinstance(buffer, FunctionalTensor):
+            ownership.protect([buffer], finish_reads=False)
+    old = buffer if given is None else given
+    assign(buffer, op(old, *args, given))
+
+
 def donor(t: torch.Tensor) -> torch.Tensor | None:
     """Returns `t` if it is, unwritten so far, an input of the graph being traced.
 
     Only then does the program overwrite the caller's buffer: a clone made inside the
     graph must not donate what it was cloned from.
     """
-    node = _node(t)
+    node = node_of(t)
     return t if node is not None and node.op == "placeholder" else None
-
-
-def _node(t: torch.Tensor) -> torch.fx.Node | None:
-    """Returns the node of `t`'s value in the graph being traced, if any."""
-    if not isinstance(t, FunctionalTensor):
-        return None
-    mode = proxy_tensor.get_proxy_mode()
-    if mode is None:
-        return None
-    slot = proxy_tensor.get_proxy_slot(
-        torch._from_functional_tensor(t.elem), mode.tracer, None, lambda p: p.proxy
-    )
-    return None if slot is None else slot.node
 
 
 def assign(t: torch.Tensor, value: torch.Tensor) -> None:
@@ -151,7 +158,7 @@ def check_no_alias(op: str, **tensors: torch.Tensor) -> None:
     offset that XLA tensors report, which is always 0: such a view has wrong values.
     """
     for name, t in tensors.items():
-        node = _node(t)
+        node = node_of(t)
         if (
             node is not None
             and node.target == torch.ops.aten.as_strided.default

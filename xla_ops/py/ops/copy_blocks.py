@@ -97,7 +97,7 @@ def _copy_one(name: str, cache: torch.Tensor, block_mapping: torch.Tensor) -> No
         geometry = _geometry(cache.shape, in_place.dense_strides(cache.shape))
     args = (buffer, block_mapping, [*geometry, offset], debug.enabled())
     if is_value:
-        in_place.assign(buffer, _op(*args, in_place.donor(buffer)))
+        in_place.update(_op, *args)
     else:
         _op.update_at_once(*args, None)
 

@@ -97,12 +97,15 @@ def _front(
             key, value, *buffers, *tail, cache.geometry, debug.enabled()
         )
     elif cache.is_stacked:
-        buffer = cache.key_buffer
-        donor = in_place.donor(buffer)
-        new = _stacked(
-            key, value, buffer, *tail, cache.geometry, debug.enabled(), donor
+        in_place.update(
+            _stacked,
+            cache.key_buffer,
+            key,
+            value,
+            *tail,
+            cache.geometry,
+            debug.enabled(),
         )
-        in_place.assign(buffer, new)
     else:
         # Two calls, not one with two results: XLA pairs donated buffers with results
         # by order, and one call keeps every cache in place in some orders only.
@@ -117,18 +120,16 @@ def _front(
 
 def _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype) -> None:
     """Writes rows into the one cache that lies in `buffer`, an XLA or traced tensor."""
-    donor = in_place.donor(buffer)
-    new = _one(
-        rows,
+    in_place.update(
+        _one,
         buffer,
+        rows,
         slot_mapping,
         scale,
         kv_cache_dtype,
         geometry,
         debug.enabled(),
-        donor,
     )
-    in_place.assign(buffer, new)
 
 
 def _check_tensors(
@@ -199,7 +200,7 @@ def _lower_both(key, value, key_cache, value_cache, *rest) -> CustomCall:
     )
 
 
-def _lower_stacked(key, value, kv_cache, *rest) -> CustomCall:
+def _lower_stacked(kv_cache, key, value, *rest) -> CustomCall:
     return _lower_pair(
         "xla_ops.reshape_and_cache_flash_stacked",
         key,
@@ -244,7 +245,7 @@ def _lower_pair(
 
 
 def _lower_one(
-    rows, cache, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
+    cache, rows, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
 ) -> CustomCall:
     _check_rows("key", rows)
     _check_slots(rows, slot_mapping)
@@ -265,7 +266,7 @@ def _lower_one(
 
 
 def _reference_one(
-    rows, cache, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
+    cache, rows, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
 ) -> torch.Tensor:
     return _reference_write(
         cache, rows, slot_mapping, scale, kv_cache_dtype, geometry[:-1], geometry[-1]
@@ -273,7 +274,7 @@ def _reference_one(
 
 
 def _reference_stacked(
-    key, value, kv_cache, slot_mapping, k_scale, v_scale, kv_cache_dtype, geometry, _
+    kv_cache, key, value, slot_mapping, k_scale, v_scale, kv_cache_dtype, geometry, _
 ) -> torch.Tensor:
     *shape, key_offset, value_offset = geometry
     for rows, scale, offset in (
@@ -350,14 +351,14 @@ _both = Op(
 )
 _stacked = Op(
     "reshape_and_cache_flash_stacked",
-    "(Tensor key, Tensor value, Tensor kv_cache, Tensor slot_mapping,"
+    "(Tensor kv_cache, Tensor key, Tensor value, Tensor slot_mapping,"
     f" Tensor? k_scale, Tensor? v_scale, {_COMMON}, Tensor? donor) -> Tensor",
     _lower_stacked,
     _reference_stacked,
 )
 _one = Op(
     "reshape_and_cache_flash_one",
-    "(Tensor key, Tensor key_cache, Tensor slot_mapping, Tensor? scale,"
+    "(Tensor key_cache, Tensor key, Tensor slot_mapping, Tensor? scale,"
     f" {_COMMON}, Tensor? donor) -> Tensor",
     _lower_one,
     _reference_one,

@@ -32,7 +32,7 @@ import torch_xla.runtime as xr
 from torch._dynamo.backends.common import aot_autograd
 from torch_xla._dynamo import dynamo_bridge
 
-from ..core import in_place
+from ..core import in_place, ownership
 
 # What torch_xla's _run_cached_graph says of an argument that is not computed yet.
 _PENDING = "can not be a pending ir"
@@ -43,6 +43,7 @@ _extracting = threading.Lock()
 def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
     """Extracts the program at the first call, which has the real tensors."""
     _clone_copies(module.graph)
+    donated = _donated(module.graph)
     updated = _return_updates(module.graph)
     module.recompile()
     program = None
@@ -55,6 +56,8 @@ def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
                 if program is None:  # no other thread has been here
                     program = _extract_program(module, tuple(args))
             module = None
+        if donated:
+            ownership.protect([args[i] for i in donated], finish_reads=True)
         results = program(*args)
         if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
             results = (results,)
@@ -87,6 +90,27 @@ def _clone_copies(graph: torch.fx.Graph) -> None:
         ):
             node.target = torch.ops.aten.clone.default
             node.args = node.args[1:2]
+
+
+def _donated(graph: torch.fx.Graph) -> list[int]:
+    """Takes the nodes out that protect inputs which the program overwrites.
+
+    Returns:
+        The inputs' indices.
+    """
+    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    donated = set()
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.xla_ops.owned.default
+    ):
+        caches = node.args[0]
+        for result in list(node.users):
+            cache = caches[result.args[1] - 1]
+            donated.add(inputs[cache])
+            result.replace_all_uses_with(cache)
+            graph.erase_node(result)
+        graph.erase_node(node)
+    return sorted(donated)
 
 
 def _return_updates(graph: torch.fx.Graph) -> list[int]:

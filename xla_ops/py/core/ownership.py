@@ -1,0 +1,214 @@
+"""Keeps a program that overwrites a buffer from taking it away from another tensor.
+
+torch_xla gives several tensors one buffer where it can: after `cache.copy_(template)`,
+`cache[:] = template`, `template.to(copy=True)` or load_state_dict both hold the
+template's. A program that is to update the cache in place is given that buffer and
+leaves none behind, so the template's values would be lost. And a graph that has yet to
+read the cache (`m = cache.sum()`, not computed so far) holds the buffer too, and would
+fail when it runs.
+
+So every update in place asks first who else holds the buffer: `protect`. A graph that
+waits to read it is run before; a tensor that shares it is given a copy of its own. In
+the usual case, where nobody else does, this is a look at two counters.
+
+    lazily               the front calls `protect`
+    backend "xla_ops"    each call of a program protects the caches that it updates
+    backend "openxla"    the graph has a node, torch.ops.xla_ops.owned, that torch_xla
+                         runs at each call, since it is none that XLA could take
+
+Tested by tests/core/test_ownership.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from .. import _runtime
+from .tracing import node_of
+
+NAMESPACE = "xla_ops"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define("owned(Tensor[] caches) -> Tensor[]")
+
+# The release whose lazy tensors lazy_tensors.cc knows.
+_TORCH = "2.9.0"
+# A program that was started holds its results until it has been handed over to the
+# device; so long the next one could not start either.
+_HANDOVER_S = 0.05
+
+
+def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
+    """Makes each tensor the only holder of its buffer.
+
+    Args:
+        tensors: of an XLA device, as users hold them.
+        finish_reads: whether graphs that wait to read a tensor have to run first. A
+            lazy graph may hold the update itself too, and orders both.
+    """
+    held = [value for t in tensors if (value := _value(t)) is not None]
+    if finish_reads:
+        _give_data(held)
+    if all(_is_free(holders, finish_reads) for holders in _holders(held)):
+        return
+    if _is_traced():
+        return
+    for tensor in held:
+        _protect_one(tensor, finish_reads)
+
+
+def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
+    if _is_free_soon(tensor, finish_reads):
+        return
+    import torch_xla
+
+    xlac = torch_xla._XLAC
+    (pending,) = xlac._check_tensor_need_materialization([tensor])
+    if pending:
+        return  # its value will have a buffer of its own
+    if finish_reads:
+        xlac._xla_sync_live_tensors(str(tensor.device), [], True)
+        xlac._xla_wait_device_ops([])
+        if _is_free(_holders([tensor])[0], finish_reads):
+            return
+    own = torch.clone(tensor)  # torch_xla gives a clone a buffer of its own
+    xlac._xla_sync_multi([own], devices=[], wait=True, sync_xla_data=True)
+    xlac._replace_xla_tensor(tensor, own)
+
+
+def _give_data(tensors: list[torch.Tensor]) -> None:
+    """Has tensors that have a buffer by way of a node alone hold it themselves.
+
+    openxla's copy_ of a result into a cache leaves such a node.
+    """
+    import torch_xla
+
+    xlac = torch_xla._XLAC
+    found = zip(tensors, _holders(tensors), strict=True)
+    nodes = [t for t, (data, node) in found if data == 0 and node]
+    pending = xlac._check_tensor_need_materialization(nodes) if nodes else []
+    ready = [t for t, is_pending in zip(nodes, pending, strict=True) if not is_pending]
+    if ready:
+        xlac._xla_sync_multi(ready, devices=[], wait=False, sync_xla_data=False)
+
+
+def _is_free(holders: tuple[int, int], finish_reads: bool) -> bool:
+    """Whether the tensor with these `BufferHolders` is its buffer's only holder."""
+    data, node = holders
+    if data == 0:
+        # Not computed yet; or by way of a node, and then no lazy graph gives it away.
+        return node <= 1 or not finish_reads
+    return data == 1 + (node > 0) and (node <= 1 or not finish_reads)
+
+
+def _is_free_soon(tensor: torch.Tensor, finish_reads: bool) -> bool:
+    """Whether it is once the program that was started last is on its way."""
+    end = time.monotonic() + _HANDOVER_S
+    while True:
+        (holders,) = _holders([tensor])
+        if _is_free(holders, finish_reads):
+            return True
+        data, node = holders
+        if data < 2 or node > 1 or time.monotonic() > end:
+            return False
+        time.sleep(20e-6)
+
+
+def _value(t: torch.Tensor) -> torch.Tensor | None:
+    """torch_xla's own tensor below `t`; None of a fake one, which has no buffer."""
+    if type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    if torch._is_functional_tensor(t):
+        torch._functionalize_sync(t)
+        t = torch._from_functional_tensor(t)
+    return t if type(t) is torch.Tensor and t.device.type == "xla" else None
+
+
+def _holders(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    if not tensors:
+        return []
+    _load()
+    return _runtime.buffer_holders([t._cdata for t in tensors])
+
+
+@functools.cache
+def _load() -> None:
+    """Raises RuntimeError where torch's lazy tensors are not those that are known."""
+    if torch.__version__.split("+")[0] != _TORCH:
+        raise RuntimeError(
+            f"xla_ops: torch must be {_TORCH} for XLA tensors to be updated in place,"
+            f" got {torch.__version__}"
+        )
+    import torch_xla
+
+    library = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    _runtime.load_lazy_tensors(str(library))
+    probe = _value(torch.zeros(1, device=torch_xla.device()))
+    assert probe is not None
+    known = torch_xla._XLAC._xla_get_tensor_id(probe)
+    if _runtime.lazy_tensor_id(probe._cdata) != known:
+        raise RuntimeError("xla_ops: torch_xla must be 2.9.0, got another layout")
+
+
+def _is_traced() -> bool:
+    """Whether torch_xla runs a graph's nodes only to see what they are.
+
+    It does before it extracts a program, on the real tensors, of each of which it holds
+    a clone then. Looked at where a tensor is held by others alone.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), torch.fx.Interpreter):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def owned(cache: torch.Tensor) -> torch.Tensor:
+    """In a graph that is traced: `cache`, protected each time the graph runs.
+
+    A graph has one node for all its caches, since a call costs as much as many caches.
+    """
+    result = torch.ops.xla_ops.owned.default([cache])[1]
+    node = node_of(result)
+    if node is not None:
+        _join(node)
+    return result
+
+
+def _join(result: torch.fx.Node) -> None:
+    """Moves the cache of `result`'s call over to the first such call of the graph."""
+    call, _ = result.args
+    first, *_ = result.graph.find_nodes(op="call_function", target=call.target)
+    if first is call:
+        return
+    first.args = ([*first.args[0], *call.args[0]],)
+    first.meta["val"] = [*first.meta["val"], *call.meta["val"][1:]]
+    for other in list(call.users):
+        if other is not result:
+            result.graph.erase_node(other)
+    result.args = (first, len(first.args[0]))
+    result.graph.erase_node(call)
+
+
+# A result on the CPU: by this torch_xla takes the node for one that XLA cannot run, and
+# calls it at each step, before the program that needs its other results.
+_NOTHING = torch.empty(0)
+
+
+def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    protect(caches, finish_reads=True)
+    return [_NOTHING, *caches]
+
+
+_library.impl("owned", _owned, "XLA")
+torch.library.register_fake(
+    f"{NAMESPACE}::owned",
+    lambda caches: [torch.empty(0), *(torch.empty_like(cache) for cache in caches)],
+    lib=_library,
+)
