@@ -56,8 +56,9 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
         _give_data(held)
     if all(_is_free(holders, finish_reads) for holders in _holders(held)):
         return
-    if _is_traced():
-        return
+    # Before a program is extracted nothing may run, but it must meet no shared buffer:
+    # torch_xla would take an input for a constant.
+    finish_reads = finish_reads and not _is_traced()
     for tensor in held:
         _protect_one(tensor, finish_reads)
 
@@ -114,7 +115,8 @@ def _is_free_soon(tensor: torch.Tensor, finish_reads: bool) -> bool:
         if _is_free(holders, finish_reads):
             return True
         data, node = holders
-        if data < 2 or node > 1 or time.monotonic() > end:
+        must_wait = data >= 2 and (node <= 1 or not finish_reads)
+        if not must_wait or time.monotonic() > end:
             return False
         time.sleep(20e-6)
 

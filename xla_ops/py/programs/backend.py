@@ -51,13 +51,13 @@ def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
 
     def forward(args: list):
         nonlocal module, program
+        if donated:
+            ownership.protect([args[i] for i in donated], finish_reads=True)
         if program is None:
             with _extracting:
                 if program is None:  # no other thread has been here
                     program = _extract_program(module, tuple(args))
             module = None
-        if donated:
-            ownership.protect([args[i] for i in donated], finish_reads=True)
         results = program(*args)
         if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
             results = (results,)

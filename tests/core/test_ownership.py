@@ -1,0 +1,219 @@
+"""An update in place takes no buffer away from another tensor (core/ownership.py)."""
+
+import copy
+
+import pytest
+import torch
+import torch_xla
+import xla_ops
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import Path, addresses
+from xla_ops.core import ownership
+
+SHAPE = (2, 6, 4, 2, 8)
+STEPS = pytest.mark.parametrize("name", ["lazy", "compiled", "dispatched"])
+SYNC = pytest.mark.parametrize("sync", [True, False], ids=["sync", "pending"])
+
+
+def write(cache, rows, slots):
+    key_cache, value_cache = cache.unbind(0)
+    xla_ops.reshape_and_cache_flash(rows, rows, key_cache, value_cache, slots)
+    return cache.sum()
+
+
+def assign_slice(cache, template):
+    cache[:] = template
+    return cache
+
+
+def load(cache, template):
+    module = torch.nn.Module()
+    module.register_buffer("cache", cache)
+    module.load_state_dict({"cache": template})
+    return module.cache
+
+
+# How a tensor comes to have the values of another: (old, source) -> new.
+WAYS = {
+    "copy_": lambda cache, template: cache.copy_(template),
+    "slice": assign_slice,
+    "load_state_dict": load,
+    "data.copy_": lambda cache, template: (cache.data.copy_(template), cache)[1],
+    "clone": lambda cache, template: template.clone(),
+    "deepcopy": lambda cache, template: copy.deepcopy(template),
+    "to": lambda cache, template: template.to(template.device, copy=True),
+    "empty_like": lambda cache, template: torch.empty_like(template).copy_(template),
+    "detach": lambda cache, template: cache.copy_(template.detach()),
+}
+
+
+class Case:
+    """Caches on the XLA device, and one row a value that a step writes at slot 0."""
+
+    def __init__(self, name):
+        self.path = Path(name)
+        self.step = self.path.function(write)
+        self.slots = self.path.put(torch.tensor([0, 1]))
+
+    def put(self, t):
+        return self.path.put(t)
+
+    def write(self, cache, value):
+        rows = torch.full((2, 2, 8), float(value), device=cache.device)
+        torch_xla.sync()
+        return self.step(cache, rows, self.slots)
+
+    @staticmethod
+    def written(t, value):
+        t = t.clone()
+        t[:, 0, :2] = value
+        return t
+
+
+@pytest.mark.parametrize("stage", ["before", "between"])
+@SYNC
+@pytest.mark.parametrize("way", WAYS)
+@STEPS
+def test_a_template_keeps_its_values(name, way, sync, stage):
+    case = Case(name)
+    wanted = torch.randn(SHAPE)
+    template, cache = case.put(wanted), case.put(torch.zeros(SHAPE))
+    if stage == "between":
+        case.write(cache, 1)
+        case.path.wait()
+    for value in (2, 3):  # the second reset meets a cache that was donated before
+        cache = WAYS[way](cache, template)
+        if sync:
+            case.path.wait()
+        case.write(cache, value)
+        assert torch.equal(template.cpu(), wanted)
+        assert torch.equal(cache.cpu(), case.written(wanted, value))
+
+
+@SYNC
+@pytest.mark.parametrize("way", WAYS)
+@STEPS
+def test_a_snapshot_keeps_its_values(name, way, sync):
+    case = Case(name)
+    cache = case.put(torch.zeros(SHAPE))
+    case.write(cache, 1)
+    snapshot = WAYS[way](case.put(torch.zeros(SHAPE)), cache)
+    if sync:
+        case.path.wait()
+    case.write(cache, 2)
+    assert torch.equal(snapshot.cpu(), case.written(torch.zeros(SHAPE), 1))
+    assert torch.equal(cache.cpu(), case.written(torch.zeros(SHAPE), 2))
+
+
+@STEPS
+def test_caches_that_were_filled_from_one_template_and_outlive_it(name):
+    case = Case(name)
+    wanted = torch.randn(SHAPE)
+    template = case.put(wanted)
+    caches = [case.put(torch.zeros(SHAPE)) for _ in range(3)]
+    for cache in caches:
+        cache.copy_(template)
+    case.path.wait()
+    del template
+    for value, cache in enumerate(caches):
+        case.write(cache, value)
+    for value, cache in enumerate(caches):
+        assert torch.equal(cache.cpu(), case.written(wanted, value))
+
+
+@STEPS
+def test_a_read_that_waits_sees_the_old_value(name):
+    case = Case(name)
+    cache, other = case.put(torch.ones(SHAPE)), case.put(torch.ones(3))
+    case.write(cache, 1)
+    case.path.wait()
+    read = cache[0, 1, 0].sum()
+    case.write(cache, 5)
+    other += 1
+    torch_xla.sync()  # of an unrelated tensor
+    assert other.tolist() == [2, 2, 2]
+    assert read.item() == 16
+    assert torch.equal(cache.cpu(), case.written(torch.ones(SHAPE), 5))
+
+
+@STEPS
+def test_nothing_moves_where_nobody_shares(name):
+    """Neither at the first step nor later, with reads and syncs between steps."""
+    case = Case(name)
+    caches = [case.put(torch.zeros(SHAPE)) for _ in range(8)]
+    before = addresses(caches)
+    for value in range(3):
+        for cache in caches:
+            case.write(cache, value)
+        assert addresses(caches) == before
+        for cache in caches:
+            assert cache[0, 0, 0, 0, 0].item() == value
+    case.path.wait()
+
+
+@STEPS
+def test_a_share_costs_one_copy(name):
+    case = Case(name)
+    template, cache = case.put(torch.randn(SHAPE)), case.put(torch.zeros(SHAPE))
+    cache.copy_(template)
+    case.path.wait()
+    case.write(cache, 1)
+    (moved,) = addresses([cache])
+    for value in range(3):
+        case.write(cache, value)
+        assert addresses([cache]) == [moved]
+    assert addresses([template]) != [moved]
+
+
+def test_other_releases_of_torch_are_named(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
+    with pytest.raises(RuntimeError, match=r"torch must be 2\.9\.0 .* got 2\.10\.0"):
+        ownership._load.__wrapped__()
+
+
+# ------------------------------------------------------------- random programs
+
+POOL = 3
+INDEX = st.integers(0, POOL - 1)
+ACTION = st.one_of(
+    st.tuples(st.sampled_from(sorted(WAYS)), INDEX, INDEX),
+    st.tuples(st.sampled_from(["lazy", "compiled", "dispatched"]), INDEX),
+    st.tuples(st.just("read"), INDEX),
+    st.tuples(st.just("sync")),
+    st.tuples(st.just("new"), INDEX),
+)
+
+
+@settings(max_examples=40)
+@given(program=st.lists(ACTION, min_size=3, max_size=12))
+def test_any_order_of_shares_steps_and_reads(program):
+    """As on the CPU, where no two tensors share memory."""
+    cases = {name: Case(name) for name in ("lazy", "compiled", "dispatched")}
+    put = cases["lazy"].put
+    mirror = [torch.full(SHAPE, float(i)) for i in range(POOL)]
+    pool = [put(t) for t in mirror]
+    reads = []
+    for number, (action, *where) in enumerate(program):
+        if action in WAYS:
+            i, j = where
+            if i != j:
+                pool[i] = WAYS[action](pool[i], pool[j])
+                mirror[i] = mirror[j].clone()
+        elif action in cases:
+            (i,) = where
+            cases[action].write(pool[i], number)
+            mirror[i] = Case.written(mirror[i], number)
+        elif action == "read":
+            (i,) = where
+            reads.append((pool[i].sum(), mirror[i].sum()))
+        elif action == "new":
+            (i,) = where
+            mirror[i] = torch.full(SHAPE, float(-number))
+            pool[i] = put(mirror[i])
+        else:
+            torch_xla.sync()
+    for got, wanted in zip(pool, mirror, strict=True):
+        assert torch.equal(got.cpu(), wanted)
+    for got, wanted in reads:
+        assert got.item() == wanted.item()
