@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch_xla
-import xla_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import xla_ops
 from support import Path, addresses
 from xla_ops.core import ownership
 
