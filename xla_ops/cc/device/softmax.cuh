@@ -43,13 +43,15 @@ struct SoftmaxEnd {
 __device__ __forceinline__ SoftmaxEnd EndSoftmax(float max, float sum,
                                                  float sink) {
   // Compared with zero exactly: a NaN sum has to reach the output.
-  if (sum == 0.0f) return {0.0f, CUDART_INF_F};
+  const bool empty = sum == 0.0f;
   sink *= kLog2E;
   // The larger of the two becomes the base, so that neither overflows.
   const float base = FiniteMax(fmaxf(max, sink));
   const float rescale = Exp2(FiniteMax(max) - base);
   const float total = sum * rescale + Exp2(sink - base);
-  return {rescale / total, (base + log2f(total)) / kLog2E};
+  constexpr float kLn2 = 0.6931471805599453f;
+  return {empty ? 0.0f : rescale / total,
+          empty ? CUDART_INF_F : (base + log2f(total)) * kLn2};
 }
 
 }  // namespace xla_ops

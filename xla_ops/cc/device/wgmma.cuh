@@ -10,8 +10,8 @@
 //   d[4 j], d[4 j + 1]:     row 16 (t / 32) + l / 4,     columns
 //   d[4 j + 2], d[4 j + 3]: row 16 (t / 32) + l / 4 + 8, 8 j + 2 (l % 4) + 0, 1
 //
-// A product is asynchronous: FenceRegisters, products, CommitProducts, then
-// WaitForProducts<n> (all but the last n groups are done) before its
+// A product is asynchronous: FenceRegisters, WgmmaFence, products, WgmmaCommit,
+// then WgmmaWait<n> (all but the last n groups are done) before its
 // registers and its shared memory are touched.
 
 #ifndef XLA_OPS_CC_DEVICE_WGMMA_CUH_
@@ -38,31 +38,33 @@ constexpr int kAtomBytes = kAtomRows * kPanelRowBytes;
 
 #if XLA_OPS_HAS_WGMMA
 
-// Describes an operand: the bytes from an atom to the one below it (8 rows)
-// and to the one beside it (the next panel). The second matters only to an
-// operand whose rows are the summed dimension (V in P V); the others (Q, K)
-// are described a panel at a time. An address in shared memory completes it.
-__device__ __forceinline__ uint64_t OperandLayout(int below, int beside) {
+// The part of a matrix descriptor that is the same for every address: the
+// bytes from an atom to the next 8 rows' (PTX's stride dimension byte offset)
+// and from a panel to the next (its leading dimension byte offset). The second
+// matters only to an operand whose rows are the summed dimension (V in P V);
+// the others (Q, K) are described a panel at a time.
+__device__ __forceinline__ uint64_t DescriptorLayout(int atom_stride,
+                                                     int panel_stride) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | (uint64_t(below >> 4) << 32) |
-         (uint64_t(beside >> 4) << 16);
+  return kSwizzle128 | (uint64_t(atom_stride >> 4) << 32) |
+         (uint64_t(panel_stride >> 4) << 16);
 }
 
-__device__ __forceinline__ uint64_t OperandAt(uint64_t layout,
-                                              uint32_t address) {
+__device__ __forceinline__ uint64_t DescriptorAt(uint64_t layout,
+                                                 uint32_t address) {
   return layout | ((address & 0x3FFFF) >> 4);
 }
 
-__device__ __forceinline__ void FenceProducts() {
+__device__ __forceinline__ void WgmmaFence() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
 
-__device__ __forceinline__ void CommitProducts() {
+__device__ __forceinline__ void WgmmaCommit() {
   asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
 }
 
 template <int kPending>
-__device__ __forceinline__ void WaitForProducts() {
+__device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending)
                : "memory");
 }
@@ -88,11 +90,12 @@ __device__ __forceinline__ void FenceRegisters(float (&registers)[kSize]) {
     multiply("bf16");                                \
   }
 
-// d (+)= A B^T for A 64 x 16 and B N x 16 in shared memory, N = 2 * size of d.
+// SS, both operands in shared memory: d (+)= A B^T for A 64 x 16 and B N x 16,
+// N = 2 * size of d.
 template <typename T>
-__device__ __forceinline__ void MultiplyShared(float (&d)[40], uint64_t a,
-                                               uint64_t b, bool add) {
-#define XLA_OPS_MULTIPLY(type)                                                \
+__device__ __forceinline__ void WgmmaSS(float (&d)[40], uint64_t a, uint64_t b,
+                                        bool add) {
+#define XLA_OPS_WGMMA(type)                                                   \
   asm volatile(                                                               \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"                            \
       "wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type             \
@@ -105,14 +108,14 @@ __device__ __forceinline__ void MultiplyShared(float (&d)[40], uint64_t a,
       : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24), \
         XLA_OPS_OUT8(32)                                                      \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
-#undef XLA_OPS_MULTIPLY
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
 }
 
 template <typename T>
-__device__ __forceinline__ void MultiplyShared(float (&d)[64], uint64_t a,
-                                               uint64_t b, bool add) {
-#define XLA_OPS_MULTIPLY(type)                                                 \
+__device__ __forceinline__ void WgmmaSS(float (&d)[64], uint64_t a, uint64_t b,
+                                        bool add) {
+#define XLA_OPS_WGMMA(type)                                                    \
   asm volatile(                                                                \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                             \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type             \
@@ -128,17 +131,16 @@ __device__ __forceinline__ void MultiplyShared(float (&d)[64], uint64_t a,
       : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24),  \
         XLA_OPS_OUT8(32), XLA_OPS_OUT8(40), XLA_OPS_OUT8(48), XLA_OPS_OUT8(56) \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
-#undef XLA_OPS_MULTIPLY
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
 }
 
-// d (+)= A B for A 64 x 16 from registers (as mma.m16n8k16 has it) and B
-// 16 x N in shared memory, its rows the summed dimension.
+// RS, the first operand in registers: d (+)= A B for A 64 x 16 (as mma.m16n8k16
+// has it) and B 16 x N in shared memory, its rows the summed dimension.
 template <typename T>
-__device__ __forceinline__ void MultiplyRegisters(float (&d)[32],
-                                                  const uint32_t (&a)[4],
-                                                  uint64_t b, bool add) {
-#define XLA_OPS_MULTIPLY(type)                                               \
+__device__ __forceinline__ void WgmmaRS(float (&d)[32], const uint32_t (&a)[4],
+                                        uint64_t b, bool add) {
+#define XLA_OPS_WGMMA(type)                                                  \
   asm volatile(                                                              \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                           \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type            \
@@ -150,15 +152,14 @@ __device__ __forceinline__ void MultiplyRegisters(float (&d)[32],
       : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24) \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                  \
         "r"(static_cast<int>(add)))
-  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
-#undef XLA_OPS_MULTIPLY
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
 }
 
 template <typename T>
-__device__ __forceinline__ void MultiplyRegisters(float (&d)[64],
-                                                  const uint32_t (&a)[4],
-                                                  uint64_t b, bool add) {
-#define XLA_OPS_MULTIPLY(type)                                                 \
+__device__ __forceinline__ void WgmmaRS(float (&d)[64], const uint32_t (&a)[4],
+                                        uint64_t b, bool add) {
+#define XLA_OPS_WGMMA(type)                                                    \
   asm volatile(                                                                \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                             \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type             \
@@ -175,15 +176,14 @@ __device__ __forceinline__ void MultiplyRegisters(float (&d)[64],
         XLA_OPS_OUT8(32), XLA_OPS_OUT8(40), XLA_OPS_OUT8(48), XLA_OPS_OUT8(56) \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                    \
         "r"(static_cast<int>(add)))
-  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
-#undef XLA_OPS_MULTIPLY
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
 }
 
 template <typename T>
-__device__ __forceinline__ void MultiplyRegisters(float (&d)[128],
-                                                  const uint32_t (&a)[4],
-                                                  uint64_t b, bool add) {
-#define XLA_OPS_MULTIPLY(type)                                                \
+__device__ __forceinline__ void WgmmaRS(float (&d)[128], const uint32_t (&a)[4],
+                                        uint64_t b, bool add) {
+#define XLA_OPS_WGMMA(type)                                                   \
   asm volatile(                                                               \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"                           \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type            \
@@ -211,8 +211,8 @@ __device__ __forceinline__ void MultiplyRegisters(float (&d)[128],
         XLA_OPS_OUT8(104), XLA_OPS_OUT8(112), XLA_OPS_OUT8(120)               \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                   \
         "r"(static_cast<int>(add)))
-  XLA_OPS_FOR_TYPE(T, XLA_OPS_MULTIPLY)
-#undef XLA_OPS_MULTIPLY
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
 }
 
 #undef XLA_OPS_FOR_TYPE

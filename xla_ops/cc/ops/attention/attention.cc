@@ -283,7 +283,7 @@ ffi::Error MakeAttentionParams(const AttentionNames& names,
                                const AttentionAttrs& attrs,
                                AttentionParams* params) {
   *params = AttentionParams{};
-  params->op = names.op;
+  params->op = names.id;
   XLA_OPS_RETURN_IF_ERROR(BindQuery(names, operands.query, params));
   const CacheGeometry geometry = {attrs.num_blocks, attrs.page_size,
                                   attrs.block_stride, attrs.page_stride,

@@ -1,5 +1,5 @@
-// Launches attention on CUDA: picks a kernel, sizes its grid from bounds
-// alone, and combines the splits.
+// Launches attention on CUDA: the kernel that attention_choice.h names, over a
+// grid sized from bounds alone, and what combines the splits.
 //
 //   attention_sm90.h       prefill on Hopper's own tensor cores
 //   attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on; its
@@ -16,12 +16,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string_view>
+#include <cstdio>
+#include <mutex>
+#include <set>
+#include <string>
 
-#include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_combine.cuh"
 #include "xla_ops/cc/ops/attention/attention_kernels.cuh"
 #include "xla_ops/cc/ops/attention/attention_launch.h"
@@ -30,62 +33,9 @@
 namespace xla_ops {
 namespace {
 
-struct Prepared {
-  bool has_mma;      // the tensor cores' kernels have their instructions
-  bool can_overlap;  // device/overlap.cuh
-};
-
-// Prepares all kernels for the current device, once, and says what those that
-// were loaded for it can do. One query serves all of them: they are compiled
-// together.
-cudaError_t Prepare(Prepared* prepared) {
-  static PerDevice<Prepared> devices;
-  return devices.Get(
-      [](Prepared* result) {
-        cudaFuncAttributes attributes;
-        cudaError_t error = cudaFuncGetAttributes(
-            &attributes, AttentionMmaKernel<__half, false, 64, 1>);
-        if (error != cudaSuccess) return error;
-        result->has_mma = attributes.ptxVersion >= 80;
-        result->can_overlap = CanOverlap(attributes);
-        if (result->has_mma) {
-          error = PrepareMma<__half, false>();
-          if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>();
-        }
-        if (error == cudaSuccess) error = PrepareSimt<float>();
-        if (error == cudaSuccess) error = PrepareSimt<__half>();
-        if (error == cudaSuccess) error = PrepareSimt<__nv_bfloat16>();
-        if (error == cudaSuccess) error = PrepareAttentionFp8(result->has_mma);
-        if (error == cudaSuccess) error = PrepareKernel(AttentionCombineKernel);
-        if (error == cudaSuccess) error = PrepareAttentionSm90();
-        return error;
-      },
-      prepared);
-}
-
-// Whether every row of query, key, value and out starts and ends on 16 bytes.
-bool RowsAligned(const AttentionParams& params) {
-  const int64_t size = 16 / SizeOf(params.dtype);
-  const int64_t kv_size = 16 / SizeOf(params.kv_dtype);
-  return IsAligned(params.query, 16) && IsAligned(params.key, 16) &&
-         IsAligned(params.value, 16) && IsAligned(params.out, 16) &&
-         params.head_dim % size == 0 && params.head_dim % kv_size == 0 &&
-         params.block_stride % kv_size == 0 &&
-         params.page_stride % kv_size == 0 && params.head_stride % kv_size == 0;
-}
-
-// What a row of the block table can address, or the rows of the contiguous
-// buffer. Divided first: the product may not fit in 64 bits.
-int MaxKvLength(const AttentionParams& params) {
-  const int64_t blocks = params.paged ? params.max_blocks : params.num_blocks;
-  if (params.page_size == 0 || blocks == 0) return 0;
-  if (blocks > INT32_MAX / params.page_size) return INT32_MAX;
-  return static_cast<int>(blocks * params.page_size);
-}
-
-// A window that no distance in 32 bits leaves hides nothing.
-int Window(int64_t window) {
-  return window < 0 || window >= INT32_MAX ? -1 : static_cast<int>(window);
+// A window of `bound` tokens or more hides nothing.
+int Window(int64_t window, int bound) {
+  return window < 0 || window >= bound ? -1 : static_cast<int>(window);
 }
 
 AttentionArgs MakeArgs(const AttentionParams& params) {
@@ -120,6 +70,7 @@ AttentionArgs MakeArgs(const AttentionParams& params) {
       std::min(params.num_blocks, int64_t{INT32_MAX} + 1));
   args.num_tokens = static_cast<int>(params.num_tokens);
   args.num_heads = static_cast<int>(params.num_heads);
+  args.num_kv_heads = static_cast<int>(params.num_kv_heads);
   args.head_dim = static_cast<int>(params.head_dim);
   args.max_num_seqs = static_cast<int>(params.max_num_seqs);
   args.max_kv_len = MaxKvLength(params);
@@ -128,18 +79,23 @@ AttentionArgs MakeArgs(const AttentionParams& params) {
   args.num_splits = static_cast<int>(
       std::min(params.num_splits,
                std::max<int64_t>(1, (int64_t{args.max_kv_len} + 63) / 64)));
-  args.window_left = Window(params.window_left);
-  args.window_right = Window(params.window_right);
+  // No token lies farther before a row than the longest sequence, nor farther
+  // behind one than there are rows.
+  args.window_left = Window(params.window_left, args.max_kv_len);
+  args.window_right = Window(params.window_right, args.num_tokens);
   args.scale = params.scale * kLog2E;
   if (params.soft_cap > 0.0f) {
     args.scale = params.scale / params.soft_cap;
     args.soft_cap = params.soft_cap * kLog2E;
   }
+  args.transform = params.soft_cap > 0.0f || params.alibi_slopes != nullptr ||
+                   !(params.scale > 0.0f);
+  args.op = params.op;
   args.dtype = params.dtype;
   args.paged = params.paged;
   args.e5m2 = params.kv_dtype == DType::kF8E5M2;
   args.aligned = RowsAligned(params);
-  args.varlen = params.op == std::string_view("flash_attn_varlen");
+  args.next_item = static_cast<unsigned*>(params.workspace);
   if (args.num_splits > 1) {
     const int64_t rows = args.num_splits * params.num_tokens * params.num_heads;
     args.partial_out = reinterpret_cast<float*>(
@@ -148,6 +104,105 @@ AttentionArgs MakeArgs(const AttentionParams& params) {
     args.partial_sum = args.partial_max + rows;
   }
   return args;
+}
+
+cudaError_t PrepareAttentionMma(AttentionDevice* device) {
+  // One query serves all kernels but Hopper's: they are compiled together. On
+  // a GPU before 8.0 their bodies are empty.
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(
+      &attributes, AttentionMmaKernel<__half, false, 64, 1>);
+  if (error != cudaSuccess) return error;
+  device->has_mma = attributes.ptxVersion >= 80;
+  device->can_overlap = CanOverlap(attributes);
+  if (!device->has_mma) return cudaSuccess;
+  error = PrepareMma<__half, false>();
+  if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>();
+  if (error == cudaSuccess) error = PrepareMmaFp8();
+  return error;
+}
+
+cudaError_t LaunchAttentionMma(cudaStream_t stream,
+                               const AttentionParams& params,
+                               const AttentionArgs& args,
+                               const AttentionDevice&) {
+  if (params.kv_dtype != params.dtype) return LaunchMmaFp8(stream, args);
+  return params.dtype == DType::kF16
+             ? LaunchMma<__half, false>(stream, args)
+             : LaunchMma<__nv_bfloat16, false>(stream, args);
+}
+
+cudaError_t PrepareAttentionSimt(AttentionDevice*) {
+  cudaError_t error = PrepareSimt<float>();
+  if (error == cudaSuccess) error = PrepareSimt<__half>();
+  if (error == cudaSuccess) error = PrepareSimt<__nv_bfloat16>();
+  if (error == cudaSuccess) error = PrepareSimtFp8();
+  return error;
+}
+
+cudaError_t LaunchAttentionSimt(cudaStream_t stream,
+                                const AttentionParams& params,
+                                const AttentionArgs& args,
+                                const AttentionDevice&) {
+  if (params.kv_dtype != params.dtype) return LaunchSimtFp8(stream, args);
+  if (params.dtype == DType::kF32) return LaunchSimt<float>(stream, args);
+  return params.dtype == DType::kF16 ? LaunchSimt<__half>(stream, args)
+                                     : LaunchSimt<__nv_bfloat16>(stream, args);
+}
+
+// How the kernels of attention_choice.h are loaded and launched, in its order.
+struct Launcher {
+  AttentionKernel kernel;
+  // Loads the kernel on the current device, and adds to `device` what it can
+  // do there.
+  cudaError_t (*prepare)(AttentionDevice* device);
+  cudaError_t (*launch)(cudaStream_t stream, const AttentionParams& params,
+                        const AttentionArgs& args,
+                        const AttentionDevice& device);
+};
+
+constexpr Launcher kLaunchers[] = {
+    {AttentionKernel::kSm90, PrepareAttentionSm90, LaunchAttentionSm90},
+    {AttentionKernel::kMma, PrepareAttentionMma, LaunchAttentionMma},
+    {AttentionKernel::kSimt, PrepareAttentionSimt, LaunchAttentionSimt},
+};
+
+constexpr bool InOrder() {
+  for (int i = 0; i < kNumAttentionKernels; ++i) {
+    if (kLaunchers[i].kernel != static_cast<AttentionKernel>(i)) return false;
+  }
+  return sizeof(kLaunchers) / sizeof(kLaunchers[0]) == kNumAttentionKernels;
+}
+static_assert(InOrder());
+
+cudaError_t FindDevice(AttentionDevice* result) {
+  *result = {};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const auto get = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&value, attribute, device);
+    }
+    return static_cast<int16_t>(value);
+  };
+  const int major = get(cudaDevAttrComputeCapabilityMajor);
+  const int minor = get(cudaDevAttrComputeCapabilityMinor);
+  result->capability = static_cast<int16_t>(10 * major + minor);
+  result->multiprocessors = get(cudaDevAttrMultiProcessorCount);
+  for (const Launcher& launcher : kLaunchers) {
+    if (error == cudaSuccess) error = launcher.prepare(result);
+  }
+  if (error == cudaSuccess) error = PrepareKernel(AttentionCombineKernel);
+  return error;
+}
+
+// Prepares all kernels for the current device, once.
+cudaError_t GetDevice(AttentionDevice* device) {
+  static_assert(sizeof(AttentionDevice) <= 8, "PerDevice reads it at once");
+  static PerDevice<AttentionDevice> devices;
+  return devices.Get(FindDevice, device);
 }
 
 cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args,
@@ -159,11 +214,21 @@ cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args,
                            overlap, args);
 }
 
+// Debug mode: says which kernel runs, once for each signature.
+void TellKernel(AttentionKernel kernel, const AttentionParams& params) {
+  static std::mutex mutex;
+  static std::set<std::string>* const told = new std::set<std::string>;
+  std::string line = DescribeChoice(kernel, params);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = told->insert(std::move(line));
+  if (is_new) std::fprintf(stderr, "%s\n", entry->c_str());
+}
+
 }  // namespace
 
 cudaError_t PrepareAttention() {
-  Prepared prepared = {};
-  return Prepare(&prepared);
+  AttentionDevice device = {};
+  return GetDevice(&device);
 }
 
 cudaError_t LaunchAttention(cudaStream_t stream,
@@ -176,8 +241,8 @@ cudaError_t LaunchAttention(cudaStream_t stream,
       params.num_kv_heads > kAttentionMaxKvHeads) {
     return cudaErrorInvalidConfiguration;
   }
-  Prepared prepared = {};
-  cudaError_t error = Prepare(&prepared);
+  AttentionDevice device = {};
+  cudaError_t error = GetDevice(&device);
   if (error != cudaSuccess) return error;
 
   const AttentionArgs args = MakeArgs(params);
@@ -193,24 +258,12 @@ cudaError_t LaunchAttention(cudaStream_t stream,
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  if (CanLaunchAttentionSm90(params)) {
-    return LaunchAttentionSm90(stream, params);
-  }
-  const bool use_mma =
-      prepared.has_mma && args.aligned && params.dtype != DType::kF32;
-  if (params.kv_dtype != params.dtype) {
-    error = LaunchAttentionFp8(stream, args, use_mma);
-  } else if (params.dtype == DType::kF32) {
-    error = LaunchSimt<float>(stream, args);
-  } else if (params.dtype == DType::kF16) {
-    error = use_mma ? LaunchMma<__half, false>(stream, args)
-                    : LaunchSimt<__half>(stream, args);
-  } else {
-    error = use_mma ? LaunchMma<__nv_bfloat16, false>(stream, args)
-                    : LaunchSimt<__nv_bfloat16>(stream, args);
-  }
+  const AttentionKernel kernel = ChooseAttentionKernel(params, device);
+  if (params.debug) TellKernel(kernel, params);
+  error =
+      kLaunchers[static_cast<int>(kernel)].launch(stream, params, args, device);
   if (error != cudaSuccess || args.num_splits == 1) return error;
-  return LaunchCombine(stream, args, prepared.can_overlap);
+  return LaunchCombine(stream, args, device.can_overlap);
 }
 
 }  // namespace xla_ops

@@ -90,9 +90,12 @@
 
 namespace xla_ops {
 
+// Which target was called; the kernels tell them apart in reports alone.
+enum class AttentionOp : uint8_t { kFlashAttnVarlen, kPagedAttention };
+
 // Pointers marked * are null where the operand is absent.
 struct AttentionParams {
-  const char* op;  // "flash_attn_varlen" or "paged_attention", for reports
+  AttentionOp op;
   DType dtype;     // of query and out
   DType kv_dtype;  // dtype, kF8E4M3FN or kF8E5M2
   int64_t num_tokens;
@@ -119,7 +122,7 @@ struct AttentionParams {
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;  // *
   const int32_t* seqused_k;     // *
-  const int32_t* block_table;   // null: contiguous
+  const int32_t* block_table;   // unused where not paged
   const int32_t* leftpad_k;     // *
   const int32_t* num_seqs;      // *
   const float* alibi_slopes;    // *

@@ -70,6 +70,7 @@ inline constexpr int64_t kMaxNumSplits = 1024;
 
 // What an op calls itself and the arguments that the ops name differently.
 struct AttentionNames {
+  AttentionOp id;
   const char* op;
   const char* query;
   const char* key;
@@ -81,20 +82,29 @@ struct AttentionNames {
   const char* soft_cap;
 };
 
-inline constexpr AttentionNames kFlashAttnVarlenNames = {"flash_attn_varlen",
-                                                         "q",
-                                                         "k",
-                                                         "v",
-                                                         "cu_seqlens_q",
-                                                         "seqused_k",
-                                                         "block_table",
-                                                         "softmax_scale",
-                                                         "softcap"};
+inline constexpr AttentionNames kFlashAttnVarlenNames = {
+    AttentionOp::kFlashAttnVarlen,
+    "flash_attn_varlen",
+    "q",
+    "k",
+    "v",
+    "cu_seqlens_q",
+    "seqused_k",
+    "block_table",
+    "softmax_scale",
+    "softcap"};
 
 inline constexpr AttentionNames kPagedAttentionNames = {
-    "paged_attention", "query",           "key_cache",
-    "value_cache",     "query_start_loc", "context_lens",
-    "block_tables",    "scale",           "soft_cap"};
+    AttentionOp::kPagedAttention,
+    "paged_attention",
+    "query",
+    "key_cache",
+    "value_cache",
+    "query_start_loc",
+    "context_lens",
+    "block_tables",
+    "scale",
+    "soft_cap"};
 
 // In the order of the binding.
 struct AttentionOperands {

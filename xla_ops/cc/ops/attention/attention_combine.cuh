@@ -117,19 +117,16 @@ __device__ inline void ReportClamped(const char* op, const char* name,
 
 __global__ void ReportAttentionKernel(
     const __grid_constant__ AttentionArgs args) {
-  const char* op = args.varlen ? "flash_attn_varlen" : "paged_attention";
-  const char* starts = args.varlen ? "cu_seqlens_q" : "query_start_loc";
-  const char* lengths = args.varlen ? "seqused_k" : "context_lens";
-  const char* blocks = args.varlen ? "block_table" : "block_tables";
+  const bool varlen = args.op == AttentionOp::kFlashAttnVarlen;
+  const char* op = varlen ? "flash_attn_varlen" : "paged_attention";
+  const char* starts = varlen ? "cu_seqlens_q" : "query_start_loc";
+  const char* lengths = varlen ? "seqused_k" : "context_lens";
+  const char* blocks = varlen ? "block_table" : "block_tables";
   const int seq = blockIdx.x;
-  int num_seqs = args.max_num_seqs;
-  if (args.num_seqs != nullptr) {
-    num_seqs = min(max(*args.num_seqs, 0), args.max_num_seqs);
-    if (seq == 0 && threadIdx.x == 0) {
-      ReportClamped(op, "num_seqs", 0, 0, args.max_num_seqs, *args.num_seqs);
-    }
+  if (args.num_seqs != nullptr && seq == 0 && threadIdx.x == 0) {
+    ReportClamped(op, "num_seqs", 0, 0, args.max_num_seqs, *args.num_seqs);
   }
-  if (seq >= num_seqs) return;
+  if (seq >= NumSeqs(args)) return;
   // The running maxima of the sequences before, which the next value may not
   // fall below.
   int start = 0;

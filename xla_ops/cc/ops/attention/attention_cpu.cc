@@ -357,7 +357,7 @@ class Clamper {
     if (reports_++ >= kMaxReports) return;
     std::fprintf(
         stderr, "xla_ops: %s: %s[%s] must be from %lld to %lld, got %lld; %s\n",
-        params_.op, name, index.c_str(), static_cast<long long>(low),
+        names_.op, name, index.c_str(), static_cast<long long>(low),
         static_cast<long long>(high), static_cast<long long>(value), what);
   }
 
@@ -415,7 +415,7 @@ int64_t MaxTiles(const AttentionParams& params) {
 ffi::Error Attention(const AttentionParams& params, const AttentionNames& names,
                      ffi::ThreadPool& pool) {
   const ffi::Error no_memory(ffi::ErrorCode::kResourceExhausted,
-                             std::string(params.op) + ": out of host memory");
+                             std::string(names.op) + ": out of host memory");
   std::unique_ptr<Tile[]> tiles(new (std::nothrow) Tile[MaxTiles(params)]);
   if (tiles == nullptr) return no_memory;
   const int64_t num_tiles = MakeTiles(params, names, tiles.get());

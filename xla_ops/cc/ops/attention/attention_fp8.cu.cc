@@ -7,16 +7,16 @@
 
 namespace xla_ops {
 
-cudaError_t PrepareAttentionFp8(bool has_mma) {
-  const cudaError_t error = PrepareSimt<uint8_t>();
-  if (error != cudaSuccess || !has_mma) return error;
-  return PrepareMma<__half, true>();
+cudaError_t PrepareMmaFp8() { return PrepareMma<__half, true>(); }
+
+cudaError_t PrepareSimtFp8() { return PrepareSimt<uint8_t>(); }
+
+cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args) {
+  return LaunchMma<__half, true>(stream, args);
 }
 
-cudaError_t LaunchAttentionFp8(cudaStream_t stream, const AttentionArgs& args,
-                               bool use_mma) {
-  return use_mma ? LaunchMma<__half, true>(stream, args)
-                 : LaunchSimt<uint8_t>(stream, args);
+cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args) {
+  return LaunchSimt<uint8_t>(stream, args);
 }
 
 }  // namespace xla_ops

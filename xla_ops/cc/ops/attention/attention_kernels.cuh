@@ -10,26 +10,18 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_mma.cuh"
 #include "xla_ops/cc/ops/attention/attention_simt.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
 
-// Those for 8-bit keys and values: tensor cores (`use_mma`) or not.
-cudaError_t PrepareAttentionFp8(bool has_mma);
-cudaError_t LaunchAttentionFp8(cudaStream_t stream, const AttentionArgs& args,
-                               bool use_mma);
-
-// Calls f(std::integral_constant<int, N>) with the head_dim that a kernel is
-// compiled for, N >= head_dim.
-template <typename F>
-cudaError_t DispatchHeadDim(int64_t head_dim, F&& f) {
-  if (head_dim <= 64) return f(std::integral_constant<int, 64>{});
-  if (head_dim <= 128) return f(std::integral_constant<int, 128>{});
-  if (head_dim <= 256) return f(std::integral_constant<int, 256>{});
-  return cudaErrorInvalidValue;
-}
+// Those for 8-bit keys and values.
+cudaError_t PrepareMmaFp8();
+cudaError_t PrepareSimtFp8();
+cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args);
+cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args);
 
 // Loads a kernel, a side effect of asking for its attributes, and lets it
 // have its dynamic shared memory.
@@ -44,28 +36,22 @@ cudaError_t PrepareKernel(Kernel* kernel, int shared_bytes = 0) {
 
 template <typename T, bool kFp8>
 cudaError_t PrepareMma() {
-  cudaError_t error = cudaSuccess;
-  for (const int head_dim : {64, 128, 256}) {
+  return ForEachHeadDim([](auto padded) {
+    constexpr int kHeadDim = decltype(padded)::value;
+    const cudaError_t error =
+        PrepareKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 1>,
+                      MmaShape<kFp8, kHeadDim, 1>::kSharedBytes);
     if (error != cudaSuccess) return error;
-    error = DispatchHeadDim(head_dim, [](auto padded) {
-      constexpr int kHeadDim = decltype(padded)::value;
-      const cudaError_t error =
-          PrepareKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 1>,
-                        MmaShape<kFp8, kHeadDim, 1>::kSharedBytes);
-      if (error != cudaSuccess) return error;
-      return PrepareKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 4>,
-                           MmaShape<kFp8, kHeadDim, 4>::kSharedBytes);
-    });
-  }
-  return error;
+    return PrepareKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 4>,
+                         MmaShape<kFp8, kHeadDim, 4>::kSharedBytes);
+  });
 }
 
 template <typename KV>
 cudaError_t PrepareSimt() {
-  cudaError_t error = PrepareKernel(AttentionSimtKernel<KV, 64>);
-  if (error == cudaSuccess) error = PrepareKernel(AttentionSimtKernel<KV, 128>);
-  if (error == cudaSuccess) error = PrepareKernel(AttentionSimtKernel<KV, 256>);
-  return error;
+  return ForEachHeadDim([](auto padded) {
+    return PrepareKernel(AttentionSimtKernel<KV, decltype(padded)::value>);
+  });
 }
 
 // Launches a kernel over as many tiles of `tile_rows` packed rows as any
@@ -78,9 +64,8 @@ cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
   const int64_t group = args.group.value();
   const int64_t tiles =
       args.num_tokens * group / tile_rows + args.max_num_seqs + 2;
-  const int64_t num_kv_heads = args.num_heads / group;
   const dim3 grid(static_cast<unsigned>(tiles),
-                  static_cast<unsigned>(num_kv_heads),
+                  static_cast<unsigned>(args.num_kv_heads),
                   static_cast<unsigned>(args.num_splits));
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cudaGetLastError();

@@ -24,9 +24,8 @@ cudaError_t PrepareAttention();
 // cudaErrorInvalidConfiguration, with a workspace too small or not aligned to
 // 16 bytes cudaErrorInvalidValue.
 //
-// fp16 and bf16 run on tensor cores from compute capability 8.0 on, if
-// query, keys, values and strides are aligned to 16 bytes; everything else
-// runs on a plain kernel.
+// Which kernel: attention_choice.h. Debug mode says its name on stderr, once a
+// signature.
 cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params);
 
 }  // namespace xla_ops

@@ -27,6 +27,7 @@
 #include "xla_ops/cc/device/mma.cuh"
 #include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
+#include "xla_ops/cc/device/softmax_fragment.cuh"
 #include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
@@ -199,18 +200,15 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
   const TokenRange visible =
       VisibleTokens(args, tile.kv_len, tile.Position(args, 0),
                     tile.Position(args, tile.num_rows - 1));
-  const int first_tile = visible.begin / kTileTokens;
-  const int end_tile = visible.begin < visible.end
-                           ? (visible.end - 1) / kTileTokens + 1
-                           : first_tile;
+  const TokenRange tiles = TilesOf<kTileTokens>(visible);
   const TokenRange split =
-      SplitRange(end_tile - first_tile, args.num_splits, blockIdx.z);
+      SplitRange(tiles.end - tiles.begin, args.num_splits, blockIdx.z);
   if (args.num_splits > 1 && split.begin == split.end) {
     StoreEmptySplit(args, tile, kv_head, split_start);
     return;
   }
-  int t = first_tile + split.begin;
-  const int t_end = first_tile + split.end;
+  int t = tiles.begin + split.begin;
+  const int t_end = tiles.begin + split.end;
 
   const uint8_t* keys = static_cast<const uint8_t*>(args.key);
   const uint8_t* values = static_cast<const uint8_t*>(args.value);
@@ -345,16 +343,18 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
     }
     if (active) {
       const int token = t * kTileTokens + warp_token;
-      ScaleScores(args, scale, lane_rows, token, scores);
+      FinishScores(args, scale, lane_rows, token, Flat(scores));
       constexpr uint64_t kAllValid = ~uint64_t{0} >> (64 - kWarpTokens);
       const uint64_t valid =
           kOwnTokens ? own_valid & kAllValid
                      : *reinterpret_cast<const uint64_t*>(shared_valid);
       if (valid != kAllValid || token < common.begin ||
           token > common.end - kWarpTokens) {
-        MaskScores(lane_rows, token, valid, scores);
+        MaskTokens(lane_rows, token, valid, Flat(scores));
       }
-      UpdateSoftmax(scores, acc);
+      float rescale[2];
+      UpdateSoftmax(1.0f, Flat(scores), acc.max, acc.sum, rescale);
+      Rescale(rescale, Flat(acc.out));
     }
     WaitForCopies<kPending>();
     sync();  // V is here; where warps share, the K tile is free
@@ -387,10 +387,7 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
   // The one that combines splits; sooner, it would take room from others.
   LetNextKernelStart();
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 1);
-    acc.sum[i] += __shfl_xor_sync(kFullWarp, acc.sum[i], 2);
-  }
+  for (float& sum : acc.sum) sum = QuadSum(sum);
   if constexpr (kOwnTokens) {
     MergeAndStoreRows<T, kFp8>(args, tile, kv_head, split_start, value_scale,
                                reinterpret_cast<float*>(shared), acc);

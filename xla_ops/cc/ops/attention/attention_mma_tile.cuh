@@ -23,6 +23,7 @@
 #include "xla_ops/cc/device/fp8.cuh"
 #include "xla_ops/cc/device/mma.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
+#include "xla_ops/cc/device/softmax_fragment.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
@@ -310,16 +311,6 @@ __device__ __forceinline__ void MultiplyKeysFp8(
   }
 }
 
-// Weights of 16 tokens, rounded to T, as an operand.
-template <typename T, int kColumns>
-__device__ __forceinline__ void PackWeights(const float (&weights)[kColumns][4],
-                                            int k, uint32_t (&a)[4]) {
-  a[0] = PackPair<T>(weights[2 * k][0], weights[2 * k][1]);
-  a[1] = PackPair<T>(weights[2 * k][2], weights[2 * k][3]);
-  a[2] = PackPair<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]);
-  a[3] = PackPair<T>(weights[2 * k + 1][2], weights[2 * k + 1][3]);
-}
-
 // out += weights V for 16 rows and the kTokens tokens from `token`.
 template <typename T, int kHeadDim, int kTokens>
 __device__ __forceinline__ void MultiplyValues(
@@ -329,7 +320,7 @@ __device__ __forceinline__ void MultiplyValues(
 #pragma unroll
   for (int k = 0; k < kTokens / 16; ++k) {
     uint32_t a[4];
-    PackWeights<T>(weights, k, a);
+    PackWeights<T>(Flat(weights), k, a);
     const int row = token + 16 * k + lane % 16;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 16; ++n) {
@@ -351,7 +342,7 @@ __device__ __forceinline__ void MultiplyValuesFp8(
 #pragma unroll
   for (int k = 0; k < kTokens / 16; ++k) {
     uint32_t a[4];
-    PackWeights<__half>(weights, k, a);
+    PackWeights<__half>(Flat(weights), k, a);
     const int row = token + 16 * k + lane % 16;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 32; ++n) {
@@ -376,97 +367,33 @@ __device__ __forceinline__ void MultiplyValuesFp8(
 
 // Turns scores into base-2 logits; column c of the fragment is token
 // `token` + c, rows[8 * i] is that of row g + 8 i.
-template <int kColumns>
-__device__ __forceinline__ void ScaleScores(const AttentionArgs& args,
-                                            const float (&scale)[2],
-                                            const TileRow* rows, int token,
-                                            float (&scores)[kColumns][4]) {
-#pragma unroll
-  for (auto& columns : scores) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) columns[j] *= scale[j / 2];
-  }
-  if (args.soft_cap != 0.0f) {
-#pragma unroll
-    for (auto& columns : scores) {
-#pragma unroll
-      for (float& value : columns) value = SoftCap(value, args.soft_cap);
-    }
-  }
+template <int kSize>
+__device__ __forceinline__ void FinishScores(const AttentionArgs& args,
+                                             const float (&scale)[2],
+                                             const TileRow* rows, int token,
+                                             float (&scores)[kSize]) {
+  ScaleScores(scale, args.soft_cap, scores);
   if (args.alibi_slopes == nullptr) return;
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const float slope = rows[8 * row].alibi_slope;
-    const int column = threadIdx.x % 4 * 2;
-    const float distance =
-        static_cast<float>(rows[8 * row].position - token - column);
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        scores[n][2 * row + j] -= slope * fabsf(distance - (8 * n + j));
-      }
-    }
-  }
+  const int first = token + threadIdx.x % 4 * 2;
+  AddAlibi({rows[0].alibi_slope, rows[8].alibi_slope},
+           {static_cast<float>(rows[0].position - first),
+            static_cast<float>(rows[8].position - first)},
+           scores);
 }
 
 // Sets logits that a row may not see to -inf. Column c of the fragment is
 // token `token` + c, and its bit in `valid` says whether it exists.
-template <int kColumns>
-__device__ __forceinline__ void MaskScores(const TileRow* rows, int token,
+template <int kSize>
+__device__ __forceinline__ void MaskTokens(const TileRow* rows, int token,
                                            uint64_t valid,
-                                           float (&scores)[kColumns][4]) {
+                                           float (&scores)[kSize]) {
   const int column = threadIdx.x % 4 * 2;
+  const int first = token + column;
   valid >>= column;
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int begin = rows[8 * row].visible.begin - token - column;
-    const int end = rows[8 * row].visible.end - token - column;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int c = 8 * n + j;
-        const bool seen = c >= begin && c < end && (valid >> c & 1);
-        if (!seen) scores[n][2 * row + j] = -CUDART_INF_F;
-      }
-    }
-  }
-}
-
-// Replaces logits by weights exp2(logit - max) and rescales what has been
-// accumulated to the new maximum. The four lanes of a row agree on it.
-template <int kHeadDim, int kColumns>
-__device__ __forceinline__ void UpdateSoftmax(float (&scores)[kColumns][4],
-                                              MmaAccumulator<kHeadDim>& acc) {
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    float max = acc.max[row];
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      max = fmaxf(max, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
-    }
-    max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
-    max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
-    const float shift = FiniteMax(max);
-    const float rescale = Exp2(acc.max[row] - shift);
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int j = 2 * row; j < 2 * row + 2; ++j) {
-        scores[n][j] = Exp2(scores[n][j] - shift);
-        sum += scores[n][j];
-      }
-    }
-    acc.max[row] = max;
-    acc.sum[row] = acc.sum[row] * rescale + sum;
-#pragma unroll
-    for (auto& columns : acc.out) {
-      columns[2 * row] *= rescale;
-      columns[2 * row + 1] *= rescale;
-    }
-  }
+  MaskScores(
+      {rows[0].visible.begin - first, rows[8].visible.begin - first},
+      {rows[0].visible.end - first, rows[8].visible.end - first},
+      [&](int c) { return (valid >> c & 1) != 0; }, scores);
 }
 
 #endif  // XLA_OPS_HAS_MMA

@@ -95,15 +95,26 @@ __device__ __forceinline__ float AlibiSlope(const AttentionArgs& args, int seq,
   return kLog2E * args.alibi_slopes[seq * args.alibi_seq_stride + head];
 }
 
-// Ends a row's softmax and writes its lse: what to multiply its accumulator
+// Ends the softmax of a row of query head `head`.
+__device__ __forceinline__ SoftmaxEnd EndRowSoftmax(const AttentionArgs& args,
+                                                    int head, float max,
+                                                    float sum) {
+  return EndSoftmax(max, sum,
+                    args.sinks != nullptr ? args.sinks[head] : -CUDART_INF_F);
+}
+
+__device__ __forceinline__ void StoreLse(const AttentionArgs& args,
+                                         const QueryRow& row, float lse) {
+  args.lse[int64_t{row.head} * args.num_tokens + row.token] = lse;
+}
+
+// Both, for one thread or more of the row: what to multiply its accumulator
 // by.
 __device__ __forceinline__ float EndRow(const AttentionArgs& args,
                                         const QueryRow& row, float max,
                                         float sum) {
-  const float sink =
-      args.sinks != nullptr ? args.sinks[row.head] : -CUDART_INF_F;
-  const SoftmaxEnd end = EndSoftmax(max, sum, sink);
-  args.lse[int64_t{row.head} * args.num_tokens + row.token] = end.lse;
+  const SoftmaxEnd end = EndRowSoftmax(args, row.head, max, sum);
+  StoreLse(args, row, end.lse);
   return end.factor;
 }
 

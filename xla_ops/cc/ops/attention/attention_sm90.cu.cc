@@ -12,49 +12,30 @@
 #include <type_traits>
 
 #include "xla_ops/cc/device/per_device.h"
-#include "xla_ops/cc/device/vector.cuh"
+#include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_sm90.cuh"
 
 namespace xla_ops {
 namespace {
 
-// Boxes of pages have at least this many tokens, a divisor of every tile.
-constexpr int kMinBoxTokens = 16;
-// Token and row numbers stay below it, so that sums of two fit in 32 bits.
-// There are no more items than rows of [num_tokens, num_heads].
-constexpr int64_t kMaxTokens = int64_t{1} << 30;
-
-// Calls f(shape, kernel) for the kernel that takes the call.
-template <typename F>
-cudaError_t DispatchKernel(DType dtype, int64_t head_dim, bool all_panels,
-                           F&& f) {
-  const auto with = [&](auto tag, auto padded, auto panels) {
-    using T = decltype(tag);
-    constexpr int kHeadDim = decltype(padded)::value;
+// Calls f(shape, kernel) for a padded head_dim's kernel.
+template <typename PaddedHeadDim, typename F>
+cudaError_t WithKernel(PaddedHeadDim, DType dtype, bool all_panels, F&& f) {
+  constexpr int kHeadDim = PaddedHeadDim::value;
+  const auto with = [&](auto panels) {
     constexpr bool kAllPanels = decltype(panels)::value;
-    return f(Sm90Shape<kHeadDim, kAllPanels>{},
-             AttentionSm90Kernel<T, kHeadDim, kAllPanels>);
+    using Shape = Sm90Shape<kHeadDim, kAllPanels>;
+    return dtype == DType::kF16
+               ? f(Shape{}, AttentionSm90Kernel<__half, kHeadDim, kAllPanels>)
+               : f(Shape{},
+                   AttentionSm90Kernel<__nv_bfloat16, kHeadDim, kAllPanels>);
   };
-  const auto with_panels = [&](auto tag, auto padded) {
-    // One panel is all.
-    if constexpr (decltype(padded)::value > kPanelColumns) {
-      if (all_panels) return with(tag, padded, std::true_type{});
-    }
-    return with(tag, padded, std::false_type{});
-  };
-  const auto with_dtype = [&](auto padded) {
-    return dtype == DType::kF16 ? with_panels(__half{}, padded)
-                                : with_panels(__nv_bfloat16{}, padded);
-  };
-  if (head_dim <= 64) return with_dtype(std::integral_constant<int, 64>{});
-  if (head_dim <= 128) return with_dtype(std::integral_constant<int, 128>{});
-  return with_dtype(std::integral_constant<int, 256>{});
+  // One panel is all.
+  if constexpr (kHeadDim > kPanelColumns) {
+    if (all_panels) return with(std::true_type{});
+  }
+  return with(std::false_type{});
 }
-
-struct Device {
-  bool can_run;  // the kernels have code for it
-  int multiprocessors;
-};
 
 // Lets a kernel have its shared memory; `*has_code`: there is code for the
 // device. A build without 9.0a compiles the kernels for another architecture
@@ -75,45 +56,6 @@ cudaError_t PrepareSm90Kernel(Kernel* kernel, int shared_bytes,
   *has_code = true;
   return cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-}
-
-cudaError_t FindDevice(Device* result) {
-  *result = {};
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error =
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  error =
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error != cudaSuccess) return error;
-  if (major != 9 || minor != 0) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&result->multiprocessors,
-                                 cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  for (const DType dtype : {DType::kF16, DType::kBF16}) {
-    for (const int head_dim : {64, 128, 256}) {
-      for (const bool all_panels : {false, true}) {
-        bool has_code = false;
-        error = DispatchKernel(
-            dtype, head_dim, all_panels, [&](auto shape, auto* kernel) {
-              return PrepareSm90Kernel(kernel, decltype(shape)::kSharedBytes,
-                                       &has_code);
-            });
-        if (error != cudaSuccess || !has_code) return error;
-      }
-    }
-  }
-  result->can_run = true;
-  return cudaSuccess;
-}
-
-cudaError_t GetDevice(Device* device) {
-  static PerDevice<Device> found;
-  return found.Get(FindDevice, device);
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -147,7 +89,7 @@ uint64_t StepBytes(int64_t size, int64_t stride) {
 //               too, head_step = head_stride / 64 of them apart. A box is
 //               what shared memory holds, atom by atom.
 //   otherwise   [block, 1, head, token, head_dim], a box a panel
-cudaError_t MakeMap(const AttentionParams& params, const Sm90Args& args,
+cudaError_t MakeMap(const AttentionParams& params, const Sm90Maps& maps,
                     bool all_panels, const void* cache, CUtensorMap* map) {
   EncodeTiled encode;
   const cudaError_t error = GetEncodeTiled(&encode);
@@ -159,18 +101,18 @@ cudaError_t MakeMap(const AttentionParams& params, const Sm90Args& args,
   cuuint64_t steps[4] = {StepBytes(params.page_size, params.page_stride),
                          StepBytes(params.num_kv_heads, params.head_stride), 16,
                          StepBytes(params.num_blocks, params.block_stride)};
-  cuuint32_t box[5] = {kPanelColumns, static_cast<cuuint32_t>(args.box_tokens),
+  cuuint32_t box[5] = {kPanelColumns, static_cast<cuuint32_t>(maps.box_tokens),
                        1, 1, 1};
   if (all_panels) {
     sizes[0] = kPanelColumns;
     sizes[1] = kAtomRows;
-    sizes[2] = size((params.num_kv_heads - 1) * args.head_step + panels);
+    sizes[2] = size((params.num_kv_heads - 1) * maps.head_step + panels);
     sizes[3] = size(params.page_size / kAtomRows);
     steps[1] = kPanelRowBytes;
     steps[2] = size(params.page_stride) * kAtomRows * 2;
     box[1] = kAtomRows;
     box[2] = static_cast<cuuint32_t>(panels);
-    box[3] = static_cast<cuuint32_t>(args.box_tokens / kAtomRows);
+    box[3] = static_cast<cuuint32_t>(maps.box_tokens / kAtomRows);
   }
   const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
@@ -187,132 +129,63 @@ cudaError_t MakeMap(const AttentionParams& params, const Sm90Args& args,
 bool HasAllPanels(const AttentionParams& params) {
   return params.paged && (params.head_dim == 128 || params.head_dim == 256) &&
          params.head_stride % kPanelColumns == 0 &&
-         params.head_stride < kMaxTokens / params.num_kv_heads;
-}
-
-// The clamped number of tokens that a sequence can have.
-int64_t MaxContext(const AttentionParams& params) {
-  if (!params.paged) return params.page_size;
-  if (params.max_blocks == 0) return 0;
-  return params.page_size > kMaxTokens / params.max_blocks
-             ? kMaxTokens
-             : params.max_blocks * params.page_size;
-}
-
-// A window as long as any sequence hides nothing.
-int Window(int64_t window) {
-  return window < 0 || window >= kMaxTokens ? -1 : static_cast<int>(window);
-}
-
-// Whether TMA can take steps of `stride` elements: a multiple of 16 bytes
-// below 2^40, of 8 tokens too (MakeMap).
-bool IsStep(int64_t size, int64_t stride) {
-  return size == 1 ||
-         (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 36));
-}
-
-// For calls that CanLaunchAttentionSm90 takes: all numbers fit.
-Sm90Args MakeArgs(const AttentionParams& params) {
-  Sm90Args args = {};
-  args.query = params.query;
-  args.cu_seqlens_q = params.cu_seqlens_q;
-  args.cu_seqlens_k = params.paged ? nullptr : params.cu_seqlens_k;
-  args.seqused_k = params.seqused_k;
-  args.block_table = params.paged ? params.block_table : nullptr;
-  args.leftpad_k = params.paged ? nullptr : params.leftpad_k;
-  args.num_seqs = params.num_seqs;
-  args.alibi_slopes = params.alibi_slopes;
-  args.sinks = params.sinks;
-  args.out = params.out;
-  args.lse = params.lse;
-  args.next_item = static_cast<unsigned*>(params.workspace);
-  args.max_blocks = params.max_blocks;
-  args.alibi_seq_stride = params.alibi_seq_stride;
-  args.page_size = FastDiv(params.page_size);
-  args.group = FastDiv(params.num_heads / params.num_kv_heads);
-  args.num_tokens = static_cast<int>(params.num_tokens);
-  args.num_kv_tokens = static_cast<int>(MaxContext(params));
-  args.num_blocks = static_cast<int>(params.num_blocks);
-  args.num_heads = static_cast<int>(params.num_heads);
-  args.num_kv_heads = static_cast<int>(params.num_kv_heads);
-  args.head_dim = static_cast<int>(params.head_dim);
-  args.max_num_seqs = static_cast<int>(params.max_num_seqs);
-  args.window_left = Window(params.window_left);
-  args.window_right = Window(params.window_right);
-  args.scale = params.scale * kLog2E;
-  if (params.soft_cap > 0.0f) {
-    args.scale = params.scale / params.soft_cap;
-    args.soft_cap = params.soft_cap * kLog2E;
-  }
-  args.transform = params.soft_cap > 0.0f || params.alibi_slopes != nullptr ||
-                   !(params.scale > 0.0f);
-  return args;
+         params.head_stride < kSm90MaxTokens / params.num_kv_heads;
 }
 
 }  // namespace
 
-cudaError_t PrepareAttentionSm90() {
-  Device device;
-  return GetDevice(&device);
-}
-
-bool CanLaunchAttentionSm90(const AttentionParams& params) {
-  Device device;
-  if (GetDevice(&device) != cudaSuccess || !device.can_run) return false;
-  if (params.dtype != DType::kF16 && params.dtype != DType::kBF16) return false;
-  if (params.kv_dtype != params.dtype || params.num_splits != 1 ||
-      params.head_dim % 8 != 0 || params.head_dim > 256) {
-    return false;
-  }
-  // A tile should be half full on average, or small tiles do better. This
-  // bounds max_num_seqs too.
-  if (params.max_num_seqs == 0 || params.num_blocks == 0 ||
-      params.page_size == 0 ||
-      params.num_tokens * (params.num_heads / params.num_kv_heads) <
-          64 * params.max_num_seqs) {
-    return false;
-  }
-  return (!params.paged || params.page_size % kMinBoxTokens == 0) &&
-         IsAligned(params.query, 16) && IsAligned(params.key, 16) &&
-         IsAligned(params.value, 16) && IsAligned(params.out, 16) &&
-         IsStep(params.num_kv_heads, params.head_stride) &&
-         IsStep(params.page_size, params.page_stride) &&
-         IsStep(params.num_blocks, params.block_stride) &&
-         params.num_tokens < kMaxTokens / params.num_heads &&
-         MaxContext(params) < kMaxTokens && params.page_size < kMaxTokens &&
-         params.num_blocks < (int64_t{1} << 31);
+cudaError_t PrepareAttentionSm90(AttentionDevice* device) {
+  device->has_wgmma = false;
+  if (device->capability != 90) return cudaSuccess;
+  bool all_have_code = true;
+  const cudaError_t error = ForEachHeadDim([&](auto head_dim) {
+    cudaError_t error = cudaSuccess;
+    for (const DType dtype : {DType::kF16, DType::kBF16}) {
+      for (const bool all_panels : {false, true}) {
+        if (error != cudaSuccess) return error;
+        bool has_code = false;
+        error = WithKernel(
+            head_dim, dtype, all_panels, [&](auto shape, auto* kernel) {
+              return PrepareSm90Kernel(kernel, decltype(shape)::kSharedBytes,
+                                       &has_code);
+            });
+        all_have_code = all_have_code && has_code;
+      }
+    }
+    return error;
+  });
+  device->has_wgmma = error == cudaSuccess && all_have_code;
+  return error;
 }
 
 cudaError_t LaunchAttentionSm90(cudaStream_t stream,
-                                const AttentionParams& params) {
-  Device device;
-  const cudaError_t found = GetDevice(&device);
-  if (found != cudaSuccess) return found;
+                                const AttentionParams& params,
+                                const AttentionArgs& args,
+                                const AttentionDevice& device) {
   const bool all_panels = HasAllPanels(params);
-  return DispatchKernel(
-      params.dtype, params.head_dim, all_panels, [&](auto shape, auto* kernel) {
-        using Shape = decltype(shape);
-        Sm90Args args = MakeArgs(params);
-        args.box_tokens = params.paged
-                              ? static_cast<int>(std::gcd<int64_t, int64_t>(
-                                    params.page_size, Shape::kTokens))
-                              : Shape::kTokens;
-        args.head_step =
-            all_panels ? static_cast<int>(params.head_stride / kPanelColumns)
-                       : 1;
-        CUtensorMap key_map;
-        CUtensorMap value_map;
-        cudaError_t error =
-            MakeMap(params, args, all_panels, params.key, &key_map);
-        if (error != cudaSuccess) return error;
-        error = MakeMap(params, args, all_panels, params.value, &value_map);
-        if (error != cudaSuccess) return error;
-        error = cudaMemsetAsync(args.next_item, 0, sizeof(unsigned), stream);
-        if (error != cudaSuccess) return error;
-        kernel<<<device.multiprocessors, Shape::kThreads, Shape::kSharedBytes,
-                 stream>>>(key_map, value_map, args);
-        return cudaGetLastError();
-      });
+  const auto launch = [&](auto shape, auto* kernel) {
+    using Shape = decltype(shape);
+    Sm90Maps maps;
+    maps.box_tokens = params.paged
+                          ? static_cast<int>(std::gcd<int64_t, int64_t>(
+                                params.page_size, Shape::kTokens))
+                          : Shape::kTokens;
+    maps.head_step =
+        all_panels ? static_cast<int>(params.head_stride / kPanelColumns) : 1;
+    cudaError_t error =
+        MakeMap(params, maps, all_panels, params.key, &maps.key);
+    if (error != cudaSuccess) return error;
+    error = MakeMap(params, maps, all_panels, params.value, &maps.value);
+    if (error != cudaSuccess) return error;
+    error = cudaMemsetAsync(args.next_item, 0, sizeof(unsigned), stream);
+    if (error != cudaSuccess) return error;
+    kernel<<<device.multiprocessors, Shape::kThreads, Shape::kSharedBytes,
+             stream>>>(maps, args);
+    return cudaGetLastError();
+  };
+  return DispatchHeadDim(params.head_dim, [&](auto head_dim) {
+    return WithKernel(head_dim, params.dtype, all_panels, launch);
+  });
 }
 
 }  // namespace xla_ops

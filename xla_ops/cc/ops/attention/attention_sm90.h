@@ -7,21 +7,23 @@
 #include <cuda_runtime_api.h>
 
 #include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention/attention_choice.h"
 
 namespace xla_ops {
 
-// Loads the kernels for the current device, where it can run them.
-cudaError_t PrepareAttentionSm90();
+struct AttentionArgs;
 
-// Whether the kernel takes this call: compute capability 9.0, fp16 or bf16
-// keys and values, alignment and strides that TMA can address, pages of a
-// multiple of 16 tokens, one split, and enough query rows to fill its tiles.
-bool CanLaunchAttentionSm90(const AttentionParams& params);
+// Loads the kernels for the current device, whose capability is known, and
+// sets `device->has_wgmma` where it has code that the device runs.
+cudaError_t PrepareAttentionSm90(AttentionDevice* device);
 
 // Queues the kernel behind a memset of its counter in the workspace, which
-// LaunchAttention has checked.
+// LaunchAttention has checked. `args` are those of `params`, a call that
+// ChooseAttentionKernel gives to this kernel.
 cudaError_t LaunchAttentionSm90(cudaStream_t stream,
-                                const AttentionParams& params);
+                                const AttentionParams& params,
+                                const AttentionArgs& args,
+                                const AttentionDevice& device);
 
 }  // namespace xla_ops
 

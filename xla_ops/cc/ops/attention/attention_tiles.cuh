@@ -24,10 +24,11 @@
 #include "xla_ops/cc/core/dtype.h"
 #include "xla_ops/cc/device/fast_div.h"
 #include "xla_ops/cc/device/reduce.cuh"
+#include "xla_ops/cc/ops/attention/attention.h"
 
 namespace xla_ops {
 
-// AttentionParams in the form that the kernels want: clamped to 32 bits
+// AttentionParams in the form that all kernels want: clamped to 32 bits
 // where that loses nothing, and divisors prepared. The launcher refuses calls
 // beyond kAttentionMaxRows and its like (attention.h).
 struct AttentionArgs {
@@ -49,9 +50,10 @@ struct AttentionArgs {
   float* lse;  // [num_heads, num_tokens]
   // Partial results when num_splits > 1, else null; the row index is
   // (split * num_tokens + token) * num_heads + head.
-  float* partial_out;  // [num_splits, num_tokens, num_heads, head_dim]
-  float* partial_max;  // [num_splits, num_tokens, num_heads], base 2
-  float* partial_sum;  // [num_splits, num_tokens, num_heads]
+  float* partial_out;   // [num_splits, num_tokens, num_heads, head_dim]
+  float* partial_max;   // [num_splits, num_tokens, num_heads], base 2
+  float* partial_sum;   // [num_splits, num_tokens, num_heads]
+  unsigned* next_item;  // the Hopper kernel's counter of work items
   int64_t max_blocks;
   int64_t block_stride;
   int64_t page_stride;
@@ -64,20 +66,23 @@ struct AttentionArgs {
   uint32_t num_blocks;  // at most 2^31, which no block id reaches
   int num_tokens;
   int num_heads;
+  int num_kv_heads;
   int head_dim;
   int max_num_seqs;
   int max_kv_len;  // paged: what a block table's row can address;
                    // contiguous: the buffer's rows
   int num_splits;
-  int window_left;   // -1: unbounded
-  int window_right;  // -1: unbounded
+  int window_left;   // -1: hides nothing; else below max_kv_len
+  int window_right;  // -1: hides nothing; else below num_tokens
   float scale;       // times log2(e); with soft_cap, over soft_cap
   float soft_cap;    // times log2(e); 0: none
-  DType dtype;       // of query and out
+  // Logits need more than a positive factor: soft_cap, ALiBi or scale <= 0.
+  bool transform;
+  AttentionOp op;  // for reports
+  DType dtype;     // of query and out
   bool paged;
   bool e5m2;     // 8-bit keys and values are e5m2, else e4m3
   bool aligned;  // every row of query, key, value and out to 16 bytes
-  bool varlen;   // the op is flash_attn_varlen, for reports
 };
 
 // A row of query and out.
@@ -130,6 +135,13 @@ struct TileSearch {
   bool found;
 };
 
+// The number of sequences, for code that has nothing to load meanwhile.
+__device__ __forceinline__ int NumSeqs(const AttentionArgs& args) {
+  return args.num_seqs == nullptr
+             ? args.max_num_seqs
+             : min(max(*args.num_seqs, 0), args.max_num_seqs);
+}
+
 // The running maximum over the lanes of a warp.
 __device__ __forceinline__ int WarpRunningMax(int x) {
   const int lane = threadIdx.x % 32;
@@ -179,6 +191,23 @@ __device__ __forceinline__ void SetKeys(const AttentionArgs& args, int used,
                       : min(max(args.leftpad_k[tile.seq], 0), length);
   tile.kv_start = start + pad;
   tile.kv_len = length - pad;
+}
+
+// Sets the rest of `tile`, for rows [start, end) of the query: its tile begins
+// with packed row `row`, and has none if that lies past the last.
+template <int kTileRows>
+__device__ __forceinline__ void SetRows(const AttentionArgs& args, int start,
+                                        int end, int row, int seq,
+                                        QueryTile& tile) {
+  const int group = args.group.value();
+  const int step = args.group.Divide(row);
+  tile.token = start + step;
+  tile.tokens_left = end - tile.token;
+  tile.num_rows = max(0, min((end - start) * group - row, kTileRows));
+  tile.head = row - step * group;
+  tile.seq = seq;
+  tile.kv_len = 0;
+  tile.kv_start = 0;
 }
 
 // Finds tile `tile_index`; false if it has no rows. All threads of the block
@@ -235,17 +264,10 @@ __device__ __forceinline__ bool FindQueryTile(const AttentionArgs& args,
     const int end_tile = end * group / kTileRows + segment + 1;
     if (segment < num_seqs + 2 && first_tile <= tile_index &&
         tile_index < end_tile) {
-      const int row = (tile_index - first_tile) * kTileRows;
-      const int rows = (end - start) * group;
-      const int step = args.group.Divide(row);
       QueryTile& found = shared.tile;
-      found.token = start + step;
-      found.tokens_left = end - found.token;
-      found.num_rows = max(0, min(rows - row, kTileRows));
-      found.head = row - step * group;
-      found.seq = seq < num_seqs ? seq : -1;
-      found.kv_len = 0;
-      found.kv_start = 0;
+      SetRows<kTileRows>(args, start, end,
+                         (tile_index - first_tile) * kTileRows,
+                         seq < num_seqs ? seq : -1, found);
       if (found.seq >= 0) SetKeys(args, used, kv_start, kv_end, found);
       shared.found = true;
     }
@@ -279,6 +301,16 @@ __device__ __forceinline__ TokenRange VisibleTokens(const AttentionArgs& args,
     range.end = static_cast<int>(min(max(end, int64_t{0}), int64_t{kv_len}));
   }
   return range;
+}
+
+// The tiles of kTokens tokens that hold a range: [begin, end) of them.
+template <int kTokens>
+__device__ __forceinline__ TokenRange TilesOf(const TokenRange& range) {
+  TokenRange tiles;
+  tiles.begin = range.begin / kTokens;
+  tiles.end =
+      range.begin < range.end ? (range.end - 1) / kTokens + 1 : tiles.begin;
+  return tiles;
 }
 
 // A token's place before its block id has arrived from memory, so that the

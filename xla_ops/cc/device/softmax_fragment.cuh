@@ -1,0 +1,155 @@
+// The online softmax of a warp's scores as the tensor cores leave them.
+//
+// Lane 4 g + t of a warp holds of rows g and g + 8, its rows 0 and 1, columns
+// 8 n + 2 t + j:
+//   scores[4 n + 2 row + j],   n from 0 on, j 0 or 1
+// which is the accumulator of mma.m16n8k16, n after n, and of wgmma alike. The
+// four lanes of a quad hold the same two rows.
+//
+// Tested through the attention kernels by tests/gpu/check_kernels.py.
+
+#ifndef XLA_OPS_CC_DEVICE_SOFTMAX_FRAGMENT_CUH_
+#define XLA_OPS_CC_DEVICE_SOFTMAX_FRAGMENT_CUH_
+
+#include <math_constants.h>
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/mma.cuh"
+#include "xla_ops/cc/device/reduce.cuh"
+#include "xla_ops/cc/device/softmax.cuh"
+
+namespace xla_ops {
+
+// The accumulators of mma.m16n8k16 as one fragment.
+template <int kCount>
+__device__ __forceinline__ float (
+    &Flat(float (&fragments)[kCount][4]))[4 * kCount] {
+  return reinterpret_cast<float (&)[4 * kCount]>(fragments[0][0]);
+}
+template <int kCount>
+__device__ __forceinline__ const float (
+    &Flat(const float (&fragments)[kCount][4]))[4 * kCount] {
+  return reinterpret_cast<const float (&)[4 * kCount]>(fragments[0][0]);
+}
+
+__device__ __forceinline__ float QuadSum(float x) {
+  x += __shfl_xor_sync(kFullWarp, x, 1);
+  return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+__device__ __forceinline__ float QuadMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+
+// Multiplies by a row's scale, and caps where `cap_log2` is not zero: see
+// SoftCap, whose argument a score then is.
+template <int kSize>
+__device__ __forceinline__ void ScaleScores(const float (&scale)[2],
+                                            float cap_log2,
+                                            float (&scores)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) scores[i] *= scale[i / 2 % 2];
+  if (cap_log2 == 0.0f) return;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) scores[i] = SoftCap(scores[i], cap_log2);
+}
+
+// ALiBi: subtracts slope * |distance|. `distance` is from the token of the
+// thread's first column to the row's position, `slope` in base 2.
+template <int kSize>
+__device__ __forceinline__ void AddAlibi(const float (&slope)[2],
+                                         const float (&distance)[2],
+                                         float (&scores)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const int row = i / 2 % 2;
+    const int column = i / 4 * 8 + i % 2;
+    scores[i] -= slope[row] * fabsf(distance[row] - column);
+  }
+}
+
+// Sets scores to -inf of columns outside a row's [begin, end), or for which
+// `exists(column)` is false. Columns count from the thread's first one, so
+// that they are constants.
+template <int kSize, typename Exists>
+__device__ __forceinline__ void MaskScores(const int (&begin)[2],
+                                           const int (&end)[2],
+                                           const Exists& exists,
+                                           float (&scores)[kSize]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+#pragma unroll
+    for (int n = 0; n < kSize / 4; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int column = 8 * n + j;
+        const bool seen =
+            column >= begin[row] && column < end[row] && exists(column);
+        if (!seen) scores[4 * n + 2 * row + j] = -CUDART_INF_F;
+      }
+    }
+  }
+}
+
+// Replaces scores by weights exp2(factor * (score - maximum)), factor > 0, and
+// brings the rows' maxima and sums up to date. `max` is that of the whole rows
+// and of scores without the factor, `sum` of this thread's columns only.
+// `rescale` is what the results so far have to be multiplied by.
+template <int kSize>
+__device__ __forceinline__ void UpdateSoftmax(float factor,
+                                              float (&scores)[kSize],
+                                              float (&max)[2], float (&sum)[2],
+                                              float (&rescale)[2]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float new_max = max[row];
+#pragma unroll
+    for (int n = 0; n < kSize / 4; ++n) {
+      new_max = fmaxf(
+          new_max, fmaxf(scores[4 * n + 2 * row], scores[4 * n + 2 * row + 1]));
+    }
+    new_max = QuadMax(new_max);
+    const float shift = FiniteMax(new_max) * factor;
+    rescale[row] = Exp2(max[row] * factor - shift);
+    max[row] = new_max;
+    // Two sums, for additions wait for one another.
+    float even = 0.0f;
+    float odd = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kSize / 4; ++n) {
+      float& x = scores[4 * n + 2 * row];
+      float& y = scores[4 * n + 2 * row + 1];
+      x = Exp2(fmaf(x, factor, -shift));
+      y = Exp2(fmaf(y, factor, -shift));
+      even += x;
+      odd += y;
+    }
+    sum[row] = sum[row] * rescale[row] + (even + odd);
+  }
+}
+
+// Multiplies the results so far, laid out as scores are.
+template <int kSize>
+__device__ __forceinline__ void Rescale(const float (&rescale)[2],
+                                        float (&out)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) out[i] *= rescale[i / 2 % 2];
+}
+
+// Rounds the weights of columns 16 k .. 16 k + 15 to T, as the first operand
+// of the product with V.
+template <typename T, int kSize>
+__device__ __forceinline__ void PackWeights(const float (&weights)[kSize],
+                                            int k, uint32_t (&operand)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    operand[i] =
+        PackPair<T>(weights[8 * k + 2 * i], weights[8 * k + 2 * i + 1]);
+  }
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_DEVICE_SOFTMAX_FRAGMENT_CUH_

@@ -1,0 +1,142 @@
+// Which CUDA kernel takes a call; see attention_choice.h.
+
+#include "xla_ops/cc/ops/attention/attention_choice.h"
+
+#include "xla_ops/cc/core/dtype.h"
+
+namespace xla_ops {
+namespace {
+
+// Fewer packed rows a sequence than this, on average, leave more than half of
+// the Hopper kernel's tile of 128 or 192 rows empty: smaller tiles do better.
+constexpr int64_t kSm90MinRows = 64;
+
+bool IsAligned16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+bool PointersAligned(const AttentionParams& params) {
+  return IsAligned16(params.query) && IsAligned16(params.key) &&
+         IsAligned16(params.value) && IsAligned16(params.out);
+}
+
+// Whether TMA can take steps of `stride` 16-bit elements: a multiple of 16
+// bytes below 2^40, of 8 tokens too (MakeMap in attention_sm90.cu.cc).
+bool IsTmaStep(int64_t size, int64_t stride) {
+  return size == 1 ||
+         (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 36));
+}
+
+bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
+  if (device.capability != 90 || !device.has_wgmma) return false;
+  if (params.dtype == DType::kF32 || params.kv_dtype != params.dtype) {
+    return false;
+  }
+  if (params.num_splits != 1 || params.head_dim % 8 != 0 ||
+      params.head_dim > 256) {
+    return false;
+  }
+  // The rows bound max_num_seqs too.
+  if (params.max_num_seqs == 0 || params.num_blocks == 0 ||
+      params.page_size == 0 ||
+      params.num_tokens * (params.num_heads / params.num_kv_heads) <
+          kSm90MinRows * params.max_num_seqs) {
+    return false;
+  }
+  return (!params.paged || params.page_size % kSm90MinBoxTokens == 0) &&
+         PointersAligned(params) &&
+         IsTmaStep(params.num_kv_heads, params.head_stride) &&
+         IsTmaStep(params.page_size, params.page_stride) &&
+         IsTmaStep(params.num_blocks, params.block_stride) &&
+         params.num_tokens < kSm90MaxTokens / params.num_heads &&
+         MaxKvLength(params) < kSm90MaxTokens &&
+         params.page_size < kSm90MaxTokens &&
+         params.num_blocks < (int64_t{1} << 31);
+}
+
+bool CanRunMma(const AttentionParams& params, const AttentionDevice& device) {
+  return device.has_mma && params.dtype != DType::kF32 && RowsAligned(params);
+}
+
+bool CanRunSimt(const AttentionParams&, const AttentionDevice&) { return true; }
+
+struct Row {
+  AttentionKernel kernel;
+  const char* name;
+  bool (*can_run)(const AttentionParams&, const AttentionDevice&);
+};
+
+constexpr Row kRows[] = {
+    {AttentionKernel::kSm90, "sm90", CanRunSm90},
+    {AttentionKernel::kMma, "mma", CanRunMma},
+    {AttentionKernel::kSimt, "simt", CanRunSimt},
+};
+
+constexpr bool InOrder() {
+  for (int i = 0; i < kNumAttentionKernels; ++i) {
+    if (kRows[i].kernel != static_cast<AttentionKernel>(i)) return false;
+  }
+  return sizeof(kRows) / sizeof(kRows[0]) == kNumAttentionKernels;
+}
+static_assert(InOrder());
+
+AttentionKernel FirstFrom(int index, const AttentionParams& params,
+                          const AttentionDevice& device) {
+  for (; index < kNumAttentionKernels; ++index) {
+    if (kRows[index].can_run(params, device)) return kRows[index].kernel;
+  }
+  return AttentionKernel::kNone;
+}
+
+}  // namespace
+
+const char* Name(AttentionKernel kernel) {
+  return kernel == AttentionKernel::kNone
+             ? "none"
+             : kRows[static_cast<int>(kernel)].name;
+}
+
+AttentionKernel NextAttentionKernel(AttentionKernel after,
+                                    const AttentionParams& params,
+                                    const AttentionDevice& device) {
+  return FirstFrom(static_cast<int>(after) + 1, params, device);
+}
+
+AttentionKernel ChooseAttentionKernel(const AttentionParams& params,
+                                      const AttentionDevice& device) {
+  return FirstFrom(0, params, device);
+}
+
+std::string DescribeChoice(AttentionKernel kernel,
+                           const AttentionParams& params) {
+  const auto text = [](int64_t n) { return std::to_string(n); };
+  return std::string("xla_ops: ") +
+         (params.op == AttentionOp::kFlashAttnVarlen ? "flash_attn_varlen"
+                                                     : "paged_attention") +
+         ": kernel " + Name(kernel) + " for query " + Name(params.dtype) +
+         " [" + text(params.num_tokens) + ", " + text(params.num_heads) + ", " +
+         text(params.head_dim) + "], " + text(params.num_kv_heads) +
+         " KV heads " + Name(params.kv_dtype) + ", " +
+         text(params.max_num_seqs) + " sequences, " +
+         (params.paged ? "page_size " + text(params.page_size) : "contiguous") +
+         ", " + text(params.num_splits) +
+         (params.num_splits == 1 ? " split" : " splits");
+}
+
+// Divided first: the product may not fit in 64 bits.
+int MaxKvLength(const AttentionParams& params) {
+  const int64_t blocks = params.paged ? params.max_blocks : params.num_blocks;
+  if (params.page_size == 0 || blocks == 0) return 0;
+  if (blocks > INT32_MAX / params.page_size) return INT32_MAX;
+  return static_cast<int>(blocks * params.page_size);
+}
+
+bool RowsAligned(const AttentionParams& params) {
+  const int64_t size = 16 / SizeOf(params.dtype);
+  const int64_t kv_size = 16 / SizeOf(params.kv_dtype);
+  return PointersAligned(params) && params.head_dim % size == 0 &&
+         params.head_dim % kv_size == 0 && params.block_stride % kv_size == 0 &&
+         params.page_stride % kv_size == 0 && params.head_stride % kv_size == 0;
+}
+
+}  // namespace xla_ops

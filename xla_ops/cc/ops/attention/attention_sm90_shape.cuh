@@ -1,0 +1,86 @@
+// The shape of the Hopper attention kernel (attention_sm90.cuh): its tiles,
+// its warpgroups, and what lies in shared memory.
+
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SM90_SHAPE_CUH_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SM90_SHAPE_CUH_
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/wgmma.cuh"
+
+namespace xla_ops {
+
+// kHeadDim is the padded head_dim (attention_head_dims.h). kAllPanelsInBox: a
+// box of K or V holds all panels of its tokens, else one.
+template <int kHeadDim, bool kAllPanelsInBox>
+struct Sm90Shape {
+  static constexpr bool kAllPanels = kAllPanelsInBox;
+  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kTokens = kHeadDim == 256 ? 80 : 128;  // of a KV tile
+  static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  // Of a thread: 64 K registers in all.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr int kPanels = kHeadDim / 64;
+  // The bytes in shared memory from 8 tokens of a K or V tile to the next 8,
+  // and from a panel to the next.
+  static constexpr int kAtomStride =
+      kAllPanels ? kPanels * kAtomBytes : kAtomBytes;
+  static constexpr int kPanelStride =
+      kAllPanels ? kAtomBytes : kTokens * kPanelRowBytes;
+  // Ping-pong: consumers take turns at the tensor cores, so that one's softmax
+  // runs under another's products. Not where the copies of small boxes set the
+  // pace: waiting for a turn then only adds to waiting for a tile.
+  static constexpr bool kPingPong = !kAllPanels || kHeadDim == 256;
+  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
+  static constexpr int kTileBytes = kTokens * kHeadDim * 2;
+  // The dynamic part begins at the next multiple of 1024.
+  static constexpr int kSharedBytes =
+      1024 + kQueryBytes + 2 * kStages * kTileBytes;
+};
+
+// K and V as the copy engine sees them: tensors of rank 5, which MakeMap in
+// attention_sm90.cu.cc describes.
+struct Sm90Maps {
+  CUtensorMap key;
+  CUtensorMap value;
+  int box_tokens;
+  int head_step;  // from a KV head to the next, in the map's coordinate
+};
+
+#if XLA_OPS_HAS_WGMMA
+
+// The barriers of a stage of K or V, and of the other buffers: X_full says
+// that X has arrived, X_empty that its readers are done with it.
+template <int kStages>
+struct Sm90Barriers {
+  uint64_t item_full[2], item_empty[2];
+  uint64_t query_full, query_empty;
+  uint64_t key_full[kStages], key_empty[kStages];
+  uint64_t value_full[kStages], value_empty[kStages];
+  uint64_t value_tail;  // the copy of a V tile that then is cleared in part
+};
+
+// A ring's place: the stage, and the parity of its phase.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  int parity = 0;
+
+  __device__ __forceinline__ void Advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+#endif  // XLA_OPS_HAS_WGMMA
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SM90_SHAPE_CUH_
