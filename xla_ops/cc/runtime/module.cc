@@ -75,6 +75,22 @@ int PyCudaVersion(const std::string& path) {
   return AskOpLibrary(OpLibraryCudaVersion, path);
 }
 
+std::vector<int64_t> PyPlan(const std::string& path,
+                            const std::string& function,
+                            const std::vector<int64_t>& request,
+                            size_t num_results) {
+  std::vector<int64_t> plan(num_results);
+  bool refused = false;
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    error = AskOpLibraryForPlan(path, function, request, &plan, &refused);
+  }
+  if (refused) throw py::value_error(function + ": " + error);
+  if (!error.empty()) ThrowOsError(error);
+  return plan;
+}
+
 std::vector<std::string> PyRegisterCpu(const std::string& path) {
   std::vector<std::string> targets;
   std::string error;
@@ -261,6 +277,18 @@ Raises OSError as load_library, which it calls.)");
 
 Returns: such as 13000 for 13.0; 0 for a library without device code.
 Raises OSError as load_library, which it calls.)");
+  m.def("plan", &PyPlan, py::arg("path"), py::arg("function"),
+        py::arg("request"), py::arg("num_results"),
+        R"(Asks an op library what a call needs of its caller.
+
+Args:
+  function: such as "xla_ops_attention_plan"; both its structs are int64 fields
+    behind their size.
+  request: the request's fields.
+  num_results: how many fields of the plan are wanted.
+Returns: those fields.
+Raises ValueError with the library's text for a wrong request, and OSError as
+load_library, which it calls, or where the library has no such function.)");
   m.def("register_cpu", &PyRegisterCpu, py::arg("xlac_path"),
         R"(Registers the loaded Host handlers with torch_xla's CPU client.
 

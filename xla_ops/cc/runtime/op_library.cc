@@ -135,6 +135,32 @@ std::string OpLibraryCudaVersion(const std::string& path, int* version) {
   return "";
 }
 
+std::string AskOpLibraryForPlan(const std::string& path,
+                                const std::string& function,
+                                const std::vector<int64_t>& request,
+                                std::vector<int64_t>* plan, bool* refused) {
+  *refused = false;
+  OpLibraryPlanFn* make_plan = nullptr;
+  const std::string error = FindFunction(path, function.c_str(), &make_plan);
+  if (!error.empty()) return error;
+  if (make_plan == nullptr) return path + " does not export " + function;
+  const auto with_size = [](const std::vector<int64_t>& fields) {
+    std::vector<int64_t> all = {
+        static_cast<int64_t>((fields.size() + 1) * sizeof(int64_t))};
+    all.insert(all.end(), fields.begin(), fields.end());
+    return all;
+  };
+  const std::vector<int64_t> request_struct = with_size(request);
+  std::vector<int64_t> plan_struct = with_size(*plan);
+  const char* wrong = make_plan(request_struct.data(), plan_struct.data());
+  if (wrong != nullptr) {
+    *refused = true;
+    return wrong;
+  }
+  plan->assign(plan_struct.begin() + 1, plan_struct.end());
+  return "";
+}
+
 std::vector<LoadedHandler*> HandlersOf(const std::string& platform) {
   Libraries& libraries = GetLibraries();
   std::lock_guard<std::mutex> lock(libraries.mutex);

@@ -9,6 +9,7 @@
 #ifndef XLA_OPS_CC_RUNTIME_OP_LIBRARY_H_
 #define XLA_OPS_CC_RUNTIME_OP_LIBRARY_H_
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,21 @@ std::string OpLibraryCudaArchs(const std::string& path, std::string* archs);
 // The CUDA that the library was built with, as 13000 for 13.0; 0 for a library
 // without device code. Loads the library if need be.
 std::string OpLibraryCudaVersion(const std::string& path, int* version);
+
+// A function by which a library says what a call needs of its caller, such as
+// xla_ops_attention_plan (ops/attention/attention_plan.h). Both structs are
+// int64_t fields, of which the first is the struct's size in bytes. Returns
+// null, or what is wrong with the request.
+using OpLibraryPlanFn = const char*(const int64_t* request, int64_t* plan);
+
+// Calls the library's `function` of that type with the fields of `request`
+// behind the first, and sets `plan`, whose size says how many fields are
+// wanted, likewise. `*refused`: the function is there, and its text is what is
+// returned. Loads the library if need be.
+std::string AskOpLibraryForPlan(const std::string& path,
+                                const std::string& function,
+                                const std::vector<int64_t>& request,
+                                std::vector<int64_t>* plan, bool* refused);
 
 // All handlers loaded for `platform`, in the order of loading.
 std::vector<LoadedHandler*> HandlersOf(const std::string& platform);

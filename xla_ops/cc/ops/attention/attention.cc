@@ -236,9 +236,9 @@ ffi::Error BindScalars(const AttentionNames& names, const AttentionAttrs& attrs,
     return MustError(names.op, names.soft_cap, "be finite and at least 0",
                      FormatFloat(attrs.soft_cap));
   }
-  if (attrs.num_splits < 1 || attrs.num_splits > kMaxNumSplits) {
+  if (attrs.num_splits < 1 || attrs.num_splits > kAttentionMaxSplits) {
     return MustError(names.op, "num_splits",
-                     "be from 1 to " + std::to_string(kMaxNumSplits),
+                     "be from 1 to " + std::to_string(kAttentionMaxSplits),
                      std::to_string(attrs.num_splits));
   }
   params->scale = attrs.scale;

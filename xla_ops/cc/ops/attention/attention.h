@@ -72,8 +72,9 @@
 // absent; else they are uint8 or the fp8 type named.
 // num_splits: into how many pieces each sequence's KV tokens are cut, each
 // worked on by its own thread blocks and then combined. The host cannot see
-// lengths, so the caller picks it from shapes; the device divides the
-// actual length by it. The CPU handler ignores it.
+// lengths, so the caller picks it from bounds, or asks the library, with the
+// workspace's size (attention_plan.h); the device divides the actual length by
+// it. The CPU handler ignores it.
 // fp32, fp16, bf16; head_dim a multiple of 8 up to 256;
 // num_heads % num_kv_heads == 0; any page_size. CUDA: no more rows (token,
 // head), sequences and KV heads than kAttentionMax... below.
@@ -148,7 +149,12 @@ constexpr int64_t kAttentionMaxRows = INT32_MAX;  // num_tokens * num_heads
 constexpr int64_t kAttentionMaxSeqs = INT32_MAX / 2;
 constexpr int64_t kAttentionMaxKvHeads = 65535;
 
-// The workspace begins with the tile scheduler's counter.
+// More splits than this never pay, and the bound keeps the workspace's size
+// from overflowing.
+constexpr int64_t kAttentionMaxSplits = 1024;
+
+// The workspace begins with the tile scheduler's counter, a 32-bit word in a
+// cache line of its own.
 constexpr int64_t kAttentionSchedulerBytes = 128;
 
 // Then, of every split and each query row and head, an unnormalised fp32

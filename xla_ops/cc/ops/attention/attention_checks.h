@@ -64,10 +64,6 @@
 
 namespace xla_ops {
 
-// More splits than this never pay, and the bound keeps the workspace's size
-// from overflowing.
-inline constexpr int64_t kMaxNumSplits = 1024;
-
 // What an op calls itself and the arguments that the ops name differently.
 struct AttentionNames {
   AttentionOp id;

@@ -1,0 +1,127 @@
+// Tests what the library tells a caller to ask for: the number of splits and
+// the bytes of the workspace.
+
+#include "xla_ops/cc/ops/attention/attention_plan.h"
+
+#include <cstdint>
+#include <string>
+
+#include "xla_ops/cc/core/testing.h"
+#include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention/attention_num_splits.h"
+
+namespace xla_ops {
+namespace {
+
+XlaOpsAttentionRequest Request() {
+  XlaOpsAttentionRequest request = {};
+  request.struct_bytes = sizeof(request);
+  request.num_tokens = 1;
+  request.num_heads = 32;
+  request.num_kv_heads = 8;
+  request.head_dim = 128;
+  request.max_num_seqs = 1;
+  request.max_kv_len = 4096;
+  return request;
+}
+
+struct Answer {
+  std::string error;
+  XlaOpsAttentionPlan plan;
+};
+
+Answer Ask(const XlaOpsAttentionRequest& request, bool can_split = true) {
+  Answer answer = {"", {sizeof(XlaOpsAttentionPlan), -1, -1}};
+  const char* error = MakeAttentionPlan(request, can_split, &answer.plan);
+  if (error != nullptr) answer.error = error;
+  return answer;
+}
+
+XLA_OPS_TEST(SplitsGrowAsTheRootOfTheLength) {
+  EXPECT_EQ(ChooseNumSplits(8, 1024), 16);
+  EXPECT_EQ(ChooseNumSplits(8, 4096), 32);
+  EXPECT_EQ(ChooseNumSplits(8, 1000000), 64);
+  EXPECT_EQ(ChooseNumSplits(1, 1000000), 64);
+  // Pieces have at least 64 tokens.
+  EXPECT_EQ(ChooseNumSplits(8, 127), 1);
+  EXPECT_EQ(ChooseNumSplits(8, 128), 2);
+  // At most 512 blocks.
+  EXPECT_EQ(ChooseNumSplits(64, 4096), 8);
+  EXPECT_EQ(ChooseNumSplits(256, 4096), 2);
+  EXPECT_EQ(ChooseNumSplits(257, 4096), 1);
+  EXPECT_EQ(ChooseNumSplits(512, 4096), 1);
+  EXPECT_EQ(ChooseNumSplits(INT64_MAX, 4096), 1);
+  EXPECT_EQ(ChooseNumSplits(0, 0), 1);
+}
+
+XLA_OPS_TEST(ABoundThatGrowsSeldomChangesThePlan) {
+  int changes = 0;
+  for (int64_t length = 256; length < 16384; ++length) {
+    changes += ChooseNumSplits(2, length) != ChooseNumSplits(2, length + 1);
+  }
+  EXPECT_EQ(changes, 4);
+}
+
+XLA_OPS_TEST(TheLibraryChoosesAndSizesTheWorkspace) {
+  const Answer answer = Ask(Request());
+  EXPECT_EQ(answer.error, "");
+  EXPECT_EQ(answer.plan.num_splits, 32);
+  EXPECT_EQ(answer.plan.workspace_bytes, 128 + 32 * 32 * 130 * 4);
+  EXPECT_EQ(answer.plan.workspace_bytes,
+            AttentionWorkspaceBytes(1, 32, 128, 32));
+}
+
+XLA_OPS_TEST(TheCallerMayChoose) {
+  XlaOpsAttentionRequest request = Request();
+  request.num_splits = 3;
+  for (const bool can_split : {false, true}) {
+    const Answer answer = Ask(request, can_split);
+    EXPECT_EQ(answer.plan.num_splits, 3);
+    EXPECT_EQ(answer.plan.workspace_bytes, 128 + 3 * 32 * 130 * 4);
+  }
+  request.num_splits = 1;
+  EXPECT_EQ(Ask(request).plan.workspace_bytes, 128);
+}
+
+XLA_OPS_TEST(TheCpuLibraryNeverSplits) {
+  const XlaOpsAttentionRequest request = Request();
+  XlaOpsAttentionPlan plan = {sizeof(plan), -1, -1};
+  EXPECT_EQ(xla_ops_attention_plan(&request, &plan), nullptr);
+  EXPECT_EQ(plan.num_splits, 1);
+  EXPECT_EQ(plan.workspace_bytes, 128);
+}
+
+XLA_OPS_TEST(LaterStructsAreLarger) {
+  XlaOpsAttentionRequest request = Request();
+  request.struct_bytes += 8;
+  EXPECT_EQ(Ask(request).error, "");
+}
+
+XLA_OPS_TEST(WrongRequestsAreRefused) {
+  XlaOpsAttentionRequest request = Request();
+  request.struct_bytes -= 8;
+  EXPECT_EQ(Ask(request).error,
+            "request.struct_bytes must be at least "
+            "sizeof(XlaOpsAttentionRequest)");
+  request = Request();
+  request.num_splits = 1025;
+  EXPECT_EQ(Ask(request).error, "num_splits must be from 0 to 1024");
+  request.num_splits = -1;
+  EXPECT_EQ(Ask(request).error, "num_splits must be from 0 to 1024");
+  request = Request();
+  request.max_kv_len = -1;
+  EXPECT_EQ(Ask(request).error, "sizes must be at least 0");
+  request = Request();
+  request.num_tokens = int64_t{1} << 60;
+  EXPECT_EQ(Ask(request).error, "the workspace must have less than 2^63 bytes");
+  request = Request();
+  XlaOpsAttentionPlan plan = {sizeof(plan) - 8, -1, -1};
+  EXPECT_EQ(std::string(MakeAttentionPlan(request, true, &plan)),
+            "plan.struct_bytes must be at least sizeof(XlaOpsAttentionPlan)");
+  EXPECT_EQ(plan.num_splits, -1);
+}
+
+}  // namespace
+}  // namespace xla_ops
+
+XLA_OPS_TEST_MAIN()
