@@ -19,6 +19,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -30,6 +31,19 @@ namespace xla_ops {
 #else
 #define XLA_OPS_HAS_WGMMA 0
 #endif
+
+// What a kernel that is made of wgmma gives to __launch_bounds__. Where its
+// body is compiled empty, for another architecture, it declares that it takes
+// one thread: that is how a launcher knows (HasWgmmaCode), and a launch that
+// did not ask fails.
+constexpr int WgmmaThreads(int threads) {
+  return XLA_OPS_HAS_WGMMA ? threads : 1;
+}
+
+// Whether the loaded code of such a kernel does something.
+inline bool HasWgmmaCode(const cudaFuncAttributes& attributes, int threads) {
+  return attributes.maxThreadsPerBlock >= threads;
+}
 
 constexpr int kPanelRowBytes = 128;
 constexpr int kPanelColumns = 64;

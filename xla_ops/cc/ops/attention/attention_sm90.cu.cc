@@ -37,13 +37,12 @@ cudaError_t WithKernel(PaddedHeadDim, DType dtype, bool all_panels, F&& f) {
   return with(std::false_type{});
 }
 
-// Lets a kernel have its shared memory; `*has_code`: there is code for the
+// Raises a kernel's limit of shared memory; `*has_code`: there is code for the
 // device. A build without 9.0a compiles the kernels for another architecture
-// (ops.bzl), for which they have an empty body, as their static shared memory
-// shows; the device may not even be able to load that, which is no error.
-template <typename Kernel>
-cudaError_t PrepareSm90Kernel(Kernel* kernel, int shared_bytes,
-                              bool* has_code) {
+// (ops.bzl), with an empty body; the device may not even be able to load that,
+// which is no error.
+template <typename Shape, typename Kernel>
+cudaError_t PrepareSm90Kernel(Shape, Kernel* kernel, bool* has_code) {
   *has_code = false;
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
@@ -52,10 +51,11 @@ cudaError_t PrepareSm90Kernel(Kernel* kernel, int shared_bytes,
     cudaGetLastError();  // forgets it
     return cudaSuccess;
   }
-  if (error != cudaSuccess || attributes.sharedSizeBytes == 0) return error;
+  if (error != cudaSuccess) return error;
+  if (!HasWgmmaCode(attributes, Shape::kThreads)) return cudaSuccess;
   *has_code = true;
   return cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -144,11 +144,10 @@ cudaError_t PrepareAttentionSm90(AttentionDevice* device) {
       for (const bool all_panels : {false, true}) {
         if (error != cudaSuccess) return error;
         bool has_code = false;
-        error = WithKernel(
-            head_dim, dtype, all_panels, [&](auto shape, auto* kernel) {
-              return PrepareSm90Kernel(kernel, decltype(shape)::kSharedBytes,
-                                       &has_code);
-            });
+        error = WithKernel(head_dim, dtype, all_panels,
+                           [&](auto shape, auto* kernel) {
+                             return PrepareSm90Kernel(shape, kernel, &has_code);
+                           });
         all_have_code = all_have_code && has_code;
       }
     }
