@@ -90,6 +90,20 @@ __device__ __forceinline__ void FenceRegisters(float (&registers)[kSize]) {
   for (float& value : registers) asm volatile("" : "+f"(value)::"memory");
 }
 
+// The same for the first operand of RS products: what packs it must not sink
+// below WgmmaFence, which PTX leaves undefined.
+template <int kCount>
+__device__ __forceinline__ void FenceRegisters(
+    uint32_t (&registers)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      asm volatile("" : "+r"(registers[i][j])::"memory");
+    }
+  }
+}
+
 // Eight registers of an accumulator, as operands.
 #define XLA_OPS_OUT8(i)                                                       \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \

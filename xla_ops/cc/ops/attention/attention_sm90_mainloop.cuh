@@ -62,11 +62,12 @@ __device__ __forceinline__ void StartScores(
 // Starts out += weights V.
 template <typename T, typename Shape, int kOut>
 __device__ __forceinline__ void StartOutput(
-    const uint32_t (&weights)[Shape::kTokens / 16][4], uint32_t value,
+    uint32_t (&weights)[Shape::kTokens / 16][4], uint32_t value,
     float (&out)[kOut]) {
   const uint64_t layout =
       DescriptorLayout(Shape::kAtomStride, Shape::kPanelStride);
   FenceRegisters(out);
+  FenceRegisters(weights);
   WgmmaFence();
 #pragma unroll
   for (int k = 0; k < Shape::kTokens / 16; ++k) {
