@@ -218,7 +218,8 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
   // This lane's token in a tile, as CopyTokens wants it.
   const int load_row = kLoadTokens * warp;
   const int load_token = load_row + lane % kLoadTokens;
-  const auto find = [&](int index) {
+  // Tiles ahead of the last one are asked for too, and found to be empty.
+  const auto find = [&](uint32_t index) {
     return FindToken(args, tile, table, visible,
                      index * kTileTokens + load_token);
   };
@@ -342,7 +343,10 @@ __global__ void __launch_bounds__(MmaShape<kFp8, kHeadDim, kWarpsM>::kThreads,
       }
     }
     if (active) {
-      const int token = t * kTileTokens + warp_token;
+      // The last tile of the longest sequence may begin or end past 2^31 for
+      // this warp; then it has no token, and what follows masks them all.
+      const int token =
+          static_cast<int>(static_cast<uint32_t>(t) * kTileTokens + warp_token);
       FinishScores(args, scale, lane_rows, token, Flat(scores));
       constexpr uint64_t kAllValid = ~uint64_t{0} >> (64 - kWarpTokens);
       const uint64_t valid =

@@ -365,6 +365,11 @@ __device__ __forceinline__ void MultiplyValuesFp8(
   }
 }
 
+// a - b, of tokens that may lie past 2^31 and have become negative.
+__device__ __forceinline__ int Distance(int a, int b) {
+  return static_cast<int>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
+}
+
 // Turns scores into base-2 logits; column c of the fragment is token
 // `token` + c, rows[8 * i] is that of row g + 8 i.
 template <int kSize>
@@ -376,8 +381,8 @@ __device__ __forceinline__ void FinishScores(const AttentionArgs& args,
   if (args.alibi_slopes == nullptr) return;
   const int first = token + threadIdx.x % 4 * 2;
   AddAlibi({rows[0].alibi_slope, rows[8].alibi_slope},
-           {static_cast<float>(rows[0].position - first),
-            static_cast<float>(rows[8].position - first)},
+           {static_cast<float>(Distance(rows[0].position, first)),
+            static_cast<float>(Distance(rows[8].position, first))},
            scores);
 }
 
@@ -391,8 +396,10 @@ __device__ __forceinline__ void MaskTokens(const TileRow* rows, int token,
   const int first = token + column;
   valid >>= column;
   MaskScores(
-      {rows[0].visible.begin - first, rows[8].visible.begin - first},
-      {rows[0].visible.end - first, rows[8].visible.end - first},
+      {Distance(rows[0].visible.begin, first),
+       Distance(rows[8].visible.begin, first)},
+      {Distance(rows[0].visible.end, first),
+       Distance(rows[8].visible.end, first)},
       [&](int c) { return (valid >> c & 1) != 0; }, scores);
 }
 

@@ -111,13 +111,15 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
 
   float max = -CUDART_INF_F;
   float sum = 0.0f;
-  // All lanes make the same number of turns, since they shuffle.
-  const int turns = (split.end - split.begin + kTokens - 1) / kTokens;
-  for (int turn = 0; turn < turns; ++turn) {
-    const int index = split.begin + turn * kTokens + subwarp;
-    const int token = visible.begin + index;
+  // All lanes make the same number of turns, since they shuffle. Unsigned, for
+  // a range may end at 2^31 - 1, and the last turn runs past it.
+  const uint32_t split_end = split.end;
+  const uint32_t turns = (split_end - split.begin + kTokens - 1) / kTokens;
+  for (uint32_t turn = 0; turn < turns; ++turn) {
+    const uint32_t index = split.begin + turn * kTokens + subwarp;
+    const uint32_t token = visible.begin + index;
     int64_t offset = -1;
-    if (index < split.end) {
+    if (index < split_end) {
       offset = TokenOffset(args, FindToken(args, tile, table, visible, token),
                            kv_head);
     }
@@ -140,7 +142,8 @@ __global__ void __launch_bounds__(SimtShape::kThreads, 2)
     score = WarpSum(score, kLanes) * scale;
     if (args.soft_cap != 0.0f) score = SoftCap(score, args.soft_cap);
     if (args.alibi_slopes != nullptr) {
-      score -= slope * fabsf(static_cast<float>(position - token));
+      const int distance = static_cast<int>(position - token);
+      score -= slope * fabsf(static_cast<float>(distance));
     }
     if (offset < 0) score = -CUDART_INF_F;
 

@@ -321,22 +321,23 @@ struct TokenPlace {
 };
 
 // The token range guards the table: `range` lies within max_kv_len, so that
-// the page exists. Compared unsigned, for `token` may have run past 2^31 at
-// the end of the longest sequence.
+// the page exists. `token` is unsigned, for it may run past 2^31 at the end of
+// the longest sequence.
 __device__ __forceinline__ TokenPlace FindToken(const AttentionArgs& args,
                                                 const QueryTile& tile,
                                                 const int32_t* table,
                                                 const TokenRange& range,
-                                                int token) {
+                                                uint32_t token) {
   TokenPlace place = {-1, 0};
-  if (token >= range.begin &&
-      static_cast<uint32_t>(token) < static_cast<uint32_t>(range.end)) {
+  if (token >= static_cast<uint32_t>(range.begin) &&
+      token < static_cast<uint32_t>(range.end)) {
+    const int in_range = static_cast<int>(token);
     if (args.paged) {
-      const int page = args.page_size.Divide(token);
-      place.offset = token - page * args.page_size.value();
+      const int page = args.page_size.Divide(in_range);
+      place.offset = in_range - page * args.page_size.value();
       place.block = table[page];
     } else {
-      place.offset = tile.kv_start + token;
+      place.offset = tile.kv_start + in_range;
       place.block = 0;
     }
   }
