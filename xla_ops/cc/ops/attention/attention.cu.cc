@@ -156,6 +156,8 @@ struct Launcher {
   // Loads the kernel on the current device, and adds to `device` what it can
   // do there.
   cudaError_t (*prepare)(AttentionDevice* device);
+  // cudaErrorNotSupported: the driver would not, and nothing was queued, so
+  // that the next kernel may be asked.
   cudaError_t (*launch)(cudaStream_t stream, const AttentionParams& params,
                         const AttentionArgs& args,
                         const AttentionDevice& device);
@@ -258,10 +260,14 @@ cudaError_t LaunchAttention(cudaStream_t stream,
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
-  const AttentionKernel kernel = ChooseAttentionKernel(params, device);
-  if (params.debug) TellKernel(kernel, params);
-  error =
-      kLaunchers[static_cast<int>(kernel)].launch(stream, params, args, device);
+  error = cudaErrorNotSupported;
+  for (AttentionKernel kernel = ChooseAttentionKernel(params, device);
+       error == cudaErrorNotSupported && kernel != AttentionKernel::kNone;
+       kernel = NextAttentionKernel(kernel, params, device)) {
+    error = kLaunchers[static_cast<int>(kernel)].launch(stream, params, args,
+                                                        device);
+    if (params.debug && error == cudaSuccess) TellKernel(kernel, params);
+  }
   if (error != cudaSuccess || args.num_splits == 1) return error;
   return LaunchCombine(stream, args, device.can_overlap);
 }

@@ -60,19 +60,21 @@ cudaError_t PrepareSm90Kernel(Shape, Kernel* kernel, bool* has_code) {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function; libcuda is not linked.
+// The driver's function, null where it has none; libcuda is not linked.
 cudaError_t GetEncodeTiled(EncodeTiled* encode) {
   static PerDevice<EncodeTiled> found;
   return found.Get(
       [](EncodeTiled* result) {
+        *result = nullptr;
         void* function = nullptr;
         cudaDriverEntryPointQueryResult status;
         const cudaError_t error = cudaGetDriverEntryPointByVersion(
             "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
             &status);
         if (error != cudaSuccess) return error;
-        if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-        *result = reinterpret_cast<EncodeTiled>(function);
+        if (status == cudaDriverEntryPointSuccess) {
+          *result = reinterpret_cast<EncodeTiled>(function);
+        }
         return cudaSuccess;
       },
       encode);
@@ -91,9 +93,10 @@ uint64_t StepBytes(int64_t size, int64_t stride) {
 //   otherwise   [block, 1, head, token, head_dim], a box a panel
 cudaError_t MakeMap(const AttentionParams& params, const Sm90Maps& maps,
                     bool all_panels, const void* cache, CUtensorMap* map) {
-  EncodeTiled encode;
+  EncodeTiled encode = nullptr;
   const cudaError_t error = GetEncodeTiled(&encode);
   if (error != cudaSuccess) return error;
+  if (encode == nullptr) return cudaErrorNotSupported;
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const int64_t panels = params.head_dim / kPanelColumns;
   cuuint64_t sizes[5] = {size(params.head_dim), size(params.page_size),
@@ -122,7 +125,7 @@ cudaError_t MakeMap(const AttentionParams& params, const Sm90Maps& maps,
       5, const_cast<void*>(cache), sizes, steps, box, ones,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorNotSupported;
 }
 
 // Whether boxes of pages may hold all panels.

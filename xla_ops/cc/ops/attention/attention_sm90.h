@@ -19,7 +19,9 @@ cudaError_t PrepareAttentionSm90(AttentionDevice* device);
 
 // Queues the kernel behind a memset of its counter in the workspace, which
 // LaunchAttention has checked. `args` are those of `params`, a call that
-// ChooseAttentionKernel gives to this kernel.
+// ChooseAttentionKernel gives to this kernel. Where the driver cannot describe
+// its keys and values to the copy engine, this is cudaErrorNotSupported, and
+// nothing is queued.
 cudaError_t LaunchAttentionSm90(cudaStream_t stream,
                                 const AttentionParams& params,
                                 const AttentionArgs& args,
