@@ -1,6 +1,7 @@
 // Attention on Hopper's warpgroup products and bulk copies, for prefill in
-// fp16 and bf16. The pipeline is FlashAttention-3's (Shah et al., 2024,
-// https://arxiv.org/abs/2407.08608).
+// fp16 and bf16. The roles and the pipeline are FlashAttention-3's (Shah et
+// al., 2024, https://arxiv.org/abs/2407.08608), but for one overlap: see
+// attention_sm90_mainloop.cuh.
 //
 // A persistent block takes work items one by one from a counter in the
 // workspace: a tile of kRows packed query rows (the query heads of one KV head

@@ -1,6 +1,13 @@
 // The consumers of the Hopper attention kernel (attention_sm90.cuh): the main
 // loop over an item's KV tiles.
 //
+// Q K^T of a tile and P V of the one before are started together, as in
+// FlashAttention-3, which has softmax run while P V does. Not here: ptxas 13.0
+// moves the softmax behind the wait for P V. What overlaps is one consumer's
+// softmax with another's products (kPingPong). A branch that is never taken
+// keeps softmax in its place; every head_dim was 6 to 10% slower so, on an H200
+// (docs/adr/0008-attention.md).
+//
 // Accumulators are as in xla_ops/cc/device/wgmma.cuh: a thread has two rows of
 // a warp's sixteen, which it shares with the other three lanes of its quad.
 
