@@ -1,0 +1,99 @@
+"""The attention kernels' hot loops on compute capability 9.0: size and spills.
+
+A compiler's choice that costs speed shows in no result. The bounds are what the pinned
+compiler makes of the source; after a change of either, measure, then record what
+`sass.py` prints.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+
+import pytest
+
+import sass
+
+TOOLS = pathlib.Path(os.environ["XLA_OPS_TEST_CUOBJDUMP"]).parent
+# Found and not imported, which would take seconds.
+PACKAGE = importlib.util.find_spec("xla_ops").submodule_search_locations[0]
+LIBRARY = pathlib.Path(PACKAGE) / "lib" / "libxla_ops_attention_cuda.so"
+
+# sm90: head_dim, whether a box holds all panels. mma: decode, query's type or fp8 keys,
+# head_dim.
+SM90 = re.compile(r"AttentionSm90KernelI(?:13__nv_bfloat16|6__half)Li(\d+)ELb([01])E")
+DECODE = re.compile(
+    r"AttentionMmaKernelI(13__nv_bfloat16|6__half)Lb([01])ELi(\d+)ELi1E"
+)
+
+# The hot loop: instructions, products, loads and stores of spilled registers, and how
+# many of those stand among the products. At head_dim 64 most of them are in the code of
+# soft caps, which other calls jump over.
+BOUNDS = {
+    ("sm90", 64, "panel"): (1420, 12, 42, 1),
+    ("sm90", 128, "panel"): (1462, 16, 0, 0),
+    ("sm90", 128, "all panels"): (1456, 16, 0, 0),
+    ("sm90", 256, "panel"): (1249, 21, 0, 0),
+    ("sm90", 256, "all panels"): (1249, 21, 0, 0),
+    ("decode", 64, "16 bits"): (924, 32, 0, 0),
+    ("decode", 128, "16 bits"): (875, 32, 0, 0),
+    ("decode", 256, "16 bits"): (1214, 64, 0, 0),
+    ("decode", 64, "8 bits"): (1033, 64, 0, 0),
+    ("decode", 128, "8 bits"): (1549, 128, 0, 0),
+    ("decode", 256, "8 bits"): (2573, 256, 0, 0),
+}
+# Of all threads, or for decode of the four blocks that a multiprocessor should hold
+# (two at head_dim 256).
+REGISTERS = {
+    ("sm90", 64): 128,
+    ("sm90", 128): 168,
+    ("sm90", 256): 168,
+    ("decode", 64): 128,
+    ("decode", 128): 128,
+    ("decode", 256): 255,
+}
+
+
+def key_of(name):
+    """Returns a kernel's key in BOUNDS, None for other kernels."""
+    if found := SM90.search(name):
+        return "sm90", int(found[1]), "all panels" if found[2] == "1" else "panel"
+    if found := DECODE.search(name):
+        return "decode", int(found[3]), "8 bits" if found[2] == "1" else "16 bits"
+    return None
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The kernels of each key, of both types of query where there are two."""
+    by_key = {}
+    for name, kernel in sass.read_library(LIBRARY, "sm_90a", TOOLS).items():
+        by_key.setdefault(key_of(name), []).append(kernel)
+    return by_key
+
+
+@pytest.mark.parametrize("key", BOUNDS, ids=lambda key: "-".join(map(str, key)))
+def test_hot_loop(kernels, key):
+    size, products, spills, among_products = BOUNDS[key]
+    assert len(kernels[key]) == (1 if key[2] == "8 bits" else 2)
+    for kernel in kernels[key]:
+        loop = kernel.hot_loop()
+        assert loop.products == products
+        assert len(loop) <= size
+        assert loop.spills <= spills
+        assert loop.spills_among_products <= among_products
+
+
+def test_every_kernel_has_bounds(kernels):
+    assert set(kernels) - {None} == set(BOUNDS)
+
+
+def test_registers():
+    used = sass.read_resources(LIBRARY, "sm_90a", TOOLS)
+    seen = set()
+    for name, resources in used.items():
+        key = key_of(name)
+        if key is not None:
+            seen.add(key)
+            assert resources["registers"] <= REGISTERS[key[:2]], name
+    assert seen == set(BOUNDS)
