@@ -107,6 +107,24 @@ def test_missing_file_raises_os_error_naming_it():
         _runtime.load_library("/no/such/file.so")
 
 
+def test_plan_passes_structs_that_begin_with_their_size(fake_ops):
+    fields = _runtime.plan(str(fake_ops), "xla_ops_fake_plan", [5, 2**40], 3)
+    assert fields == [8 * 3, 8 * 4, 5 + 2**40]
+
+
+def test_refused_plan_raises_with_the_librarys_text(fake_ops):
+    text = "xla_ops_fake_plan: the first field must be at least 0"
+    with pytest.raises(ValueError, match=text):
+        _runtime.plan(str(fake_ops), "xla_ops_fake_plan", [-1], 3)
+
+
+def test_plan_without_a_function_or_a_library_raises(fake_ops):
+    with pytest.raises(OSError, match="does not export xla_ops_no_plan"):
+        _runtime.plan(str(fake_ops), "xla_ops_no_plan", [], 0)
+    with pytest.raises(OSError, match="/no/such/file.so: cannot open"):
+        _runtime.plan("/no/such/file.so", "xla_ops_fake_plan", [], 0)
+
+
 def test_target_in_two_libraries_raises_naming_both(fake_ops, tmp_path):
     twin = fakes.copy(fake_ops, tmp_path / "twin.so")
     with pytest.raises(OSError, match=r"fake.shapes for Host is in .*fake_ops") as info:

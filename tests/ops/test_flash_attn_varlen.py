@@ -26,6 +26,21 @@ FP8 = {
 }
 
 
+@pytest.fixture
+def lowered(monkeypatch):
+    """Collects the calls that the op is lowered to during a test."""
+    calls = []
+    lower = attention._lower
+
+    def record(*args):
+        calls.append(lower(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(attention, "_lower", record)
+    OPS["flash_attn_varlen"]._plans.clear()  # what was lowered before
+    return calls
+
+
 def attend(query, keys, values, query_lens, dtype, options):
     """The op by a loop over sequences, in `dtype` throughout.
 
@@ -343,10 +358,11 @@ def check_everything(path, batch):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @one_of_each
-def test_long_keys_are_split(path, page, dtype):
+def test_long_keys_are_split(path, page, dtype, lowered):
     batch = make([1, 2], [1500, 700], 4, 2, 64, dtype, page=page)
-    assert attention.num_splits(3 * 2, batch.arguments["max_seqlen_k"]) == 16
     batch.check(path, is_causal=True, sinks=torch.randn(4))
+    splits = 16 if handlers.platform_of(path.device) == handlers.CUDA else 1
+    assert {call.attributes["num_splits"] for call in lowered} == {splits}
     batch.check(path, window_left=300, window_right=0)
 
 
@@ -579,26 +595,49 @@ def test_bounds_seldom_make_new_programs():
         given |= {"max_seqlen_q": 1 + n, "max_seqlen_k": 1991 + n}
         xla_ops.flash_attn_varlen(**given)[0].cpu()
     assert programs() == before
-    bounds = [2 ** (i / 8) for i in range(64, 112)]  # 256 to 16384
-    assert len({attention.num_splits(2, int(bound)) for bound in bounds}) == 4
 
 
-@pytest.mark.parametrize(
-    "rows, longest, splits",
-    [
-        (8, 1024, 16),
-        (8, 4096, 32),
-        (8, 10**6, 64),
-        (1, 10**6, 64),
-        (8, 127, 1),
-        (8, 128, 2),
-        (64, 4096, 8),
-        (64 * 8, 4096, 1),
-        (0, 0, 1),
-    ],
-)
-def test_num_splits(rows, longest, splits):
-    assert attention.num_splits(rows, longest) == splits
+def test_symbolic_sizes_are_guarded_by_octaves():
+    """torch.compile makes sizes symbolic once they change; a plan must not fix them."""
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(xla_ops.flash_attn_varlen, backend=counter, dynamic=True)
+    for tokens, longest in [(5, 1100), (6, 1101), (7, 1900), (8, 2047)]:
+        q = torch.randn(tokens, 4, 16)
+        k = torch.randn(2100, 2, 16)
+        starts, kv_starts = int32(0, tokens), int32(0, longest)
+        given = (q, k, k, starts, kv_starts, tokens, longest)
+        out, _ = step(*given, is_causal=True)
+        expected, _ = xla_ops.flash_attn_varlen(*given, is_causal=True)
+        assert torch.equal(out, expected)
+    assert counter.frame_count == 1
+
+
+def test_library_is_asked_for_splits_and_workspace(monkeypatch, lowered):
+    asked = []
+
+    def plan(platform, op, request, num_results):
+        asked.append((platform, op, request, num_results))
+        return 7, 4321
+
+    monkeypatch.setattr(handlers, "plan", plan)
+    monkeypatch.setattr(handlers, "loaded", lambda platform, target: False)
+    batch = contiguous([2, 1], [1500, 600], 4, 2, 16, torch.float32)
+    xla_ops.flash_attn_varlen(**batch.arguments)
+    (call,) = lowered
+    assert call.attributes["num_splits"] == 7
+    assert [spec.shape for spec in call.scratch] == [(4321,)]
+    # Tokens, heads, KV heads, head_dim, sequences; the bound in octaves; splits.
+    sizes = 3, 4, 2, 16, 2
+    choose = ("Host", "attention", (*sizes, 1024, 0), 2)
+    assert asked == [choose, ("Host", "attention", (*sizes, 0, 7), 2)]
+
+
+def test_without_a_library_nothing_is_cut(monkeypatch, lowered):
+    monkeypatch.setattr(handlers, "plan", lambda *args: None)
+    monkeypatch.setattr(handlers, "loaded", lambda platform, target: False)
+    batch = contiguous([2, 1], [1500, 600], 4, 2, 16, torch.float32)
+    xla_ops.flash_attn_varlen(**batch.arguments)
+    assert [call.attributes["num_splits"] for call in lowered] == [1]
 
 
 def test_absent_operands_are_no_parameters():

@@ -11,6 +11,8 @@ import functools
 import threading
 import warnings
 
+import torch
+
 from .. import _runtime
 from .paths import LIB, bridge_path
 
@@ -51,6 +53,44 @@ def xla_platform() -> str:
 
     kind = xr.device_type()
     return {"CPU": HOST, "GPU": CUDA, "CUDA": CUDA}.get(kind, kind or "unknown")
+
+
+def platform_of(device: torch.device) -> str:
+    """Returns the platform whose handlers run on a device's tensors, fake ones too."""
+    if device.type == "xla":
+        return xla_platform()
+    return {"cpu": HOST, "cuda": CUDA}.get(device.type, device.type)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    platform: str, op: str, request: tuple[int, ...], num_results: int
+) -> tuple[int, ...] | None:
+    """Asks an op's library what a call needs of its caller.
+
+    No device need be there: a library answers from numbers.
+
+    Args:
+        platform: "Host", "CUDA" or another one, which has no libraries.
+        op: the library exports `xla_ops_<op>_plan`.
+        request: the fields of its request, the size left out.
+        num_results: how many fields of its plan are wanted.
+
+    Returns:
+        Those fields; None where there is no library to load, so that the reference
+        will run.
+
+    Raises:
+        ValueError: the library refuses the request.
+    """
+    if platform not in _SUFFIX:
+        return None
+    path = LIB / f"libxla_ops_{op}_{_SUFFIX[platform]}.so"
+    try:
+        fields = _runtime.plan(str(path), f"xla_ops_{op}_plan", request, num_results)
+    except OSError:  # the call will say what is wrong with it
+        return None
+    return tuple(fields)
 
 
 @functools.cache

@@ -11,15 +11,13 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 
-from ..core import debug, paged_cache
+from ..core import debug, handlers, paged_cache
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
 from ..core.op import Op
 from ..core.paged_cache import PagedCache
-
-_SCHEDULER_BYTES = 128  # kAttentionSchedulerBytes of attention.h
 
 
 class Names(NamedTuple):
@@ -172,37 +170,67 @@ def arguments(
         window_right=window[1],
         soft_cap=float(soft_cap),
         kv_cache_dtype=features.kv_cache_dtype,
-        num_splits=num_splits(query.shape[0] * cache.num_kv_heads, longest),
+        num_splits=_plan(query, cache.num_kv_heads, batch, longest).num_splits,
         geometry=cache.geometry,
         debug=debug.enabled(),
     )
 
 
-def num_splits(rows: int, longest: int) -> int:
-    """Chooses into how many pieces each sequence's KV tokens are cut.
+class Plan(NamedTuple):
+    """What the library asks for, as in xla_ops/cc/ops/attention/attention_plan.h."""
 
-    The lengths are on the device, so only bounds are known here: enough pieces that a
-    batch of few tokens still occupies a large GPU (at most 512 thread blocks), and none
-    at all for a prefill, whose rows fill it. A piece's time falls with the number of
-    pieces and the time to combine them rises with it, so the best number grows as the
-    root of the length: on an H100 16 for 1024 tokens, 32 for 4096, 64 for 32768.
+    num_splits: int
+    workspace_bytes: int
 
-    A power of two, so that a bound which grows token by token seldom makes a new
-    program.
+
+# The reference cuts nothing, and works in memory of its own.
+_NO_LIBRARY = Plan(1, 0)
+
+
+def _plan(
+    query: torch.Tensor,
+    num_kv_heads: int,
+    batch: Batch,
+    longest: int,
+    num_splits: int = 0,
+) -> Plan:
+    """Asks the library that will run the call.
 
     Args:
-        rows: query tokens times KV heads.
         longest: how many KV tokens a sequence has at most.
+        num_splits: 0 where the library is to choose.
     """
-    splits = 1
-    # Of at least 64 tokens each, the kernels' tile.
-    while (
-        splits < 64
-        and 2 * splits * rows <= 512
-        and max(128 * splits, 16 * splits**2) <= longest
-    ):
-        splits *= 2
-    return splits
+    num_tokens, num_heads, head_dim = query.shape
+    max_num_seqs = batch.cu_seqlens_q.numel() - 1
+    request = (
+        *(_size(n) for n in (num_tokens, num_heads, num_kv_heads, head_dim)),
+        max(_size(max_num_seqs), 0),
+        _octave(longest),
+        int(num_splits),
+    )
+    platform = handlers.platform_of(query.device)
+    fields = handlers.plan(platform, "attention", request, len(Plan._fields))
+    return _NO_LIBRARY if fields is None else Plan(*fields)
+
+
+def _size(n) -> int:
+    """Returns a size of a plan's request; a symbolic one is rounded up.
+
+    Its value would tie the graph being traced to it; comparisons tie it to an octave.
+    """
+    return n if isinstance(n, int) else 2 * _octave(n - 1) if n > 1 else int(n)
+
+
+def _octave(n) -> int:
+    """Returns the largest power of two up to n.
+
+    A bound that grows token by token so changes a plan, and with it the program, once
+    an octave or less often.
+    """
+    power = 1
+    while 2 * power <= n:
+        power *= 2
+    return power if n >= 1 else 0
 
 
 def _as_float32(check: Checker, argument: str, t: torch.Tensor | None):
@@ -255,9 +283,8 @@ def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
     check.require(
         1 <= a.num_splits <= 1024, "num_splits", "be from 1 to 1024", a.num_splits
     )
-    # Of each split, for each row and head: an accumulator, its maximum and its sum.
-    partials = a.num_splits * num_tokens * num_heads * (head_dim + 2) * 4
-    scratch = _SCHEDULER_BYTES + (partials if a.num_splits > 1 else 0)
+    # How long sequences are does not matter to the workspace's size.
+    plan = _plan(a.query, num_kv_heads, a.batch, 0, a.num_splits)
     return CustomCall(
         f"xla_ops.{names.op}",
         (
@@ -280,7 +307,7 @@ def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
             "debug": a.debug,
         },
         nothing_to_do=a.query.numel() == 0,
-        scratch=(Spec((scratch,), torch.uint8),),
+        scratch=(Spec((plan.workspace_bytes,), torch.uint8),),
     )
 
 
