@@ -21,13 +21,15 @@ Decision and measurements: docs/adr/0007-in-place.md.
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental import proxy_tensor
 
 from . import ownership
-from .op import Op
+from .op import NAMESPACE, OPS, Op
 from .tracing import node_of
 
 
@@ -81,6 +83,9 @@ def update(op: Op, buffer: torch.Tensor, *args) -> None:
         op: a functional op whose first argument is aliased to its one result.
         buffer: a whole buffer, from `locate`.
     """
+    if _compiler_is_inductor() and isinstance(buffer, FunctionalTensor):
+        op.twin(buffer, *args)
+        return
     given = donor(buffer)
     if buffer.device.type == "xla":
         if given is not None:
@@ -95,10 +100,47 @@ def donor(t: torch.Tensor) -> torch.Tensor | None:
     """Returns `t` if it is, unwritten so far, an input of the graph being traced.
 
     Only then does the program overwrite the caller's buffer: a clone made inside the
-    graph must not donate what it was cloned from.
+    graph must not donate what it was cloned from. On the CPU and CUDA, where a graph's
+    nodes run one after the other, also if all that wrote it were updates in place.
     """
     node = node_of(t)
+    if t.device.type != "xla":
+        if not _runs_as_traced():
+            return None
+        while node is not None and _is_update(node):
+            node = node.args[0]
     return t if node is not None and node.op == "placeholder" else None
+
+
+def _runs_as_traced() -> bool:
+    """Whether the nodes of the graph being traced will run one after the other.
+
+    A compiler that has ops decomposed takes graphs apart, and may move a read of an old
+    value behind its update.
+    """
+    table = proxy_tensor.CURRENT_DECOMPOSITION_TABLE
+    return table.keys() <= {torch.ops.aten.sym_numel.default}  # make_fx's own
+
+
+def _is_update(node: torch.fx.Node) -> bool:
+    """Whether a node is a call that wrote its first operand."""
+    name = getattr(node.target, "_opname", None)
+    op = OPS.get(name) if getattr(node.target, "namespace", "") == NAMESPACE else None
+    return op is not None and op.has_donor and node.args[-1] is not None
+
+
+def _compiler_is_inductor() -> bool:
+    """Whether the graph being traced is for Inductor.
+
+    It keeps an op in place whose schema says what it writes, and would copy the result
+    of one that computes a new value.
+    """
+    table = proxy_tensor.CURRENT_DECOMPOSITION_TABLE
+    inductor = sys.modules.get("torch._inductor.decomposition")
+    if not table or inductor is None:
+        return False
+    own = inductor.select_decomp_table()
+    return all(table.get(op) is function for op, function in own.items())
 
 
 def assign(t: torch.Tensor, value: torch.Tensor) -> None:

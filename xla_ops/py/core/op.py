@@ -50,8 +50,10 @@ class Op:
 
     Attributes:
         name: the op is `torch.ops.xla_ops.<name>`.
-        schema: arguments and results in torch's schema language. An op that updates
-            an argument's value takes a last argument `Tensor? donor`, see `in_place`.
+        schema: arguments and results in torch's schema language. An op that gives its
+            first argument a new value takes a last one, `Tensor? donor`: that argument
+            again where its memory may become the result's, see `in_place`. It has a
+            twin that writes the argument, `torch.ops.xla_ops.<name>_`.
         lower: (*args) -> CustomCall. Checks its arguments first, so it is the one
             place that knows what is legal. Sees tensors of any device, fake ones too,
             and may use of a tensor its shape, dtype and device only: on XLA it runs
@@ -80,6 +82,32 @@ class Op:
         torch.library.register_fake(
             f"{NAMESPACE}::{self.name}", self._fake, lib=_library
         )
+        if self.has_donor:
+            self._define_twin()
+
+    def _define_twin(self) -> None:
+        """Defines the op that writes its first argument, for CPU and CUDA tensors.
+
+        Compilers that know what an op writes, as Inductor does, keep it in place.
+        """
+        arguments = self.schema[1 : self.schema.index(", Tensor? donor")]
+        written = arguments.replace("Tensor ", "Tensor(a!) ", 1)
+        _library.define(f"{self.name}_({written}) -> ()")
+        for key in ("CPU", "CUDA"):
+            _library.impl(f"{self.name}_", self._write, key)
+        torch.library.register_fake(
+            f"{NAMESPACE}::{self.name}_", self._check, lib=_library
+        )
+
+    @property
+    def twin(self):
+        return getattr(torch.ops.xla_ops, f"{self.name}_").default
+
+    def _write(self, *args) -> None:
+        self.update_at_once(*args, None)
+
+    def _check(self, *args) -> None:
+        self.lowered((*args, None))
 
     def __call__(self, *args):
         return getattr(torch.ops.xla_ops, self.name).default(*args)
@@ -97,9 +125,18 @@ class Op:
     def update_at_once(self, *args) -> list[torch.Tensor]:
         """Runs the handler on CPU or CUDA tensors, updating aliased operands."""
         bound = self.lowered(args)
-        if bound.call.is_empty:
-            return [bound.new(spec) for spec in bound.call.results]
-        return call_directly(bound)
+        call = bound.call
+        updated = [bound.operand(name) for name in call.aliases.values()]
+        if call.is_empty:
+            return updated
+        platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
+        if handlers.loaded(platform, call.target):
+            return call_directly(bound)
+        results = self._reference(args)
+        results = results if isinstance(results, tuple) else (results,)
+        for tensor, result in zip(updated, results, strict=True):
+            tensor.copy_(result)
+        return updated
 
     def compute(
         self, args: Sequence, into: Mapping[int, torch.Tensor] | None = None
@@ -170,6 +207,8 @@ class Op:
         return plan
 
     def _at_once(self, *args):
+        if self.has_donor and args[-1] is not None:
+            return _unpack(self.update_at_once(*args))
         return _unpack(self.compute(args))
 
 
