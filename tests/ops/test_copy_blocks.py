@@ -250,7 +250,7 @@ def test_too_many_gaps():
     cache = make((7, 4, 4, 4, 4))[:, ::2, ::2, ::2, ::2]
     message = "key_caches.0. must be free of overlaps and, in a block, of more than two"
     with pytest.raises(ValueError, match=message):
-        xla_ops.copy_blocks([cache], [cache], PAIRS)
+        xla_ops.copy_blocks([cache], [cache.clone()], PAIRS)
     with pytest.raises(ValueError, match="key_caches.0. must be free of overlaps"):
         xla_ops.copy_blocks([make((1, 4)).expand(7, 4)], [make((7, 4))], PAIRS)
 

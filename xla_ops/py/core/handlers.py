@@ -47,6 +47,13 @@ def load(platform: str) -> frozenset[str]:
         )
 
 
+def is_spmd() -> bool:
+    """Returns whether torch_xla shards tensors over the devices of this process."""
+    import torch_xla.runtime as xr
+
+    return xr.is_spmd()
+
+
 def xla_platform() -> str:
     """Returns the platform of torch_xla's client: "Host", "CUDA" or its own name."""
     import torch_xla.runtime as xr

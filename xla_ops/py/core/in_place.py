@@ -21,10 +21,14 @@ Decision and measurements: docs/adr/0007-in-place.md.
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
@@ -73,7 +77,30 @@ def locate(t: torch.Tensor) -> Located:
         view = _geometry(t, base)
         if view is not None:
             return Located(base, view.storage_offset(), view.stride())
+    if _is_untracked_view(t):
+        _tell_of_untracked_views()
     return Located(t, 0, dense_strides(t.shape))
+
+
+def _is_untracked_view(t: torch.Tensor) -> bool:
+    """Whether `t` is a view of an XLA tensor that torch does not name."""
+    return (
+        type(t) is torch.Tensor
+        and t.device.type == "xla"
+        and torch._is_functional_tensor(t)
+        and bool(torch._C._functionalization.get_view_meta_sequence(t))
+    )
+
+
+@functools.cache
+def _tell_of_untracked_views() -> None:
+    warnings.warn(
+        "xla_ops: a view made under torch.inference_mode() of an XLA tensor is read and"
+        " written by way of copies of the whole tensor, since torch does not track what"
+        " it is a view of: use torch.no_grad(), torch.compile, or separate K and V"
+        " caches",
+        stacklevel=3,
+    )
 
 
 def update(op: Op, buffer: torch.Tensor, *args) -> None:
@@ -204,6 +231,8 @@ def check_no_alias(op: str, **tensors: torch.Tensor) -> None:
         if (
             node is not None
             and node.target == torch.ops.aten.as_strided.default
+            # What AOTAutograd adds comes from no op of the user's.
+            and "original_aten" not in node.meta
             and t.device.type == "xla"
         ):
             raise ValueError(
@@ -211,6 +240,82 @@ def check_no_alias(op: str, **tensors: torch.Tensor) -> None:
                 "of an input that it updates, got both as graph inputs; take the view "
                 "inside"
             )
+
+
+def check_writable(op: str, places: Mapping[str, tuple[torch.Tensor, Located]]) -> None:
+    """Raises ValueError where an update would write one element twice.
+
+    In an expanded tensor, or in two that share memory, the last writer would win, and
+    which that is nobody says.
+
+    Args:
+        places: the tensors that are to be written, by name, and where they lie.
+    """
+    seen: list[tuple[str, torch.Tensor, Located]] = []
+    for name, (t, place) in places.items():
+        if got := _repeats(t, place):
+            raise ValueError(
+                f"{op}: {name} must be dense in its last dimension and free of"
+                f" overlaps, got {got}"
+            )
+        for other_name, other, other_place in seen:
+            if t.numel() and other.numel() and _meet(t, place, other, other_place):
+                raise ValueError(
+                    f"{op}: {name} must not share memory with {other_name},"
+                    f" got shapes {list(t.shape)} and {list(other.shape)} of one tensor"
+                )
+        seen.append((name, t, place))
+
+
+def _repeats(t: torch.Tensor, place: Located) -> str:
+    """How `t` holds an element twice, as far as that can be told, or ""."""
+    # Dynamo's fake tensors have the strides that XLA tensors lack.
+    strides = t.stride() if isinstance(t, FakeTensor) else place.strides
+    if any(n > 1 and s == 0 for n, s in zip(t.shape, strides, strict=True)):
+        return f"strides {list(strides)}"
+    if isinstance(t, FunctionalTensor):
+        # An input of the graph: XLA tensors report dense strides.
+        inner = torch._from_functional_tensor(t.elem)
+        if inner._is_view() and inner.numel() > inner._base.numel():
+            return f"{inner.numel()} elements of {inner._base.numel()}"
+    return ""
+
+
+def _meet(
+    t: torch.Tensor, place: Located, other: torch.Tensor, other_place: Located
+) -> bool:
+    """Whether two tensors that are not empty have an element in common."""
+    if is_value(t):
+        if place.buffer is not other_place.buffer:
+            return False
+        distance = place.offset - other_place.offset
+    else:
+        if t.device != other.device:
+            return False
+        distance = (t.data_ptr() - other.data_ptr()) // t.element_size()
+    if distance == 0:
+        return True
+    if place.strides != other_place.strides or t.shape != other.shape:
+        return False  # known to differ only where they are alike
+    dims = sorted(zip(place.strides, t.shape, strict=True), reverse=True)
+    return _reaches(abs(distance), dims)
+
+
+def _reaches(distance: int, dims: list[tuple[int, int]]) -> bool:
+    """Whether two indices of a strided tensor are `distance` elements apart.
+
+    Args:
+        dims: stride and size of each dimension, the largest stride first.
+    """
+    if not dims:
+        return distance == 0
+    (stride, size), *inner = dims
+    if stride == 0:
+        return _reaches(distance, inner)
+    rest = sum(stride * (size - 1) for stride, size in inner)
+    first = max(-((rest - distance) // stride), 1 - size)
+    last = min((distance + rest) // stride, size - 1)
+    return any(_reaches(distance - n * stride, inner) for n in range(first, last + 1))
 
 
 def _geometry(t: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:

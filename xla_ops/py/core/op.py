@@ -10,6 +10,7 @@ custom call computes it; this module registers the kernels:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -25,6 +26,9 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # Every declared op by name; the conformance test walks it.
 OPS: dict[str, Op] = {}
+
+# Shardings by which each device has all that the op needs.
+_WHOLE = re.compile(r"replicated|manual|maximal")
 
 # Shapes may change with every step, so an op forgets its plans at some number.
 _MAX_PLANS = 1024
@@ -188,12 +192,31 @@ class Op:
             plan = self._new_plan(signature, bound)
         if not handlers.available(plan.platform, plan.node.target):
             return self._reference(args)
+        if handlers.is_spmd():
+            self._check_shardings(plan, args)
         results = plan.node.add([args[i] for i in plan.operands])
         if self.has_donor and args[-1] is not None:
             import torch_xla
 
             torch_xla._XLAC._set_buffer_donation(args[-1], True)
         return _unpack(results)
+
+    def _check_shardings(self, plan: Plan, args) -> None:
+        """Raises ValueError for a sharded operand.
+
+        XLA would gather it whole on every device, and say nothing.
+        """
+        import torch_xla
+
+        for i in plan.operands:
+            spec = torch_xla._XLAC._get_xla_sharding_spec(args[i])
+            if spec and not _WHOLE.search(spec):
+                raise ValueError(
+                    f"{plan.node.target.removeprefix('xla_ops.')}: {self.arguments[i]}"
+                    " must not be sharded (call the op between"
+                    " xs.enable_manual_sharding and xs.disable_manual_sharding, or"
+                    f" xs.clear_sharding it), got {spec}"
+                )
 
     def _new_plan(self, signature: tuple, bound: BoundCall) -> Plan:
         names = zip(bound.call.names, bound.operands, strict=True)

@@ -91,7 +91,12 @@ def check_caches(
 
 
 def locate(
-    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor, names=NAMES
+    check: Checker,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    names=NAMES,
+    *,
+    to_write: bool = False,
 ) -> PagedCache | None:
     """Locates both caches; None where their strides differ or are not dense enough.
 
@@ -99,6 +104,9 @@ def locate(
     """
     in_place.check_no_alias(check.op, **{names[0]: key_cache, names[1]: value_cache})
     key, value = in_place.locate(key_cache), in_place.locate(value_cache)
+    if to_write:
+        places = {names[0]: (key_cache, key), names[1]: (value_cache, value)}
+        in_place.check_writable(check.op, places)
     if not _alike(key, value, key_cache.shape):
         if in_place.is_value(key_cache):
             return None

@@ -76,13 +76,23 @@ def _front(key_caches, value_caches, block_mapping) -> None:
         _check.require(cache.dim() > 0, name, "have rank 1 or more", "shape []")
         _check.same_device(name, cache, block_mapping=block_mapping)
     in_place.check_graph_inputs(_check.op, **caches)
-    for name, cache in caches.items():
-        if cache.numel():
-            _copy_one(name, cache, block_mapping)
+    places = {
+        name: (cache, in_place.locate(cache))
+        for name, cache in caches.items()
+        if cache.numel()
+    }
+    in_place.check_writable(_check.op, places)
+    for name, (cache, place) in places.items():
+        _copy_one(name, cache, place, block_mapping)
 
 
-def _copy_one(name: str, cache: torch.Tensor, block_mapping: torch.Tensor) -> None:
-    buffer, offset, strides = in_place.locate(cache)
+def _copy_one(
+    name: str,
+    cache: torch.Tensor,
+    place: in_place.Located,
+    block_mapping: torch.Tensor,
+) -> None:
+    buffer, offset, strides = place
     geometry = _geometry(cache.shape, strides)
     is_value = in_place.is_value(cache)
     if geometry is None:

@@ -1,0 +1,199 @@
+"""Which tensors an update takes, which it refuses, and whether their buffers stay."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import xla_ops
+from support import Path, addresses
+from xla_ops.core import in_place
+
+PATHS = pytest.mark.parametrize("name", ["cpu", "lazy", "compiled", "dispatched"])
+XLA = pytest.mark.parametrize("name", ["lazy", "compiled", "dispatched"])
+SHAPE = (6, 4, 2, 8)
+ROWS, SLOTS = torch.ones(2, 2, 8), torch.tensor([0, 5])
+
+
+def write(key_cache, value_cache, rows, slots):
+    xla_ops.reshape_and_cache_flash(rows, 2 * rows, key_cache, value_cache, slots)
+
+
+def run(name, f, *tensors):
+    """Calls f twice on a path; returns (tensors on the CPU, whether they stayed)."""
+    path = Path(name)
+    rows, slots, *tensors = path.put([ROWS, SLOTS, *tensors])
+    step = path.function(f)
+    before = addresses(tensors) if path.is_xla else [t.data_ptr() for t in tensors]
+    for _ in range(2):
+        step(*tensors, rows, slots)
+    path.wait()
+    after = addresses(tensors) if path.is_xla else [t.data_ptr() for t in tensors]
+    return [t.cpu() for t in tensors], before == after
+
+
+# How two caches lie in one raw tensor; as users' code makes them inside the function.
+LAYOUTS = {
+    "as_strided": (
+        (2048,),
+        lambda raw: (
+            raw.as_strided(SHAPE, (64, 16, 8, 1), 16),
+            raw.as_strided(SHAPE, (64, 16, 8, 1), 1024),
+        ),
+    ),
+    "interleaved pages": (
+        (2048,),
+        lambda raw: (
+            raw.as_strided(SHAPE, (128, 16, 8, 1), 0),
+            raw.as_strided(SHAPE, (128, 16, 8, 1), 64),
+        ),
+    ),
+    "stacked": ((2, *SHAPE), lambda raw: raw.unbind(0)),
+    "blocks first": ((6, 2, 4, 2, 8), lambda raw: raw.unbind(1)),
+    "HND": ((2, 6, 2, 4, 8), lambda raw: raw.permute(0, 1, 3, 2, 4).unbind(0)),
+    "flat": ((768,), lambda raw: raw.view(2, *SHAPE).unbind(0)),
+    "slices": ((14, 4, 2, 8), lambda raw: (raw[1:7], raw[8:])),
+    "a part of the head": ((2, 6, 4, 2, 16), lambda raw: raw[..., 8:].unbind(0)),
+}
+
+
+@PATHS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_taken_inside_are_written_where_they_lie(name, layout):
+    shape, take = LAYOUTS[layout]
+    raw = torch.zeros(shape)
+    wanted = raw.clone()
+    write(*take(wanted), ROWS, SLOTS)
+    (got,), stayed = run(name, lambda raw, *rest: write(*take(raw), *rest), raw)
+    assert torch.equal(got, wanted)
+    assert stayed
+
+
+@PATHS
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_an_expanded_cache_is_refused(name, where):
+    def f(key_cache, value_cache, *rest):
+        write(key_cache.expand(SHAPE), value_cache, *rest)
+
+    key_cache = torch.zeros(1, *SHAPE[1:])
+    step = f if where == "inside" else write
+    path = Path(name)
+    rows, slots, key_cache, value_cache = path.put(
+        [ROWS, SLOTS, key_cache, torch.zeros(SHAPE)]
+    )
+    if where == "outside":
+        key_cache = key_cache.expand(SHAPE)
+    with pytest.raises(Exception, match=r"key_cache must be .* free of overlaps, got"):
+        path.function(step)(key_cache, value_cache, rows, slots)
+
+
+@PATHS
+def test_one_tensor_as_both_caches_is_refused(name):
+    path = Path(name)
+    rows, slots, cache = path.put([ROWS, SLOTS, torch.zeros(SHAPE)])
+    text = "value_cache must not share memory with key_cache"
+    with pytest.raises(Exception, match=text):
+        path.function(write)(cache, cache, rows, slots)
+    with pytest.raises(Exception, match=text):  # a page further, all but one shared
+        path.function(lambda c, *rest: write(c[:-1], c[1:], *rest))(cache, rows, slots)
+    assert not cache.any().item()
+
+
+@PATHS
+def test_one_tensor_twice_in_copy_blocks_is_refused(name):
+    path = Path(name)
+    cache, mapping = path.put([torch.zeros(SHAPE), torch.tensor([[0, 1]])])
+    text = r"value_caches\[0\] must not share memory with key_caches\[0\]"
+    with pytest.raises(Exception, match=text):
+        path.function(lambda c, m: xla_ops.copy_blocks([c], [c], m))(cache, mapping)
+
+
+@given(data=st.data())
+def test_meeting_tensors_are_found(data):
+    """Against all elements of two views of one shape and set of strides."""
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    strides = data.draw(st.permutations(in_place.dense_strides(torch.Size(shape))))
+    strides = tuple(s * data.draw(st.sampled_from([1, 2, 3])) for s in strides)
+    shape = torch.Size(shape)
+    offset = data.draw(st.integers(0, 30))
+    elements = torch.arange(2000)
+    views = [elements.as_strided(shape, strides, start) for start in (0, offset)]
+    wanted = bool(torch.isin(*(v.flatten() for v in views)).any())
+    places = [in_place.Located(elements, start, strides) for start in (0, offset)]
+    assert in_place._meet(views[0], places[0], views[1], places[1]) == wanted
+
+
+INFERENCE = """
+import warnings
+import torch, torch_xla, xla_ops
+device = torch_xla.device()
+rows, slots = torch.ones(2, 2, 8, device=device), torch.tensor([0, 5], device=device)
+with torch.inference_mode(), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    kv = torch.zeros(2, 6, 4, 2, 8, device=device)
+    for _ in range(2):
+        xla_ops.reshape_and_cache_flash(rows, rows, *kv.unbind(0), slots)
+        torch_xla.sync()
+    separate = [torch.zeros(6, 4, 2, 8, device=device) for _ in range(2)]
+    xla_ops.reshape_and_cache_flash(rows, rows, *separate, slots)
+texts = [str(w.message) for w in caught if "xla_ops" in str(w.message)]
+assert len(texts) == 1 and "inference_mode" in texts[0], texts
+assert kv.sum().item() == 64 and separate[0].sum().item() == 32
+"""
+
+
+def test_views_under_inference_mode_say_that_they_are_copied():
+    subprocess.run([sys.executable, "-c", INFERENCE], check=True)
+
+
+@XLA
+def test_inference_mode_where_it_works(name):
+    """Caches of their own; compiled, also views of one that was made outside."""
+    path = Path(name)
+    rows, slots, stacked, *caches = path.put(
+        [ROWS, SLOTS, torch.zeros(2, *SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE)]
+    )
+    with torch.inference_mode():
+        before = addresses([stacked, *caches])
+        path.function(write)(*caches, rows, slots)
+        if name != "lazy":
+            path.function(lambda kv, *rest: write(*kv.unbind(0), *rest))(
+                stacked, rows, slots
+            )
+        assert addresses([stacked, *caches]) == before
+    assert [c.sum().item() for c in caches] == [32, 64]
+    assert stacked.sum().item() == (0 if name == "lazy" else 96)
+
+
+SHARDED = """
+import numpy as np, pytest, torch, torch_xla, xla_ops
+import torch_xla.distributed.spmd as xs, torch_xla.runtime as xr
+xr.use_spmd()
+device = torch_xla.device()
+mesh = xs.Mesh(np.arange(4), (4,), ("x",))
+rows, slots = torch.ones(2, 4, 8, device=device), torch.tensor([0, 5], device=device)
+x, w = torch.ones(8, 16, device=device), torch.ones(16, device=device)
+assert torch.allclose(xla_ops.rms_norm(x, w).cpu(), torch.ones(8, 16))
+xs.mark_sharding(w, mesh, (None,))
+xla_ops.rms_norm(x, w)
+xs.mark_sharding(x, mesh, ("x", None))
+with pytest.raises(ValueError, match="rms_norm: input must not be sharded .*manual"):
+    xla_ops.rms_norm(x, w)
+kv = torch.zeros(2, 6, 4, 4, 8, device=device)
+xs.mark_sharding(kv, mesh, (None, None, None, "x", None))
+def write(kv, rows, slots):
+    xla_ops.reshape_and_cache_flash(rows, rows, *kv.unbind(0), slots)
+for step in (write, *(torch.compile(write, backend=b) for b in ("openxla", "xla_ops"))):
+    with pytest.raises(Exception, match="kv_cache must not be sharded"):
+        step(kv, rows, slots)
+"""
+
+
+def test_sharded_operands_are_refused():
+    """XLA would gather them whole on every device."""
+    env = {**os.environ, "CPU_NUM_DEVICES": "4", "PJRT_DEVICE": "CPU"}
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=env)
