@@ -110,6 +110,8 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
     (extension,) = [name for name in binaries if "/_runtime." in name]
     assert f"cpython-{python_tag(wheel)[2:]}" in extension
     assert binaries - {extension} == expected
+    # What type checkers read (PEP 561).
+    assert {"xla_ops/py.typed", "xla_ops/_runtime.pyi"} <= set(archive.namelist())
     # Neither tests nor sources of C++.
     suffixes = {pathlib.PurePath(n).suffix for n in archive.namelist()}
     assert not suffixes & {".cc", ".h", ".cuh", ".pyc"}
