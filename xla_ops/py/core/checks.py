@@ -41,13 +41,26 @@ class Checker:
         if not ok:
             raise ValueError(f"{self.op}: {argument} must {rule}, got {got}")
 
+    def given(self, argument: str, t: torch.Tensor | None, where: str) -> torch.Tensor:
+        """Returns `t`, which may be absent elsewhere but not `where`."""
+        if t is None:
+            raise ValueError(f"{self.op}: {argument} must be given {where}, got None")
+        return t
+
+    def absent(self, argument: str, t: torch.Tensor | None, where: str) -> None:
+        if t is not None:
+            got = f"shape {list(t.shape)}"
+            self.require(False, argument, f"be absent {where}", got)
+
     def tensor(self, argument: str, value: Any) -> None:
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"{self.op}: {argument} must be a tensor, got {type(value).__name__}"
             )
 
-    def dtype(self, argument: str, t: torch.Tensor, allowed: Sequence[torch.dtype]):
+    def dtype(
+        self, argument: str, t: torch.Tensor, allowed: Sequence[torch.dtype]
+    ) -> None:
         if t.dtype in allowed:
             return  # every call of an op comes here: format nothing
         names = [dtype_name(d) for d in allowed]
@@ -93,7 +106,9 @@ class Checker:
         self.dtype(argument, t, [torch.float32])
         self.one_element(argument, t)
 
-    def same_device(self, first: str, reference: torch.Tensor, **others) -> None:
+    def same_device(
+        self, first: str, reference: torch.Tensor, **others: torch.Tensor | None
+    ) -> None:
         """Checks that every tensor of `others` lies on `reference`'s device."""
         device = reference.device
         for argument, t in others.items():

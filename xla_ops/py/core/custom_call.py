@@ -61,7 +61,7 @@ class CustomCall:
     may_overwrite: Mapping[int, str] = field(default_factory=dict)
     scratch: tuple[Spec, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = self.names
         for name in (*self.aliases.values(), *self.may_overwrite.values()):
             if name not in known:
@@ -138,7 +138,14 @@ class BoundCall(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _computation(target, operands, results, backend_config, aliases, absent=()):
+def _computation(
+    target: str,
+    operands: tuple[Spec, ...],
+    results: tuple[Spec, ...],
+    backend_config: str,
+    aliases: tuple[tuple[int, int], ...],
+    absent: tuple[int, ...] = (),
+) -> object:
     """Returns the XLA computation of a signature.
 
     Attributes enter the key as encoded text: as Python values, 1, 1.0 and True would
@@ -229,7 +236,9 @@ def call_directly(
     return results
 
 
-def _run(bound: BoundCall, platform: str, stream: int, results) -> None:
+def _run(
+    bound: BoundCall, platform: str, stream: int, results: list[torch.Tensor]
+) -> None:
     call = bound.call
     specs = (*call.results, *call.scratch)
     _runtime.call(

@@ -59,7 +59,9 @@ def xla_platform() -> str:
     import torch_xla.runtime as xr
 
     kind = xr.device_type()
-    return {"CPU": HOST, "GPU": CUDA, "CUDA": CUDA}.get(kind, kind or "unknown")
+    if kind is None:
+        return "unknown"
+    return {"CPU": HOST, "GPU": CUDA, "CUDA": CUDA}.get(kind, kind)
 
 
 def platform_of(device: torch.device) -> str:

@@ -70,8 +70,8 @@ def encode_module(
         result_shapes[0] if len(results) == 1 else _tuple_shape(result_shapes)
     )
     # XlaBuilder aborts on computation and instruction names without a ".".
-    instructions = []
-    parameter_shapes = []
+    instructions: list[bytes] = []
+    parameter_shapes: list[bytes] = []
     for i, shape in enumerate(operand_shapes):
         if i in absent:
             literal = _message(8, _message(1, shape))

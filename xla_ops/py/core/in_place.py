@@ -25,7 +25,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -76,7 +76,8 @@ def locate(t: torch.Tensor) -> Located:
     if base is not None and base.dtype == t.dtype:
         view = _geometry(t, base)
         if view is not None:
-            return Located(base, view.storage_offset(), view.stride())
+            # May be symbolic, as shapes and strides may, which torch types as int.
+            return Located(base, cast(int, view.storage_offset()), view.stride())
     if _is_untracked_view(t):
         _tell_of_untracked_views()
     return Located(t, 0, dense_strides(t.shape))
@@ -103,7 +104,7 @@ def _tell_of_untracked_views() -> None:
     )
 
 
-def update(op: Op, buffer: torch.Tensor, *args) -> None:
+def update(op: Op, buffer: torch.Tensor, *args: object) -> None:
     """Gives `buffer` the value that `op(buffer, *args, donor)` computes, in place.
 
     Args:

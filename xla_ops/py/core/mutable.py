@@ -18,8 +18,8 @@ fronts of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,7 +58,7 @@ def define(schema: str, plan: Callable[..., Update]) -> None:
     """
     name = schema[: schema.index("(")]
 
-    def front(*args, **kwargs) -> None:
+    def front(*args: Any, **kwargs: Any) -> None:
         apply(name.partition(".")[0], plan(*args, **kwargs))
 
     _library.define(schema)
@@ -100,10 +100,12 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
     return _with_targets(results, targets)
 
 
-def _with_targets(results, targets) -> list[torch.Tensor]:
+def _with_targets(
+    results: list[torch.Tensor], targets: Mapping[str, torch.Tensor | None]
+) -> list[torch.Tensor]:
     pairs = zip(results, targets.values(), strict=True)
     return [result if target is None else target for result, target in pairs]
 
 
-def _squeezed(shape) -> list[int]:
+def _squeezed(shape: Sequence[int]) -> list[int]:
     return [size for size in shape if size != 1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,9 @@ from .hlo import Spec
 
 NAMESPACE = "xla_ops"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+# What an op returns: one tensor, or several.
+Results = torch.Tensor | tuple[torch.Tensor, ...]
 
 # Every declared op by name; the conformance test walks it.
 OPS: dict[str, Op] = {}
@@ -68,13 +71,13 @@ class Op:
     name: str
     schema: str
     lower: Callable[..., CustomCall]
-    reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    reference: Callable[..., Results]
     arguments: tuple[str, ...] = field(init=False)
     _plans: dict[tuple, Plan] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         schema = torch._C.parse_schema(self.name + self.schema)
         arguments = tuple(argument.name for argument in schema.arguments)
         object.__setattr__(self, "arguments", arguments)
@@ -113,7 +116,7 @@ class Op:
     def _check(self, *args) -> None:
         self.lowered((*args, None))
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         return getattr(torch.ops.xla_ops, self.name).default(*args)
 
     @property
@@ -126,7 +129,7 @@ class Op:
         values.pop("donor", None)
         return self.lower(*values.values()).bind(values)
 
-    def update_at_once(self, *args) -> list[torch.Tensor]:
+    def update_at_once(self, *args: Any) -> list[torch.Tensor]:
         """Runs the handler on CPU or CUDA tensors, updating aliased operands."""
         bound = self.lowered(args)
         call = bound.call
@@ -175,14 +178,14 @@ class Op:
         direct = {i: t for i, t in (into or {}).items() if _may_write(bound, i, t)}
         return call_directly(bound, direct)
 
-    def _reference(self, args: Sequence):
+    def _reference(self, args: Sequence) -> Results:
         return self.reference(*(args[:-1] if self.has_donor else args))
 
-    def _fake(self, *args):
+    def _fake(self, *args: Any) -> Results:
         bound = self.lowered(args)
         return _unpack([bound.new(spec) for spec in bound.call.results])
 
-    def _in_graph(self, *args):
+    def _in_graph(self, *args: Any) -> Results:
         signature = tuple(map(_key, args))
         plan = self._plans.get(signature)
         if plan is None:
@@ -229,13 +232,13 @@ class Op:
         self._plans[signature] = plan
         return plan
 
-    def _at_once(self, *args):
+    def _at_once(self, *args: Any) -> Results:
         if self.has_donor and args[-1] is not None:
             return _unpack(self.update_at_once(*args))
         return _unpack(self.compute(args))
 
 
-def _key(arg) -> object:
+def _key(arg: object) -> object:
     """Returns what a lowering of XLA tensors depends on in an argument.
 
     The schema fixes the type of every argument, so 1, 1.0 and True never meet. 0.0 and
@@ -267,5 +270,5 @@ def _may_write(bound: BoundCall, i: int, t: torch.Tensor) -> bool:
     return True
 
 
-def _unpack(results):
+def _unpack(results: list[torch.Tensor]) -> Results:
     return results[0] if len(results) == 1 else tuple(results)

@@ -26,6 +26,8 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
+from typing import cast
 
 import torch
 
@@ -163,7 +165,7 @@ def _is_traced() -> bool:
     It does before it extracts a program, on the real tensors, of each of which it holds
     a clone then. Looked at where a tensor is held by others alone.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if isinstance(frame.f_locals.get("self"), torch.fx.Interpreter):
             return True
@@ -185,11 +187,11 @@ def owned(cache: torch.Tensor) -> torch.Tensor:
 
 def _join(result: torch.fx.Node) -> None:
     """Moves the cache of `result`'s call over to the first such call of the graph."""
-    call, _ = result.args
+    call = cast("torch.fx.Node", result.args[0])
     first, *_ = result.graph.find_nodes(op="call_function", target=call.target)
     if first is call:
         return
-    first.args = ([*first.args[0], *call.args[0]],)
+    first.args = ([*first.args[0], *cast("list[torch.fx.Node]", call.args[0])],)
     first.meta["val"] = [*first.meta["val"], *call.meta["val"][1:]]
     for other in list(call.users):
         if other is not result:

@@ -8,6 +8,7 @@ Other layouts are views of that shape: HND is a permuted
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ class PagedCache(NamedTuple):
     @property
     def geometry(self) -> list[int]:
         """The integers as the functional ops' `geometry` argument has them."""
-        return list(self[2:])
+        _, _, *integers = self
+        return integers
 
 
 # What those integers are called as attributes.
@@ -62,6 +64,7 @@ FP8 = {
 
 # What error texts call the two caches, unless the op has other names for them.
 NAMES = ("key_cache", "value_cache")
+Names = tuple[str, str]
 
 
 def dtypes(
@@ -80,7 +83,10 @@ def dtypes(
 
 
 def check_caches(
-    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor, names=NAMES
+    check: Checker,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    names: Names = NAMES,
 ) -> None:
     """Checks the two caches against each other."""
     key, value = names
@@ -94,7 +100,7 @@ def locate(
     check: Checker,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    names=NAMES,
+    names: Names = NAMES,
     *,
     to_write: bool = False,
 ) -> PagedCache | None:
@@ -122,24 +128,22 @@ def locate(
             f"have {names[0]}'s strides {list(key.strides)}",
             list(value.strides),
         )
-    return PagedCache(
-        key.buffer,
-        value.buffer,
-        *key_cache.shape,
-        *key.strides[:3],
-        key.offset,
-        value.offset,
-    )
+    return _cache(key, value, key_cache.shape, key.strides)
 
 
 def dense(key_cache: torch.Tensor, value_cache: torch.Tensor) -> PagedCache:
     """Takes the caches as dense values, without looking for a buffer below them."""
-    *strides, _ = in_place.dense_strides(key_cache.shape)
-    return PagedCache(key_cache, value_cache, *key_cache.shape, *strides, 0, 0)
+    strides = in_place.dense_strides(key_cache.shape)
+    key = in_place.Located(key_cache, 0, strides)
+    value = in_place.Located(value_cache, 0, strides)
+    return _cache(key, value, key_cache.shape, strides)
 
 
 def locate_to_read(
-    check: Checker, key_cache: torch.Tensor, value_cache: torch.Tensor, names=NAMES
+    check: Checker,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    names: Names = NAMES,
 ) -> PagedCache:
     """Locates both caches, or takes them as dense values where that cannot be done."""
     cache = locate(check, key_cache, value_cache, names)
@@ -157,13 +161,27 @@ def locate_rows(keys: torch.Tensor, values: torch.Tensor) -> PagedCache:
         key = in_place.Located(keys.contiguous(), 0, strides)
         value = in_place.Located(values.contiguous(), 0, strides)
     # A stride from one block to the next has no meaning.
+    return _cache(key, value, (1, *keys.shape), (0, *key.strides))
+
+
+def _cache(
+    key: in_place.Located,
+    value: in_place.Located,
+    shape: Sequence[int],
+    strides: Sequence[int],
+) -> PagedCache:
+    num_blocks, page_size, num_kv_heads, head_dim = shape
+    block_stride, page_stride, head_stride, _ = strides
     return PagedCache(
         key.buffer,
         value.buffer,
-        1,
-        *keys.shape,
-        0,
-        *key.strides[:2],
+        num_blocks,
+        page_size,
+        num_kv_heads,
+        head_dim,
+        block_stride,
+        page_stride,
+        head_stride,
         key.offset,
         value.offset,
     )

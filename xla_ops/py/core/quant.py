@@ -5,6 +5,8 @@ The C++ side is xla_ops/cc/core/quant.h.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 FP8_MAX = 448.0
@@ -50,7 +52,7 @@ def fp8_row_scale(abs_max: torch.Tensor, scale_ub: torch.Tensor | None) -> torch
     return (abs_max / FP8_MAX).clamp(min=MIN_FP8_SCALE)
 
 
-def num_rows(shape) -> int:
+def num_rows(shape: Sequence[int]) -> int:
     """The product of all dimensions but the last; the last may be zero."""
     rows = 1
     for size in shape[:-1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -130,6 +131,9 @@ def silu_and_mul_quant(input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     return _silu_and_mul_quant(input, scale)
 
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
 def _silu(x: torch.Tensor) -> torch.Tensor:
     return x / (1 + torch.exp(-x))
 
@@ -160,7 +164,9 @@ def _lower(input: torch.Tensor, op: str) -> CustomCall:
     return CustomCall(f"xla_ops.{op}", ("input",), (out,))
 
 
-def _reference(input: torch.Tensor, activate, gate: int = 0) -> torch.Tensor:
+def _reference(
+    input: torch.Tensor, activate: Activation, gate: int = 0
+) -> torch.Tensor:
     halves = input.chunk(2, dim=-1)
     return activate(halves[gate].float()).to(input.dtype) * halves[1 - gate]
 
@@ -183,7 +189,7 @@ def _reference_quant(input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return quant.to_fp8(gated * (1 / scale.reshape(())))
 
 
-def _define(name: str, activate, gate: int = 0, result: str = "out") -> Op:
+def _define(name: str, activate: Activation, gate: int = 0, result: str = "out") -> Op:
     """Declares an op and the form that vLLM calls."""
     op = Op(
         name,

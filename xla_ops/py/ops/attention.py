@@ -131,7 +131,9 @@ def declare(names: Names) -> Op:
     )
 
 
-def check_head_dim(check: Checker, names: Names, query, key) -> None:
+def check_head_dim(
+    check: Checker, names: Names, query: torch.Tensor, key: torch.Tensor
+) -> None:
     """Checks what the functional op, which gets buffers, cannot."""
     check.rank(names.query, query, "[num_tokens, num_heads, head_dim]")
     head_dim = query.shape[2]
@@ -233,7 +235,9 @@ def _octave(n) -> int:
     return power if n >= 1 else 0
 
 
-def _as_float32(check: Checker, argument: str, t: torch.Tensor | None):
+def _as_float32(
+    check: Checker, argument: str, t: torch.Tensor | None
+) -> torch.Tensor | None:
     """vLLM holds sinks, for one, in the model's dtype."""
     if t is None:
         return None
@@ -337,9 +341,11 @@ def _check_features(
     )
 
 
-def _check_batch(names: Names, check: Checker, query, batch: Batch) -> int:
+def _check_batch(
+    names: Names, check: Checker, query: torch.Tensor, batch: Batch
+) -> int:
     """Checks the integer tensors and returns max_num_seqs."""
-    paged = batch.block_table is not None
+    table = batch.block_table
     by_name = {
         names.seqused_k: batch.seqused_k,
         names.block_table: batch.block_table,
@@ -352,18 +358,13 @@ def _check_batch(names: Names, check: Checker, query, batch: Batch) -> int:
         if t is not None:
             check.dtype(name, t, [torch.int32])
     check.same_device(names.query, query, **by_name)
-    if paged:
+    if table is not None:
+        paged = f"with {names.block_table}"
         for name in ("cu_seqlens_k", "leftpad_k"):
-            _check_absent(check, name, by_name[name], f"with {names.block_table}")
-        check.require(
-            batch.seqused_k is not None,
-            names.seqused_k,
-            f"be given with {names.block_table}",
-            None,
-        )
-        check.rank(names.seqused_k, batch.seqused_k, "[max_num_seqs]")
-        max_num_seqs = batch.seqused_k.shape[0]
-        table = batch.block_table
+            check.absent(name, by_name[name], paged)
+        seqused_k = check.given(names.seqused_k, batch.seqused_k, paged)
+        check.rank(names.seqused_k, seqused_k, "[max_num_seqs]")
+        max_num_seqs = seqused_k.shape[0]
         check.require(
             table.dim() == 2 and table.shape[0] == max_num_seqs,
             names.block_table,
@@ -379,29 +380,24 @@ def _check_batch(names: Names, check: Checker, query, batch: Batch) -> int:
             list(batch.cu_seqlens_q.shape),
         )
         max_num_seqs = batch.cu_seqlens_q.shape[0] - 1
-        check.require(
-            batch.cu_seqlens_k is not None,
-            "cu_seqlens_k",
-            f"be given without {names.block_table}",
-            None,
+        cu_seqlens_k = check.given(
+            "cu_seqlens_k", batch.cu_seqlens_k, f"without {names.block_table}"
         )
-        check.shape("cu_seqlens_k", batch.cu_seqlens_k, [max_num_seqs + 1])
+        check.shape("cu_seqlens_k", cu_seqlens_k, [max_num_seqs + 1])
         for name in (names.seqused_k, "leftpad_k"):
-            if by_name[name] is not None:
-                check.shape(name, by_name[name], [max_num_seqs])
+            t = by_name[name]
+            if t is not None:
+                check.shape(name, t, [max_num_seqs])
     if batch.num_seqs is not None:
         check.one_element("num_seqs", batch.num_seqs)
     return max_num_seqs
 
 
-def _check_absent(check: Checker, name: str, t, where: str) -> None:
-    if t is not None:
-        check.require(False, name, f"be absent {where}", f"shape {list(t.shape)}")
-
-
-def _check_scale(check: Checker, name: str, t, shape, kv_cache_dtype: str) -> None:
+def _check_scale(
+    check: Checker, name: str, t: torch.Tensor, shape: list[int], kv_cache_dtype: str
+) -> None:
     if kv_cache_dtype == "auto":
-        _check_absent(check, name, t, "with kv_cache_dtype auto")
+        check.absent(name, t, "with kv_cache_dtype auto")
     check.dtype(name, t, [torch.float32])
     check.require(
         t.numel() == 1 or list(t.shape) == shape,

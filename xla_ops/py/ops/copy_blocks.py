@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -61,7 +62,11 @@ def copy_blocks(
     torch.ops.xla_ops.copy_blocks(list(key_caches), list(value_caches), block_mapping)
 
 
-def _front(key_caches, value_caches, block_mapping) -> None:
+def _front(
+    key_caches: list[torch.Tensor],
+    value_caches: list[torch.Tensor],
+    block_mapping: torch.Tensor,
+) -> None:
     _check.require(
         len(value_caches) == len(key_caches),
         "value_caches",
@@ -104,7 +109,7 @@ def _copy_one(
         )
         # An odd view: as a dense value.
         buffer, offset = cache, 0
-        geometry = _geometry(cache.shape, in_place.dense_strides(cache.shape))
+        geometry = _dense_geometry(cache.shape)
     args = (buffer, block_mapping, [*geometry, offset], debug.enabled())
     if is_value:
         in_place.update(_op, *args)
@@ -140,7 +145,13 @@ def _geometry(shape: torch.Size, strides: tuple[int, ...]) -> list[int] | None:
     return [shape[0], page, heads, dim, strides[0], page_stride, head_stride]
 
 
-def _check_mapping(block_mapping) -> None:
+def _dense_geometry(shape: torch.Size) -> list[int]:
+    """The same of a dense cache, whose blocks are one dimension."""
+    size = math.prod(shape[1:])
+    return [shape[0], 1, 1, size, size, 0, 0]
+
+
+def _check_mapping(block_mapping: torch.Tensor) -> None:
     _check.dtype("block_mapping", block_mapping, [torch.int64])
     _check.require(
         block_mapping.dim() == 2 and block_mapping.shape[1] == 2,
@@ -150,7 +161,12 @@ def _check_mapping(block_mapping) -> None:
     )
 
 
-def _lower(cache, block_mapping, geometry, debug_mode) -> CustomCall:
+def _lower(
+    cache: torch.Tensor,
+    block_mapping: torch.Tensor,
+    geometry: list[int],
+    debug_mode: bool,
+) -> CustomCall:
     _check.dtype("cache", cache, _DTYPES)
     _check_mapping(block_mapping)
     _check.same_device("cache", cache, block_mapping=block_mapping)
@@ -165,7 +181,9 @@ def _lower(cache, block_mapping, geometry, debug_mode) -> CustomCall:
     )
 
 
-def _reference(cache, block_mapping, geometry, _) -> torch.Tensor:
+def _reference(
+    cache: torch.Tensor, block_mapping: torch.Tensor, geometry: list[int], _: bool
+) -> torch.Tensor:
     num_blocks, page, heads, dim, *strides, offset = geometry
     if num_blocks == 0 or page * heads * dim == 0:
         return cache.clone()

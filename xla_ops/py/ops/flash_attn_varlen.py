@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..core import mutable, paged_cache
@@ -127,29 +129,29 @@ def flash_attn_varlen(
     )
 
 
-def _front(*args, **features):
+def _front(*args: Any, **features: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _op(*_arguments(*args, **features))
 
 
 def _arguments(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    softmax_scale=None,
-    is_causal=False,
-    window_left=-1,
-    window_right=-1,
-    softcap=0.0,
-    seqused_k=None,
-    block_table=None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     *,
-    leftpad_k=None,
-    **features,
-) -> tuple:
+    leftpad_k: torch.Tensor | None = None,
+    **features: Any,
+) -> attention.Arguments:
     names = (_NAMES.key, _NAMES.value)
     if block_table is None:
         _check.rank("k", k, "[total_k, num_kv_heads, head_dim]")
@@ -194,27 +196,27 @@ def _arguments(
 
 
 def _front_out(
-    q,
-    k,
-    v,
-    out,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_k,
-    leftpad_k,
-    block_table,
-    alibi_slopes,
-    max_seqlen_q,
-    max_seqlen_k,
-    p_dropout,
-    softmax_scale,
-    zero_tensors,
-    is_causal,
-    window_size_left,
-    window_size_right,
-    softcap,
-    return_softmax,
-    gen,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqused_k: torch.Tensor | None,
+    leftpad_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    p_dropout: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    return_softmax: bool,
+    gen: torch.Generator | None,
 ) -> list[torch.Tensor]:
     """vLLM's form. zero_tensors asks for what is always so, gen is for dropout."""
     _check.require(p_dropout == 0, "p_dropout", "be 0", f"{p_dropout:g}")

@@ -129,7 +129,7 @@ def _lower_dynamic(input: torch.Tensor) -> CustomCall:
 
 def _lower_per_token(input: torch.Tensor, scale_ub: torch.Tensor | None) -> CustomCall:
     _token_check.rows("input", input)
-    operands = ("input",)
+    operands: tuple[str, ...] = ("input",)
     if scale_ub is not None:
         _token_check.scale("scale_ub", scale_ub)
         _token_check.same_device("input", input, scale_ub=scale_ub)

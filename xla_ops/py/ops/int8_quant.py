@@ -87,11 +87,13 @@ def _int8_like(input: torch.Tensor) -> Spec:
     return Spec(tuple(input.shape), torch.int8)
 
 
-def _lower_static(input, scale, azp) -> CustomCall:
+def _lower_static(
+    input: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None
+) -> CustomCall:
     _static_check.rows("input", input)
     _static_check.scale("scale", scale)
     _static_check.same_device("input", input, scale=scale, azp=azp)
-    operands = ("input", "scale")
+    operands: tuple[str, ...] = ("input", "scale")
     if azp is not None:
         _static_check.dtype("azp", azp, [torch.int32])
         _static_check.one_element("azp", azp)
@@ -101,7 +103,7 @@ def _lower_static(input, scale, azp) -> CustomCall:
     )
 
 
-def _lower_dynamic(input) -> CustomCall:
+def _lower_dynamic(input: torch.Tensor) -> CustomCall:
     _dynamic_check.rows("input", input)
     scale = Spec((quant.num_rows(input.shape), 1), torch.float32)
     return CustomCall(
@@ -111,7 +113,7 @@ def _lower_dynamic(input) -> CustomCall:
     )
 
 
-def _lower_dynamic_azp(input) -> CustomCall:
+def _lower_dynamic_azp(input: torch.Tensor) -> CustomCall:
     _dynamic_check.rows("input", input)
     shape = (quant.num_rows(input.shape), 1)
     return CustomCall(
@@ -121,12 +123,16 @@ def _lower_dynamic_azp(input) -> CustomCall:
     )
 
 
-def _with_zero_point(x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor):
+def _with_zero_point(
+    x: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor
+) -> torch.Tensor:
     codes = quant.to_int32(x * (1.0 / scale)) + azp
     return codes.clamp(-128, 127).to(torch.int8)
 
 
-def _reference_static(input, scale, azp) -> torch.Tensor:
+def _reference_static(
+    input: torch.Tensor, scale: torch.Tensor, azp: torch.Tensor | None
+) -> torch.Tensor:
     scale = scale.reshape(())
     if azp is None:
         return quant.to_int8(input.float() / scale)
@@ -142,13 +148,15 @@ def _symmetric(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quant.to_int8(x * factor), abs_max / 127.0
 
 
-def _reference_dynamic(input) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference_dynamic(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = input.reshape(quant.num_rows(input.shape), input.shape[-1]).float()
     codes, scale = _symmetric(x)
     return codes.reshape(input.shape), scale
 
 
-def _reference_dynamic_azp(input) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _reference_dynamic_azp(
+    input: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = input.reshape(quant.num_rows(input.shape), input.shape[-1]).float()
     codes, scale = _symmetric(x)
     # An infinity more a row makes rows without numbers fail max >= min, too.
@@ -186,7 +194,12 @@ _dynamic_azp = Op(
 
 
 # vLLM's forms.
-def _dynamic_update(result, input, scale, azp) -> mutable.Update:
+def _dynamic_update(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    scale: torch.Tensor,
+    azp: torch.Tensor | None,
+) -> mutable.Update:
     targets = {"result": result, "scale": scale}
     if azp is None:
         return mutable.Update(_dynamic, (input,), targets)

@@ -54,7 +54,12 @@ def merge_attn_states(
     return _op(prefix_output, prefix_lse, suffix_output, suffix_lse)
 
 
-def _lower(prefix_output, prefix_lse, suffix_output, suffix_lse) -> CustomCall:
+def _lower(
+    prefix_output: torch.Tensor,
+    prefix_lse: torch.Tensor,
+    suffix_output: torch.Tensor,
+    suffix_lse: torch.Tensor,
+) -> CustomCall:
     _check.dtype("prefix_output", prefix_output, FLOAT_DTYPES)
     _check.rank("prefix_output", prefix_output, "[num_tokens, num_heads, head_dim]")
     num_tokens, num_heads, _ = prefix_output.shape
@@ -80,7 +85,10 @@ def _lower(prefix_output, prefix_lse, suffix_output, suffix_lse) -> CustomCall:
 
 
 def _reference(
-    prefix_output, prefix_lse, suffix_output, suffix_lse
+    prefix_output: torch.Tensor,
+    prefix_lse: torch.Tensor,
+    suffix_output: torch.Tensor,
+    suffix_lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     p, s = (
         torch.where(lse == torch.inf, -torch.inf, lse)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -111,7 +112,12 @@ def paged_attention(
     )
 
 
-def _front(query, kv_cache, *rest, **features):
+def _front(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor | Sequence[torch.Tensor],
+    *rest: Any,
+    **features: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends over a stacked cache or a pair; returns (out, lse)."""
     if isinstance(kv_cache, torch.Tensor):
         _check.require(
@@ -131,23 +137,23 @@ def _front(query, kv_cache, *rest, **features):
     return _attend(query, key_cache, value_cache, *rest, **features)
 
 
-def _front_out(*args, **features):
+def _front_out(*args: Any, **features: Any) -> torch.Tensor:
     return _front(*args, **features)[0]
 
 
 def _attend(
-    query,
-    key_cache,
-    value_cache,
-    context_lens,
-    block_tables,
-    query_start_loc,
-    num_seqs,
-    scale,
-    sliding_window=None,
-    soft_cap=None,
-    **features,
-):
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_seqs: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    **features: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     paged_cache.check_caches(_check, key_cache, value_cache)
     attention.check_head_dim(_check, _NAMES, query, key_cache)
     window = sliding_window or 0
@@ -184,10 +190,11 @@ _TAIL = (
     f" float? soft_cap=None, *, {attention.FEATURES_SCHEMA})"
 )
 _library = torch.library.Library("xla_gpu", "FRAGMENT")
-for _name, _kernel, _results in (
+_FORMS: tuple[tuple[str, Callable, str], ...] = (
     ("paged_attention", _front_out, "Tensor"),
     ("paged_attention_with_lse", _front, "(Tensor out, Tensor lse)"),
-):
+)
+for _name, _kernel, _results in _FORMS:
     for _overload, _type in (("", "Tensor"), (".separate", "Tensor[]")):
         _library.define(
             f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ..core import debug, in_place, paged_cache
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
-from ..core.hlo import Spec
+from ..core.hlo import AttributeValue, Spec
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("reshape_and_cache_flash")
@@ -72,7 +75,14 @@ def reshape_and_cache_flash(
 
 
 def _front(
-    key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     paged_cache.check_caches(_check, key_cache, value_cache)
     _check_tensors(
@@ -118,7 +128,14 @@ def _front(
             _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype)
 
 
-def _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype) -> None:
+def _write_one(
+    rows: torch.Tensor,
+    buffer: torch.Tensor,
+    geometry: list[int],
+    slot_mapping: torch.Tensor,
+    scale: torch.Tensor | None,
+    kv_cache_dtype: str,
+) -> None:
     """Writes rows into the one cache that lies in `buffer`, an XLA or traced tensor."""
     in_place.update(
         _one,
@@ -133,7 +150,13 @@ def _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype) -> N
 
 
 def _check_tensors(
-    key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     _check_pair(key, value)
     _check.dtype(
@@ -153,18 +176,18 @@ def _check_tensors(
     )
 
 
-def _check_pair(key, value) -> None:
+def _check_pair(key: torch.Tensor, value: torch.Tensor) -> None:
     _check_rows("key", key)
     _check.dtype("value", value, [key.dtype])
     _check.shape("value", value, key.shape)
 
 
-def _check_rows(name, rows) -> None:
+def _check_rows(name: str, rows: torch.Tensor) -> None:
     _check.dtype(name, rows, FLOAT_DTYPES)
     _check.rank(name, rows, "[num_tokens, num_kv_heads, head_dim]")
 
 
-def _check_slots(rows, slot_mapping) -> None:
+def _check_slots(rows: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     _check.dtype("slot_mapping", slot_mapping, [torch.int64])
     _check.rank("slot_mapping", slot_mapping, "[num_tokens]")
     _check.require(
@@ -175,7 +198,7 @@ def _check_slots(rows, slot_mapping) -> None:
     )
 
 
-def _check_scale(name, scale, rows) -> None:
+def _check_scale(name: str, scale: torch.Tensor | None, rows: torch.Tensor) -> None:
     if scale is None:
         return
     _check.dtype(name, scale, [torch.float32])
@@ -183,14 +206,25 @@ def _check_scale(name, scale, rows) -> None:
     _check.same_device("key", rows, **{name: scale})
 
 
-def _attributes(kv_cache_dtype, geometry, debug_mode, names=paged_cache.ATTRIBUTES):
+def _attributes(
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
+    names: Sequence[str] = paged_cache.ATTRIBUTES,
+) -> dict[str, AttributeValue]:
     values = dict(zip(names, (int(n) for n in geometry), strict=True))
     # The handler knows these two from the shape of key.
     del values["num_kv_heads"], values["head_dim"]
     return {"kv_cache_dtype": kv_cache_dtype, **values, "debug": debug_mode}
 
 
-def _lower_both(key, value, key_cache, value_cache, *rest) -> CustomCall:
+def _lower_both(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    *rest: Any,
+) -> CustomCall:
     return _lower_pair(
         "xla_ops.reshape_and_cache_flash",
         key,
@@ -200,7 +234,9 @@ def _lower_both(key, value, key_cache, value_cache, *rest) -> CustomCall:
     )
 
 
-def _lower_stacked(kv_cache, key, value, *rest) -> CustomCall:
+def _lower_stacked(
+    kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+) -> CustomCall:
     return _lower_pair(
         "xla_ops.reshape_and_cache_flash_stacked",
         key,
@@ -211,16 +247,16 @@ def _lower_stacked(kv_cache, key, value, *rest) -> CustomCall:
 
 
 def _lower_pair(
-    target,
-    key,
-    value,
-    caches,
-    slot_mapping,
-    k_scale,
-    v_scale,
-    kv_cache_dtype,
-    geometry,
-    debug_mode,
+    target: str,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    caches: dict[str, torch.Tensor],
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
 ) -> CustomCall:
     """Writes keys and values into `caches`, by name: a buffer for each, or one."""
     _check_pair(key, value)
@@ -245,7 +281,13 @@ def _lower_pair(
 
 
 def _lower_one(
-    cache, rows, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
+    cache: torch.Tensor,
+    rows: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    scale: torch.Tensor | None,
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
 ) -> CustomCall:
     _check_rows("key", rows)
     _check_slots(rows, slot_mapping)
@@ -266,7 +308,13 @@ def _lower_one(
 
 
 def _reference_one(
-    cache, rows, slot_mapping, scale, kv_cache_dtype, geometry, debug_mode
+    cache: torch.Tensor,
+    rows: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    scale: torch.Tensor | None,
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
 ) -> torch.Tensor:
     return _reference_write(
         cache, rows, slot_mapping, scale, kv_cache_dtype, geometry[:-1], geometry[-1]
@@ -274,7 +322,15 @@ def _reference_one(
 
 
 def _reference_stacked(
-    kv_cache, key, value, slot_mapping, k_scale, v_scale, kv_cache_dtype, geometry, _
+    kv_cache: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
 ) -> torch.Tensor:
     *shape, key_offset, value_offset = geometry
     for rows, scale, offset in (
@@ -288,9 +344,18 @@ def _reference_stacked(
 
 
 def _reference_both(
-    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, *rest
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kv_cache_dtype, (*shape, key_offset, value_offset), _ = rest
+    *shape, key_offset, value_offset = geometry
     return (
         _reference_write(
             key_cache, key, slot_mapping, k_scale, kv_cache_dtype, shape, key_offset
@@ -308,7 +373,13 @@ def _reference_both(
 
 
 def _reference_write(
-    buffer, rows, slot_mapping, scale, kv_cache_dtype, shape, offset
+    buffer: torch.Tensor,
+    rows: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    scale: torch.Tensor | None,
+    kv_cache_dtype: str,
+    shape: list[int],
+    offset: int,
 ) -> torch.Tensor:
     """Returns `buffer` with the rows written into the cache that lies in it."""
     num_blocks, page_size, num_kv_heads, head_dim, *strides = shape
@@ -331,7 +402,9 @@ def _reference_write(
     return flat[:-1].reshape(buffer.shape).view(buffer.dtype)
 
 
-def _convert(rows, scale, kv_cache_dtype):
+def _convert(
+    rows: torch.Tensor, scale: torch.Tensor | None, kv_cache_dtype: str
+) -> torch.Tensor:
     if kv_cache_dtype == "auto":
         return rows
     dtype = paged_cache.FP8[kv_cache_dtype]

@@ -8,7 +8,7 @@ from ..core import mutable, quant
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
-from ..core.op import Op
+from ..core.op import Op, Results
 
 _static_check = Checker("rms_norm_static_fp8_quant")
 _fused_check = Checker("fused_add_rms_norm_static_fp8_quant")
@@ -125,7 +125,13 @@ def rms_norm_dynamic_per_token_quant(
     return _fused_dynamic(input, residual, weight, quant_dtype, float(eps), scale_ub)
 
 
-def _check_common(check, input, residual, weight, eps) -> None:
+def _check_common(
+    check: Checker,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+) -> None:
     check.rows("input", input)
     if residual is not None:
         check.same_as("residual", residual, input)
@@ -135,7 +141,14 @@ def _check_common(check, input, residual, weight, eps) -> None:
     check.same_device("input", input, residual=residual, weight=weight)
 
 
-def _lower_static(check, input, residual, weight, scale, eps) -> CustomCall:
+def _lower_static(
+    check: Checker,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+) -> CustomCall:
     _check_common(check, input, residual, weight, eps)
     check.scale("scale", scale)
     check.same_device("input", input, scale=scale)
@@ -150,7 +163,14 @@ def _lower_static(check, input, residual, weight, scale, eps) -> CustomCall:
     )
 
 
-def _lower_dynamic(input, residual, weight, quant_dtype, eps, scale_ub) -> CustomCall:
+def _lower_dynamic(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    quant_dtype: torch.dtype,
+    eps: float,
+    scale_ub: torch.Tensor | None,
+) -> CustomCall:
     check = _dynamic_check
     check.require(
         quant_dtype in _QUANT_DTYPES,
@@ -190,14 +210,27 @@ def _normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
     return ((x * s).to(weight.dtype) * weight).float()
 
 
-def _reference_static(input, residual, weight, scale, eps):
+def _reference_static(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+) -> Results:
     z = input if residual is None else input + residual
     y = _normalize(z.float(), weight, eps)
     out = quant.to_fp8(y * (1.0 / scale.reshape(())))
     return out if residual is None else (out, z)
 
 
-def _reference_dynamic(input, residual, weight, quant_dtype, eps, scale_ub):
+def _reference_dynamic(
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    quant_dtype: torch.dtype,
+    eps: float,
+    scale_ub: torch.Tensor | None,
+) -> Results:
     x = input.float() if residual is None else input.float() + residual.float()
     y = _normalize(x, weight, eps)
     abs_max = quant.row_abs_max(y)
@@ -243,7 +276,13 @@ _fused_dynamic = Op(
 
 # vLLM's forms. The dtype of the last one's result chooses the quantisation.
 def _dynamic_update(
-    result, input, weight, scale, epsilon, scale_ub, residual
+    result: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    epsilon: float,
+    scale_ub: torch.Tensor | None,
+    residual: torch.Tensor | None,
 ) -> mutable.Update:
     _dynamic_check.dtype("result", result, _QUANT_DTYPES)
     rest = (weight, result.dtype, epsilon, scale_ub)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..core import mutable
@@ -64,7 +66,14 @@ def rotary_embedding(
     return _both(positions, query, key, int(head_size), cos_sin_cache, bool(is_neox))
 
 
-def _plan(positions, query, key, head_size, cos_sin_cache, is_neox) -> mutable.Update:
+def _plan(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> mutable.Update:
     tail = (head_size, cos_sin_cache, is_neox)
     if key is None:
         return mutable.Update(_one, (positions, query, *tail), {"query": query})
@@ -72,7 +81,9 @@ def _plan(positions, query, key, head_size, cos_sin_cache, is_neox) -> mutable.U
     return mutable.Update(_both, (positions, query, key, *tail), targets)
 
 
-def _check_heads(name, heads, positions, head_size) -> int:
+def _check_heads(
+    name: str, heads: torch.Tensor, positions: torch.Tensor, head_size: int
+) -> int:
     """Checks the shape of queries or keys and returns their number of heads."""
     *tokens, last = heads.shape if heads.dim() else (0,)
     flat = heads.dim() == positions.dim() + 1
@@ -90,7 +101,7 @@ def _check_heads(name, heads, positions, head_size) -> int:
     return last // head_size if flat else heads.shape[-2]
 
 
-def _check_query(positions, query, head_size) -> int:
+def _check_query(positions: torch.Tensor, query: torch.Tensor, head_size: int) -> int:
     _check.dtype("positions", positions, [torch.int64])
     _check.require(
         positions.dim() in (1, 2),
@@ -103,7 +114,9 @@ def _check_query(positions, query, head_size) -> int:
     return _check_heads("query", query, positions, head_size)
 
 
-def _check_cache(query, cos_sin_cache, head_size) -> None:
+def _check_cache(
+    query: torch.Tensor, cos_sin_cache: torch.Tensor, head_size: int
+) -> None:
     _check.dtype("cos_sin_cache", cos_sin_cache, [query.dtype])
     _check.rank("cos_sin_cache", cos_sin_cache, "[max_position, rotary_dim]")
     rotary_dim = cos_sin_cache.shape[1]
@@ -115,7 +128,14 @@ def _check_cache(query, cos_sin_cache, head_size) -> None:
     )
 
 
-def _lower_both(positions, query, key, head_size, cos_sin_cache, is_neox) -> CustomCall:
+def _lower_both(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> CustomCall:
     num_heads = _check_query(positions, query, head_size)
     _check.dtype("key", key, [query.dtype])
     num_kv_heads = _check_heads("key", key, positions, head_size)
@@ -138,7 +158,13 @@ def _lower_both(positions, query, key, head_size, cos_sin_cache, is_neox) -> Cus
     )
 
 
-def _lower_one(positions, query, head_size, cos_sin_cache, is_neox) -> CustomCall:
+def _lower_one(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> CustomCall:
     _check_query(positions, query, head_size)
     _check_cache(query, cos_sin_cache, head_size)
     _check.same_device("query", query, positions=positions, cos_sin_cache=cos_sin_cache)
@@ -151,7 +177,13 @@ def _lower_one(positions, query, head_size, cos_sin_cache, is_neox) -> CustomCal
     )
 
 
-def _rotate(positions, heads, head_size, cos_sin_cache, is_neox) -> torch.Tensor:
+def _rotate(
+    positions: torch.Tensor,
+    heads: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> torch.Tensor:
     max_position, rotary_dim = cos_sin_cache.shape
     if max_position == 0 or heads.numel() == 0:
         return heads.clone()
@@ -173,7 +205,9 @@ def _rotate(positions, heads, head_size, cos_sin_cache, is_neox) -> torch.Tensor
     return torch.cat([rotated, rest], dim=-1).reshape(heads.shape)
 
 
-def _reference_both(positions, query, key, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference_both(
+    positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _rotate(positions, query, *rest), _rotate(positions, key, *rest)
 
 

@@ -22,9 +22,10 @@ docs/in_place.md.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from types import FunctionType
+from typing import cast
 
 import torch
 import torch_xla
@@ -40,24 +41,25 @@ _PENDING = "can not be a pending ir"
 _extracting = threading.Lock()
 
 
-def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
+def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object]:
     """Extracts the program at the first call, which has the real tensors."""
     _clone_copies(module.graph)
     donated = _donated(module.graph)
     updated = _return_updates(module.graph)
     module.recompile()
-    program = None
+    modules = [module]  # until its program is known
+    program: Callable | None = None
     updates: list[tuple[int, int, Callable]] = []
 
-    def forward(args: list):
-        nonlocal module, program
+    def forward(args: list) -> object:
+        nonlocal program
         if donated:
             ownership.protect([args[i] for i in donated], finish_reads=True)
         if program is None:
             with _extracting:
                 if program is None:  # no other thread has been here
-                    program = _extract_program(module, tuple(args))
-            module = None
+                    program = _extract_program(modules[0], tuple(args))
+                    modules.clear()
         results = program(*args)
         if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
             results = (results,)
@@ -70,7 +72,8 @@ def _compile(module: torch.fx.GraphModule, _) -> Callable[[list], object]:
             update(args[argument], results[i])
         return results[len(updated) :]
 
-    forward._boxed_call = True  # AOTAutograd: takes one list
+    # AOTAutograd: takes one list.
+    forward._boxed_call = True  # type: ignore[attr-defined]
     return forward
 
 
@@ -134,11 +137,14 @@ def _return_updates(graph: torch.fx.Graph) -> list[int]:
             values.append(value)
             node.replace_all_uses_with(value)
             graph.erase_node(node)
-    output.args = ((*values, *output.args[0]),)
+    results = cast("tuple[torch.fx.Node, ...]", output.args[0])
+    output.args = ((*values, *results),)
     return updated
 
 
-def _update(args: list, argument: int, results, i: int) -> Callable:
+def _update(
+    args: list, argument: int, results: Sequence[torch.Tensor], i: int
+) -> Callable:
     """Chooses how an argument takes its new value; it is the same for every call."""
     tensor, value = args[argument], results[i]
     is_shared = sum(r is value for r in results) > 1 or any(a is value for a in args)
@@ -164,7 +170,8 @@ class _Deduper(dynamo_bridge.Deduper):
 
 def _extract(module: torch.fx.GraphModule) -> Callable:
     """Does what dynamo_bridge.extract_internal does, and returns a faster call."""
-    if xr.is_spmd() or not all(isinstance(a, torch.Tensor) for a in module.xla_args):
+    args: Sequence = vars(module)["xla_args"]
+    if xr.is_spmd() or not all(isinstance(a, torch.Tensor) for a in args):
         return dynamo_bridge.extract_internal(module)
     (
         _sharding,
@@ -181,7 +188,7 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
     # What the program was traced with, such as a cache, is not kept.
     returns.trace_inputs = returns.trace_outputs = returns.deduped_trace_outputs = None
 
-    def run(*args):
+    def run(*args: torch.Tensor) -> object:
         try:
             results = torch_xla._XLAC._run_cached_graph(program, inputs(args))
         except RuntimeError as error:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -126,14 +127,14 @@ def _add_to_kernels(
     devices.
     """
 
-    def kernel(*args):
+    def kernel(*args: Any) -> Any:
         # Fake tensors of other devices look like meta tensors to a kernel, and ask for
         # shapes only: nothing to do where nothing is returned.
         if op._schema.returns or not any(t.is_meta for t in _tensors(args)):
             return front(*args)
         return None
 
-    def decomposition(*args):
+    def decomposition(*args: Any) -> Any:
         if any(_has_own_kernel(op, t) for t in _tensors(args)):
             return NotImplemented
         return kernel(*args)
@@ -150,7 +151,7 @@ def _has_own_kernel(op: torch._ops.OpOverload, t: torch.Tensor) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
 
 
-def _tensors(args) -> list[torch.Tensor]:
+def _tensors(args: tuple) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
 
 
