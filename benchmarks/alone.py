@@ -6,6 +6,7 @@ seconds to compile and so comes last.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +72,7 @@ class Alone:
         """Our op, checked first, and its peers but for inductor."""
         torch.manual_seed(0)
         operands = self._operands(case)
-        row = {"error": check(case, operands[0])}
+        row = facts(case) | {"error": check(case, operands[0])}
         if not row["error"] <= TOLERANCE:
             return row | {"failed": f"relative error {row['error']:.2e}"}
         row |= self._time(case.ours, operands)
@@ -112,7 +113,7 @@ def versions(device: str) -> dict:
     import importlib.util
     import platform
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found: dict = {"python": platform.python_version(), "torch": torch.__version__}
     if device == "cuda":
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()
@@ -129,16 +130,16 @@ def main() -> None:
     chosen = [case for case in cases.declare(device) if job.wants(case)]
     job.set("versions", versions(device))
     if "inductor" in job.flags:
-        run = alone.inductor_row
+        row = alone.inductor_row
         chosen = [case for case in chosen if "inductor" in case.peers]
     else:
-        run = lambda case: facts(case) | alone.row(case)  # noqa: E731
+        row = alone.row
         if "ceilings" not in job.report:
             job.set("ceilings", alone.ceilings())
             job.set("device while busy", alone.describe_busy_device())
     with torch.no_grad():
         for case in chosen:
-            job.measure(case.name, lambda case=case: run(case))
+            job.measure(case.name, functools.partial(row, case))
             if device == "cuda":
                 torch.cuda.empty_cache()
     job.finish()

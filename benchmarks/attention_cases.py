@@ -317,7 +317,7 @@ def prefill(device: str) -> Iterator[Case]:
         return
     total, width = 16384, 2048
 
-    def batch(head_dim, causal, lens):
+    def square(head_dim, causal, lens):
         heads = width // head_dim
         return Batch(lens, lens, heads, heads, head_dim, causal)
 
@@ -331,7 +331,7 @@ def prefill(device: str) -> Iterator[Case]:
             least = 0.85 if (head_dim, causal) == (128, True) else 0.8
             chosen = (head_dim, causal, length) == (128, True, 4096)
             yield _contiguous_prefill(
-                batch(head_dim, causal, uniform(length)),
+                square(head_dim, causal, uniform(length)),
                 op="prefill",
                 size=f"{length // 1024}k hd{head_dim} {mask}",
                 group="prefill",
@@ -344,7 +344,7 @@ def prefill(device: str) -> Iterator[Case]:
             continue
         for length, least, aim in ((4096, 400, 454), (16384, 460, 539)):
             yield _paged_prefill(
-                batch(head_dim, causal, uniform(length)),
+                square(head_dim, causal, uniform(length)),
                 op="paged prefill",
                 size=f"{length // 1024}k hd{head_dim} causal",
                 group="prefill",
@@ -352,7 +352,7 @@ def prefill(device: str) -> Iterator[Case]:
                 quick=length == 4096,
             )
         yield _contiguous_prefill(
-            batch(head_dim, causal, RAGGED),
+            square(head_dim, causal, RAGGED),
             op="ragged prefill",
             size="17 to 8k hd128 causal",
             group="prefill",

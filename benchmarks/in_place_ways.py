@@ -78,7 +78,8 @@ def measure(way: str, compiled: bool, num_blocks: int, dump: pathlib.Path) -> di
         metrics = (met.metric_data(n) for n in ("InboundData", "OutboundData"))
         return sum(int(m[1]) for m in metrics if m)
 
-    times, start = [], time.perf_counter()
+    times: list[float] = []
+    start = time.perf_counter()
     try:
         while len(times) < 2 or (
             len(times) < STEPS and time.perf_counter() - start < BUDGET_S
@@ -123,13 +124,13 @@ def compare(megabytes: list[int], dump: pathlib.Path) -> dict:
     block = common.PAGE * common.HEADS * common.HEAD_DIM * 2
     modes = [(way, compiled) for way in WAYS for compiled in (False, True)]
     for index, (way, compiled) in enumerate(modes):
-        last = None
+        last: dict | None = None
         for size in megabytes:
-            row = {"way": way, "compiled": compiled, "megabytes": size}
+            row: dict = {"way": way, "compiled": compiled, "megabytes": size}
             # A shape for each row, by which its programs are found.
             blocks = size * 2**20 // (NUM_CACHES * block) + index
-            slow = last and last["ms_per_step"] * size / last["megabytes"]
-            if slow and slow > 1e3 * MAX_STEP_S[device_kind()]:
+            slow = last["ms_per_step"] * size / last["megabytes"] if last else 0.0
+            if slow > 1e3 * MAX_STEP_S[device_kind()]:
                 row["error"] = f"about {slow / 1e3:.0f} s a step: not run"
             else:
                 row |= measure(way, compiled, blocks, dump)

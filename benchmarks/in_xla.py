@@ -11,6 +11,7 @@ Between calls of a chain stands an optimization barrier, over which XLA does not
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import statistics
 import time
@@ -125,7 +126,8 @@ def row(case: Case) -> dict:
     peer = case.xla_peer or case.reference
     ours, theirs = (program(case, f, calls) for f in (case.ours, peer))
     error = _error(case, sets[0], peer)
-    found = {"error": error, "target": case.xla_target and vars(case.xla_target)}
+    found = alone.facts(case) | {"error": error}
+    found["target"] = case.xla_target and vars(case.xla_target)
     if not error <= 2 * alone.TOLERANCE:
         return found | {"failed": f"relative error {error:.2e}"}
     found |= measure(compiled(ours), sets, calls)
@@ -159,7 +161,7 @@ def main() -> None:
     chosen.sort(key=lambda case: case.flops > 0)
     with torch.no_grad():
         for case in chosen:
-            job.measure(case.name, lambda case=case: alone.facts(case) | row(case))
+            job.measure(case.name, functools.partial(row, case))
     job.finish()
 
 

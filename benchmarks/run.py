@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict:
     options = [*(["--quick"] if args.quick else [])]
     if args.only:
         options += ["--only", *args.only]
-    results = {
+    results: dict = {
         "command": " ".join(["run.py", *sys.argv[1:]]),
         "commit": args.commit or commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),

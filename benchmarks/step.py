@@ -33,8 +33,8 @@ from kv_cache import PAGE_SIZE, PagedKVCache
 from model import Decoder, StepInputs
 
 SEQS, HEAD_DIM, VOCAB = 4, 64, 64
-# What a step is run by; None is lazy, with a sync after the step.
-BACKENDS = {"lazy": None, "openxla": "openxla", "xla_ops": "xla_ops"}
+# What a step is run by: lazily, with a sync after the step, or a Dynamo backend.
+MODES = ("lazy", "openxla", "xla_ops")
 
 
 def make_decoder(layers: int, ops: str, device: torch.device) -> Decoder:
@@ -79,7 +79,7 @@ def measure(
     """Runs `steps` decode steps.
 
     Args:
-        mode: a key of BACKENDS.
+        mode: one of MODES.
         layers: of the model, with two cache tensors each.
         steps: after the warm-up.
         ops: "all" or "attention", see examples/llm/layer_ops.py.
@@ -105,7 +105,7 @@ def measure(
             return out
 
     else:
-        compiled = torch.compile(decode, backend=BACKENDS[mode], fullgraph=True)
+        compiled = torch.compile(decode, backend=mode, fullgraph=True)
         step = lambda: compiled(inputs)  # noqa: E731
 
     for _ in range(5):
@@ -139,7 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--modes", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--ops", nargs="+", default=["all"])
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()

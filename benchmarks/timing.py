@@ -98,7 +98,7 @@ class CpuTimer:
     def __call__(self, calls: Sequence[Callable]) -> dict[str, float]:
         for call in calls[:2]:
             call()
-        samples = []
+        samples: list[float] = []
         end = time.perf_counter() + self._seconds
         while len(samples) < 5 or time.perf_counter() < end:
             start = time.perf_counter()

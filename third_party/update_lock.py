@@ -30,7 +30,7 @@ HEADER = """\
 
 def sections(text: str) -> list[tuple[str, list[str], str]]:
     """Splits requirements.in into (name, uv options, requirements)."""
-    found = []
+    found: list[tuple[str, list[str], list[str]]] = []
     for line in text.splitlines():
         match = SECTION.match(line)
         if match:

@@ -318,8 +318,8 @@ def elf(
     """A minimal ELF64 shared object; symbols are (name, value, type, section)."""
     strings = b"\0"
     table = struct.pack("<IBBHQQ", 0, 0, 0, 0, 0, 0)
-    for name, value, kind, section in symbols:
-        table += struct.pack("<IBBHQQ", len(strings), kind, 0, section, value, 8)
+    for name, value, kind, place in symbols:
+        table += struct.pack("<IBBHQQ", len(strings), kind, 0, place, value, 8)
         strings += name.encode() + b"\0"
     header_size, table_at = 64, 64
     strings_at = table_at + len(table)

@@ -41,7 +41,7 @@ def types(function: ast.FunctionDef) -> dict[str, str]:
     """Argument -> its type; and that of the result."""
     types = {a.arg: a.annotation for a in function.args.args}
     types["return"] = function.returns
-    return {name: ast.unparse(_Spelled().visit(t)) for name, t in types.items()}
+    return {name: ast.unparse(_Spelled().visit(t)) for name, t in types.items() if t}
 
 
 def is_dict(spelled: str) -> bool:

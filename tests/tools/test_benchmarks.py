@@ -127,7 +127,9 @@ def judged(
     metric: str, least: float, aim: float, row: dict, rows=(), against=""
 ) -> str:
     target = {"metric": metric, "least": least, "aim": aim, "against": against}
-    return report.judge(row | {"target": target}, dict(rows), CEILINGS).met
+    verdict = report.judge(row | {"target": target}, dict(rows), CEILINGS)
+    assert verdict is not None
+    return verdict.met
 
 
 @pytest.mark.parametrize("us, met", [(1.9, "aim"), (2.1, "least"), (4.1, "missed")])

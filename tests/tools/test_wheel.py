@@ -19,6 +19,7 @@ from importlib import metadata, resources
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 WHEELS = sorted(pathlib.Path(os.environ["XLA_OPS_TEST_WHEELS"]).glob("*.whl"))
 OPS = os.environ["XLA_OPS_TEST_OPS"].split(",")
@@ -47,9 +48,11 @@ def elf(archive, name) -> ELFFile:
 
 
 def exported(file: ELFFile) -> set[str]:
+    symbols = file.get_section_by_name(".dynsym")
+    assert isinstance(symbols, SymbolTableSection)
     return {
         symbol.name
-        for symbol in file.get_section_by_name(".dynsym").iter_symbols()
+        for symbol in symbols.iter_symbols()
         if symbol["st_shndx"] != "SHN_UNDEF"
         and symbol["st_info"]["bind"] in ("STB_GLOBAL", "STB_WEAK")
         and symbol["st_other"]["visibility"] in ("STV_DEFAULT", "STV_PROTECTED")
