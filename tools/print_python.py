@@ -1,0 +1,5 @@
+"""Prints the interpreter of the environment of tests."""
+
+import sys
+
+print(sys.executable)
