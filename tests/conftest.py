@@ -9,7 +9,6 @@ selected test that lacks its device fails.
 
 import os
 import pathlib
-import sys
 import tempfile
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
@@ -19,7 +18,6 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + f" --xla_dump_to={HLO_DUMP} --xla_dump_hlo_as_text"
 )
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -1,14 +1,30 @@
 """Helpers for the tests: where an op runs, what its buffers are, how wrong it is."""
 
 import math
+import os
 import re
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
+
+
+def setting(name: str, meaning: str) -> str:
+    """What `bazel test` tells a test by an environment variable.
+
+    Fails, all tests of the file at once, where it is not set.
+    """
+    if name not in os.environ:
+        pytest.fail(
+            f"{name} must name {meaning}, got nothing; `bazel test` sets it, and"
+            " CONTRIBUTING.md says what a run by pytest alone needs",
+            pytrace=False,
+        )
+    return os.environ[name]
 
 
 @dataclass(frozen=True)

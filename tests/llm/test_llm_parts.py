@@ -1,15 +1,10 @@
 """Tests the parts of examples/llm that need no model: block allocator, sampling,
 and the search for copies in HLO."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "llm"))
 
 from hlo import Program, copies_of, step_programs
 from kv_cache import BlockAllocator, blocks_for

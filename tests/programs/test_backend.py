@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import weakref
-from pathlib import Path as File
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from torch_xla._dynamo import dynamo_bridge
 
 import xla_ops
 from xla_ops.programs import backend as backend_module
-
-sys.path.insert(0, str(File(__file__).resolve().parents[2] / "benchmarks"))
 
 BACKENDS = pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
 

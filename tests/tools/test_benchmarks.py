@@ -10,15 +10,12 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+import cases
+import report
+import run as runner
+import xla_dump
 
-
-sys.path.insert(0, str(FOLDER))  # its modules import one another
-
-import cases  # noqa: E402
-import report  # noqa: E402
-import run as runner  # noqa: E402
-import xla_dump  # noqa: E402
+FOLDER = Path(runner.__file__).parent
 
 
 def run(out: Path, *options: str) -> tuple[subprocess.CompletedProcess, dict]:

@@ -3,15 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import in_place_ways  # noqa: E402
+import in_place_ways
 
 LAZY = pytest.mark.parametrize("compiled", [False, True], ids=["lazy", "compiled"])
 CACHES = 8
@@ -72,7 +68,7 @@ def test_table_is_made_from_the_json(tmp_path):
     result = {"device": "D", "version": "1", "layers": 4, "rows": [row, bad]}
     path = tmp_path / "in_place_cpu.json"
     path.write_text(json.dumps(result))
-    command = [sys.executable, str(BENCHMARKS / "in_place_ways.py"), "--plot", "--out"]
+    command = [sys.executable, in_place_ways.__file__, "--plot", "--out"]
     subprocess.run([*command, str(tmp_path)], env={"PJRT_DEVICE": "CPU"}, check=True)
     table = path.with_suffix(".md").read_text()
     assert "| xla_ops front | compiled | 16 MB | 16 MB | 2 GB | 1.23 |" in table

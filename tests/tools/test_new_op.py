@@ -17,6 +17,7 @@ import sys
 import pytest
 
 import xla_ops
+from support import setting
 
 NAME = "scaled_copy"
 FOLDER = f"xla_ops/cc/ops/{NAME}"
@@ -31,8 +32,8 @@ SHARED = [
     "xla_ops/py/ops/__init__.py",
     "tests/ops/test_conformance.py",
 ]
-# .../include/xla/ffi/api/ffi.h
-FFI = pathlib.Path(os.environ["XLA_OPS_TEST_FFI_HEADER"]).absolute().parents[3]
+HEADER = setting("XLA_OPS_TEST_FFI_HEADER", "jaxlib's include/xla/ffi/api/ffi.h")
+FFI = pathlib.Path(HEADER).absolute().parents[3]
 # As tools/build_defs/cc.bzl has it, but without optimisation, which takes the longest.
 COMPILE = ["g++", "-std=c++17", "-O0", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -21,10 +20,14 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
-WHEELS = sorted(pathlib.Path(os.environ["XLA_OPS_TEST_WHEELS"]).glob("*.whl"))
-OPS = os.environ["XLA_OPS_TEST_OPS"].split(",")
+from support import setting
+
+FOLDER = setting("XLA_OPS_TEST_WHEELS", "the folder bazel-bin/xla_ops/wheel")
+WHEELS = sorted(pathlib.Path(FOLDER).glob("*.whl"))
+OPS = setting("XLA_OPS_TEST_OPS", "the ops in the wheel").split(",")
 # The architectures that the build was asked for; empty without CUDA.
-ARCHS = pathlib.Path(os.environ["XLA_OPS_TEST_ARCHS"]).read_text()
+LIST = setting("XLA_OPS_TEST_ARCHS", "the file bazel-bin/third_party/cuda/archs.txt")
+ARCHS = pathlib.Path(LIST).read_text()
 PLATFORMS = ["cpu", "cuda"] if ARCHS else ["cpu"]
 
 
@@ -135,7 +138,7 @@ def test_bridge_and_extension_export_their_entries_alone(archive):
     bridge = exported(elf(archive, "xla_ops/lib/libxla_ops_pjrt.so"))
     assert "GetPjrtApi" in bridge
     assert {n for n in bridge - {"GetPjrtApi"} if not n.startswith("xla_ops_")} == set()
-    (extension,) = [n for n in archive.namelist() if "/_runtime." in n]
+    (extension,) = [n for n in archive.namelist() if "/_runtime.cpython" in n]
     assert exported(elf(archive, extension)) == {"PyInit__runtime"}
 
 

@@ -5,7 +5,7 @@ the folder that holds its package `vllm`; the wheel's *.py are enough (docs/vllm
 With its compiled libraries in that folder too, the ops are those of the libraries.
 """
 
-import os
+import pathlib
 import sys
 
 import pytest
@@ -13,8 +13,9 @@ import torch
 
 import xla_ops
 import xla_ops.vllm
+from support import setting
 
-sys.path.insert(0, os.environ["XLA_OPS_TEST_VLLM"])
+sys.path.insert(0, setting("XLA_OPS_TEST_VLLM", "the folder of vLLM's package `vllm`"))
 import vllm._custom_ops as ops
 from vllm.version import __version__ as vllm_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
@@ -42,9 +43,9 @@ def test_version():
     ],
 )
 def test_library_is_loaded_if_it_is_there(file, op):
-    folder = os.path.join(os.environ["XLA_OPS_TEST_VLLM"], "vllm")
+    folder = pathlib.Path(sys.path[0], "vllm")
     own = torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
-    assert own == os.path.exists(os.path.join(folder, file))
+    assert own == (folder / file).exists()
 
 
 def test_rms_norm(path):

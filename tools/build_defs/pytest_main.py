@@ -4,8 +4,9 @@
 
 DIR, which xla_ops_py_test fills with the installed form of the wheel, comes
 first on sys.path here and in child processes, and Bazel's own entries go, so
-that tests see what a user sees after `pip install`. Running no test at all is
-a failure, and so is a skip: targets are chosen by their tags.
+that tests see what a user sees after `pip install`; pyproject.toml adds the
+folders that tests import from. Running no test at all is a failure, and so is
+a skip: targets are chosen by their tags.
 """
 
 import os
@@ -39,16 +40,10 @@ def main(argv: list[str]) -> int:
     if site is None or not (site / "xla_ops").is_dir():
         raise SystemExit(f"--site must name a folder with xla_ops in it, got {site}")
 
-    # Tests may import helpers beside them and those of all tests, beside conftest.py;
-    # nothing else of the source tree.
-    beside = {pathlib.Path(a).parent.resolve() for a in rest if a.endswith(".py")}
-    above = {folder for b in beside for folder in b.parents}
-    shared = {folder for folder in above if (folder / "conftest.py").exists()}
-    folders = {str(folder) for folder in beside | shared}
     runfiles = os.environ.get("RUNFILES_DIR") or os.environ.get("TEST_SRCDIR", "")
     kept = [p for p in sys.path if not (runfiles and p.startswith(runfiles))]
-    sys.path[:] = [str(site), *sorted(folders), *kept]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *sorted(folders)])
+    sys.path[:] = [str(site), *kept]
+    os.environ["PYTHONPATH"] = str(site)
     os.environ["PYTHONNOUSERSITE"] = "1"
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
@@ -56,9 +51,8 @@ def main(argv: list[str]) -> int:
         if "TEST_TMPDIR" in os.environ:
             os.environ[name] = os.environ["TEST_TMPDIR"]
 
-    options = ["-p", "no:cacheprovider", "--strict-markers", "-ra", "--color=no"]
-    options += ["--import-mode=importlib", "--rootdir", os.getcwd()]
-    options += ["-o", "empty_parameter_set_mark=fail_at_collect"]
+    options = ["--config-file=pyproject.toml", "--rootdir=" + os.getcwd()]
+    options += ["-p", "no:cacheprovider", "--color=no"]
     if "XML_OUTPUT_FILE" in os.environ:
         options.append("--junitxml=" + os.environ["XML_OUTPUT_FILE"])
     if os.environ.get("TESTBRIDGE_TEST_ONLY"):  # bazel test --test_filter=...

@@ -58,7 +58,7 @@ def xla_ops_py_test(
         srcs = ["//tools/build_defs:pytest_main.py"] + srcs,
         args = ["--site=$(rootpath %s)" % site] +
                ["$(rootpath %s)" % test for test in tests],
-        data = [site] + data,
+        data = [site, "//:pyproject.toml"] + data,
         env = dict({"PJRT_DEVICE": "GPU" if gpu else "CPU"}, **env),
         main = "//tools/build_defs:pytest_main.py",
         python_version = "PY3",
