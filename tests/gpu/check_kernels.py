@@ -265,7 +265,7 @@ def main():
 
     # A child of ours.
     platform = "cpu" if options.cpu else "cuda"
-    jax_ops.register(options.lib_dir, platform, jax_ops.OPS)
+    jax_ops.register(options.lib_dir, platform)
     if options.capture:
         check_capture(options.capture)
         return 0

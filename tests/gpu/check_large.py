@@ -27,19 +27,6 @@ import jax_ops
 
 jax.config.update("jax_enable_x64", True)
 
-OPS = (
-    "activation",
-    "attention",
-    "copy_blocks",
-    "fp8_quant",
-    "fused_add_rms_norm",
-    "int8_quant",
-    "merge_attn_states",
-    "reshape_and_cache_flash",
-    "rms_norm",
-    "rms_norm_quant",
-    "rotary_embedding",
-)
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 CHUNKS = 8
 HEADS, HEAD_DIM = 128, 128
@@ -372,7 +359,7 @@ def main():
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     platform = "cpu" if options.cpu else "cuda"
-    results = {"archs": jax_ops.register(options.lib_dir, platform, OPS)}
+    results = {"archs": jax_ops.register(options.lib_dir, platform)}
     results |= jax_ops.describe_device()
     results |= {"elements": options.tokens * HIDDEN, "seconds": {}, "failures": []}
     for name, check in cases(options.tokens):

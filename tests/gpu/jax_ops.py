@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OPS = ("rms_norm", "reshape_and_cache_flash", "attention")
-
 
 class _Handler(ctypes.Structure):
     """`XlaOpsHandler` of xla_ops/cc/core/registry.h."""
@@ -29,20 +27,22 @@ class _Handler(ctypes.Structure):
     ]
 
 
-def register(lib_dir, platform="cuda", ops=OPS):
+def register(lib_dir, platform="cuda"):
     """Registers every handler of the op libraries in `lib_dir`.
 
     Args:
         platform: `cuda` or `cpu`.
-        ops: whose libraries.
 
     Returns:
         The architectures that each CUDA library was built for, by op.
     """
     names = {"cuda": "CUDA", "cpu": "cpu"}  # as JAX spells them
     archs = {}
-    for op in ops:
-        path = pathlib.Path(lib_dir) / f"libxla_ops_{op}_{platform}.so"
+    found = sorted(pathlib.Path(lib_dir).glob(f"libxla_ops_*_{platform}.so"))
+    if not found:
+        raise FileNotFoundError(f"{lib_dir} must hold libxla_ops_*_{platform}.so")
+    for path in found:
+        op = path.stem.removeprefix("libxla_ops_").removesuffix(f"_{platform}")
         library = ctypes.CDLL(str(path))
         library.xla_ops_handlers.restype = ctypes.POINTER(_Handler)
         count = ctypes.c_size_t()

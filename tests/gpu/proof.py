@@ -30,28 +30,15 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-OPS = (
-    "activation",
-    "copy_blocks",
-    "flash_attn_varlen",
-    "fp8_quant",
-    "fused_add_rms_norm",
-    "int8_quant",
-    "merge_attn_states",
-    "paged_attention",
-    "reshape_and_cache_flash",
-    "rms_norm",
-    "rms_norm_quant",
-    "rotary_embedding",
-)
+# Of each op, and of all ops alike.
+OPS = tuple(sorted(path.stem for path in (ROOT / "tests/ops").glob("test_*.py")))
 # Of everything together, on the GPU as on the CPU.
 TOGETHER = (
-    "core/custom_call",
-    "core/mutable",
-    "llm/llm",
-    "ops/conformance",
-    "programs/backend",
-    "vllm/lowerings",
+    "core/test_custom_call",
+    "core/test_mutable",
+    "llm/test_llm",
+    "programs/test_backend",
+    "vllm/test_lowerings",
 )
 # Need the GPU, or most of its memory, for themselves.
 ALONE = ("large", "demo", "table", "ways")
@@ -67,11 +54,6 @@ LONG_SHARES = {
 def pytest(*args):
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
             "--show-capture=no", "--tb=short", *args]  # fmt: skip
-
-
-def test_file(name):
-    folder, _, subject = name.partition("/")
-    return f"tests/{folder}/test_{subject}.py"
 
 
 def libraries():
@@ -91,7 +73,7 @@ def race_parts(program):
 
 
 def parts(out, cache_mb):
-    tests = [test_file(f"ops/{op}") for op in OPS]
+    tests = [f"tests/ops/{op}.py" for op in OPS if op != "test_conformance"]
     cuda = {"XLA_OPS_TEST_TORCH_CUDA": os.environ.get("XLA_OPS_TEST_TORCH_CUDA", "1")}
     in_place = {"XLA_OPS_TEST_CACHE_MB": str(cache_mb)}
     generate = [sys.executable, "examples/llm/generate.py", "--device", "gpu"]
@@ -104,12 +86,11 @@ def parts(out, cache_mb):
     shared = {**cuda, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     found = {"doctor": ([sys.executable, "-m", "xla_ops", "doctor"], {})}
     for name in (*(f"ops/{op}" for op in OPS), *TOGETHER):
-        file = test_file(name)
-        found[pathlib.Path(file).stem] = (pytest(file), shared)
+        found[name.rpartition("/")[2]] = (pytest(f"tests/{name}.py"), shared)
     whole = found.pop(LONG)
     for share, words in LONG_SHARES.items():
         found[f"{LONG}_{share}"] = ([*whole[0], "-k", words], shared)
-    found["test_in_place"] = (pytest(test_file("core/in_place")), shared | in_place)
+    found["test_in_place"] = (pytest("tests/core/test_in_place.py"), shared | in_place)
     table = [sys.executable, "benchmarks/in_place.py"]
     table += ["--out", str(out / "in_place.json"), "--megabytes", "64", "2048", "16384"]
     large = [sys.executable, "tests/gpu/check_large.py", "--lib-dir", libraries()]
