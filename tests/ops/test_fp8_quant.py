@@ -2,30 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import xla_ops
+from rows import any_rows, each_shape_and_dtype, numbers
 from support import Path
 
 E4M3 = torch.float8_e4m3fn
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [
-    (1, 1),
-    (7, 33),
-    (3, 127),
-    (2, 3, 100),
-    (5, 4096),
-    (17,),
-    (1, 8193),
-    (300, 24),
-]
 SMALLEST = 1 / (448 * 512)
 OPS = torch.ops.xla_ops
-
-
-def data(shape, dtype, magnitude=3.0):
-    return (torch.randn(shape) * magnitude).to(dtype)
 
 
 def check_codes(out, x, scale):
@@ -39,18 +23,16 @@ def check_codes(out, x, scale):
     assert (error <= wanted.abs().clamp(min=2**-6) * 2**-4 * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape_and_dtype
 def test_static(path, shape, dtype):
-    x, scale = data(shape, dtype), torch.tensor(0.013)
+    x, scale = numbers(shape, dtype), torch.tensor(0.013)
     out, _ = path.run(xla_ops.static_scaled_fp8_quant, x, scale)
     check_codes(out, x, scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape_and_dtype
 def test_dynamic(path, shape, dtype):
-    x = data(shape, dtype)
+    x = numbers(shape, dtype)
     (out, scale), _ = path.run(xla_ops.dynamic_scaled_fp8_quant, x)
     assert scale.shape == (1,)
     assert torch.equal(scale, (x.float().abs().max() / 448).reshape(1))
@@ -58,10 +40,9 @@ def test_dynamic(path, shape, dtype):
 
 
 @pytest.mark.parametrize("bound", [None, 4.0])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape_and_dtype
 def test_per_token(path, shape, dtype, bound):
-    x = data(shape, dtype)
+    x = numbers(shape, dtype)
     bound = None if bound is None else torch.tensor([bound])
     (out, scale), _ = path.run(xla_ops.dynamic_per_token_scaled_fp8_quant, x, bound)
     rows = x.reshape(-1, shape[-1]).float()
@@ -139,7 +120,7 @@ def test_no_elements(path, shape):
 
 
 def test_strided_input(path):
-    x = data((6, 96), torch.bfloat16)
+    x = numbers((6, 96), torch.bfloat16)
     (out, scale), _ = path.run(
         lambda x: xla_ops.dynamic_per_token_scaled_fp8_quant(x[:, 32:64]), x
     )
@@ -149,7 +130,7 @@ def test_strided_input(path):
 @pytest.mark.parametrize("rows", [5, 8])
 def test_mutable_forms(path, rows):
     """vLLM's calls; rows of the result past the input's stay as they are."""
-    x = data((5, 24), torch.float16)
+    x = numbers((5, 24), torch.float16)
     scale = torch.tensor([0.02])
     poison = torch.full((rows, 24), 3.0).to(E4M3)
 
@@ -180,17 +161,10 @@ def test_mutable_forms(path, rows):
         assert torch.equal(found, wanted_scale.reshape(shape))
 
 
-@settings(max_examples=50)
-@given(
-    rows=st.integers(0, 5),
-    hidden=st.integers(1, 300),
-    dtype=st.sampled_from(DTYPES),
-    magnitude=st.sampled_from([1e-3, 1.0, 100.0]),
-    seed=st.random_module(),
-)
+@any_rows()
 def test_any_shape(rows, hidden, dtype, magnitude, seed):
     """The handlers' bits are the references'."""
-    x = data((rows, hidden), dtype, magnitude)
+    x = numbers((rows, hidden), dtype, magnitude)
     cpu = Path("cpu")
     from xla_ops.ops import fp8_quant
 

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import xla_ops
+from rows import DTYPES, any_rows, each_shape_and_dtype, residual_inputs
 from support import Path, assert_close_to_exact, same
 
 EPS = 1e-5
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def functional(x, r, w):
@@ -31,28 +29,9 @@ def same_dtype(x, r, w):
     return (z * scale).to(x.dtype) * w
 
 
-def inputs(shape, dtype, magnitude=1.0):
-    x = (torch.randn(shape) * magnitude).to(dtype)
-    r = (torch.randn(shape) * magnitude).to(dtype)
-    return x, r, (1 + 0.1 * torch.randn(shape[-1])).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1),
-        (7, 33),
-        (3, 127),
-        (2, 3, 100),
-        (5, 4096),
-        (2, 1, 3, 64),
-        (17,),
-        (1, 8193),
-    ],
-)
+@each_shape_and_dtype
 def test_numerics(path, shape, dtype):
-    x, r, w = inputs(shape, dtype)
+    x, r, w = residual_inputs(shape, dtype)
     (out, z), (x_after, r_after, _) = path.run(functional, x, r, w)
     assert out.dtype == z.dtype == dtype
     assert torch.equal(z, x + r)
@@ -63,7 +42,7 @@ def test_numerics(path, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place(path, dtype):
-    x, r, w = inputs((5, 72), dtype)
+    x, r, w = residual_inputs((5, 72), dtype)
     out, z = functional(x, r, w)
     _, (x_after, r_after, w_after) = path.run(in_place, x, r, w)
     assert same(x_after, out)
@@ -72,7 +51,7 @@ def test_in_place(path, dtype):
 
 
 def test_in_place_twice_as_layers_do(path):
-    x, r, w = inputs((3, 40), torch.float32)
+    x, r, w = residual_inputs((3, 40), torch.float32)
 
     def layers(x, r, w):
         in_place(x, r, w)
@@ -114,7 +93,7 @@ def test_strided_arguments(path):
 
 def test_input_is_the_residual(path):
     """The later result wins, as on a tensor that is written twice."""
-    x, _, w = inputs((4, 16), torch.float32)
+    x, _, w = residual_inputs((4, 16), torch.float32)
     (out, z), _ = path.run(lambda x, w: functional(x, x, w), x, w)
     assert torch.equal(z, 2 * x)
     assert_close_to_exact(out, same_dtype(x, x, w), exact(x, x, w))
@@ -129,7 +108,7 @@ def test_no_elements(path, shape):
 
 
 def test_non_finite_rows_stay_in_their_row(path):
-    x, r, w = inputs((4, 32), torch.float32)
+    x, r, w = residual_inputs((4, 32), torch.float32)
     x[1, 3] = torch.nan
     r[2, 5] = torch.inf
     (out, z), _ = path.run(functional, x, r, w)
@@ -139,16 +118,9 @@ def test_non_finite_rows_stay_in_their_row(path):
     assert out[[0, 3]].isfinite().all()
 
 
-@settings(max_examples=50)
-@given(
-    rows=st.integers(0, 5),
-    hidden=st.integers(1, 300),
-    dtype=st.sampled_from(DTYPES),
-    magnitude=st.sampled_from([1e-3, 1.0, 100.0]),
-    seed=st.random_module(),
-)
+@any_rows()
 def test_any_shape(rows, hidden, dtype, magnitude, seed):
-    x, r, w = inputs((rows, hidden), dtype, magnitude)
+    x, r, w = residual_inputs((rows, hidden), dtype, magnitude)
     (out, z), _ = Path("cpu").run(functional, x, r, w)
     assert torch.equal(z, x + r)
     assert_close_to_exact(out, same_dtype(x, r, w), exact(x, r, w))

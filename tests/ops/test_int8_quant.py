@@ -2,29 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xla_ops
+from rows import DTYPES, SHAPES, any_rows, each_shape_and_dtype, numbers
 from support import Path, int32
 from xla_ops.ops import int8_quant
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [
-    (1, 1),
-    (7, 33),
-    (3, 127),
-    (2, 3, 100),
-    (5, 4096),
-    (17,),
-    (1, 8193),
-    (300, 24),
-]
 OPS = torch.ops.xla_ops
-
-
-def data(shape, dtype, magnitude=3.0, offset=0.0):
-    return (offset + torch.randn(shape) * magnitude).to(dtype)
 
 
 def check_codes(out, x, scale, azp=0):
@@ -37,19 +22,17 @@ def check_codes(out, x, scale, azp=0):
 
 
 @pytest.mark.parametrize("azp", [None, -17, 300])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape_and_dtype
 def test_static(path, shape, dtype, azp):
-    x, scale = data(shape, dtype), torch.tensor(0.027)
+    x, scale = numbers(shape, dtype), torch.tensor(0.027)
     zero_point = None if azp is None else int32(azp)
     out, _ = path.run(xla_ops.static_scaled_int8_quant, x, scale, zero_point)
     check_codes(out, x, scale, azp or 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape_and_dtype
 def test_dynamic(path, shape, dtype):
-    x = data(shape, dtype)
+    x = numbers(shape, dtype)
     (out, scale), _ = path.run(xla_ops.dynamic_scaled_int8_quant, x)
     rows = x.reshape(-1, shape[-1]).float()
     assert torch.equal(scale, rows.abs().amax(-1, keepdim=True) / 127)
@@ -60,7 +43,7 @@ def test_dynamic(path, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != (1, 1)])
 def test_dynamic_with_zero_points(path, shape, dtype, offset):
-    x = data(shape, dtype, offset=offset)
+    x = numbers(shape, dtype, offset=offset)
     (out, scale, azp), _ = path.run(
         lambda x: xla_ops.dynamic_scaled_int8_quant(x, symmetric=False), x
     )
@@ -164,7 +147,7 @@ def test_no_elements(path, shape):
 
 
 def test_strided_input(path):
-    x = data((6, 96), torch.bfloat16)
+    x = numbers((6, 96), torch.bfloat16)
     (out, scale), _ = path.run(
         lambda x: xla_ops.dynamic_scaled_int8_quant(x[:, 32:64]), x
     )
@@ -173,7 +156,7 @@ def test_strided_input(path):
 
 @pytest.mark.parametrize("azp", [False, True])
 def test_mutable_forms(path, azp):
-    x, scale = data((5, 24), torch.float16), torch.tensor([0.02])
+    x, scale = numbers((5, 24), torch.float16), torch.tensor([0.02])
     poison = torch.full((5, 24), 99, dtype=torch.int8)
     zero_point = int32(7) if azp else None
 
@@ -196,19 +179,10 @@ def test_mutable_forms(path, azp):
         assert not azp or torch.equal(azps, wanted[2].reshape(shape))
 
 
-@settings(max_examples=50)
-@given(
-    rows=st.integers(0, 5),
-    hidden=st.integers(1, 300),
-    dtype=st.sampled_from(DTYPES),
-    magnitude=st.sampled_from([1e-3, 1.0, 100.0]),
-    offset=st.sampled_from([0.0, 10.0]),
-    azp=st.integers(-200, 200),
-    seed=st.random_module(),
-)
+@any_rows(offset=st.sampled_from([0.0, 10.0]), azp=st.integers(-200, 200))
 def test_any_shape(rows, hidden, dtype, magnitude, offset, azp, seed):
     """The handlers' bits are the references'."""
-    x = data((rows, hidden), dtype, magnitude, offset)
+    x = numbers((rows, hidden), dtype, magnitude, offset)
     scale = torch.tensor(magnitude / 50)
     for op, args in (
         (int8_quant._static, (x, scale, None)),

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xla_ops
+from rows import DTYPES
 from support import Path, assert_close_to_exact
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF = torch.inf
 
 

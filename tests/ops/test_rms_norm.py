@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import xla_ops
+from rows import any_rows, each_shape_and_dtype
 from support import Path, assert_close_to_exact
 
 EPS = 1e-5
@@ -22,20 +21,7 @@ def two_roundings(x, w):
     return (y * scale).to(x.dtype) * w
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1),
-        (7, 33),
-        (3, 127),
-        (2, 3, 100),
-        (5, 4096),
-        (2, 1, 3, 64),
-        (17,),
-        (1, 8193),
-    ],
-)
+@each_shape_and_dtype
 def test_numerics(path, shape, dtype):
     x = torch.randn(shape, dtype=torch.float32).to(dtype)
     w = (1 + 0.1 * torch.randn(shape[-1])).to(dtype)
@@ -77,14 +63,7 @@ def test_strided_input(path):
     assert_close_to_exact(out, two_roundings(x[:, 32:64], w), exact(x[:, 32:64], w))
 
 
-@settings(max_examples=50)
-@given(
-    rows=st.integers(0, 5),
-    hidden=st.integers(1, 300),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    magnitude=st.sampled_from([1e-3, 1.0, 100.0]),
-    seed=st.random_module(),
-)
+@any_rows()
 def test_any_shape(rows, hidden, dtype, magnitude, seed):
     x = (torch.randn(rows, hidden) * magnitude).to(dtype)
     w = torch.randn(hidden).to(dtype)

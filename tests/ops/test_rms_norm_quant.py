@@ -2,35 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import xla_ops
+from rows import any_rows, each_shape_and_dtype, residual_inputs
 from support import Path, assert_close_to_exact
 from xla_ops.ops import rms_norm_quant
 
 EPS = 1e-5
 E4M3 = torch.float8_e4m3fn
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # How far two roundings and, in fp32, a sum in another order move a result.
 STEPS = {torch.float32: 2**-19, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-SHAPES = [
-    (1, 1),
-    (7, 33),
-    (3, 127),
-    (2, 3, 100),
-    (5, 4096),
-    (17,),
-    (1, 8193),
-    (300, 24),
-]
 OPS = torch.ops.xla_ops
-
-
-def inputs(shape, dtype, magnitude=1.0):
-    x = (torch.randn(shape) * magnitude).to(dtype)
-    r = (torch.randn(shape) * magnitude).to(dtype)
-    return x, r, (1 + 0.1 * torch.randn(shape[-1])).to(dtype)
 
 
 def exact_norm(x, w):
@@ -94,10 +76,9 @@ def check_codes(out, y, scale, dtype, quant_dtype=E4M3):
     assert ((codes - wanted).abs() <= step * 1.07 + y_error).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape_and_dtype
 def test_static(path, shape, dtype):
-    x, r, w = inputs(shape, dtype)
+    x, r, w = residual_inputs(shape, dtype)
     scale = torch.tensor([0.0123])
     out, _ = path.run(
         lambda x, w, s: xla_ops.rms_norm_static_fp8_quant(x, w, s, EPS), x, w, scale
@@ -117,10 +98,9 @@ def test_static(path, shape, dtype):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("quant_dtype", [E4M3, torch.int8])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@each_shape_and_dtype
 def test_dynamic(path, shape, dtype, quant_dtype, residual):
-    x, r, w = inputs(shape, dtype)
+    x, r, w = residual_inputs(shape, dtype)
 
     def run(x, w, r):
         return xla_ops.rms_norm_dynamic_per_token_quant(
@@ -144,7 +124,7 @@ def test_dynamic(path, shape, dtype, quant_dtype, residual):
 
 def test_same_as_the_two_ops(path):
     """But for codes that the order of the sum moves."""
-    x, r, w = inputs((5, 100), torch.bfloat16)
+    x, r, w = residual_inputs((5, 100), torch.bfloat16)
     scale = torch.tensor([0.02])
     out, _ = path.run(
         lambda x, w, s: xla_ops.rms_norm_static_fp8_quant(x, w, s, EPS), x, w, scale
@@ -182,7 +162,7 @@ def test_the_dynamic_sum_is_not_rounded(path, dtype, r0, step):
 
 
 def test_scale_ub(path):
-    x, _, w = inputs((4, 64), torch.float32)
+    x, _, w = residual_inputs((4, 64), torch.float32)
     bound = torch.tensor([1.5])
     (out, scale), _ = path.run(
         lambda x, w, b: xla_ops.rms_norm_dynamic_per_token_quant(x, w, E4M3, EPS, b),
@@ -195,7 +175,7 @@ def test_scale_ub(path):
 
 @pytest.mark.parametrize("quant_dtype", [E4M3, torch.int8])
 def test_zeros_and_non_finite(path, quant_dtype):
-    x, _, w = inputs((4, 32), torch.float32)
+    x, _, w = residual_inputs((4, 32), torch.float32)
     x[0] = 0
     x[1, 3] = torch.nan
     x[2, 5] = torch.inf
@@ -236,7 +216,7 @@ def test_no_elements(path, shape):
 
 
 def test_mutable_forms(path):
-    x, r, w = inputs((5, 40), torch.float16)
+    x, r, w = residual_inputs((5, 40), torch.float16)
     scale = torch.tensor([0.02])
     result = torch.full((5, 40), 3.0).to(E4M3)
 
@@ -278,17 +258,10 @@ def test_mutable_forms(path):
                 assert residual is None or torch.equal(z, x + r)
 
 
-@settings(max_examples=50)
-@given(
-    rows=st.integers(0, 5),
-    hidden=st.integers(1, 300),
-    dtype=st.sampled_from(DTYPES),
-    magnitude=st.sampled_from([1e-3, 1.0, 100.0]),
-    seed=st.random_module(),
-)
+@any_rows()
 def test_any_shape(rows, hidden, dtype, magnitude, seed):
     """Handler and reference differ by the order of the sum only."""
-    x, r, w = inputs((rows, hidden), dtype, magnitude)
+    x, r, w = residual_inputs((rows, hidden), dtype, magnitude)
     scale = torch.tensor([0.02])
     bound = torch.tensor(2.0)
     for op, args in (

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xla_ops
+from rows import DTYPES
 from support import assert_close_to_exact
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def cos_sin(max_position, rotary_dim, dtype=torch.float32):
