@@ -158,6 +158,7 @@ cuda_objects = rule(
             default = "//third_party/cuda:compiler_files",
         ),
     },
+    toolchains = ["@bazel_tools//tools/cpp:toolchain_type"],
     doc = "Compiles each .cu.cc into an object, for the `srcs` of a " +
           "cc_binary or cc_library.",
 )
