@@ -7,6 +7,7 @@ hashes in requirements.lock; each installs one section of that file:
     @xla_ops_pins     requirements.lock cut into its sections
     @xla_ops_env      virtual environment in which Python tests and tools run
     @xla_ops_ffi      headers of XLA's foreign function interface
+    @elftools         pyelftools, with which wheels are packed
     @pybind11         headers of pybind11
     @cuda13           nvcc with CUDA's headers and static runtime
     @cuda12           clang with those of CUDA 12, for compute capability 7.0
@@ -20,7 +21,7 @@ load("//third_party/pip:pins.bzl", "pip_pins")
 load("//third_party/pip:wheels.bzl", "pip_wheels")
 load("//third_party/python:interpreters.bzl", "python_interpreters")
 
-SECTIONS = ["env", "pybind11", "ffi", "cuda13", "cuda12"]
+SECTIONS = ["env", "elftools", "pybind11", "ffi", "cuda13", "cuda12"]
 
 def xla_ops_repositories():
     """Declares the repositories that the list above describes."""
@@ -33,6 +34,12 @@ def xla_ops_repositories():
     pip_environment(
         name = "xla_ops_env",
         requirements = "@xla_ops_pins//:env.txt",
+    )
+    pip_wheels(
+        name = "elftools",
+        build_file = "//third_party:elftools.BUILD",
+        keep = ["elftools"],
+        requirements = "@xla_ops_pins//:elftools.txt",
     )
     pip_wheels(
         name = "xla_ops_ffi",

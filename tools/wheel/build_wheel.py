@@ -10,15 +10,17 @@ same bytes: names are sorted, times and permissions fixed.
 
 import argparse
 import base64
+import dataclasses
 import hashlib
 import pathlib
 import re
 import sys
 import zipfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerNeedSection
 
-import elf
 import metadata
 
 # What a manylinux wheel may take from the system (PEP 600), less libstdc++
@@ -35,6 +37,30 @@ OLDEST_GLIBC = 17  # manylinux_2_17 is the oldest that pip of today accepts
 TIME = (1980, 1, 1, 0, 0, 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a shared object needs at run time."""
+
+    libraries: set[str]  # "libc.so.6"
+    versions: set[str]  # "GLIBC_2.14"
+
+
+def read_needs(path: pathlib.Path) -> Needs:
+    """Reads the needs of the shared object at `path`."""
+    libraries, versions = set(), set()
+    with path.open("rb") as file:
+        elf = ELFFile(file)
+        for segment in elf.iter_segments():
+            if isinstance(segment, DynamicSegment):
+                tags = segment.iter_tags("DT_NEEDED")
+                libraries.update(tag.needed for tag in tags)
+        for section in elf.iter_sections():
+            if isinstance(section, GNUVerNeedSection):
+                for _, needed in section.iter_versions():
+                    versions.update(version.name for version in needed)
+    return Needs(libraries, versions)
+
+
 def platform_tag(objects: list[pathlib.Path]) -> str:
     """Returns the platform on which all of `objects` load.
 
@@ -43,8 +69,8 @@ def platform_tag(objects: list[pathlib.Path]) -> str:
     """
     newest = OLDEST_GLIBC
     for path in objects:
-        needs = elf.read_needs(path)
-        foreign = sorted(set(needs.libraries) - SYSTEM_LIBRARIES)
+        needs = read_needs(path)
+        foreign = sorted(needs.libraries - SYSTEM_LIBRARIES)
         if foreign:
             raise ValueError(
                 f"{path.name} must need only {sorted(SYSTEM_LIBRARIES)}, got {foreign}"

@@ -2,7 +2,8 @@
 
 Their outputs are folders, since a wheel's file name holds the platform tag,
 which is read from the binaries when they are there. The interpreter is the one
-that the wheel is for, given by path, so that packing needs no environment.
+that the wheel is for, given by path, and with pyelftools is all that packing
+needs.
 """
 
 # Where the sources of the Python package lie; a module beside it in the tree is
@@ -40,10 +41,15 @@ def _wheel_impl(ctx):
         arguments.add("--file=xla_ops/%s=%s" % (file.basename, file.path))
     ctx.actions.run(
         executable = ctx.attr.interpreter,
-        arguments = ["-I", arguments],
+        arguments = ["-s", arguments],
+        env = {
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": ctx.file._elftools_init.dirname + "/..",
+        },
         inputs = ctx.files.srcs + ctx.files.libs + ctx.files.extension +
                  ctx.files.license_files + ctx.files.readme +
-                 [ctx.file._build_wheel] + ctx.files._modules,
+                 [ctx.file._build_wheel, ctx.file._metadata] +
+                 ctx.files._elftools,
         outputs = [out],
         mnemonic = "Wheel",
         progress_message = "Packing the wheel for " + ctx.attr.tag,
@@ -76,12 +82,14 @@ wheel = rule(
             allow_single_file = True,
             default = "//tools/wheel:build_wheel.py",
         ),
-        "_modules": attr.label_list(
-            allow_files = True,
-            default = [
-                "//tools/wheel:elf.py",
-                "//tools/wheel:metadata.py",
-            ],
+        "_elftools": attr.label(default = "@elftools"),
+        "_elftools_init": attr.label(
+            allow_single_file = True,
+            default = "@elftools//:elftools/__init__.py",
+        ),
+        "_metadata": attr.label(
+            allow_single_file = True,
+            default = "//tools/wheel:metadata.py",
         ),
     },
     doc = "Packs a wheel into the folder bazel-bin/PACKAGE/NAME.",
