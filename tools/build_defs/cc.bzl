@@ -4,6 +4,8 @@ COPTS = [
     "-std=c++17",
     "-O3",
     "-march=x86-64-v2",
+    # A square root is one instruction, and no call for the sake of errno.
+    "-fno-math-errno",
     "-ffunction-sections",
     "-fdata-sections",
     "-fvisibility=hidden",
@@ -13,23 +15,38 @@ COPTS = [
     "-Werror",
 ]
 
-def shared_object(name, exports, needs_all_symbols = True, linkopts = [], **kwargs):
+# In place of what this machine's glibc calls so.
+_STAND_INS = [
+    "//third_party/glibc:libdl.so.2",
+    "//third_party/glibc:libpthread.so.0",
+    "//third_party/glibc:librt.so.1",
+]
+
+def shared_object(
+        name,
+        exports,
+        needs_all_symbols = True,
+        deps = [],
+        linkopts = [],
+        **kwargs):
     """A shared object for the wheel: few exports, nothing undefined.
 
-    libstdc++ is linked statically by an option in .bazelrc.
+    It loads with glibc 2.28, whatever this machine has (docs/adr/0002):
+    libstdc++ is linked statically, glibc by the versions that it had then.
 
     Args:
       name: file name.
       exports: linker version script that lists the exported symbols.
       needs_all_symbols: False for Python extensions, whose interpreter
         brings symbols that no library holds.
+      deps: libraries, linked statically.
       linkopts: further options of the linker.
       **kwargs: further arguments of cc_binary.
     """
     defs = ["-Wl,-z,defs"] if needs_all_symbols else []
     native.cc_binary(
         name = name,
-        additional_linker_inputs = [exports],
+        additional_linker_inputs = [exports] + _STAND_INS,
         copts = COPTS,
         linkopts = [
             "-Wl,--version-script=$(location %s)" % exports,
@@ -38,9 +55,11 @@ def shared_object(name, exports, needs_all_symbols = True, linkopts = [], **kwar
             # which Bazel prefers, drops the code and keeps the demand.
             "-Wl,--gc-sections",
             "-fuse-ld=bfd",
-            "-static-libgcc",
-        ] + defs + linkopts,
+            # --as-needed takes what is asked for so far: libstdc++ comes first.
+            "-l:libstdc++.a",
+        ] + ["-Wl,$(location %s)" % s for s in _STAND_INS] + defs + linkopts,
         linkshared = True,
         linkstatic = True,
+        deps = deps + ["//third_party/glibc:added"],
         **kwargs
     )

@@ -23,17 +23,18 @@ from elftools.elf.gnuversions import GNUVerNeedSection
 
 import metadata
 
-# What a manylinux wheel may take from the system (PEP 600), less libstdc++
-# and libgcc_s, which are linked statically.
+# What a manylinux wheel may take from the system (PEP 600), less libstdc++,
+# which is linked statically.
 SYSTEM_LIBRARIES = {
     "ld-linux-x86-64.so.2",
     "libc.so.6",
     "libdl.so.2",
+    "libgcc_s.so.1",
     "libm.so.6",
     "libpthread.so.0",
     "librt.so.1",
 }
-OLDEST_GLIBC = 17  # manylinux_2_17 is the oldest that pip of today accepts
+OLDEST_GLIBC = 28  # torch 2.9.0 and torch_xla 2.9.0 need 2.28 themselves
 TIME = (1980, 1, 1, 0, 0, 0)
 
 
