@@ -1,4 +1,9 @@
-"""What the wheel says of itself: METADATA, WHEEL and entry points."""
+"""What the wheel says of itself: METADATA, WHEEL and entry points.
+
+`metadata.py EXTRA` prints what an extra asks for, one requirement a line.
+"""
+
+import sys
 
 NAME = "xla_ops"
 # What an installation adds to sys.path's folder.
@@ -7,10 +12,42 @@ SUMMARY = "CUDA kernels inside PyTorch/XLA graphs, as typed-FFI custom calls"
 
 REQUIRES = ["torch==2.9.0", "torch_xla==2.9.0"]
 
-# The plugins that libxla_ops_pjrt.so wraps; a CUDA 13 one begins at 0.7.2.
+# The plugins that libxla_ops_pjrt.so wraps, from the oldest to the newest line that
+# were looked at, and all that they open (cuda_libraries.py): their own wheels ask for
+# nothing. Lower bounds are those of JAX, upper ones the next major version.
+# What torch 2.9.0 pins for CUDA 12 fits (docs/adr/0003-hermetic-cuda.md).
 EXTRAS = {
-    "cuda12": ["jax-cuda12-pjrt>=0.7.1"],
-    "cuda13": ["jax-cuda13-pjrt>=0.7.2"],
+    "cuda12": [
+        "jax-cuda12-pjrt>=0.7.1,<0.13",
+        "nvidia-cublas-cu12>=12.1.3.1,<13",
+        "nvidia-cuda-cupti-cu12>=12.1.105,<13",
+        "nvidia-cuda-nvcc-cu12>=12.6.85,<13",
+        "nvidia-cuda-nvrtc-cu12>=12.1.55,<13",
+        "nvidia-cuda-runtime-cu12>=12.1.105,<13",
+        "nvidia-cudnn-cu12>=9.10.2.21,<10",
+        "nvidia-cufft-cu12>=11.0.2.54,<12",
+        "nvidia-cusolver-cu12>=11.4.5.107,<12",
+        "nvidia-cusparse-cu12>=12.1.0.106,<13",
+        "nvidia-nccl-cu12>=2.18.1,<3",
+        "nvidia-nvjitlink-cu12>=12.1.105,<13",
+        "nvidia-nvshmem-cu12>=3.2.5,<4",
+    ],
+    "cuda13": [
+        "jax-cuda13-pjrt>=0.7.2,<0.13",
+        "nvidia-cublas>=13.0.0.19,<14",
+        "nvidia-cuda-cupti>=13.0.48,<14",
+        "nvidia-cuda-nvcc>=13.0.48,<14",
+        "nvidia-cuda-nvrtc>=13.0.48,<14",
+        "nvidia-cuda-runtime>=13.0.48,<14",
+        "nvidia-cudnn-cu13>=9.12.0.46,<10",
+        "nvidia-cufft>=12.0.0.15,<13",
+        "nvidia-cusolver>=12.0.3.29,<13",
+        "nvidia-cusparse>=12.6.2.49,<13",
+        "nvidia-nccl-cu13>=2.27.7,<3",
+        "nvidia-nvjitlink>=13.0.39,<14",
+        "nvidia-nvshmem-cu13>=3.3.20,<4",
+        "nvidia-nvvm>=13.0.48,<14",
+    ],
 }
 
 # torch_xla registers the plugin under these names when it is imported, so
@@ -66,3 +103,7 @@ def wheel(tag: str) -> str:
         "Root-Is-Purelib: false\n"
         f"Tag: {tag}\n"
     )
+
+
+if __name__ == "__main__":
+    print("\n".join(EXTRAS[sys.argv[1]]))
