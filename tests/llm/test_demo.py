@@ -108,6 +108,29 @@ def test_tools_demo_checks_its_device(tmp_path):
     assert "must find an NVIDIA driver" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "capability, driver, oldest",
+    [("9.0", "570.86.15", 580), ("7.0", "520.61.05", 525)],
+)
+def test_tools_demo_refuses_a_driver_too_old_for_the_kernels(
+    capability, driver, oldest, tmp_path
+):
+    """Before it builds and downloads anything: no Bazel is on this PATH."""
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        f'#!{tmp_path}/bash\ncase "$*" in *compute_cap*) echo {capability} ;;'
+        f" *driver_version*) echo {driver} ;; esac\n"
+    )
+    smi.chmod(0o755)
+    done = run("bash", str(DEMO), "--device", "gpu", PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    message = f"the NVIDIA driver must be {oldest} or newer, got {driver}"
+    assert message in done.stderr
+
+
 def test_tools_demo_help_needs_no_build():
     done = run("bash", str(DEMO), "--help")
     assert done.returncode == 0
