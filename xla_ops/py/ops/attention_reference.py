@@ -1,8 +1,20 @@
-"""What attention means, in plain torch: the reference of attention.py's ops."""
+"""What attention means, in plain torch: the reference of attention.py's ops.
+
+Where XLA has no handler it is part of the user's program, so the number of its
+operations depends on no size, and no array of it has more elements than a few times the
+logits, [num_tokens, num_heads, num_kv], but for the pages that it looks up: those of a
+_PARTS-th of the sequences at a time, in float32.
+
+Contiguous keys meet all rows in one product, and each row masks what is not its
+sequence's. Paged ones would be as wide as the cache that way; there rows are taken in
+tiles of one sequence each, as attention kernels do, and a tile meets its own pages.
+
+Tested by tests/ops/test_attention_reference.py.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,142 +23,313 @@ from ..core import paged_cache
 if TYPE_CHECKING:
     from .attention import Arguments, Batch
 
+# In how many parts the tiles of a paged batch are worked on, for less memory.
+_PARTS = 4
+
 
 def reference(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, head_dim = a.query.shape
     num_blocks, page_size, num_kv_heads, _, *strides, key_offset, value_offset = (
         a.geometry
     )
-    shape = (num_blocks, page_size, num_kv_heads, head_dim)
-    keys = _take(a.key, shape, strides, key_offset, a.kv_cache_dtype)
-    values = _take(a.value, shape, strides, value_offset, a.kv_cache_dtype)
-    batch = a.batch._make(None if t is None else t.long() for t in a.batch)
-    rows = torch.arange(num_tokens, device=a.query.device)
-    # [num_tokens, num_kv_heads, heads of one KV head, ...] from here on.
-    heads = (num_kv_heads, num_heads // max(num_kv_heads, 1))
+    num_kv = page_size * (1 if a.block_table is None else a.block_table.shape[1])
+    if 0 in (num_tokens, a.cu_seqlens_q.shape[0] - 1, num_blocks, num_kv):
+        out = torch.zeros_like(a.query)
+        return out, out.new_full((num_heads, num_tokens), torch.inf, dtype=torch.float)
+    sequences = _sequences(a.batch, num_tokens, num_kv)
+    sequence, exists = _owners(sequences, num_tokens, a.num_seqs)
+    heads = (num_kv_heads, num_heads // num_kv_heads)
+    length = sequences.length[sequence]
+    position = torch.arange(num_tokens, device=a.query.device) + length
+    position = position - sequences.end[sequence]
+    low, high = torch.zeros_like(length), length
+    if a.window_left >= 0:
+        low = (position - a.window_left).clamp(min=0)
+    if a.window_right >= 0:
+        high = torch.minimum(high, position + a.window_right + 1)
+    slopes = a.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.expand(a.cu_seqlens_q.shape[0] - 1, num_heads)[sequence]
+        slopes = slopes.reshape(num_tokens, *heads)
     grouped = a.query.float().reshape(num_tokens, *heads, head_dim)
-    out = torch.zeros_like(grouped)
-    lse = grouped.new_full((num_tokens, *heads, 1), torch.inf)
-    for s, (start, end, index, exists, length) in enumerate(
-        _sequences(batch, num_tokens, keys.shape[0], num_blocks, page_size)
-    ):
-        key = keys[index] * _of_sequence(a.k_scale, s)
-        value = values[index] * _of_sequence(a.v_scale, s)
-        tokens = torch.arange(index.shape[0], device=a.query.device)
-        position = (rows - start + length - (end - start))[:, None]
-        visible = ((rows >= start) & (rows < end))[:, None] & exists
-        visible &= tokens < length
-        if a.window_left >= 0:
-            visible &= tokens >= position - a.window_left
-        if a.window_right >= 0:
-            visible &= tokens <= position + a.window_right
-        logits = _by_kv_head(grouped, key.permute(1, 2, 0)) * a.scale
-        if a.soft_cap:
-            logits = a.soft_cap * torch.tanh(logits / a.soft_cap)
-        if a.alibi_slopes is not None:
-            slopes = a.alibi_slopes
-            if a.alibi_slopes.dim() == 2:
-                slopes = _row(a.alibi_slopes, s)
-            distance = (position - tokens).abs()[:, None, None, :]
-            logits = logits - slopes.reshape(*heads, 1) * distance
-        mask = visible[:, None, None, :]
-        logits = logits.masked_fill(~mask, -torch.inf)
+    scaled = grouped * (a.scale * _of_rows(a.k_scale, sequence))
+    rows = _Rows(scaled, low, high, position, slopes)
+    keys = _Buffer(a.key, head_dim, strides, key_offset, a.kv_cache_dtype)
+    values = _Buffer(a.value, head_dim, strides, value_offset, a.kv_cache_dtype)
+    sinks = None if a.sinks is None else a.sinks.reshape(*heads, 1)
+    softmax = _Softmax(sinks, a.soft_cap)
+    if sequences.first is not None:
+        first = sequences.first[sequence]
+        out, lse = _contiguous(softmax, rows, first, keys, values, num_kv)
+    else:
+        pages = _Pages(a.block_table, num_blocks, page_size)
+        out, lse = _paged(softmax, rows, sequence, sequences, keys, values, pages)
+    out = out * _of_rows(a.v_scale, sequence)
+    seen = exists[:, None, None, None] & (lse != torch.inf)
+    out = torch.where(seen, out, 0.0).to(a.query.dtype).reshape(a.query.shape)
+    lse = torch.where(seen, lse, torch.inf).reshape(num_tokens, num_heads)
+    return out, lse.t().contiguous()
+
+
+class _Sequences(NamedTuple):
+    """Where each sequence is; all int64 [max_num_seqs].
+
+    Attributes:
+        start, end: of its query rows, end excluded.
+        length: how many KV tokens it has.
+        first: the row of its first one, where keys are contiguous.
+    """
+
+    start: torch.Tensor
+    end: torch.Tensor
+    length: torch.Tensor
+    first: torch.Tensor | None
+
+
+class _Rows(NamedTuple):
+    """Query rows, of any shape [...].
+
+    Attributes:
+        query: float32 [..., num_kv_heads, query heads of each, head_dim], scaled.
+        low, high: int64 [...]. It sees the tokens from low to high, excluded, of its
+            sequence.
+        position: int64 [...], among the tokens of its sequence.
+        slopes: [..., num_kv_heads, query heads of each], or None.
+    """
+
+    query: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    position: torch.Tensor
+    slopes: torch.Tensor | None
+
+    def each(self, take) -> _Rows:
+        return _Rows(*(None if t is None else take(t) for t in self))
+
+
+def _sequences(batch: Batch, num_tokens, num_kv) -> _Sequences:
+    bounds = _clamped(batch.cu_seqlens_q, num_tokens)
+    start, end = bounds[:-1], bounds[1:]
+    used = None if batch.seqused_k is None else batch.seqused_k.long().clamp(min=0)
+    if batch.cu_seqlens_k is None:
+        return _Sequences(start, end, used.clamp(max=num_kv), None)
+    bounds = _clamped(batch.cu_seqlens_k, num_kv)
+    first, length = bounds[:-1], bounds[1:] - bounds[:-1]
+    if used is not None:
+        length = torch.minimum(used, num_kv - first)
+    if batch.leftpad_k is not None:
+        pad = torch.minimum(batch.leftpad_k.long().clamp(min=0), length)
+        first, length = first + pad, length - pad
+    return _Sequences(start, end, length, first)
+
+
+def _clamped(cu_seqlens: torch.Tensor, size) -> torch.Tensor:
+    """Prefix sums, each at least the one before and at most `size`.
+
+    Not by cummax, which torch_xla 2.9.0 does not compile for more than 64 elements.
+    """
+    sums = cu_seqlens.long().clamp(0, size)
+    index = torch.arange(sums.shape[0], device=sums.device)
+    return torch.where(index <= index[:, None], sums, 0).amax(1)
+
+
+def _owners(
+    sequences: _Sequences, num_tokens, num_seqs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's sequence, and whether it has one."""
+    max_num_seqs = sequences.end.shape[0]
+    row = torch.arange(num_tokens, device=sequences.end.device)
+    sequence = (row[:, None] >= sequences.end).sum(1)
+    exists = sequence < max_num_seqs
+    if num_seqs is not None:
+        exists = exists & (sequence < num_seqs.reshape(1))
+    sequence = sequence.clamp(max=max_num_seqs - 1)
+    return sequence, exists & (row >= sequences.start[sequence])
+
+
+def _of_rows(scale: torch.Tensor | None, sequence: torch.Tensor):
+    """A KV scale, [1] or [max_num_seqs, num_kv_heads], as it multiplies rows."""
+    if scale is None:
+        return 1.0
+    if scale.numel() == 1:
+        return scale.reshape(())
+    return scale[sequence][:, :, None, None]
+
+
+class _Buffer(NamedTuple):
+    """Keys or values, as the op gets them: a buffer and where they are in it."""
+
+    buffer: torch.Tensor
+    head_dim: int
+    strides: list[int]
+    offset: int
+    kv_cache_dtype: str
+
+    def take(self, block, page, num_kv_heads) -> torch.Tensor:
+        """Looks tokens up: float32 [..., num_kv_heads, head_dim] of indices [...]."""
+        *strides, offset = *self.strides, self.offset
+        flat, lanes = self.buffer.reshape(-1), self.head_dim
+        if flat.dtype in paged_cache.FP8.values():
+            flat = flat.float()  # torch indexes no fp8
+        if all(n % lanes == 0 for n in (*strides, offset, flat.shape[0])):
+            # By heads, which takes a head_dim-th of the indices.
+            flat = flat.reshape(-1, lanes)
+            *strides, offset = (n // lanes for n in (*strides, offset))
+        index = offset + block * strides[0] + page * strides[1]
+        heads = torch.arange(num_kv_heads, device=flat.device) * strides[2]
+        index = index[..., None] + heads
+        if flat.dim() == 1:
+            index = index[..., None] + torch.arange(lanes, device=flat.device)
+        taken = flat[index]
+        if taken.dtype != torch.uint8:
+            return taken.float()
+        # XLA tensors cannot be viewed as another dtype: look the bytes' values up.
+        codes = torch.arange(256, dtype=torch.uint8)
+        codes = codes.view(paged_cache.FP8[self.kv_cache_dtype]).float()
+        return codes.to(flat.device)[taken.long()]
+
+
+class _Softmax(NamedTuple):
+    """What all rows share.
+
+    Attributes:
+        sinks: [num_kv_heads, query heads of each, 1], or None.
+    """
+
+    sinks: torch.Tensor | None
+    soft_cap: float
+
+    def attend(self, rows: _Rows, keys, values, token, exists=None):
+        """Attends batches of rows to a set of keys each.
+
+        Args:
+            rows: [batches, rows].
+            keys, values: float32 [batches, num_kv, num_kv_heads, head_dim].
+            token: int64 [batches, rows, num_kv], or less and broadcast. Which token
+                of a row's sequence each key is.
+            exists: bool, as `token`. Whether the key is there.
+
+        Returns:
+            out [batches, rows, num_kv_heads, query heads of each, head_dim], and lse
+            with 1 for head_dim, +inf where a row sees nothing; float32.
+        """
+        visible = (token >= rows.low[..., None]) & (token < rows.high[..., None])
+        if exists is not None:
+            visible = visible & exists
+        # [batches, rows, KV heads, query heads of one, num_kv] from here on.
+        logits = _by_kv_head(rows.query, keys.permute(0, 2, 3, 1))
+        if self.soft_cap:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        if rows.slopes is not None:
+            distance = (rows.position[..., None] - token).abs()[:, :, None, None]
+            logits = logits - rows.slopes[..., None] * distance
+        logits = torch.where(visible[:, :, None, None], logits, -torch.inf)
         largest = logits.amax(-1, keepdim=True)
-        if a.sinks is not None:
-            largest = torch.maximum(largest, a.sinks.reshape(*heads, 1))
-        seen = mask.any(-1, keepdim=True)
+        # torch_xla's amax gives the lowest number where there is none but -inf.
+        seen = ~(largest <= torch.finfo(torch.float32).min)
+        if self.sinks is not None:
+            largest = torch.maximum(largest, self.sinks)
         largest = torch.where(seen, largest, 0.0)
         weights = torch.exp(logits - largest)
         total = weights.sum(-1, keepdim=True)
-        if a.sinks is not None:
-            total = total + torch.exp(a.sinks.reshape(*heads, 1) - largest)
-        # A masked token may hold NaN.
-        value = torch.where(visible.any(0)[:, None, None], value, 0.0)
-        mixed = _by_kv_head(weights, value.transpose(0, 1)) / total
-        out = torch.where(seen, mixed, out)
-        lse = torch.where(seen, torch.log(total) + largest, lse)
-    out = out.reshape(a.query.shape).to(a.query.dtype)
-    return out, lse.reshape(num_tokens, num_heads).t().contiguous()
+        if self.sinks is not None:
+            total = total + torch.exp(self.sinks - largest)
+        lse = torch.where(seen, torch.log(total) + largest, torch.inf)
+        return _mix(weights, values.transpose(1, 2)) / total, lse
+
+
+def _contiguous(softmax: _Softmax, rows: _Rows, first, keys, values, num_kv):
+    """Attention of all rows to all keys at once."""
+    slot = torch.arange(num_kv, device=first.device)
+    num_kv_heads = rows.query.shape[1]
+    taken = (b.take(torch.zeros_like(slot), slot, num_kv_heads) for b in (keys, values))
+    out, lse = softmax.attend(
+        rows.each(lambda t: t[None]),
+        *(t[None] for t in taken),
+        (slot - first[:, None])[None],
+    )
+    return out[0], lse[0]
+
+
+class _Pages(NamedTuple):
+    """A paged cache, but for its buffers."""
+
+    block_table: torch.Tensor
+    num_blocks: int
+    page_size: int
+
+
+def _paged(softmax: _Softmax, rows: _Rows, sequence, sequences, keys, values, pages):
+    """Attention of tiles of rows, each of one sequence, to that sequence's pages."""
+    block_table, num_blocks, page_size = pages
+    num_tokens, num_kv_heads = rows.query.shape[:2]
+    max_num_seqs, device = block_table.shape[0], block_table.device
+    # A tile is as many rows as a sequence has on average. So there are at most two
+    # tiles a sequence, with at most three times the rows.
+    size = (num_tokens + max_num_seqs - 1) // max_num_seqs
+    num_tiles = (num_tokens + max_num_seqs * (size - 1)) // size
+    num_parts = min(_PARTS, max_num_seqs)
+    step = (num_tiles + num_parts - 1) // num_parts
+
+    tiles_of = (sequences.end - sequences.start + size - 1) // size
+    after = torch.cumsum(tiles_of, 0)
+    before = after - tiles_of
+    tile = torch.arange(num_parts * step, device=device)
+    owner = (tile[:, None] >= after).sum(1).clamp(max=max_num_seqs - 1)
+    row = sequences.start[owner] + (tile - before[owner]) * size
+    row = row[:, None] + torch.arange(size, device=device)
+    inside = row < sequences.end[owner][:, None]
+    row = row.clamp(max=num_tokens - 1)
+    tiles = rows.each(lambda t: t[row])
+    tiles = tiles._replace(high=torch.where(inside, tiles.high, 0))
+
+    block = block_table[owner].long()
+    exists = (block >= 0) & (block < num_blocks)
+    block = torch.where(exists, block, 0)[:, :, None]
+    page = torch.arange(page_size, device=device)
+    exists = exists.repeat_interleave(page_size, 1)[:, None]
+    token = torch.arange(exists.shape[2], device=device)
+    parts = []
+    for start in range(0, num_parts * step, step):
+        part = slice(start, start + step)
+        taken = (
+            b.take(block[part], page, num_kv_heads).flatten(1, 2)
+            for b in (keys, values)
+        )
+        mine = tiles.each(lambda t, part=part: t[part])
+        parts.append(softmax.attend(mine, *taken, token, exists[part]))
+
+    # Where each row is in the tiles; anywhere, if it belongs to no sequence.
+    at = torch.arange(num_tokens, device=device) - sequences.start[sequence]
+    at = (before[sequence] * size + at).clamp(0, num_parts * step * size - 1)
+    return tuple(
+        torch.cat(result).flatten(0, 1)[at] for result in zip(*parts, strict=True)
+    )
+
+
+def _mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The weighted sums of values, where a weight of 0 keeps NaN and infinity out.
+
+    Another sequence's values are among them, and what no token of this one holds.
+    """
+    finite = values.isfinite()
+    sums = _by_kv_head(weights, torch.where(finite, values, 0.0))
+    some = (weights != 0).float()
+    infinities = torch.where(values.isinf(), values.sign(), 0.0)
+    up = _by_kv_head(some, infinities)  # less those down
+    odd = _by_kv_head(some, (~finite).float())
+    nan = torch.full_like(sums, torch.nan)
+    signed = torch.where(up == odd, torch.inf, torch.where(up == -odd, -torch.inf, nan))
+    return torch.where(odd > 0, signed, sums)
 
 
 def _by_kv_head(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """[tokens, KV heads, group, n] times [KV heads, n, m].
+    """[batches, rows, KV heads, group, n] times [batches, KV heads, n, m].
 
     torch_xla's matmul keeps to set_mat_mul_precision(); its einsum does not.
     """
-    num_tokens, num_kv_heads, group, size = rows.shape
-    by_head = rows.transpose(0, 1).reshape(num_kv_heads, num_tokens * group, size)
+    batches, num_rows, num_kv_heads, group, _ = rows.shape
+    by_head = rows.transpose(1, 2).flatten(2, 3)
     products = torch.matmul(by_head, matrices)
-    shape = (num_kv_heads, num_tokens, group, matrices.shape[-1])
-    return products.reshape(shape).transpose(0, 1)
-
-
-def _sequences(batch: Batch, num_tokens: int, num_slots: int, num_blocks, page_size):
-    """Yields each sequence's first and last query row and where its KV tokens are.
-
-    Yields:
-        (start, end) of the rows, end excluded; of the tokens that it might have, the
-        slots in the flattened cache and whether those exist; how many tokens it has.
-        Sizes are the same for all sequences, and all numbers are tensors.
-    """
-    device = batch.cu_seqlens_q.device
-    paged = batch.block_table is not None
-    end = batch.cu_seqlens_q[0].clamp(0, num_tokens)
-    first_slot = None if paged else batch.cu_seqlens_k[0].clamp(0, num_slots)
-    # No slot, no token: rows then see nothing, and there is nothing to index.
-    for s in range(batch.cu_seqlens_q.shape[0] - 1 if num_slots else 0):
-        start = end
-        end = torch.maximum(batch.cu_seqlens_q[s + 1].clamp(max=num_tokens), start)
-        if paged:
-            block = _row(batch.block_table, s)
-            exists = (block >= 0) & (block < num_blocks)
-            block = torch.where(exists, block, 0)
-            offsets = torch.arange(page_size, device=device)
-            index = (block[:, None] * page_size + offsets).flatten()
-            exists = exists.repeat_interleave(page_size)
-            length = batch.seqused_k[s].clamp(0, index.shape[0])
-            if not index.shape[0]:
-                continue
-        else:
-            slot = first_slot
-            first_slot = batch.cu_seqlens_k[s + 1].clamp(max=num_slots)
-            first_slot = torch.maximum(first_slot, slot)
-            length = first_slot - slot
-            if batch.seqused_k is not None:
-                length = torch.minimum(batch.seqused_k[s].clamp(0), num_slots - slot)
-            pad = torch.zeros_like(length)
-            if batch.leftpad_k is not None:
-                pad = torch.minimum(batch.leftpad_k[s].clamp(0), length)
-            length = length - pad
-            index = slot + pad + torch.arange(num_slots, device=device)
-            index = index.clamp(max=num_slots - 1)
-            exists = torch.ones_like(index, dtype=torch.bool)
-        if batch.num_seqs is not None:
-            exists = exists & (batch.num_seqs.reshape(()) > s)
-        yield start, end, index, exists, length
-
-
-def _of_sequence(scale: torch.Tensor | None, s: int) -> torch.Tensor | float:
-    """A KV scale as it multiplies sequence s's [tokens, num_kv_heads, head_dim]."""
-    if scale is None:
-        return 1.0
-    return scale.reshape(()) if scale.numel() == 1 else _row(scale, s)[:, None]
-
-
-def _row(t: torch.Tensor, s: int) -> torch.Tensor:
-    """t[s]. torch_xla 2.9.0 gets t[0] of a square wrong below functionalization."""
-    return t[s : s + 1].reshape(t.shape[1])
-
-
-def _take(buffer, shape, strides, offset, kv_cache_dtype) -> torch.Tensor:
-    """Gathers the cache that lies in `buffer`: float32 [slots, heads, head_dim]."""
-    index = torch.full((), offset, device=buffer.device, dtype=torch.int64)
-    for axis, (size, stride) in enumerate(zip(shape, (*strides, 1), strict=True)):
-        step = torch.arange(size, device=buffer.device) * stride
-        index = index + step.reshape(-1, *[1] * (len(shape) - axis - 1))
-    index = index.flatten(0, 1)
-    if buffer.dtype != torch.uint8:
-        return buffer.float().reshape(-1)[index]
-    # XLA tensors cannot be viewed as another dtype: look the bytes' values up.
-    codes = torch.arange(256, dtype=torch.uint8).view(paged_cache.FP8[kv_cache_dtype])
-    return codes.float().to(buffer.device)[buffer.reshape(-1)[index].long()]
+    shape = (batches, num_kv_heads, num_rows, group, matrices.shape[-1])
+    return products.reshape(shape).transpose(1, 2)
