@@ -196,6 +196,20 @@ def test_reference_counts_in_order(data):
     assert torch.equal(op(buffer, pairs, geometry, False, None), wanted)
 
 
+def test_reference_does_not_grow_with_the_pairs():
+    op = xla_ops.core.op.OPS["copy_blocks_one"]
+    cache = make((500, 8))
+    geometry = [500, 1, 1, 8, 8, 0, 0, 0]
+    sizes = []
+    for count in (130, 250):
+        pairs = torch.randint(-2, 502, (count, 2))
+        got = op.reference(cache.to("xla"), pairs.to("xla"), geometry, False)
+        hlo = torch_xla._XLAC._get_xla_tensors_hlo([got])
+        sizes.append(hlo.count(" = "))
+        assert torch.equal(got.cpu(), expected(cache, pairs))
+    assert sizes[0] == sizes[1] < 400
+
+
 LAYERS, BLOCKS, BLOCK = 8, 1049, (16, 2, 8)  # sizes that no other test has
 
 

@@ -185,28 +185,47 @@ def _reference(
     cache: torch.Tensor, block_mapping: torch.Tensor, geometry: list[int], _: bool
 ) -> torch.Tensor:
     num_blocks, page, heads, dim, *strides, offset = geometry
-    if num_blocks == 0 or page * heads * dim == 0:
+    if 0 in (num_blocks, page * heads * dim, block_mapping.shape[0]):
         return cache.clone()
-    # Which block's old content each block has in the end.
-    ids = torch.arange(num_blocks, device=cache.device)
-    origin = ids
-    for pair in block_mapping.unbind(0):
-        source, target = pair.unbind(0)
-        valid = (source >= 0) & (source < num_blocks) & (target >= 0)
-        content = origin[source.clamp(0, num_blocks - 1)]
-        origin = torch.where(valid & (ids == target), content, origin)
     block_stride, page_stride, head_stride = strides
     lanes = (
         (torch.arange(page, device=cache.device) * page_stride)[:, None, None]
         + (torch.arange(heads, device=cache.device) * head_stride)[:, None]
         + torch.arange(dim, device=cache.device)
     ).reshape(-1)
+    origin, target, final = _settle(block_mapping, num_blocks)
     # fp8 arithmetic is rare: move the bits as bytes.
     bits = cache.view(torch.uint8) if cache.element_size() == 1 else cache
-    flat = bits.reshape(-1)
-    start = offset + block_stride * ids[:, None] + lanes
+    # What is not written lands in one spare element past the end.
+    flat = torch.cat([bits.reshape(-1), bits.new_zeros(1)])
     moved = flat[offset + block_stride * origin[:, None] + lanes]
-    return flat.index_put((start,), moved).reshape(cache.shape).view(cache.dtype)
+    index = offset + block_stride * target[:, None] + lanes
+    index = torch.where(final[:, None], index, flat.numel() - 1)
+    flat = flat.index_put((index,), moved)
+    return flat[:-1].reshape(cache.shape).view(cache.dtype)
+
+
+def _settle(block_mapping, num_blocks) -> tuple[torch.Tensor, ...]:
+    """Says what copying pair after pair comes to.
+
+    Returns:
+        Of each pair: the block whose old content it copies, the block that it copies
+        to, and whether that is the last content which that block gets.
+    """
+    source, target = (t.squeeze(1) for t in block_mapping.split(1, dim=1))
+    legal = [(t >= 0) & (t < num_blocks) for t in (source, target)]
+    valid = legal[0] & legal[1]
+    source, target = (torch.where(valid, t, 0) for t in (source, target))
+    pair = torch.arange(source.shape[0], device=source.device)
+    earlier = valid & (pair < pair[:, None])
+    # The last pair before this one that copied to this one's source; itself if none.
+    writer = torch.where(earlier & (target == source[:, None]), pair, -1).amax(1)
+    writer = torch.where(writer >= 0, writer, pair)
+    for _ in range(source.shape[0].bit_length()):  # twice as far back each time
+        writer = writer[writer]
+    later = valid & (pair > pair[:, None])
+    final = valid & ~(later & (target == target[:, None])).any(1)
+    return source[writer], target, final
 
 
 _op = Op(
