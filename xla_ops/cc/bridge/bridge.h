@@ -4,8 +4,8 @@
 // It passes every call on to the wrapped plugin and changes three things:
 // arguments are padded for plugins newer than torch_xla (padded_call.h); the
 // client's platform is named "gpu", since torch_xla 2.9.0 aborts the process
-// for a device type named CUDA; and handlers can be registered through the plugin's
-// custom-call extension, which torch_xla 2.9.0 cannot reach.
+// for a device type named CUDA; and handlers can be registered through the
+// plugin's custom-call extension, which torch_xla 2.9.0 cannot reach.
 //
 // The functions below are what the library exports, all in C.
 //
@@ -38,8 +38,8 @@ XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_open(const char* plugin_path,
                                             char* error, size_t error_size);
 
 // Makes the plugin fail: where nothing is open, GetPjrtApi returns a table
-// whose every function fails with `reason`. For a caller that found out itself why
-// no plugin can work, and has no other way to say so to the framework.
+// whose every function fails with `reason`. For a caller that found out itself
+// why no plugin can work, and has no other way to say so to the framework.
 XLA_OPS_BRIDGE_EXPORT void xla_ops_pjrt_fail(const char* reason);
 
 // Tells what was opened. Returns 0, or non-zero where nothing is open.
@@ -48,9 +48,11 @@ XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_info(XlaOpsPjrtInfo* info);
 // Registers a typed-FFI handler for CUDA under the custom-call target `target`.
 // The stages are XLA_FFI_Handler*, null where unused; `traits` are
 // XLA_FFI_Handler_TraitsBits. Returns as xla_ops_pjrt_open.
-XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_register(
-    const char* target, void* instantiate, void* prepare, void* initialize,
-    void* execute, uint32_t traits, char* error, size_t error_size);
+XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_register(const char* target,
+                                                void* instantiate,
+                                                void* prepare, void* initialize,
+                                                void* execute, uint32_t traits,
+                                                char* error, size_t error_size);
 
 // The entry point of a PJRT plugin. Never null: where no plugin can be wrapped,
 // every function of the table fails with the reason.

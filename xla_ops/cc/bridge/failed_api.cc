@@ -36,8 +36,7 @@ PjrtError* GetCode(void* args) {
 
 const PjrtApi* MakeTable(const std::string& text) {
   failure_text = new std::string(text);
-  const size_t size =
-      offsetof(PjrtApi, functions) + kFunctions * sizeof(void*);
+  const size_t size = offsetof(PjrtApi, functions) + kFunctions * sizeof(void*);
   auto* api = static_cast<PjrtApi*>(std::calloc(1, size));
   api->struct_size = size;
   api->version.struct_size = sizeof(PjrtApiVersion);
