@@ -2,6 +2,7 @@
 
 The fake plugin claims to be newer than torch_xla: it refuses every argument struct that
 is not longer than torch_xla's, and any that is not zero where it is longer.
+Its extensions do so too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ BRIDGE = pathlib.Path(xla_ops.__file__).parent / "lib" / "libxla_ops_pjrt.so"
 
 # Positions in PJRT's function table.
 INITIALIZE, COMPILE, OPTIMIZED_PROGRAM, EXECUTE, AOT_COMPILE = 3, 20, 48, 55, 89
+PROFILER, STREAM, LAYOUTS, MEMORY = 1, 3, 4, 6  # types of extensions
 SPECIAL = {0, 1, 2, 3, 10, 12, COMPILE, OPTIMIZED_PROGRAM, EXECUTE, 70, AOT_COMPILE}
 
 
@@ -47,18 +49,35 @@ class Bridge:
         address = self.library.GetPjrtApi()
         return tuple((ctypes.c_int * 2).from_address(address + 32))
 
+    @property
+    def extensions(self) -> dict[int, list[int]]:
+        """By type, the words behind each extension's head, in the list's order."""
+        found = {}
+        address = ctypes.c_void_p.from_address(self.library.GetPjrtApi() + 8).value
+        while address is not None:
+            size = ctypes.c_size_t.from_address(address).value
+            kind = ctypes.c_int.from_address(address + 8).value
+            words = (ctypes.c_uint64 * (size // 8)).from_address(address)
+            found[kind] = list(words)[3:]
+            address = ctypes.c_void_p.from_address(address + 16).value
+        return found
+
     def call(self, index: int, *fields: int) -> list[int]:
         """Calls a function with the struct {size, null, *fields}; returns its words.
 
         Raises RuntimeError with the error's text.
         """
-        words = (ctypes.c_uint64 * (len(fields) + 2))(0, 0, *fields)
-        words[0] = ctypes.sizeof(words)
-        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self.table[index])
+        return self.call_address(self.table[index], 0, *fields)
+
+    def call_address(self, address: int, *fields: int, size: int = 0) -> list[int]:
+        """Calls the function with {size, *fields}, of which the size may say less."""
+        words = (ctypes.c_uint64 * (len(fields) + 1))(0, *fields)
+        words[0] = size or ctypes.sizeof(words)
+        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
         error = function(ctypes.addressof(words))
         if error is not None:
             raise RuntimeError(self.take_error(error))
-        assert words[0] == ctypes.sizeof(words)
+        assert words[0] == (size or ctypes.sizeof(words))
         return list(words)
 
     def take_error(self, error: int) -> str:
@@ -163,6 +182,49 @@ def test_head_of_the_table_is_the_plugins(opened):
     assert len(opened.table) == 190
 
 
+def test_extensions_keep_their_order(opened):
+    expected = [4242, 0, PROFILER, MEMORY, LAYOUTS, STREAM]
+    assert list(opened.extensions) == expected
+
+
+# By function: how many words torch_xla 2.9.0 passes, the size among them.
+@pytest.mark.parametrize(
+    ("extension", "words"),
+    [(STREAM, [3, 3]), (LAYOUTS, [3, 7, 7, 4]), (MEMORY, [6])],
+)
+def test_extensions_get_longer_structs(opened, extension, words):
+    for index, count in enumerate(words):
+        fields = [2, 3, *[0] * count][: count - 1]
+        answer = opened.call_address(opened.extensions[extension][index], *fields)
+        assert answer[1:-1] == fields[:-1]
+        assert answer[-1] == extension * 1000 + index * 100 + 23
+
+
+def test_a_size_that_is_no_multiple_of_eight(opened):
+    function = opened.extensions[MEMORY][1]
+    untouched = 0xABCD << 32  # behind the 44 bytes that are passed
+    words = opened.call_address(function, 0, 9, 0, 0, untouched, size=44)
+    assert ctypes.string_at(words[3], words[4]) == b"device"
+    assert words[5] == untouched + 5
+
+
+def test_what_torch_xla_does_not_know_of_an_extension_is_the_plugins(opened):
+    functions = opened.extensions[LAYOUTS]
+    assert functions[4] == 0  # a missing function stays missing
+    assert functions[6:] == [1, 0]
+    with pytest.raises(RuntimeError, match=r"extension 4.5 size: expected 56, got 40"):
+        opened.call_address(functions[5], 2, 3, 0, 0)
+
+
+def test_the_profiler_is_the_plugins_own(opened):
+    """torch_xla wants its table's size to be exact, and sets no size of arguments."""
+    api, _ = opened.extensions[PROFILER]
+    table = (ctypes.c_uint64 * 10).from_address(api)
+    assert table[0] == 80
+    unset = 0x5555555555555555
+    assert opened.call_address(table[5], 0, 0, 0, size=unset) == [unset, 0, 0, 77]
+
+
 def test_many_threads_call_at_once(opened):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -206,10 +268,23 @@ def test_unusable_plugin(bridge, macros, text):
         bridge.call(INITIALIZE)
 
 
-@pytest.mark.parametrize("minor", [75, 76, 116, 900])
-def test_plugin_generations(bridge, minor):
+@pytest.mark.parametrize("minor", [75, 76, 115])
+def test_plugin_generations(bridge, minor, capfd):
     path = fakes.build("fake_pjrt_plugin", MINOR=minor)
     assert bridge.open(path).version == (0, minor)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("minor", [116, 900])
+def test_a_plugin_newer_than_the_tested_ones_warns_once(bridge, minor, capfd):
+    path = fakes.build("fake_pjrt_plugin", MINOR=minor)
+    assert bridge.open(path).version == (0, minor)
+    bridge.open(path)
+    warning = capfd.readouterr().err
+    assert warning.startswith(
+        f"xla_ops: PJRT plugin {path} speaks PJRT API 0.{minor}, newer than 0.115, "
+    )
+    assert warning.count("\n") == 1
 
 
 def test_not_a_plugin(bridge):
@@ -240,11 +315,14 @@ def test_find_plugin_info():
         "error": "",
         "major": 0,
         "minor": 115,
-        "extensions": [4242, 0],
+        "extensions": [4242, 0, PROFILER, MEMORY, LAYOUTS, STREAM],
         "custom_call": True,
     }
     info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", EXTENSION=0)))
-    assert (info["extensions"], info["custom_call"]) == ([4242], False)
+    assert (info["extensions"], info["custom_call"]) == (
+        [4242, PROFILER, MEMORY, LAYOUTS, STREAM],
+        False,
+    )
     info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", MAJOR=1)))
     assert (info["major"], info["minor"]) == (1, 115)
     assert "speaks PJRT API 1.115" in info["error"]

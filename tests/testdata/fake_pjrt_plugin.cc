@@ -3,7 +3,9 @@
 // It stands for a plugin that is newer than its caller: every argument struct
 // has grown, and shorter ones are refused in the words that XLA uses. Newer
 // fields must arrive as zero. It knows nothing of the bridge's own headers, so
-// that a wrong layout there cannot be hidden by the same mistake here.
+// that a wrong layout there cannot be hidden by the same mistake here. So do
+// the extensions that torch_xla calls, but for the profiler: it takes what
+// torch_xla 2.9.0 passes, and nothing else.
 //
 // Built by tests/fakes.py with these macros:
 //   MAJOR, MINOR    the PJRT version it claims (0, 115)
@@ -177,8 +179,8 @@ Error* Compile(void* args) {
 
 // {size, ext, executable, program}: writes the program's size.
 Error* OptimizedProgram(void* args) {
-  if (Error* e = CheckStruct("PJRT_Executable_OptimizedProgram_Args", args, 4,
-                             5)) {
+  if (Error* e =
+          CheckStruct("PJRT_Executable_OptimizedProgram_Args", args, 4, 5)) {
     return e;
   }
   void* program = reinterpret_cast<void*>(Words(args)[3]);
@@ -260,6 +262,109 @@ Error* RegisterCustomCall(RegisterArgs* args) {
   return nullptr;
 }
 
+// The functions of extensions, all but one: {size, in, in2, out...}, `known`
+// words for torch_xla, grown by two. Answers the extension's type, the
+// function's place and what came in.
+template <int type, int index, int known>
+Error* ExtensionFunction(void* args) {
+  const std::string name =
+      "extension " + std::to_string(type) + "." + std::to_string(index);
+  if (Error* e = CheckStruct(name.c_str(), args, known, known + 2)) return e;
+  Words(args)[known - 1] =
+      type * 1000 + index * 100 + Words(args)[1] * 10 + Words(args)[2];
+  return nullptr;
+}
+
+// {size, device, stream}, {size, stream, buffer}: no extension_start.
+struct {
+  Extension base;
+  void* functions[2] = {
+      reinterpret_cast<void*>(&ExtensionFunction<3, 0, 3>),
+      reinterpret_cast<void*>(&ExtensionFunction<3, 1, 3>),
+  };
+} stream_extension = {{sizeof(stream_extension), 3, nullptr}};
+
+// The lengths of version 0.75: destroy, serialize, default layout of a client,
+// layout of a buffer, default layout of a topology. The last two are newer
+// than torch_xla; the one before is missing.
+struct {
+  Extension base;
+  void* functions[8] = {
+      reinterpret_cast<void*>(&ExtensionFunction<4, 0, 3>),
+      reinterpret_cast<void*>(&ExtensionFunction<4, 1, 7>),
+      reinterpret_cast<void*>(&ExtensionFunction<4, 2, 7>),
+      reinterpret_cast<void*>(&ExtensionFunction<4, 3, 4>),
+      nullptr,
+      reinterpret_cast<void*>(&ExtensionFunction<4, 5, 5>),
+      reinterpret_cast<void*>(uintptr_t{1}),  // something else
+  };
+} layouts_extension = {{sizeof(layouts_extension), 4, &stream_extension.base}};
+
+// {size, ext, description, kind, kind_size, int kind_id}: XLA gives its size
+// as 44. Grown by an int, for which there was room, and a pointer.
+Error* MemoryKind(void* args) {
+  struct Args {
+    size_t size;
+    void* extension_start;
+    void* description;
+    const char* kind;
+    size_t kind_size;
+    int kind_id;
+    int new_int;
+    void* new_pointer;
+  };
+  auto* kind_args = static_cast<Args*>(args);
+  if (Error* e = CheckStruct("PJRT_MemoryDescription_Kind_Args", args, 6, 7)) {
+    return e;
+  }
+  if (kind_args->new_int != 0) return Invalid("new_int must be 0");
+  kind_args->kind = "device";
+  kind_args->kind_size = 6;
+  kind_args->kind_id = 5;
+  kind_args->new_int = 1;
+  return nullptr;
+}
+
+// {size, ext, device, descriptions, number, default}
+struct {
+  Extension base;
+  void* functions[2] = {
+      reinterpret_cast<void*>(&ExtensionFunction<6, 0, 6>),
+      reinterpret_cast<void*>(&MemoryKind),
+  };
+} memory_extension = {{sizeof(memory_extension), 6, &layouts_extension.base}};
+
+// The profiler has a table of its own. torch_xla leaves the size of the
+// arguments, their first word, unset.
+constexpr Word kUnset = 0x5555555555555555;
+
+// {unset, options, options_size, profiler}
+Error* ProfilerCreate(void* args) {
+  if (Words(args)[0] != kUnset) return Invalid("the profiler was padded");
+  Words(args)[3] = 77;
+  return nullptr;
+}
+
+struct {
+  size_t struct_size;
+  void* priv;
+  void* errors[3];
+  void* create;
+  void* others[4];
+} profiler_api = {sizeof(profiler_api),
+                  nullptr,
+                  {},
+                  reinterpret_cast<void*>(&ProfilerCreate),
+                  {}};
+static_assert(sizeof(profiler_api) == 80);
+
+struct {
+  Extension base;
+  void* api;
+  int64_t traceme_context_id;
+} profiler_extension = {
+    {sizeof(profiler_extension), 1, &memory_extension.base}, &profiler_api, 0};
+
 struct CustomCallExtension {
   Extension base;
   Error* (*custom_call)(RegisterArgs*);
@@ -268,14 +373,14 @@ struct CustomCallExtension {
 CustomCallExtension custom_call_extension = {
     {EXTENSION == 3 ? sizeof(CustomCallExtension)
                     : offsetof(CustomCallExtension, handles_traits),
-     0, nullptr},
+     0, &profiler_extension.base},
     &RegisterCustomCall,
     EXTENSION == 3};
 
-// A feature that the bridge does not know, before the one that it does.
+// A feature that the bridge does not know, before those that it does.
 Extension unknown_extension = {
     sizeof(Extension), 4242,
-    EXTENSION == 0 ? nullptr : &custom_call_extension.base};
+    EXTENSION == 0 ? &profiler_extension.base : &custom_call_extension.base};
 
 struct Api {
   size_t struct_size;

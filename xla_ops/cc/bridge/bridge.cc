@@ -3,12 +3,14 @@
 #include "xla_ops/cc/bridge/bridge.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <string>
 #include <utility>
 
+#include "xla_ops/cc/bridge/extensions.h"
 #include "xla_ops/cc/bridge/failed_api.h"
 #include "xla_ops/cc/bridge/padded_call.h"
 #include "xla_ops/cc/bridge/pjrt_abi.h"
@@ -70,10 +72,12 @@ void WrapFunctions(PjrtApi* table, int count,
    ...);
 }
 
-// A copy of the plugin's table, its head and extensions unchanged.
-PjrtApi* MakeTable(const PjrtApi& api) {
+// A copy of the plugin's table, the version unchanged.
+PjrtApi* MakeTable(const PjrtPlugin& plugin) {
+  const PjrtApi& api = *plugin.api;
   auto* table = static_cast<PjrtApi*>(std::malloc(api.struct_size));
   std::memcpy(table, &api, api.struct_size);
+  table->extension_start = WrapExtensions(plugin.extensions);
   const int count =
       static_cast<int>(std::min<size_t>(FunctionCount(api), kWrappedFunctions));
   WrapFunctions(table, count,
@@ -105,10 +109,12 @@ std::string OpenLocked(State& state, const std::string& path) {
   PjrtPlugin plugin;
   std::string error = OpenPjrtPlugin(path, &plugin);
   if (!error.empty()) return error;
+  const std::string warning = PjrtPluginWarning(path, *plugin.api);
+  if (!warning.empty()) std::fprintf(stderr, "xla_ops: %s\n", warning.c_str());
   wrapped_api = plugin.api;
   state.path = path;
+  state.table = MakeTable(plugin);
   state.plugin = std::move(plugin);
-  state.table = MakeTable(*wrapped_api);
   return "";
 }
 

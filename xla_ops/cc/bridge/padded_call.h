@@ -10,7 +10,8 @@
 // Which inner structs: in plugin 0.116 the names of the structs whose size it
 // checks, apart from the argument structs, are PJRT_Program,
 // PJRT_ExecuteOptions and PJRT_LoadOptions (of a function that torch_xla does
-// not know). PJRT_NamedValue arrays are not checked.
+// not know). PJRT_NamedValue arrays are not checked. Arguments of extensions'
+// functions have no inner structs.
 //
 // Tested by tests/gpu/test_bridge.py, on a plugin that refuses short structs.
 
@@ -100,6 +101,9 @@ constexpr bool WritesInnerStruct(int index) {
 constexpr bool ReturnsVoid(int index) {
   return index == kErrorDestroy || index == kErrorMessage;
 }
+
+// In the place of a position: of a function of an extension.
+inline constexpr int kNotInTable = -1;
 
 // Calls `function`, number `index` of the table, with padded `args`.
 template <int index>

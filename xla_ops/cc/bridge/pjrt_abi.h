@@ -10,7 +10,8 @@
 //   for 75 (kPjrtMinMinor), the version of torch_xla 2.9.0 itself and of jax
 //   0.7.1's plugins. From there functions were only appended: read in PJRT's
 //   own change log, and in the tables of plugins 0.75, 0.76 and 0.116.
-// - Every argument struct begins {size_t struct_size; void* extension_start}.
+// - Every argument struct begins {size_t struct_size; void* extension_start};
+//   those of the stream extension have no extension_start, but are as long.
 
 #ifndef XLA_OPS_CC_BRIDGE_PJRT_ABI_H_
 #define XLA_OPS_CC_BRIDGE_PJRT_ABI_H_
@@ -23,6 +24,9 @@ namespace xla_ops {
 inline constexpr int kPjrtMajor = 0;
 inline constexpr int kPjrtMinMinor = 75;
 
+// The newest that tests ran with on a GPU: the one of jax 0.11.2's plugins.
+inline constexpr int kPjrtNewestTestedMinor = 115;
+
 // One entry of the list of optional features that a plugin offers.
 struct PjrtExtension {
   size_t struct_size;
@@ -31,8 +35,13 @@ struct PjrtExtension {
 };
 static_assert(sizeof(PjrtExtension) == 24);
 
-// Registers FFI handlers; first of the enum and there since version 0.14.
-inline constexpr int kGpuCustomCallExtension = 0;
+// Values of PjrtExtension::type, the same since version 0.59.
+enum PjrtExtensionType : int {
+  kGpuCustomCallExtension = 0,  // registers FFI handlers
+  kStreamExtension = 3,
+  kLayoutsExtension = 4,
+  kMemoryDescriptionsExtension = 6,
+};
 
 struct PjrtApiVersion {
   size_t struct_size;
@@ -81,8 +90,7 @@ enum PjrtFunctionIndex : int {
 // The number of functions in the table of `api`.
 inline size_t FunctionCount(const PjrtApi& api) {
   if (api.struct_size < offsetof(PjrtApi, functions)) return 0;
-  return (api.struct_size - offsetof(PjrtApi, functions)) /
-         sizeof(void*);
+  return (api.struct_size - offsetof(PjrtApi, functions)) / sizeof(void*);
 }
 
 // What every argument struct begins with.

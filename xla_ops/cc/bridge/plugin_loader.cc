@@ -63,7 +63,7 @@ std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
   }
   const PjrtExtension* extension = api->extension_start;
   while (extension != nullptr && plugin->extensions.size() < kMaxExtensions) {
-    plugin->extensions.push_back(extension->type);
+    plugin->extensions.push_back(extension);
     if (extension->type == kGpuCustomCallExtension &&
         extension->struct_size >=
             offsetof(PjrtGpuCustomCallExtension, handles_traits)) {
@@ -73,6 +73,18 @@ std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
     extension = extension->next;
   }
   return "";
+}
+
+std::string PjrtPluginWarning(const std::string& path, const PjrtApi& api) {
+  if (api.version.minor_version <= kPjrtNewestTestedMinor) return "";
+  const auto version = [](int minor) {
+    return std::to_string(kPjrtMajor) + "." + std::to_string(minor);
+  };
+  return "PJRT plugin " + path + " speaks PJRT API " +
+         version(api.version.minor_version) + ", newer than " +
+         version(kPjrtNewestTestedMinor) +
+         ", the newest that xla_ops was tested with: should something fail, "
+         "try jax-cuda12-pjrt or jax-cuda13-pjrt 0.11.2";
 }
 
 std::string TakePjrtErrorText(const PjrtApi& api, PjrtError* error) {

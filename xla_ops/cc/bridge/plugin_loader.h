@@ -15,7 +15,7 @@ namespace xla_ops {
 
 struct PjrtPlugin {
   const PjrtApi* api = nullptr;
-  std::vector<int> extensions;  // PJRT_Extension_Type of each
+  std::vector<const PjrtExtension*> extensions;  // in the plugin's order
   const PjrtGpuCustomCallExtension* custom_call = nullptr;  // null: not there
 };
 
@@ -24,6 +24,9 @@ struct PjrtPlugin {
 // version is set even where it is the reason for the error. The library is
 // never unloaded: XLA's runtime does not survive that.
 std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin);
+
+// What to tell the user of a plugin that opens all the same, or "".
+std::string PjrtPluginWarning(const std::string& path, const PjrtApi& api);
 
 // Takes `error` from a call into `api`: returns its text and frees it. Returns
 // an empty string for null.

@@ -148,7 +148,11 @@ py::dict PyFindPluginInfo(const std::string& path) {
     info["major"] = plugin.api->version.major_version;
     info["minor"] = plugin.api->version.minor_version;
   }
-  info["extensions"] = plugin.extensions;
+  py::list extensions;
+  for (const PjrtExtension* extension : plugin.extensions) {
+    extensions.append(extension->type);
+  }
+  info["extensions"] = extensions;
   info["custom_call"] = plugin.custom_call != nullptr;
   return info;
 }
