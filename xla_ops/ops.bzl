@@ -8,12 +8,14 @@ what it is for; a file that it says nothing of is an error:
     *_cpu.cc         the CPU kernel and handler
     *_cuda.cc        the CUDA handler
     *.cu.cc          CUDA kernels, compiled by nvcc; *_sm90.cu.cc for compute
-                     capability 9.0a alone
+                     capability 9.0a alone, and left out of a build without
+                     it: the macro XLA_OPS_BUILT_SM90, 0 or 1, says so
     *_test.cc        C++ tests
     NAME.cc and      code of both handlers, such as checks
     *_shared.cc
 """
 
+load("//third_party/cuda:archs.bzl", "CAPABILITY_OF_SUFFIX")
 load("//third_party/cuda:cuda.bzl", "CUDA_ONLY", "cuda_objects")
 load("//tools/build_defs:cc.bzl", "COPTS", "shared_object")
 load("//tools/build_defs:tests.bzl", "xla_ops_cc_test")
@@ -42,13 +44,6 @@ _KINDS = {
     "_test.cc": "test",
 }
 
-# Of a kernel's file, what stands before .cu.cc, and the capabilities that it is
-# for.
-_ARCHS_OF_SUFFIX = {
-    "_sm90": ["9.0a"],
-    "_sm100": ["10.0a"],
-}
-
 def source_kind(op, file):
     """Says what a file of an op's folder is for.
 
@@ -64,11 +59,10 @@ def source_kind(op, file):
         archs = [w for w in words if w[:2] == "sm" and w[2:].isdigit()]
         if not archs:
             return "kernel"
-        suffix = "_" + words[-1]
-        if archs == words[-1:] and suffix in _ARCHS_OF_SUFFIX:
-            return "kernel" + suffix
-        fail("%s: %s must name no architecture or end in %s.cu.cc" %
-             (op, file, " or ".join(sorted(_ARCHS_OF_SUFFIX))))
+        if archs == words[-1:] and archs[0] in CAPABILITY_OF_SUFFIX:
+            return "kernel_" + archs[0]
+        fail("%s: %s must name no architecture or end in _%s.cu.cc" %
+             (op, file, " or _".join(sorted(CAPABILITY_OF_SUFFIX))))
     if file == op + ".cc":
         return "shared"
     for end, kind in _KINDS.items():
@@ -104,31 +98,37 @@ def xla_custom_call_libraries(name):
     )
 
     objects = []
-    for suffix in [""] + _ARCHS_OF_SUFFIX.keys():
-        kernels = sources.get("kernel" + suffix, [])
+    for suffix in [""] + CAPABILITY_OF_SUFFIX.keys():
+        end = "_" + suffix if suffix else ""
+        kernels = sources.get("kernel" + end, [])
         if not kernels:
             continue
-        objects.append(":%s_kernels%s" % (name, suffix))
+        objects.append(":%s_kernels%s" % (name, end))
         cuda_objects(
-            name = "%s_kernels%s" % (name, suffix),
+            name = "%s_kernels%s" % (name, end),
             srcs = kernels,
             hdrs = headers + sources.get("device_header", []),
-            archs_only = _ARCHS_OF_SUFFIX.get(suffix, []),
+            capability = CAPABILITY_OF_SUFFIX.get(suffix, ""),
             target_compatible_with = CUDA_ONLY,
             deps = [
+                "//third_party/cuda:built_define",
                 "//xla_ops/cc/core:portable",
                 "//xla_ops/cc/device",
             ],
         )
+
+    # In one, since a label without files may not be in a cc_library's srcs.
+    native.filegroup(name = name + "_objects", srcs = objects)
     native.cc_library(
         name = name + "_cuda",
-        srcs = shared + sources.get("cuda", []) + objects,
+        srcs = shared + sources.get("cuda", []) + [":%s_objects" % name],
         hdrs = headers,
         copts = COPTS,
         linkstatic = True,
         target_compatible_with = CUDA_ONLY,
         visibility = ["//visibility:public"],
         deps = [
+            "//third_party/cuda:built_define",
             "//third_party/cuda:cudart_static",
             "//xla_ops/cc/core",
             "//xla_ops/cc/device",

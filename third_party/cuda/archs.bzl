@@ -1,5 +1,13 @@
 """The flag //third_party/cuda:archs, parsed and checked."""
 
+# What a kernel's file may have before .cu.cc, and the compute capability that
+# it is for alone. (For tcgen05 10.0 has to become 10.0f: here, in the flag's
+# default and in .bazelrc.)
+CAPABILITY_OF_SUFFIX = {
+    "sm90": "9.0a",
+    "sm100": "10.0",
+}
+
 CudaArchsInfo = provider(
     doc = "The CUDA architectures to build for.",
     fields = {
@@ -25,6 +33,28 @@ def _parse(text, owner):
         sm = major + minor + suffix,
         ptx = ptx,
     )
+
+def archs_of_capability(archs, capability, owner):
+    """The architectures of the flag that sources for one capability are for.
+
+    Args:
+      archs: CudaArchsInfo.archs.
+      capability: such as "9.0a".
+      owner: the label of the sources, for the message.
+
+    Returns:
+      The archs of that capability: none where the flag has no such GPU. Fails
+      where it has, but in another form: 9.0 for 9.0a.
+    """
+    chosen = [arch for arch in archs if arch.capability == capability]
+    if chosen:
+        return chosen
+    number = capability.rstrip("af")
+    for arch in archs:
+        if arch.capability.rstrip("af") == number:
+            fail("//third_party/cuda:archs must hold %s, not %s: %s is for %s" %
+                 (capability, arch.text, owner, capability))
+    return []
 
 def _cuda_archs_impl(ctx):
     value = ctx.build_setting_value
@@ -60,6 +90,31 @@ cuda_archs_define = rule(
         ),
     },
     doc = "Defines XLA_OPS_CUDA_ARCHS for what depends on it.",
+    provides = [CcInfo],
+)
+
+def _cuda_built_define_impl(ctx):
+    capabilities = [a.capability for a in ctx.attr._archs[CudaArchsInfo].archs]
+    return [CcInfo(
+        compilation_context = cc_common.create_compilation_context(
+            defines = depset([
+                "XLA_OPS_BUILT_%s=%d" %
+                (suffix.upper(), 1 if capability in capabilities else 0)
+                for suffix, capability in CAPABILITY_OF_SUFFIX.items()
+            ]),
+        ),
+    )]
+
+cuda_built_define = rule(
+    implementation = _cuda_built_define_impl,
+    attrs = {
+        "_archs": attr.label(
+            default = "//third_party/cuda:archs",
+            providers = [CudaArchsInfo],
+        ),
+    },
+    doc = "Defines XLA_OPS_BUILT_SM90 and its like, 0 or 1, for what depends " +
+          "on it: whether sources for that architecture are built.",
     provides = [CcInfo],
 )
 

@@ -1,7 +1,7 @@
 """Compiles CUDA sources with the pinned compiler."""
 
 load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
-load(":archs.bzl", "CudaArchsInfo")
+load(":archs.bzl", "CudaArchsInfo", "archs_of_capability")
 
 # What CUDA targets carry, so that `--config=cpu` skips them.
 CUDA_ONLY = select({
@@ -71,11 +71,10 @@ def _include_options(context):
 
 def _cuda_objects_impl(ctx):
     archs = ctx.attr._archs[CudaArchsInfo].archs
-    if ctx.attr.archs_only:
-        chosen = [a for a in archs if a.capability in ctx.attr.archs_only]
-
-        # The source still defines its host functions: see the attribute.
-        archs = chosen or archs[:1]
+    if ctx.attr.capability:
+        archs = archs_of_capability(archs, ctx.attr.capability, ctx.label)
+        if not archs:
+            return [DefaultInfo()]
     cc_toolchain = find_cpp_toolchain(ctx)
     context = cc_common.merge_cc_infos(
         cc_infos = [dep[CcInfo] for dep in ctx.attr.deps],
@@ -126,12 +125,11 @@ def _cuda_objects_impl(ctx):
 cuda_objects = rule(
     implementation = _cuda_objects_impl,
     attrs = {
-        "archs_only": attr.string_list(
-            doc = "Compute capabilities that the sources are for, such as " +
-                  "[\"9.0a\"]. Where //third_party/cuda:archs holds none of " +
-                  "them, the sources are compiled for its first entry, so " +
-                  "that host code still links: they must guard device code " +
-                  "by __CUDA_ARCH_FEAT_SM90_ALL or its like.",
+        "capability": attr.string(
+            doc = "The one compute capability that the sources are for, such " +
+                  "as 9.0a; all, if empty. Where //third_party/cuda:archs " +
+                  "lacks it there are no objects: what calls the sources " +
+                  "must ask XLA_OPS_BUILT_SM90 or its like.",
         ),
         "copts": attr.string_list(doc = "Further options of the compiler."),
         "deps": attr.label_list(

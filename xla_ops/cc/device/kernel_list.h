@@ -52,6 +52,26 @@ template <auto kKernel>
 const KernelEntry ListedKernel<kKernel>::entry(
     reinterpret_cast<const void*>(kKernel));
 
+// Loads a kernel on the current device, a side effect of asking for its
+// attributes, and raises its limit of dynamic shared
+// memory where `shared_bytes` says so.
+inline cudaError_t LoadKernel(const void* kernel, int shared_bytes = 0) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && shared_bytes > 0) {
+    error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  // Reported here, and not to whoever asks for the last error.
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
+}
+
+template <typename... Params>
+cudaError_t LoadKernel(void (*kernel)(Params...), int shared_bytes = 0) {
+  return LoadKernel(reinterpret_cast<const void*>(kernel), shared_bytes);
+}
+
 // Loads the listed kernels on the current device. Costs one atomic load after
 // the first time; safe from any thread.
 inline cudaError_t LoadKernels() {
@@ -61,14 +81,8 @@ inline cudaError_t LoadKernels() {
       [](bool* loaded) {
         for (const KernelEntry* entry = KernelEntry::First(); entry != nullptr;
              entry = entry->next()) {
-          cudaFuncAttributes attributes;
-          const cudaError_t error =
-              cudaFuncGetAttributes(&attributes, entry->kernel());
-          if (error != cudaSuccess) {
-            // Reported here, and not to whoever asks for the last error.
-            static_cast<void>(cudaGetLastError());
-            return error;
-          }
+          const cudaError_t error = LoadKernel(entry->kernel());
+          if (error != cudaSuccess) return error;
         }
         *loaded = true;
         return cudaSuccess;

@@ -19,7 +19,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -32,18 +31,10 @@ namespace xla_ops {
 #define XLA_OPS_HAS_WGMMA 0
 #endif
 
-// What a kernel that is made of wgmma gives to __launch_bounds__. Where its
-// body is compiled empty, for another architecture, it declares that it takes
-// one thread: that is how a launcher knows (HasWgmmaCode), and a launch that
-// did not ask fails.
-constexpr int WgmmaThreads(int threads) {
-  return XLA_OPS_HAS_WGMMA ? threads : 1;
-}
-
-// Whether the loaded code of such a kernel does something.
-inline bool HasWgmmaCode(const cudaFuncAttributes& attributes, int threads) {
-  return attributes.maxThreadsPerBlock >= threads;
-}
+// Kernels would be empty, and do nothing without a word.
+#if defined(__CUDA_ARCH__) && !XLA_OPS_HAS_WGMMA
+#error "wgmma.cuh is for compute capability 9.0a: see *_sm90.cu.cc in ops.bzl"
+#endif
 
 constexpr int kPanelRowBytes = 128;
 constexpr int kPanelColumns = 64;

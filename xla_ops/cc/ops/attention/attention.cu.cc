@@ -22,6 +22,7 @@
 #include <string>
 
 #include "xla_ops/cc/device/overlap.cuh"
+#include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
@@ -196,7 +197,7 @@ cudaError_t FindDevice(AttentionDevice* result) {
   for (const Launcher& launcher : kLaunchers) {
     if (error == cudaSuccess) error = launcher.prepare(result);
   }
-  if (error == cudaSuccess) error = PrepareKernel(AttentionCombineKernel);
+  if (error == cudaSuccess) error = LoadKernel(AttentionCombineKernel);
   return error;
 }
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_mma.cuh"
 #include "xla_ops/cc/ops/attention/attention_simt.cuh"
@@ -23,34 +24,23 @@ cudaError_t PrepareSimtFp8();
 cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args);
 cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args);
 
-// Loads a kernel, a side effect of asking for its attributes, and lets it
-// have its dynamic shared memory.
-template <typename Kernel>
-cudaError_t PrepareKernel(Kernel* kernel, int shared_bytes = 0) {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess || shared_bytes == 0) return error;
-  return cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-}
-
 template <typename T, bool kFp8>
 cudaError_t PrepareMma() {
   return ForEachHeadDim([](auto padded) {
     constexpr int kHeadDim = decltype(padded)::value;
     const cudaError_t error =
-        PrepareKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 1>,
-                      MmaShape<kFp8, kHeadDim, 1>::kSharedBytes);
+        LoadKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 1>,
+                   MmaShape<kFp8, kHeadDim, 1>::kSharedBytes);
     if (error != cudaSuccess) return error;
-    return PrepareKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 4>,
-                         MmaShape<kFp8, kHeadDim, 4>::kSharedBytes);
+    return LoadKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 4>,
+                      MmaShape<kFp8, kHeadDim, 4>::kSharedBytes);
   });
 }
 
 template <typename KV>
 cudaError_t PrepareSimt() {
   return ForEachHeadDim([](auto padded) {
-    return PrepareKernel(AttentionSimtKernel<KV, decltype(padded)::value>);
+    return LoadKernel(AttentionSimtKernel<KV, decltype(padded)::value>);
   });
 }
 

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_sm90.cuh"
@@ -35,27 +36,6 @@ cudaError_t WithKernel(PaddedHeadDim, DType dtype, bool all_panels, F&& f) {
     if (all_panels) return with(std::true_type{});
   }
   return with(std::false_type{});
-}
-
-// Raises a kernel's limit of shared memory; `*has_code`: there is code for the
-// device. A build without 9.0a compiles the kernels for another architecture
-// (ops.bzl), with an empty body; the device may not even be able to load that,
-// which is no error.
-template <typename Shape, typename Kernel>
-cudaError_t PrepareSm90Kernel(Shape, Kernel* kernel, bool* has_code) {
-  *has_code = false;
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error == cudaErrorNoKernelImageForDevice ||
-      error == cudaErrorInvalidDeviceFunction) {
-    cudaGetLastError();  // forgets it
-    return cudaSuccess;
-  }
-  if (error != cudaSuccess) return error;
-  if (!HasWgmmaCode(attributes, Shape::kThreads)) return cudaSuccess;
-  *has_code = true;
-  return cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -140,23 +120,20 @@ bool HasAllPanels(const AttentionParams& params) {
 cudaError_t PrepareAttentionSm90(AttentionDevice* device) {
   device->has_wgmma = false;
   if (device->capability != 90) return cudaSuccess;
-  bool all_have_code = true;
   const cudaError_t error = ForEachHeadDim([&](auto head_dim) {
     cudaError_t error = cudaSuccess;
     for (const DType dtype : {DType::kF16, DType::kBF16}) {
       for (const bool all_panels : {false, true}) {
         if (error != cudaSuccess) return error;
-        bool has_code = false;
-        error = WithKernel(head_dim, dtype, all_panels,
-                           [&](auto shape, auto* kernel) {
-                             return PrepareSm90Kernel(shape, kernel, &has_code);
-                           });
-        all_have_code = all_have_code && has_code;
+        error = WithKernel(
+            head_dim, dtype, all_panels, [&](auto shape, auto* kernel) {
+              return LoadKernel(kernel, decltype(shape)::kSharedBytes);
+            });
       }
     }
     return error;
   });
-  device->has_wgmma = error == cudaSuccess && all_have_code;
+  device->has_wgmma = error == cudaSuccess;
   return error;
 }
 

@@ -40,8 +40,7 @@
 namespace xla_ops {
 
 template <typename T, int kHeadDim, bool kAllPanels>
-__global__ void __launch_bounds__(
-    WgmmaThreads(Sm90Shape<kHeadDim, kAllPanels>::kThreads), 1)
+__global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
     AttentionSm90Kernel(const __grid_constant__ Sm90Maps maps,
                         const __grid_constant__ AttentionArgs args) {
 #if XLA_OPS_HAS_WGMMA
