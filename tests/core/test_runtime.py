@@ -92,6 +92,7 @@ def test_cuda_archs_and_version_come_from_the_library():
         ({"UNDEFINED": None, "PREFIX": "u"}, "no_library_has_this_symbol"),
         ({"PREFIX": "p", "PLATFORM": "TPU"}, "platform TPU, which is neither"),
         ({"PREFIX": "i", "INCOMPLETE": None}, "has an incomplete entry"),
+        ({"PREFIX": "t", "TWICE": None}, "handler table has t.wait for Host twice"),
         ({"NO_TABLE": None, "PREFIX": "n"}, "is not an op library"),
     ],
 )

@@ -11,6 +11,7 @@
 //   NO_TABLE    exports no handler table
 //   UNDEFINED   needs a symbol that no library has
 //   INCOMPLETE  has an entry without an execute handler
+//   TWICE       has an entry twice
 
 #include <unistd.h>
 
@@ -48,7 +49,7 @@ struct MetadataExtension {
     size_t struct_size;
     Version version;
     uint32_t traits;
-  } * metadata;
+  }* metadata;
 };
 
 struct Api {
@@ -251,8 +252,8 @@ void* Instantiate(CallFrame* frame) {
     int64_t* type_id;
     void* state;
     void (*deleter)(void*);
-  } args = {sizeof(args), nullptr,            frame->context,
-            &state_type,  new int64_t(value), &DeleteState};
+  } args = {sizeof(args),       nullptr,     frame->context, &state_type,
+            new int64_t(value), &DeleteState};
   return CallApi(frame, kStateSet, &args);
 }
 
@@ -376,6 +377,9 @@ const Entry kEntries[] = {
     {PREFIX ".threads", PLATFORM, {nullptr, nullptr, nullptr, &Threads}},
     {PREFIX ".stream", PLATFORM, {nullptr, nullptr, nullptr, &Stream}},
     {PREFIX ".wait", PLATFORM, {nullptr, nullptr, nullptr, &Wait}},
+#ifdef TWICE
+    {PREFIX ".wait", PLATFORM, {nullptr, nullptr, nullptr, &Wait}},
+#endif
 #ifdef INCOMPLETE
     {PREFIX ".incomplete", PLATFORM, {&Instantiate, nullptr, nullptr, nullptr}},
 #endif

@@ -7,12 +7,15 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "xla_ops/cc/bridge/dl_error.h"
 
 namespace xla_ops {
 namespace {
+
+using HandlerName = std::pair<std::string, std::string>;  // platform, target
 
 struct Library {
   void* handle = nullptr;
@@ -25,8 +28,7 @@ struct Libraries {
   std::mutex mutex;
   std::map<std::string, Library> by_path;
   std::vector<std::unique_ptr<LoadedHandler>> handlers;
-  // By (platform, target).
-  std::map<std::pair<std::string, std::string>, LoadedHandler*> by_name;
+  std::map<HandlerName, LoadedHandler*> by_name;
 };
 
 Libraries& GetLibraries() {
@@ -35,8 +37,10 @@ Libraries& GetLibraries() {
 }
 
 // Checks one entry of a library's table before anything of it is kept.
+// `names`: the entries before it.
 std::string CheckEntry(const Libraries& libraries, const std::string& path,
-                       const XlaOpsHandler& entry) {
+                       const XlaOpsHandler& entry,
+                       std::set<HandlerName>* names) {
   if (entry.target == nullptr || entry.platform == nullptr ||
       entry.bundle.execute == nullptr) {
     return path + ": its handler table has an incomplete entry";
@@ -50,6 +54,10 @@ std::string CheckEntry(const Libraries& libraries, const std::string& path,
   if (it != libraries.by_name.end()) {
     return path + ": handler " + entry.target + " for " + platform + " is in " +
            it->second->library + " already";
+  }
+  if (!names->insert({platform, entry.target}).second) {
+    return path + ": its handler table has " + entry.target + " for " +
+           platform + " twice";
   }
   return "";
 }
@@ -72,8 +80,9 @@ std::string LoadLocked(Libraries& libraries, const std::string& path,
   }
   size_t count = 0;
   const XlaOpsHandler* table = get_handlers(&count);
+  std::set<HandlerName> names;
   for (size_t i = 0; i < count; ++i) {
-    std::string error = CheckEntry(libraries, path, table[i]);
+    std::string error = CheckEntry(libraries, path, table[i], &names);
     if (!error.empty()) {
       dlclose(handle);
       return error;
