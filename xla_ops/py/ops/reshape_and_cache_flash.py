@@ -31,9 +31,11 @@ def reshape_and_cache_flash(
 
     Token t goes to page slot // page_size at offset slot % page_size, where
     slot = slot_mapping[t]. A negative slot skips its token (padding), and so does one
-    past the cache; `set_debug(True)` reports the latter. Of several tokens with one
-    slot any may win. With an fp8 cache the value stored is fp8(float(x) / scale),
-    rounded to nearest even and saturated; NaN stays NaN.
+    past the cache; `set_debug(True)` reports the latter. Tokens should have slots of
+    their own: where several share one, each element of it is that of any of them (of
+    the last, by the CPU's custom call), so a head may be a mixture; pad with -1, not
+    with a slot. With an fp8 cache the value stored is fp8(float(x) / scale), rounded to
+    nearest even and saturated; NaN stays NaN.
 
     In place: lazily, under torch.compile(backend="openxla"), and through views such as
     `kv.unbind(0)`. A stacked cache ([2, ...]) is written by one kernel, separate K and

@@ -3,11 +3,14 @@
 // For token t with slot s = slot_mapping[t] >= 0:
 //   cache[s / page_size, s % page_size, h, :] = convert(key[t, h, :])
 // A negative slot skips its token (padding); a slot at or past
-// num_blocks * page_size is skipped too, never written out of bounds. Of
-// several tokens with one slot any may win. convert() is the identity for
-// kv_cache_dtype "auto" and, for "fp8"/"fp8_e4m3"/"fp8_e5m2",
-// saturating round-to-nearest-even of float(x) / scale; NaN stays NaN and
-// infinities saturate to the largest finite value, as in vLLM.
+// num_blocks * page_size is skipped too, never written out of bounds. Tokens
+// should have slots of their own: where several share one, the last of them is
+// written on a CPU; on CUDA each element is one of theirs, so that heads, parts
+// of a head, key and value may be of different tokens. (So pad with -1, not
+// with a slot.) convert() is the identity for kv_cache_dtype "auto" and, for
+// "fp8"/"fp8_e4m3"/"fp8_e5m2", saturating round-to-nearest-even of
+// float(x) / scale; NaN stays NaN and infinities saturate to the largest finite
+// value, as in vLLM.
 //
 // Three targets share one kernel. They differ in what a caller can alias:
 //   xla_ops.reshape_and_cache_flash
