@@ -153,6 +153,12 @@ inline ffi::Error CheckAtLeast(const char* op, const char* argument,
                    std::to_string(value));
 }
 
+// a * b of numbers that are not negative, or INT64_MAX where that is less.
+inline int64_t SaturatingProduct(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
 }  // namespace xla_ops
 
 #endif  // XLA_OPS_CC_CORE_CHECKS_H_

@@ -311,10 +311,7 @@ ffi::Error CheckCudaLimits(const AttentionNames& names,
   if (params.num_tokens == 0 || params.num_heads == 0) {
     return ffi::Error::Success();
   }
-  int64_t rows;
-  if (__builtin_mul_overflow(params.num_tokens, params.num_heads, &rows)) {
-    rows = INT64_MAX;
-  }
+  const int64_t rows = SaturatingProduct(params.num_tokens, params.num_heads);
   if (rows > kAttentionMaxRows) {
     return MustError(names.op, names.query,
                      "have at most " + std::to_string(kAttentionMaxRows) +

@@ -2,18 +2,24 @@
 
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
 
+#include <string>
+
 #include "xla_ops/cc/core/cache_geometry.h"
 #include "xla_ops/cc/core/checks.h"
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks_checks.h"
 
 namespace xla_ops {
+namespace {
+
+constexpr char kOp[] = "copy_blocks";
+
+}  // namespace
 
 ffi::Error MakeCopyBlocksParams(ffi::AnyBuffer cache,
                                 ffi::AnyBuffer block_mapping,
                                 ffi::Result<ffi::AnyBuffer> cache_result,
                                 const CopyBlocksAttrs& attrs,
                                 CopyBlocksParams* params) {
-  constexpr char kOp[] = "copy_blocks";
   XLA_OPS_RETURN_IF_ERROR(
       CheckDType(kOp, "cache", cache,
                  {DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3FN,
@@ -54,6 +60,24 @@ ffi::Error MakeCopyBlocksParams(ffi::AnyBuffer cache,
     params->copy_from = cache.untyped_data();
     params->copy_to = cache_result->untyped_data();
     params->copy_size = static_cast<int64_t>(cache.size_bytes());
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error CheckCudaLimits(const CopyBlocksParams& params) {
+  if (IsEmpty(params)) return ffi::Error::Success();
+  if (params.num_pairs > kMaxCudaPairs) {
+    return MustError(kOp, "block_mapping",
+                     "have at most " + std::to_string(kMaxCudaPairs) + " pairs",
+                     std::to_string(params.num_pairs));
+  }
+  const int64_t bytes = SaturatingProduct(
+      SaturatingProduct(params.outer_size, params.inner_size), params.run_size);
+  if (bytes > kMaxCudaBlockBytes) {
+    return MustError(kOp, "cache",
+                     "have blocks of at most " +
+                         std::to_string(kMaxCudaBlockBytes) + " bytes",
+                     std::to_string(bytes));
   }
   return ffi::Error::Success();
 }

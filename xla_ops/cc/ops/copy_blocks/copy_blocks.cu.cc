@@ -154,10 +154,8 @@ cudaError_t LaunchUnits(cudaStream_t stream, const CopyBlocksParams& params) {
   geometry.block_units =
       params.outer_size * params.inner_size * geometry.run_units;
   // Units are counted in 32 bits, with room for one more step of the grid.
-  if (geometry.block_units > UINT32_MAX - kThreads * kMaxGridY ||
-      params.num_pairs > INT32_MAX) {
-    return cudaErrorInvalidValue;
-  }
+  static_assert(kMaxCudaBlockBytes <= UINT32_MAX - kThreads * kMaxGridY);
+  static_assert(kMaxCudaPairs <= kMaxGridX);
   const dim3 grid(static_cast<unsigned>(params.num_pairs),
                   BlocksPerRow(CeilDivide(geometry.block_units, kThreads),
                                params.num_pairs, kManyBlocks));

@@ -53,6 +53,10 @@ struct CopyBlocksParams {
   int64_t copy_size;
 };
 
+// What one CUDA launch can count: pairs in a grid, bytes in 32 bits.
+inline constexpr int64_t kMaxCudaPairs = INT32_MAX;
+inline constexpr int64_t kMaxCudaBlockBytes = int64_t{255} << 24;
+
 // Whether there is nothing to copy between blocks.
 inline bool IsEmpty(const CopyBlocksParams& params) {
   return params.num_pairs == 0 || params.num_blocks == 0 ||

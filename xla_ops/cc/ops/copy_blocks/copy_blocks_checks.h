@@ -9,6 +9,9 @@
 //   offset must be at least 0, got -1
 //   cache must have at least 256 elements, got 128
 //   cache result must have shape [8, 32], got [8, 16]    (and dtype)
+// On CUDA also
+//   block_mapping must have at most 2147483647 pairs, got 2147483648
+//   cache must have blocks of at most 4278190080 bytes, got 4294967296
 //
 // Tested by copy_blocks_test.cc.
 
@@ -49,6 +52,9 @@ xla::ffi::Error MakeCopyBlocksParams(
     xla::ffi::AnyBuffer cache, xla::ffi::AnyBuffer block_mapping,
     xla::ffi::Result<xla::ffi::AnyBuffer> cache_result,
     const CopyBlocksAttrs& attrs, CopyBlocksParams* params);
+
+// The limits of the CUDA launch.
+xla::ffi::Error CheckCudaLimits(const CopyBlocksParams& params);
 
 }  // namespace xla_ops
 

@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/device/cuda_handler.h"
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
 #include "xla_ops/cc/ops/copy_blocks/copy_blocks_checks.h"
@@ -24,9 +25,14 @@ cudaError_t CopyAndLaunch(cudaStream_t stream, const CopyBlocksParams& params) {
   return LaunchCopyBlocks(stream, params);
 }
 
+ffi::Error CheckAndLaunch(cudaStream_t stream, const CopyBlocksParams& params) {
+  XLA_OPS_RETURN_IF_ERROR(CheckCudaLimits(params));
+  return ToLaunchError("copy_blocks", CopyAndLaunch(stream, params));
+}
+
 }  // namespace
 
 XLA_OPS_CUDA_HANDLER(copy_blocks, CopyBlocksBinding(), MakeCopyBlocksParams,
-                     CopyAndLaunch);
+                     CheckAndLaunch);
 
 }  // namespace xla_ops

@@ -12,7 +12,8 @@ namespace xla_ops {
 // Queues the copies between blocks on `stream` (and, with params.debug, a
 // kernel that prints the pairs that are skipped for being out of range);
 // neither allocates nor synchronises, and leaves copy_from alone. Any
-// alignment of pointer and strides is legal, 16 bytes is fast.
+// alignment of pointer and strides is legal, 16 bytes is fast. `params` have
+// passed CheckCudaLimits.
 cudaError_t LaunchCopyBlocks(cudaStream_t stream,
                              const CopyBlocksParams& params);
 

@@ -1,6 +1,8 @@
 // xla_ops.copy_blocks's CPU handler on hand-built frames: what is copied and
 // what is not, every error text, guard bytes, empty operands, threads.
 
+#include "xla_ops/cc/ops/copy_blocks/copy_blocks.h"
+
 #include <unistd.h>
 
 #include <cmath>
@@ -16,6 +18,7 @@
 #include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/core/test_tensor.h"
 #include "xla_ops/cc/core/testing.h"
+#include "xla_ops/cc/ops/copy_blocks/copy_blocks_checks.h"
 
 extern "C" XLA_FFI_Error* xla_ops_copy_blocks_cpu(XLA_FFI_CallFrame*);
 extern "C" XlaOpsHandlersFn xla_ops_handlers;
@@ -167,8 +170,8 @@ XLA_OPS_TEST(EmptyOperandsAreSuccess) {
   cache.Fill(1);
   const TestTensor before = cache;
   ExpectOk(Run(cache, TestTensor(DType::kS64, {0, 2}), &cache, kDense));
-  for (int64_t Attrs::* size : {&Attrs::num_blocks, &Attrs::page_size,
-                                &Attrs::num_kv_heads, &Attrs::head_dim}) {
+  for (int64_t Attrs::*size : {&Attrs::num_blocks, &Attrs::page_size,
+                               &Attrs::num_kv_heads, &Attrs::head_dim}) {
     Attrs attrs = kDense;
     attrs.*size = 0;
     ExpectOk(Run(cache, Mapping({0, 1}), &cache, attrs));
@@ -265,6 +268,31 @@ XLA_OPS_TEST(TableNamesTheTarget) {
   EXPECT_EQ(count, 1u);
   EXPECT_EQ(std::string(handlers[0].target), "xla_ops.copy_blocks");
   EXPECT_EQ(std::string(handlers[0].platform), "Host");
+}
+
+// Checked by the CUDA handler alone, so on parameters as it would bind them.
+XLA_OPS_TEST(CudaLimits) {
+  CopyBlocksParams params = {};
+  params.num_blocks = 2;
+  params.num_pairs = 2147483647;
+  params.outer_size = 16777216;
+  params.inner_size = 15;
+  params.run_size = 17;
+  EXPECT_TRUE(CheckCudaLimits(params).success());
+  params.run_size = 18;
+  EXPECT_EQ(CheckCudaLimits(params).message(),
+            "copy_blocks: cache must have blocks of at most 4278190080 bytes, "
+            "got 4529848320");
+  params.inner_size = params.run_size = int64_t{1} << 40;
+  EXPECT_EQ(CheckCudaLimits(params).message(),
+            "copy_blocks: cache must have blocks of at most 4278190080 bytes, "
+            "got 9223372036854775807");
+  params.num_pairs += 1;
+  EXPECT_EQ(CheckCudaLimits(params).message(),
+            "copy_blocks: block_mapping must have at most 2147483647 pairs, "
+            "got 2147483648");
+  params.num_blocks = 0;  // nothing is launched
+  EXPECT_TRUE(CheckCudaLimits(params).success());
 }
 
 }  // namespace

@@ -187,4 +187,16 @@ ffi::Error MakeReshapeAndCacheFlashOneParams(
   return ffi::Error::Success();
 }
 
+ffi::Error CheckCudaLimits(const ReshapeAndCacheFlashParams& params) {
+  const int64_t elements =
+      SaturatingProduct(params.num_kv_heads, params.head_dim);
+  if (IsEmpty(params) || elements <= kMaxCudaTokenElements) {
+    return ffi::Error::Success();
+  }
+  return MustError(kOp, "key",
+                   "have at most " + std::to_string(kMaxCudaTokenElements) +
+                       " elements a token",
+                   std::to_string(elements));
+}
+
 }  // namespace xla_ops

@@ -188,7 +188,8 @@ cudaError_t LaunchUnits(cudaStream_t stream,
   geometry.block_stride = params.block_stride / size;
   geometry.page_stride = params.page_stride / size;
   geometry.run_stride = OneRun(params) ? 0 : params.head_stride / size;
-  if (geometry.row_units > INT32_MAX - kThreads) return cudaErrorInvalidValue;
+  // Units of a row are counted in int, with room for one more step.
+  static_assert(kMaxCudaTokenElements <= INT32_MAX - kThreads);
 
   const dim3 block = RowBlock(geometry.row_units, kThreads, kThreads);
   const auto* key = static_cast<const typename Unit::Source*>(params.key);

@@ -90,6 +90,9 @@ struct ReshapeAndCacheFlashParams {
   CacheCopy copies[2];
 };
 
+// What one CUDA launch can count of a token's key.
+inline constexpr int64_t kMaxCudaTokenElements = int64_t{1} << 30;
+
 // Whether there is nothing to write.
 inline bool IsEmpty(const ReshapeAndCacheFlashParams& params) {
   return params.num_tokens == 0 || params.num_kv_heads == 0 ||

@@ -19,6 +19,8 @@
 //   key_offset must be at least 0, got -1
 //   key_cache must have at least 256 elements, got 128
 //   key_cache result must have shape [8, 32], got [8, 16]
+// On CUDA also
+//   key must have at most 1073741824 elements a token, got 2147483648
 // value_cache, v_scale, value_offset likewise; kv_cache in the stacked
 // target. The target _one says key, key_cache and k_scale.
 //
@@ -122,6 +124,9 @@ xla::ffi::Error MakeReshapeAndCacheFlashOneParams(
     xla::ffi::Result<xla::ffi::AnyBuffer> key_cache_result,
     const ReshapeAndCacheFlashOneAttrs& attrs,
     ReshapeAndCacheFlashParams* params);
+
+// The limit of the CUDA launch.
+xla::ffi::Error CheckCudaLimits(const ReshapeAndCacheFlashParams& params);
 
 }  // namespace xla_ops
 

@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/device/cuda_handler.h"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_checks.h"
@@ -27,15 +28,22 @@ cudaError_t CopyAndLaunch(cudaStream_t stream,
                          : LaunchReshapeAndCacheFlash(stream, params);
 }
 
+ffi::Error CheckAndLaunch(cudaStream_t stream,
+                          const ReshapeAndCacheFlashParams& params) {
+  XLA_OPS_RETURN_IF_ERROR(CheckCudaLimits(params));
+  return ToLaunchError("reshape_and_cache_flash",
+                       CopyAndLaunch(stream, params));
+}
+
 }  // namespace
 
 XLA_OPS_CUDA_HANDLER(reshape_and_cache_flash, ReshapeAndCacheFlashBinding(),
-                     MakeReshapeAndCacheFlashParams, CopyAndLaunch);
+                     MakeReshapeAndCacheFlashParams, CheckAndLaunch);
 XLA_OPS_CUDA_HANDLER(reshape_and_cache_flash_stacked,
                      ReshapeAndCacheFlashStackedBinding(),
-                     MakeReshapeAndCacheFlashStackedParams, CopyAndLaunch);
+                     MakeReshapeAndCacheFlashStackedParams, CheckAndLaunch);
 XLA_OPS_CUDA_HANDLER(reshape_and_cache_flash_one,
                      ReshapeAndCacheFlashOneBinding(),
-                     MakeReshapeAndCacheFlashOneParams, CopyAndLaunch);
+                     MakeReshapeAndCacheFlashOneParams, CheckAndLaunch);
 
 }  // namespace xla_ops

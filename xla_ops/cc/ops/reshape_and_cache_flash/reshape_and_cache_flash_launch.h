@@ -13,7 +13,8 @@ namespace xla_ops {
 // Queues one kernel for both caches on `stream` (and, with params.debug, a
 // second one that prints the slots that are skipped for being out of range);
 // neither allocates nor synchronises, and leaves `copies` alone. Any alignment
-// of pointers and strides is legal, 16 bytes is fast.
+// of pointers and strides is legal, 16 bytes is fast. `params` have passed
+// CheckCudaLimits.
 cudaError_t LaunchReshapeAndCacheFlash(
     cudaStream_t stream, const ReshapeAndCacheFlashParams& params);
 

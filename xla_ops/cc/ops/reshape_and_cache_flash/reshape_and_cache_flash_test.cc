@@ -2,6 +2,8 @@
 // frames: every layout, dtype and slot against a slow model of the cache,
 // every error text, guard bytes, unaliased results, debug reports.
 
+#include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
+
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,6 +21,7 @@
 #include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/core/test_tensor.h"
 #include "xla_ops/cc/core/testing.h"
+#include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_checks.h"
 
 extern "C" {
 XLA_FFI_Error* xla_ops_reshape_and_cache_flash_cpu(XLA_FFI_CallFrame*);
@@ -574,6 +577,21 @@ XLA_OPS_TEST(TableNamesTheTargets) {
     EXPECT_EQ(std::string(handlers[i].platform), "Host");
     EXPECT_TRUE(handlers[i].bundle.execute != nullptr);
   }
+}
+
+// Checked by the CUDA handlers alone, so on parameters as they would bind them.
+XLA_OPS_TEST(CudaLimits) {
+  ReshapeAndCacheFlashParams params = {};
+  params.num_tokens = params.num_blocks = params.page_size = 1;
+  params.num_kv_heads = 1024;
+  params.head_dim = 1 << 20;
+  EXPECT_TRUE(CheckCudaLimits(params).success());
+  params.num_kv_heads = 1025;
+  EXPECT_EQ(CheckCudaLimits(params).message(),
+            "reshape_and_cache_flash: key must have at most 1073741824 "
+            "elements a token, got 1074790400");
+  params.num_tokens = 0;  // nothing is launched
+  EXPECT_TRUE(CheckCudaLimits(params).success());
 }
 
 }  // namespace

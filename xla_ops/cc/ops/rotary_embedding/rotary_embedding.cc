@@ -123,4 +123,16 @@ ffi::Error MakeRotaryEmbeddingOneParams(
   return BindCache(cos_sin_cache, params);
 }
 
+ffi::Error CheckCudaLimits(const RotaryEmbeddingParams& params) {
+  const int64_t elements = SaturatingProduct(
+      params.query.num_heads + params.key.num_heads, params.head_size);
+  if (params.num_tokens == 0 || elements <= kMaxCudaTokenElements) {
+    return ffi::Error::Success();
+  }
+  return MustError(kOp, "query",
+                   "have at most " + std::to_string(kMaxCudaTokenElements) +
+                       " elements a token, key's included",
+                   std::to_string(elements));
+}
+
 }  // namespace xla_ops

@@ -203,9 +203,8 @@ cudaError_t LaunchUnits(cudaStream_t stream,
       (params.query.num_heads + params.key.num_heads) * head_units;
   if (units == 0) return cudaSuccess;
   // Units are counted in int, with room for one more launch's.
-  if (units > INT32_MAX - 2 * kUnits<kNeox> * kThreads * kMaxGridY) {
-    return cudaErrorInvalidValue;
-  }
+  static_assert(kMaxCudaTokenElements <=
+                INT32_MAX - 2 * kUnits<kNeox> * kThreads * kMaxGridY);
   Shape<T> shape;
   shape.max_position = params.max_position;
   shape.head_size = params.head_size;

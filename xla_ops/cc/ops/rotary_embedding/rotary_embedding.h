@@ -40,6 +40,9 @@ struct RotaryHeads {
   void* out;          // the same; may be `in`
 };
 
+// What one CUDA launch can count of a token, query's and key's together.
+inline constexpr int64_t kMaxCudaTokenElements = int64_t{1} << 30;
+
 struct RotaryEmbeddingParams {
   DType dtype;
   int64_t num_tokens;

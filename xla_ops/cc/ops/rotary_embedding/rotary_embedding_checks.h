@@ -14,6 +14,9 @@
 //   cos_sin_cache must have shape [max_position, rotary_dim], got [64]
 //   cos_sin_cache must have an even last dimension of at most 64, got 65
 //   query result must have shape [7, 512], got [7, 256]  (and dtype; key)
+// On CUDA also
+//   query must have at most 1073741824 elements a token, key's included, got
+//   2147483648
 //
 // Tested by rotary_embedding_test.cc.
 
@@ -64,6 +67,9 @@ xla::ffi::Error MakeRotaryEmbeddingOneParams(
     xla::ffi::AnyBuffer cos_sin_cache,
     xla::ffi::Result<xla::ffi::AnyBuffer> query_result, int64_t head_size,
     bool is_neox, RotaryEmbeddingParams* params);
+
+// The limit of the CUDA launch.
+xla::ffi::Error CheckCudaLimits(const RotaryEmbeddingParams& params);
 
 }  // namespace xla_ops
 

@@ -12,6 +12,7 @@ namespace xla_ops {
 
 // Queues one kernel for queries and keys on `stream`; neither allocates nor
 // synchronises. Any alignment of the pointers is legal, 16 bytes is fast.
+// `params` have passed CheckCudaLimits.
 cudaError_t LaunchRotaryEmbedding(cudaStream_t stream,
                                   const RotaryEmbeddingParams& params);
 

@@ -1,6 +1,8 @@
 // The CPU handlers of rotary_embedding on hand-built frames: values against
 // the definition, every error text, guard bytes, zero sizes, threads.
 
+#include "xla_ops/cc/ops/rotary_embedding/rotary_embedding.h"
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -12,6 +14,7 @@
 #include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/core/test_tensor.h"
 #include "xla_ops/cc/core/testing.h"
+#include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_checks.h"
 
 extern "C" XLA_FFI_Error* xla_ops_rotary_embedding_cpu(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* xla_ops_rotary_embedding_one_cpu(XLA_FFI_CallFrame*);
@@ -236,6 +239,22 @@ XLA_OPS_TEST(TableNamesTheTargets) {
   EXPECT_EQ(std::string(handlers[0].target), "xla_ops.rotary_embedding");
   EXPECT_EQ(std::string(handlers[1].target), "xla_ops.rotary_embedding_one");
   EXPECT_EQ(std::string(handlers[0].platform), "Host");
+}
+
+// Checked by the CUDA handler alone, so on parameters as it would bind them.
+XLA_OPS_TEST(CudaLimits) {
+  RotaryEmbeddingParams params = {};
+  params.num_tokens = 1;
+  params.head_size = 1 << 20;
+  params.query.num_heads = 1000;
+  params.key.num_heads = 24;
+  EXPECT_TRUE(CheckCudaLimits(params).success());
+  params.key.num_heads = 25;
+  EXPECT_EQ(CheckCudaLimits(params).message(),
+            "rotary_embedding: query must have at most 1073741824 elements a "
+            "token, key's included, got 1074790400");
+  params.num_tokens = 0;  // nothing is launched
+  EXPECT_TRUE(CheckCudaLimits(params).success());
 }
 
 }  // namespace
