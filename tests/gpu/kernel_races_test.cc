@@ -8,9 +8,10 @@
 // contains TEXT.
 //
 // Each case is first captured into a CUDA graph, as XLA may call a handler
-// before it was ever called otherwise, and replayed twice; then it is called
-// eagerly. All results must agree to the bit. --eager leaves the capture out
-// and calls twice. The first run's results are memory that nobody has
+// before it was ever called otherwise, and replayed twice; the graph is updated
+// to other buffers, as XLA does when they move, and replayed; then the case is
+// called eagerly. All results must agree to the bit. --eager leaves the graphs
+// out and calls twice. The first run's results are memory that nobody has
 // written, so initcheck reports what a kernel leaves out; before each later
 // run they are filled with 0xa5.
 //
@@ -152,28 +153,52 @@ class Run {
   CallFrame frame_;
 };
 
-// Returns what went wrong, or nothing.
-std::string RunCaptured(Run* run, cudaStream_t stream,
-                        std::vector<Bytes>* first) {
+// What one call queues. Returns what went wrong, or nothing.
+std::string Capture(Run* run, cudaStream_t stream, cudaGraph_t* graph) {
   // As XLA captures: other threads may do as they like meanwhile.
   CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   const CallStatus status = run->Execute();
-  cudaGraph_t graph = nullptr;
-  const cudaError_t error = cudaStreamEndCapture(stream, &graph);
+  const cudaError_t error = cudaStreamEndCapture(stream, graph);
   if (!status.ok()) return "while captured: " + status.message;
   if (error != cudaSuccess) {
     return std::string("capture failed: ") + cudaGetErrorString(error);
   }
+  return "";
+}
+
+// Replays a graph of `run`, then updates it to the buffers of `moved`, the same
+// case, and replays that.
+std::string RunCaptured(Run* run, Run* moved, cudaStream_t stream,
+                        std::vector<Bytes>* first) {
+  cudaGraph_t graph = nullptr;
+  std::string failure = Capture(run, stream, &graph);
+  if (!failure.empty()) return failure;
   cudaGraphExec_t replay = nullptr;
   CHECK_CUDA(cudaGraphInstantiate(&replay, graph, 0));
+  CHECK_CUDA(cudaGraphDestroy(graph));
   CHECK_CUDA(cudaGraphLaunch(replay, stream));
   *first = run->Results();
   run->Restore();
   CHECK_CUDA(cudaGraphLaunch(replay, stream));
-  const bool same = run->Results() == *first;
-  CHECK_CUDA(cudaGraphExecDestroy(replay));
+  if (run->Results() != *first) return "two replays differ";
+
+  failure = Capture(moved, stream, &graph);
+  if (!failure.empty()) return failure;
+  cudaGraphExecUpdateResultInfo info = {};
+  const cudaError_t error = cudaGraphExecUpdate(replay, graph, &info);
+  if (error != cudaSuccess) {
+    return std::string("its graph cannot be updated: ") +
+           cudaGetErrorString(error) + ", result " +
+           std::to_string(info.result);
+  }
   CHECK_CUDA(cudaGraphDestroy(graph));
-  return same ? "" : "two replays differ";
+  run->Restore();
+  const std::vector<Bytes> before = run->Results();
+  CHECK_CUDA(cudaGraphLaunch(replay, stream));
+  if (moved->Results() != *first) return "replay with other buffers differs";
+  if (run->Results() != before) return "updated graph writes old buffers";
+  CHECK_CUDA(cudaGraphExecDestroy(replay));
+  return "";
 }
 
 std::string RunCase(const Case& c, const XlaOpsHandlerBundle& handlers,
@@ -187,7 +212,8 @@ std::string RunCase(const Case& c, const XlaOpsHandlerBundle& handlers,
     if (!status.ok()) return status.message;
     first = run.Results();
   } else {
-    const std::string failure = RunCaptured(&run, stream, &first);
+    Run moved(c, handlers, stream);
+    const std::string failure = RunCaptured(&run, &moved, stream, &first);
     if (!failure.empty()) return failure;
   }
   run.Restore();
