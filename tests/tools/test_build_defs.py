@@ -111,3 +111,22 @@ def test_the_same_gpu_in_another_form_is_an_error(archs, flag, capability, given
     text = f"archs must hold {capability}, not {given}: //a:b is for {capability}"
     with pytest.raises(ValueError, match=re.escape(text)):
         archs.archs_of_capability(parsed, capability, "//a:b")
+
+
+# What starts a kernel, apart from LaunchKernel (device/launch.h).
+BARE_LAUNCH = re.compile(
+    r"<<<|\bcu(da)?Launch(Kernel|Cooperative)|GraphAddKernel|\bLaunchOverlapping"
+)
+
+
+def test_every_kernel_is_launched_by_what_lists_it():
+    """A kernel that LoadKernels does not know is loaded at its first launch.
+
+    Another rank's collective may wait for the stream by then: a deadlock. Attention
+    loads its kernels by PrepareAttention.
+    """
+    files = sorted(pathlib.Path("xla_ops/cc/ops").glob("*/*.cu*"))
+    assert len(files) > 10
+    bare = [f for f in files if BARE_LAUNCH.search(f.read_text())]
+    assert [f for f in bare if f.parent.name != "attention"] == []
+    assert bare  # what it looks for is what attention has

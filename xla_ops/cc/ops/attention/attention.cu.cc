@@ -198,6 +198,7 @@ cudaError_t FindDevice(AttentionDevice* result) {
     if (error == cudaSuccess) error = launcher.prepare(result);
   }
   if (error == cudaSuccess) error = LoadKernel(AttentionCombineKernel);
+  if (error == cudaSuccess) error = LoadKernel(ReportAttentionKernel);
   return error;
 }
 
