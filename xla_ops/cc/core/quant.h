@@ -17,11 +17,14 @@
 
 namespace xla_ops {
 
-// Saturates, infinities too. NaN becomes 448, as in vLLM.
+// Saturates, infinities too. NaN becomes 448, as in vLLM. By the bits: a
+// comparison of floats would keep loops from being vectorised.
 inline Float8E4M3FN ToFp8(float x) {
-  x = x < kFp8Max ? x : kFp8Max;
-  x = x > -kFp8Max ? x : -kFp8Max;
-  return FromFloat<Float8E4M3FN>(x);
+  constexpr uint32_t kNan = 0x7f, kMax = 0x7e;
+  const uint32_t code = FromFloat<Float8E4M3FN>(x).bits;
+  const bool is_nan = (code & kNan) == kNan;
+  return Float8E4M3FN{
+      static_cast<uint8_t>(internal::Select(is_nan, kMax, code))};
 }
 
 // To nearest, ties to even. Adding 1.5 * 2^23 leaves no room for a fraction;
