@@ -7,6 +7,7 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
+#include "xla_ops/cc/core/exp.h"
 #include "xla_ops/cc/core/float.h"
 #include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
@@ -28,7 +29,7 @@ float Activate(float x) {
     const float inner = 0.79788456f * (x + 0.044715f * (x * x * x));
     return 0.5f * x * (1.0f + std::tanh(inner));
   } else {
-    return x / (1.0f + std::exp(-x));
+    return x / (1.0f + Exp(-x));
   }
 }
 
