@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import xla_ops
 from support import Path, addresses
+from xla_ops import _runtime
 from xla_ops.core import ownership
 
 SHAPE = (2, 6, 4, 2, 8)
@@ -218,3 +219,30 @@ def test_any_order_of_shares_steps_and_reads(program):
         assert torch.equal(got.cpu(), wanted)
     for got, wanted in reads:
         assert got.item() == wanted.item()
+
+
+@pytest.mark.parametrize("function", ["buffer_holders", "lazy_tensor_id"])
+def test_another_tensor_is_no_xla_tensor(function):
+    """Of a wrapper with an XLA device nothing is read, as of a tensor of the CPU."""
+    error = "must be one of torch_xla's own"
+    xla = torch.zeros(2, device=torch_xla.device())
+    ownership.protect([xla], finish_reads=True)  # loads
+
+    def ask(tensor):
+        address = tensor._cdata
+        argument = [address] if function == "buffer_holders" else address
+        return getattr(_runtime, function)(argument)
+
+    ask(ownership._value(xla))
+    assert torch._is_functional_tensor(xla)
+    for other in (torch.zeros(2), xla):
+        with pytest.raises(TypeError, match=error):
+            ask(other)
+
+    def inside(batched):
+        assert batched.device.type == "xla"
+        with pytest.raises(TypeError, match=error):
+            ask(batched)
+        return batched
+
+    torch.vmap(inside)(xla)

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstring>
 
 namespace xla_ops {
 namespace {
@@ -15,16 +16,20 @@ namespace {
 constexpr size_t kTensorImplBytes = 184;
 
 // The part of a std::shared_ptr that counts, as libstdc++, with which libtorch
-// is built, lays it out: this extension may be linked with another library.
-class ControlBlock {
- public:
-  virtual ~ControlBlock() = default;  // two entries of the table
-  virtual void Dispose() = 0;
-  virtual void Destroy() = 0;
+// is built, lays it out: this extension may be linked with another library. No
+// C++ class with virtual functions, which a sanitizer would want to be
+// libtorch's.
+struct ControlBlock {
+  using Function = void (*)(ControlBlock*);
 
+  void Dispose() { functions[2](this); }  // the object; 0 and 1: destructors
+  void Destroy() { functions[3](this); }  // this block
+
+  const Function* functions;
   std::atomic<int> uses;
   std::atomic<int> weak_uses;
 };
+static_assert(sizeof(ControlBlock) == 16);
 
 // A std::shared_ptr that a function of libtorch returns. Its destructor makes
 // it a class that is returned in memory, as a std::shared_ptr is.
@@ -60,13 +65,25 @@ struct Value {
   size_t index = 0;
 };
 
+const void* PointerAt(uintptr_t address) {
+  const void* pointer;
+  std::memcpy(&pointer, reinterpret_cast<const void*>(address),
+              sizeof(pointer));
+  return pointer;
+}
+
+// Of an object with virtual functions: the table that only its class has.
+const void* ClassOf(uintptr_t object) { return PointerAt(object); }
+
 const void* LazyTensor(uintptr_t tensor_impl) {
-  return *reinterpret_cast<void* const*>(tensor_impl + kTensorImplBytes);
+  return PointerAt(tensor_impl + kTensorImplBytes);
 }
 
 }  // namespace
 
-std::string LazyTensors::Load(const std::string& library) {
+std::string LazyTensors::Load(const std::string& library,
+                              uintptr_t tensor_impl) {
+  tensor_class_ = nullptr;
   void* torch = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
   if (torch == nullptr) return library + " is not loaded";
   id_ = dlsym(torch, "_ZNK5torch4lazy10LazyTensor11GetUniqueIdEv");
@@ -75,7 +92,12 @@ std::string LazyTensors::Load(const std::string& library) {
   if (id_ == nullptr || data_ == nullptr || value_ == nullptr) {
     return library + " does not export torch::lazy::LazyTensor";
   }
+  tensor_class_ = ClassOf(tensor_impl);
   return "";
+}
+
+bool LazyTensors::Knows(uintptr_t tensor_impl) const {
+  return tensor_class_ != nullptr && ClassOf(tensor_impl) == tensor_class_;
 }
 
 int64_t LazyTensors::Id(uintptr_t tensor_impl) const {

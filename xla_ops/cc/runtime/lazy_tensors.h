@@ -29,17 +29,24 @@ struct BufferHolders {
 // The lazy tensors of the libtorch that is loaded.
 class LazyTensors {
  public:
-  // Finds the functions. `library` is the path of libtorch_cpu.so.
+  // Finds the functions. `library` is the path of libtorch_cpu.so,
+  // `tensor_impl` the address of a c10::TensorImpl that torch_xla made.
   // Returns why they cannot be used, or "".
-  std::string Load(const std::string& library);
+  std::string Load(const std::string& library, uintptr_t tensor_impl);
 
-  // torch_xla's number of the tensor. `tensor_impl` is the address of a
-  // c10::TensorImpl that torch_xla made.
+  // Whether the tensor is of the class of Load's, as all of torch_xla's are:
+  // what has an XLA device may be a wrapper, such as one of torch.vmap. To be
+  // asked before the two below, which read where only that class has what
+  // they read. False before Load.
+  bool Knows(uintptr_t tensor_impl) const;
+
+  // torch_xla's number of the tensor.
   int64_t Id(uintptr_t tensor_impl) const;
 
   BufferHolders Holders(uintptr_t tensor_impl) const;
 
  private:
+  const void* tensor_class_ = nullptr;
   void* id_ = nullptr;
   void* data_ = nullptr;
   void* value_ = nullptr;

@@ -253,11 +253,22 @@ void PyCall(const std::string& target, const std::string& platform,
 // The lazy tensors of this process; Python sees to it that it is loaded once.
 LazyTensors lazy_tensors;
 
+void CheckLazyTensor(uintptr_t tensor) {
+  if (lazy_tensors.Knows(tensor)) return;
+  throw py::type_error("a tensor must be one of torch_xla's own, got another");
+}
+
+int64_t PyLazyTensorId(uintptr_t tensor) {
+  CheckLazyTensor(tensor);
+  return lazy_tensors.Id(tensor);
+}
+
 std::vector<std::pair<int, int>> PyBufferHolders(
     const std::vector<uintptr_t>& tensors) {
   std::vector<std::pair<int, int>> found;
   found.reserve(tensors.size());
   for (const uintptr_t tensor : tensors) {
+    CheckLazyTensor(tensor);
     const BufferHolders holders = lazy_tensors.Holders(tensor);
     found.emplace_back(holders.data, holders.node);
   }
@@ -338,20 +349,21 @@ Returns: {"path", "error" ("" if it can be used), "major", "minor" (None if they
 cannot be read), "extensions" (list of PJRT_Extension_Type), "custom_call"}.)");
   m.def(
       "load_lazy_tensors",
-      [](const std::string& library) {
-        ThrowIfRuntimeError(lazy_tensors.Load(library));
+      [](const std::string& library, uintptr_t tensor) {
+        ThrowIfRuntimeError(lazy_tensors.Load(library, tensor));
       },
-      py::arg("library"),
+      py::arg("library"), py::arg("tensor"),
       "Makes the two functions below usable; library is the path of "
-      "libtorch_cpu.so. RuntimeError with the reason where it is another.");
+      "libtorch_cpu.so, tensor the address of a TensorImpl of torch_xla's. "
+      "RuntimeError with the reason where the library is another.");
+  m.def("lazy_tensor_id", &PyLazyTensorId, py::arg("tensor"),
+        "torch_xla's number of a tensor, given by the address of its "
+        "TensorImpl; TypeError where that is not torch_xla's.");
   m.def(
-      "lazy_tensor_id",
-      [](uintptr_t tensor) { return lazy_tensors.Id(tensor); },
-      py::arg("tensor"),
-      "torch_xla's number of a tensor, given by the address of its TensorImpl.");
-  m.def("buffer_holders", &PyBufferHolders, py::arg("tensors"),
-        R"(How many hold each tensor's device data and IR node, the tensor itself
-counted; 0 where it has none. Tensors are addresses of a TensorImpl of torch_xla's.)");
+      "buffer_holders", &PyBufferHolders, py::arg("tensors"),
+      R"(How many hold each tensor's device data and IR node, the tensor itself
+counted; 0 where it has none. Tensors are addresses of a TensorImpl of torch_xla's;
+TypeError for another's.)");
   m.def("_find_symbols", &PyFindSymbols, py::arg("path"), py::arg("names"),
         "Values of function symbols in an ELF file's .symtab; RuntimeError "
         "with the reason where there are none. For tests and the doctor.");

@@ -151,9 +151,9 @@ def _load() -> None:
     import torch_xla
 
     library = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    _runtime.load_lazy_tensors(str(library))
     probe = _value(torch.zeros(1, device=torch_xla.device()))
     assert probe is not None
+    _runtime.load_lazy_tensors(str(library), probe._cdata)
     known = torch_xla._XLAC._xla_get_tensor_id(probe)
     if _runtime.lazy_tensor_id(probe._cdata) != known:
         raise RuntimeError("xla_ops: torch_xla must be 2.9.0, got another layout")
