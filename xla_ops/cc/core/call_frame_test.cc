@@ -14,7 +14,6 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/error.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/core/test_tensor.h"
 #include "xla_ops/cc/core/testing.h"
 
@@ -290,23 +289,5 @@ XLA_OPS_TEST(MetadataTellsVersionAndTraits) {
 
 }  // namespace
 }  // namespace xla_ops
-
-XLA_OPS_EXPORT_HANDLERS({"xla_ops.first",
-                         "Host",
-                         {nullptr, nullptr, nullptr, xla_ops::FailHandler}},
-                        {"xla_ops.second",
-                         "CUDA",
-                         {xla_ops::InstantiateHandler, nullptr, nullptr,
-                          xla_ops::ExecuteHandler}})
-
-XLA_OPS_TEST(TableListsHandlers) {
-  size_t count = 0;
-  const XlaOpsHandler* handlers = xla_ops_handlers(&count);
-  EXPECT_EQ(count, 2u);
-  EXPECT_EQ(std::string(handlers[0].target), "xla_ops.first");
-  EXPECT_EQ(std::string(handlers[1].platform), "CUDA");
-  EXPECT_TRUE(handlers[0].bundle.instantiate == nullptr);
-  EXPECT_TRUE(handlers[1].bundle.instantiate == xla_ops::InstantiateHandler);
-}
 
 XLA_OPS_TEST_MAIN()

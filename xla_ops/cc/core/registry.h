@@ -2,14 +2,12 @@
 //
 // Each op library exports one C function, `xla_ops_handlers`. A loader calls
 // it and registers every entry with the FFI registry of its platform, so no
-// list of names exists outside the library itself:
-//
-//   XLA_OPS_EXPORT_HANDLERS(
-//       {"xla_ops.rms_norm", "Host", {nullptr, nullptr, nullptr,
-//                                     xla_ops_rms_norm_cpu}})
+// list of names exists outside the library itself. XLA_OPS_CPU_HANDLER
+// (handler.h) and XLA_OPS_CUDA_HANDLER (device/cuda_handler.h) fill the table.
 //
 // Plain C layout: the loader may be built by another compiler.
-// Tested by xla_ops/cc/core/call_frame_test.cc and tests/ops/test_conformance.py.
+//
+// Tested by xla_ops/cc/core/handler_test.cc and tests/ops/test_conformance.py.
 
 #ifndef XLA_OPS_CC_CORE_REGISTRY_H_
 #define XLA_OPS_CC_CORE_REGISTRY_H_
@@ -20,7 +18,10 @@
 
 extern "C" {
 
-// Handlers of the four stages of a typed-FFI call; null where not needed.
+// Handlers of the four stages of a typed-FFI call; null where not needed. A
+// CUDA handler works on the calling thread's current device, which must be that
+// of the stream and of the buffers, as it is under XLA; a caller of its own has
+// to set it.
 struct XlaOpsHandlerBundle {
   XLA_FFI_Handler* instantiate;
   XLA_FFI_Handler* prepare;
@@ -49,14 +50,5 @@ typedef int XlaOpsCudaVersionFn();
 }  // extern "C"
 
 #define XLA_OPS_EXPORT __attribute__((visibility("default")))
-
-// Defines `xla_ops_handlers`. Use it once a library, at global scope.
-#define XLA_OPS_EXPORT_HANDLERS(...)                               \
-  extern "C" XLA_OPS_EXPORT const XlaOpsHandler* xla_ops_handlers( \
-      size_t* count) {                                             \
-    static const XlaOpsHandler kHandlers[] = {__VA_ARGS__};        \
-    *count = sizeof(kHandlers) / sizeof(kHandlers[0]);             \
-    return kHandlers;                                              \
-  }
 
 #endif  // XLA_OPS_CC_CORE_REGISTRY_H_

@@ -11,7 +11,8 @@
 //   cudaError_t LaunchRmsNorm(cudaStream_t stream, const RmsNormParams&
 //   params);
 //
-// or returns ffi::Error, if it can fail otherwise. XLA may capture the handler
+// or returns ffi::Error, if it can fail otherwise. The current device is the
+// stream's (registry.h). XLA may capture the handler
 // into a CUDA graph, so the launcher must not allocate, synchronise or read
 // device memory.
 //
@@ -22,26 +23,32 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
 #include <type_traits>
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/device/kernel_list.h"
-#include "xla_ops/cc/device/launch_status.h"
 
 namespace xla_ops {
 
-inline ffi::Error ToLaunchError(const char* op, cudaError_t error) {
+// `what`, such as "CUDA launch failed", with CUDA's reason.
+inline ffi::Error ToCudaError(const char* op, const char* what,
+                              cudaError_t error) {
   if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(LaunchErrorText(op, error));
+  return ffi::Error::Internal(std::string(op) + ": " + what + ": " +
+                              cudaGetErrorString(error) + " (" +
+                              cudaGetErrorName(error) + ")");
+}
+
+inline ffi::Error ToLaunchError(const char* op, cudaError_t error) {
+  return ToCudaError(op, "CUDA launch failed", error);
 }
 
 // What the initialize stage calls. It looks at no operand and so takes any.
 inline auto SetupHandler(const char* op, cudaError_t (*setup)()) {
   return [op, setup](ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
-    const cudaError_t error = setup();
-    if (error == cudaSuccess) return ffi::Error::Success();
-    return ffi::Error::Internal(SetupErrorText(op, error));
+    return ToCudaError(op, "CUDA kernels cannot be loaded", setup());
   };
 }
 

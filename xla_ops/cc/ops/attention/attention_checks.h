@@ -102,6 +102,11 @@ inline constexpr AttentionNames kPagedAttentionNames = {
     "scale",
     "soft_cap"};
 
+inline const AttentionNames& NamesOf(AttentionOp op) {
+  return op == AttentionOp::kPagedAttention ? kPagedAttentionNames
+                                            : kFlashAttnVarlenNames;
+}
+
 // In the order of the binding.
 struct AttentionOperands {
   xla::ffi::AnyBuffer query;
@@ -173,6 +178,27 @@ xla::ffi::Error MakeAttentionParams(const AttentionNames& names,
                                     const AttentionOperands& operands,
                                     const AttentionAttrs& attrs,
                                     AttentionParams* params);
+
+// The same for what is bound, one by one.
+template <const AttentionNames& kNames>
+xla::ffi::Error MakeAttention(
+    xla::ffi::AnyBuffer query, xla::ffi::AnyBuffer key,
+    xla::ffi::AnyBuffer value, xla::ffi::AnyBuffer cu_seqlens_q,
+    xla::ffi::AnyBuffer cu_seqlens_k, xla::ffi::AnyBuffer seqused_k,
+    xla::ffi::AnyBuffer block_table, xla::ffi::AnyBuffer leftpad_k,
+    xla::ffi::AnyBuffer num_seqs, xla::ffi::AnyBuffer alibi_slopes,
+    xla::ffi::AnyBuffer sinks, xla::ffi::AnyBuffer k_scale,
+    xla::ffi::AnyBuffer v_scale, xla::ffi::Result<xla::ffi::AnyBuffer> out,
+    xla::ffi::Result<xla::ffi::AnyBuffer> lse,
+    xla::ffi::Result<xla::ffi::AnyBuffer> workspace,
+    const AttentionAttrs& attrs, AttentionParams* params) {
+  return MakeAttentionParams(
+      kNames,
+      {query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+       leftpad_k, num_seqs, alibi_slopes, sinks, k_scale, v_scale, out, lse,
+       workspace},
+      attrs, params);
+}
 
 // What the CUDA kernels ask beyond that; the CUDA handler's check.
 xla::ffi::Error CheckCudaLimits(const AttentionNames& names,

@@ -23,8 +23,8 @@
 #include "xla_ops/cc/core/dispatch.h"
 #include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
-#include "xla_ops/cc/core/registry.h"
 #include "xla_ops/cc/ops/attention/attention.h"
 #include "xla_ops/cc/ops/attention/attention_checks.h"
 
@@ -412,8 +412,11 @@ int64_t MaxTiles(const AttentionParams& params) {
                   params.num_tokens / kTileRows + params.max_num_seqs);
 }
 
-ffi::Error Attention(const AttentionParams& params, const AttentionNames& names,
-                     ffi::ThreadPool& pool) {
+ffi::Error Attention(const AttentionParams& params, ffi::ThreadPool& pool) {
+  if (params.num_tokens == 0 || params.num_heads == 0) {
+    return ffi::Error::Success();
+  }
+  const AttentionNames& names = NamesOf(params.op);
   const ffi::Error no_memory(ffi::ErrorCode::kResourceExhausted,
                              std::string(names.op) + ": out of host memory");
   std::unique_ptr<Tile[]> tiles(new (std::nothrow) Tile[MaxTiles(params)]);
@@ -448,54 +451,11 @@ ffi::Error Attention(const AttentionParams& params, const AttentionNames& names,
   return ffi::Error::Success();
 }
 
-template <const AttentionNames& kNames>
-ffi::Error AttentionCpu(ffi::AnyBuffer query, ffi::AnyBuffer key,
-                        ffi::AnyBuffer value, ffi::AnyBuffer cu_seqlens_q,
-                        ffi::AnyBuffer cu_seqlens_k, ffi::AnyBuffer seqused_k,
-                        ffi::AnyBuffer block_table, ffi::AnyBuffer leftpad_k,
-                        ffi::AnyBuffer num_seqs, ffi::AnyBuffer alibi_slopes,
-                        ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale,
-                        ffi::AnyBuffer v_scale, ffi::Result<ffi::AnyBuffer> out,
-                        ffi::Result<ffi::AnyBuffer> lse,
-                        ffi::Result<ffi::AnyBuffer> workspace,
-                        AttentionAttrs attrs, ffi::ThreadPool pool) {
-  AttentionParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeAttentionParams(
-      kNames,
-      {query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
-       leftpad_k, num_seqs, alibi_slopes, sinks, k_scale, v_scale, out, lse,
-       workspace},
-      attrs, &params));
-  if (params.num_tokens == 0 || params.num_heads == 0) {
-    return ffi::Error::Success();
-  }
-  return Attention(params, kNames, pool);
-}
-
 }  // namespace
+
+XLA_OPS_CPU_HANDLER(flash_attn_varlen, AttentionBinding(),
+                    MakeAttention<kFlashAttnVarlenNames>, Attention);
+XLA_OPS_CPU_HANDLER(paged_attention, AttentionBinding(),
+                    MakeAttention<kPagedAttentionNames>, Attention);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_flash_attn_varlen_cpu(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_cpu(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_flash_attn_varlen_cpu,
-    xla_ops::AttentionCpu<xla_ops::kFlashAttnVarlenNames>,
-    xla_ops::AttentionBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_paged_attention_cpu,
-    xla_ops::AttentionCpu<xla_ops::kPagedAttentionNames>,
-    xla_ops::AttentionBinding().Ctx<xla::ffi::ThreadPool>());
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.flash_attn_varlen",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_flash_attn_varlen_cpu}},
-    {"xla_ops.paged_attention",
-     "Host",
-     {nullptr, nullptr, nullptr, xla_ops_paged_attention_cpu}})

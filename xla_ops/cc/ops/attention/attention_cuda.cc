@@ -9,8 +9,7 @@
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/error.h"
-#include "xla_ops/cc/core/registry.h"
-#include "xla_ops/cc/device/launch_status.h"
+#include "xla_ops/cc/device/cuda_handler.h"
 #include "xla_ops/cc/ops/attention/attention.h"
 #include "xla_ops/cc/ops/attention/attention_checks.h"
 #include "xla_ops/cc/ops/attention/attention_launch.h"
@@ -18,92 +17,19 @@
 namespace xla_ops {
 namespace {
 
-ffi::Error ToError(const AttentionNames& names, cudaError_t error) {
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(LaunchErrorText(names.op, error));
-}
-
-template <const AttentionNames& kNames>
-ffi::Error InitializeAttention(ffi::RemainingArgs, ffi::RemainingRets,
-                               ffi::Dictionary) {
-  return ToError(kNames, PrepareAttention());
-}
-
-template <const AttentionNames& kNames>
-ffi::Error AttentionCuda(ffi::AnyBuffer query, ffi::AnyBuffer key,
-                         ffi::AnyBuffer value, ffi::AnyBuffer cu_seqlens_q,
-                         ffi::AnyBuffer cu_seqlens_k, ffi::AnyBuffer seqused_k,
-                         ffi::AnyBuffer block_table, ffi::AnyBuffer leftpad_k,
-                         ffi::AnyBuffer num_seqs, ffi::AnyBuffer alibi_slopes,
-                         ffi::AnyBuffer sinks, ffi::AnyBuffer k_scale,
-                         ffi::AnyBuffer v_scale,
-                         ffi::Result<ffi::AnyBuffer> out,
-                         ffi::Result<ffi::AnyBuffer> lse,
-                         ffi::Result<ffi::AnyBuffer> workspace,
-                         AttentionAttrs attrs, cudaStream_t stream) {
-  AttentionParams params;
-  XLA_OPS_RETURN_IF_ERROR(MakeAttentionParams(
-      kNames,
-      {query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
-       leftpad_k, num_seqs, alibi_slopes, sinks, k_scale, v_scale, out, lse,
-       workspace},
-      attrs, &params));
-  XLA_OPS_RETURN_IF_ERROR(CheckCudaLimits(kNames, params));
-  return ToError(kNames, LaunchAttention(stream, params));
-}
-
-// Binds any operands: loading needs none.
-auto InitializeBinding() {
-  return ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attrs();
-}
-
-auto CudaBinding() {
-  return AttentionBinding().Ctx<ffi::PlatformStream<cudaStream_t>>();
+ffi::Error CheckAndLaunch(cudaStream_t stream, const AttentionParams& params) {
+  const AttentionNames& names = NamesOf(params.op);
+  XLA_OPS_RETURN_IF_ERROR(CheckCudaLimits(names, params));
+  return ToLaunchError(names.op, LaunchAttention(stream, params));
 }
 
 }  // namespace
+
+XLA_OPS_CUDA_HANDLER_WITH_SETUP(flash_attn_varlen, AttentionBinding(),
+                                MakeAttention<kFlashAttnVarlenNames>,
+                                CheckAndLaunch, PrepareAttention);
+XLA_OPS_CUDA_HANDLER_WITH_SETUP(paged_attention, AttentionBinding(),
+                                MakeAttention<kPagedAttentionNames>,
+                                CheckAndLaunch, PrepareAttention);
+
 }  // namespace xla_ops
-
-extern "C" {
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_flash_attn_varlen_initialize_cuda(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_flash_attn_varlen_cuda(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_initialize_cuda(
-    XLA_FFI_CallFrame* call_frame);
-XLA_OPS_EXPORT XLA_FFI_Error* xla_ops_paged_attention_cuda(
-    XLA_FFI_CallFrame* call_frame);
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_flash_attn_varlen_initialize_cuda,
-    xla_ops::InitializeAttention<xla_ops::kFlashAttnVarlenNames>,
-    xla_ops::InitializeBinding(), {xla::ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_flash_attn_varlen_cuda,
-    xla_ops::AttentionCuda<xla_ops::kFlashAttnVarlenNames>,
-    xla_ops::CudaBinding(), {xla::ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_paged_attention_initialize_cuda,
-    xla_ops::InitializeAttention<xla_ops::kPagedAttentionNames>,
-    xla_ops::InitializeBinding(), {xla::ffi::Traits::kCmdBufferCompatible});
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    xla_ops_paged_attention_cuda,
-    xla_ops::AttentionCuda<xla_ops::kPagedAttentionNames>,
-    xla_ops::CudaBinding(), {xla::ffi::Traits::kCmdBufferCompatible});
-
-XLA_OPS_EXPORT_HANDLERS(
-    {"xla_ops.flash_attn_varlen",
-     "CUDA",
-     {nullptr, nullptr, xla_ops_flash_attn_varlen_initialize_cuda,
-      xla_ops_flash_attn_varlen_cuda}},
-    {"xla_ops.paged_attention",
-     "CUDA",
-     {nullptr, nullptr, xla_ops_paged_attention_initialize_cuda,
-      xla_ops_paged_attention_cuda}})
