@@ -216,7 +216,7 @@ def _plan(
     return _NO_LIBRARY if fields is None else Plan(*fields)
 
 
-def _size(n) -> int:
+def _size(n: int | torch.SymInt) -> int:
     """Returns a size of a plan's request; a symbolic one is rounded up.
 
     Its value would tie the graph being traced to it; comparisons tie it to an octave.
@@ -224,7 +224,7 @@ def _size(n) -> int:
     return n if isinstance(n, int) else 2 * _octave(n - 1) if n > 1 else int(n)
 
 
-def _octave(n) -> int:
+def _octave(n: int | torch.SymInt) -> int:
     """Returns the largest power of two up to n.
 
     A bound that grows token by token so changes a plan, and with it the program, once
