@@ -6,18 +6,20 @@ compiler makes of the source; after a change of either, measure, then record wha
 """
 
 import importlib.util
-import os
 import pathlib
 import re
 
 import pytest
 
 import sass
+from support import setting
 
-TOOLS = pathlib.Path(os.environ["XLA_OPS_TEST_CUOBJDUMP"]).parent
+TOOLS = pathlib.Path(setting("XLA_OPS_TEST_CUOBJDUMP", "CUDA's cuobjdump")).parent
 # Found and not imported, which would take seconds.
-PACKAGE = importlib.util.find_spec("xla_ops").submodule_search_locations[0]
-LIBRARY = pathlib.Path(PACKAGE) / "lib" / "libxla_ops_attention_cuda.so"
+SPEC = importlib.util.find_spec("xla_ops")
+assert SPEC is not None and SPEC.submodule_search_locations
+PACKAGE = pathlib.Path(SPEC.submodule_search_locations[0])
+LIBRARY = PACKAGE / "lib" / "libxla_ops_attention_cuda.so"
 
 # sm90: head_dim, whether a box holds all panels. mma: decode, query's type or fp8 keys,
 # head_dim.
