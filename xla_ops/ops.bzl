@@ -44,6 +44,12 @@ _KINDS = {
     "_test.cc": "test",
 }
 
+_KERNEL_DEPS = [
+    "//third_party/cuda:built_define",
+    "//xla_ops/cc/core:portable",
+    "//xla_ops/cc/device",
+]
+
 def source_kind(op, file):
     """Says what a file of an op's folder is for.
 
@@ -110,11 +116,7 @@ def xla_custom_call_libraries(name):
             hdrs = headers + sources.get("device_header", []),
             capability = CAPABILITY_OF_SUFFIX.get(suffix, ""),
             target_compatible_with = CUDA_ONLY,
-            deps = [
-                "//third_party/cuda:built_define",
-                "//xla_ops/cc/core:portable",
-                "//xla_ops/cc/device",
-            ],
+            deps = _KERNEL_DEPS,
         )
 
     # In one, since a label without files may not be in a cc_library's srcs.
@@ -148,6 +150,34 @@ def xla_custom_call_libraries(name):
                 "//xla_ops/cc/core:testing",
             ],
         )
+
+def arch_check(name, instead = {}):
+    """Kernels of every op, for a build of all architectures that stays short.
+
+    Built without a config, that is, for the release's list, it shows that the
+    code of each architecture compiles: other builds and tests take one.
+
+    Args:
+      name: a filegroup of their objects.
+      instead: op -> the files that stand for all of its own, which take long.
+    """
+    for op, files in instead.items():
+        cuda_objects(
+            name = "%s_%s" % (op, name),
+            srcs = [op + "/" + file for file in files],
+            hdrs = native.glob([op + "/*.h", op + "/*.cuh"]),
+            tags = ["manual"],
+            target_compatible_with = CUDA_ONLY,
+            deps = _KERNEL_DEPS,
+        )
+    native.filegroup(
+        name = name,
+        srcs = [
+            ":%s_%s" % (op, name) if op in instead else ":%s_kernels" % op
+            for op in OPS
+        ],
+        tags = ["manual"],
+    )
 
 def xla_custom_call(name):
     """The shared objects and the py_library of an op; for //xla_ops/BUILD.
