@@ -16,7 +16,8 @@
  * the end: a library refuses a struct that is smaller than its own first one,
  * and fills in no more than the caller has room for.
  *
- * Tested by attention_plan_test.cc and tests/test_flash_attn_varlen.py.
+ * Tested by attention_plan_test.cc and
+ * tests/ops/test_flash_attn_varlen_calls.py.
  */
 
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_PLAN_H_
