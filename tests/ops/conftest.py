@@ -2,8 +2,16 @@
 
 import pytest
 
+import xla_ops
 from xla_ops.core.op import OPS
 from xla_ops.ops import attention
+
+
+@pytest.fixture
+def debug_mode():
+    xla_ops.set_debug(True)
+    yield
+    xla_ops.set_debug(False)
 
 
 @pytest.fixture

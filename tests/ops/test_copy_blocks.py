@@ -101,13 +101,9 @@ def test_pairs_out_of_range_are_skipped(path, column, number):
     assert torch.equal(value, expected(cache + 1, pairs))
 
 
-def test_debug_reports_skipped_pairs(capfd):
-    xla_ops.set_debug(True)
-    try:
-        pairs = torch.tensor([[0, 1], [-1, 9], [1, 7]])
-        xla_ops.copy_blocks([make((7, 4))], [make((9, 4))], pairs)
-    finally:
-        xla_ops.set_debug(False)
+def test_debug_reports_skipped_pairs(debug_mode, capfd):
+    pairs = torch.tensor([[0, 1], [-1, 9], [1, 7]])
+    xla_ops.copy_blocks([make((7, 4))], [make((9, 4))], pairs)
     assert capfd.readouterr().err == (
         "xla_ops: copy_blocks: block_mapping[2] must be less than 7, got [1, 7]; "
         "skipped\n"

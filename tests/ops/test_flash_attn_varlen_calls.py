@@ -97,14 +97,10 @@ def test_torch_op_takes_the_arguments_in_order(path):
 
 
 @pytest.mark.parametrize("name", ["lazy", "cpu"])
-def test_debug_mode_reports_block_ids(name, capfd):
+def test_debug_mode_reports_block_ids(name, debug_mode, capfd):
     given = paged([1], [12], 2, 1, 32, torch.float32, 4).arguments
     given["block_table"][0, 1] = 77
-    xla_ops.set_debug(True)
-    try:
-        Path(name).run(lambda a: xla_ops.flash_attn_varlen(**a), given)
-    finally:
-        xla_ops.set_debug(False)
+    Path(name).run(lambda a: xla_ops.flash_attn_varlen(**a), given)
     captured = capfd.readouterr()
     text = captured.err + captured.out
     assert "flash_attn_varlen: block_table[0, 1] must be" in text

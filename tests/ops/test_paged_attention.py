@@ -301,14 +301,10 @@ def test_any_batch(data):
 
 
 @pytest.mark.parametrize("name", ["lazy", "cpu"])
-def test_debug_mode_reports_block_ids(name, capfd):
+def test_debug_mode_reports_block_ids(name, debug_mode, capfd):
     given = batch([1], [12], 2, 1, 16, 4, torch.float32)
     given["block_tables"][0, 1] = 77
-    xla_ops.set_debug(True)
-    try:
-        Path(name).run(lambda g: xla_ops.paged_attention(**g, scale=0.25), given)
-    finally:
-        xla_ops.set_debug(False)
+    Path(name).run(lambda g: xla_ops.paged_attention(**g, scale=0.25), given)
     captured = capfd.readouterr()
     text = captured.err + captured.out
     assert "paged_attention: block_tables[0, 1] must be" in text

@@ -191,16 +191,11 @@ def test_any_slots(data):
 
 
 @pytest.mark.parametrize("name", ["lazy", "cpu"])
-def test_debug_mode_reports_slots(name, capfd):
+def test_debug_mode_reports_slots(name, debug_mode, capfd):
     key = torch.randn(2, 1, 8)
     kc, vc = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)
-    xla_ops.set_debug(True)
-    try:
-        Path(name).run(
-            xla_ops.reshape_and_cache_flash, key, key, kc, vc, torch.tensor([999, -1])
-        )
-    finally:
-        xla_ops.set_debug(False)
+    slots = torch.tensor([999, -1])
+    Path(name).run(xla_ops.reshape_and_cache_flash, key, key, kc, vc, slots)
     captured = capfd.readouterr()
     assert (
         "reshape_and_cache_flash: slot_mapping[0] must be less than 8, got 999; skipped"
