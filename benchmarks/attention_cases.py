@@ -3,118 +3,81 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 
 import peers
 import xla_ops
+from batch import Batch
 from case import Case, Target
 
 BF16, FP8, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
 PAGE = 16
 
 
-@dataclass(frozen=True)
-class Batch:
-    """An attention batch: query and KV lengths of its sequences, and its heads."""
+def _query(batch: Batch, device) -> torch.Tensor:
+    shape = (batch.num_tokens, batch.num_heads, batch.head_dim)
+    return torch.randn(shape, dtype=BF16, device=device)
 
-    query_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    causal: bool = True
 
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
+def _int32(values: Sequence[int], device) -> torch.Tensor:
+    return torch.tensor(values, dtype=I32, device=device)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.query_lens)
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of K and V in bf16."""
-        return 4 * sum(self.kv_lens) * self.num_kv_heads * self.head_dim
+def _paged(
+    batch: Batch, device, width: int = 1, dtype=BF16
+) -> tuple[torch.Tensor, ...]:
+    """Returns key cache, value cache and block table, pages in random order.
 
-    @property
-    def moved(self) -> int:
-        """Bytes of query, result, K and V in bf16."""
-        return self.kv_bytes + 4 * self.num_tokens * self.num_heads * self.head_dim
+    Args:
+        width: how many times wider than needed the block table is. What it holds past
+            a sequence's pages is any block.
+    """
+    pages = batch.num_pages(PAGE)
+    shape = (sum(pages), PAGE, batch.num_kv_heads, batch.head_dim)
+    caches = [torch.randn(shape, dtype=BF16, device=device).to(dtype) for _ in "kv"]
+    table = torch.randint(sum(pages), (len(pages), width * max(pages)))
+    blocks_of = batch.deal(torch.randperm(sum(pages)).tolist(), PAGE)
+    for row, blocks in zip(table, blocks_of, strict=True):
+        row[: len(blocks)] = torch.tensor(blocks)
+    return *caches, table.to(device, I32)
 
-    @property
-    def flops(self) -> int:
-        """Of the two products, a causal mask counted as half of the square."""
-        pairs = sum(
-            q * k - (q * q / 2 if self.causal else 0)
-            for q, k in zip(self.query_lens, self.kv_lens, strict=True)
-        )
-        return int(4 * pairs * self.num_heads * self.head_dim)
 
-    def query(self, device) -> torch.Tensor:
-        shape = (self.num_tokens, self.num_heads, self.head_dim)
-        return torch.randn(shape, dtype=BF16, device=device)
+def _error(batch: Batch, query, kv_of, out, lse=None) -> float:
+    """Relative error of some rows of a result, against float64.
 
-    def starts(self, lens, device) -> torch.Tensor:
-        return torch.tensor([0, *lens]).cumsum(0).to(device, I32)
+    Looks at the first, the longest and the last sequence, and in each at rows
+    from first to last.
 
-    def paged(self, device, width: int = 1, dtype=BF16) -> tuple[torch.Tensor, ...]:
-        """Returns key cache, value cache and block table, pages in random order.
-
-        Args:
-            width: how many times wider than needed the block table is. What it
-                holds past a sequence's pages is any block.
-        """
-        pages = [-(-n // PAGE) for n in self.kv_lens]
-        shape = (sum(pages), PAGE, self.num_kv_heads, self.head_dim)
-        caches = [torch.randn(shape, dtype=BF16, device=device).to(dtype) for _ in "kv"]
-        order = torch.randperm(sum(pages)).split(pages)
-        table = torch.randint(sum(pages), (len(pages), width * max(pages)))
-        for row, blocks in zip(table, order, strict=True):
-            row[: len(blocks)] = blocks
-        return *caches, table.to(device, I32)
-
-    def lens(self, device) -> torch.Tensor:
-        return torch.tensor(self.kv_lens, dtype=I32, device=device)
-
-    def error(self, query, kv_of, out, lse=None) -> float:
-        """Relative error of some rows of a result, against float64.
-
-        Looks at the first, the longest and the last sequence, and in each at rows
-        from first to last.
-
-        Args:
-            kv_of: sequence -> its K and V, [kv_len, num_kv_heads, head_dim].
-        """
-        sequences = range(len(self.kv_lens))
-        longest = max(sequences, key=self.kv_lens.__getitem__)
-        wrong = size = 0.0
-        for s in sorted({0, longest, sequences[-1]}):
-            num_rows, context = self.query_lens[s], self.kv_lens[s]
-            rows = torch.linspace(0, num_rows - 1, min(num_rows, 8)).long()
-            rows = rows.unique().to(out.device)
-            key, value = (t.double() for t in kv_of(s))
-            first = sum(self.query_lens[:s])
-            q = query[first + rows].double()
-            group = self.num_heads // self.num_kv_heads
-            q = q.unflatten(1, (self.num_kv_heads, group))
-            logits = torch.einsum("rkgd,jkd->kgrj", q, key) * self.scale
-            if self.causal:
-                seen = rows[:, None] + context - num_rows
-                hidden = torch.arange(context, device=out.device) > seen
-                logits = logits.masked_fill(hidden, -torch.inf)
-            exact = torch.einsum("kgrj,jkd->rkgd", logits.softmax(-1), value)
-            got = out[first + rows].double()
-            wrong += (got - exact.flatten(1, 2)).square().sum().item()
-            size += exact.square().sum().item()
-            if lse is not None:
-                exact = logits.logsumexp(-1).flatten(0, 1)
-                got = lse[:, first + rows].double()
-                wrong += (got - exact).square().sum().item()
-        return (wrong / size) ** 0.5 if size else wrong
+    Args:
+        kv_of: sequence -> its K and V, [kv_len, num_kv_heads, head_dim].
+    """
+    sequences = range(batch.num_seqs)
+    longest = max(sequences, key=batch.kv_lens.__getitem__)
+    wrong = size = 0.0
+    for s in sorted({0, longest, sequences[-1]}):
+        num_rows, context = batch.query_lens[s], batch.kv_lens[s]
+        rows = torch.linspace(0, num_rows - 1, min(num_rows, 8)).long()
+        rows = rows.unique().to(out.device)
+        key, value = (t.double() for t in kv_of(s))
+        first = batch.query_starts[s]
+        q = query[first + rows].double()
+        q = q.unflatten(1, (batch.num_kv_heads, batch.group))
+        logits = torch.einsum("rkgd,jkd->kgrj", q, key) * batch.scale
+        if batch.causal:
+            seen = rows[:, None] + context - num_rows
+            hidden = torch.arange(context, device=out.device) > seen
+            logits = logits.masked_fill(hidden, -torch.inf)
+        exact = torch.einsum("kgrj,jkd->rkgd", logits.softmax(-1), value)
+        got = out[first + rows].double()
+        wrong += (got - exact.flatten(1, 2)).square().sum().item()
+        size += exact.square().sum().item()
+        if lse is not None:
+            exact = logits.logsumexp(-1).flatten(0, 1)
+            got = lse[:, first + rows].double()
+            wrong += (got - exact).square().sum().item()
+    return (wrong / size) ** 0.5 if size else wrong
 
 
 def _pages_of(batch, key_cache, value_cache, table):
@@ -136,7 +99,7 @@ def _contiguous_prefill(batch: Batch, **rest) -> Case:
     def make(device):
         rows = (sum(batch.kv_lens), batch.num_kv_heads, batch.head_dim)
         key, value = (torch.randn(rows, dtype=BF16, device=device) for _ in "kv")
-        return batch.query(device), key, value, batch.starts(batch.kv_lens, device)
+        return _query(batch, device), key, value, _int32(batch.kv_starts, device)
 
     def ours(query, key, value, starts):
         return xla_ops.flash_attn_varlen(
@@ -145,12 +108,12 @@ def _contiguous_prefill(batch: Batch, **rest) -> Case:
         )  # fmt: skip
 
     def kv_of(key, value):
-        ends = [sum(batch.kv_lens[: s + 1]) for s in range(len(batch.kv_lens))]
-        return lambda s: [t[ends[s] - batch.kv_lens[s] : ends[s]] for t in (key, value)]
+        starts = batch.kv_starts
+        return lambda s: [t[starts[s] : starts[s + 1]] for t in (key, value)]
 
     def check(operands, result):
         query, key, value, _ = operands
-        return batch.error(query, kv_of(key, value), *result)
+        return _error(batch, query, kv_of(key, value), *result)
 
     uniform = len(set(batch.query_lens)) == 1
     shape = (len(batch.query_lens), longest, batch.num_heads, batch.head_dim)
@@ -187,8 +150,13 @@ def _paged_prefill(batch: Batch, **rest) -> Case:
     longest, most = max(batch.query_lens), max(batch.kv_lens)
 
     def make(device):
-        starts = batch.starts(batch.query_lens, device)
-        return batch.query(device), *batch.paged(device), starts, batch.lens(device)
+        starts = _int32(batch.query_starts, device)
+        return (
+            _query(batch, device),
+            *_paged(batch, device),
+            starts,
+            _int32(batch.kv_lens, device),
+        )
 
     def ours(query, key_cache, value_cache, table, starts, lens):
         return xla_ops.flash_attn_varlen(
@@ -197,7 +165,7 @@ def _paged_prefill(batch: Batch, **rest) -> Case:
         )  # fmt: skip
 
     def check(operands, result):
-        return batch.error(operands[0], _pages_of(batch, *operands[1:4]), *result)
+        return _error(batch, operands[0], _pages_of(batch, *operands[1:4]), *result)
 
     return Case(
         make=make,
@@ -219,14 +187,13 @@ def _gathered(batch, query, key_cache, value_cache, table, *_):
 
     For batches of one query length and one KV length.
     """
-    num_seqs, context = len(batch.kv_lens), batch.kv_lens[0]
+    num_seqs, context = batch.num_seqs, batch.kv_lens[0]
     key, value = (
         cache[table[:, : -(-context // PAGE)].long()].flatten(1, 2)[:, :context]
         for cache in (key_cache, value_cache)
     )
     query = query.unflatten(0, (num_seqs, -1))
-    group = batch.num_heads // batch.num_kv_heads
-    q = query.unflatten(2, (batch.num_kv_heads, group)).permute(0, 2, 3, 1, 4)
+    q = query.unflatten(2, (batch.num_kv_heads, batch.group)).permute(0, 2, 3, 1, 4)
     k, v = (t.permute(0, 2, 1, 3) for t in (key, value))
     if query.shape[1] == 1:
         # Rows of one query token fold into the heads: no mask, no repeated K and V.
@@ -234,19 +201,25 @@ def _gathered(batch, query, key_cache, value_cache, table, *_):
         out = logits.softmax(-1).to(q.dtype) @ v
         return out.flatten(1, 2)
     q = q.flatten(1, 2)
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    k, v = (t.repeat_interleave(batch.group, 1) for t in (k, v))
     out = peers.sdpa(q, k, v, batch.causal and query.shape[1] == context, None)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _decode_case(batch: Batch, width=1, fp8=False, **rest) -> Case:
-    num_seqs = len(batch.kv_lens)
+    num_seqs = batch.num_seqs
 
     def make(device):
-        caches = batch.paged(device, width, FP8 if fp8 else BF16)
-        starts = batch.starts(batch.query_lens, device)
+        caches = _paged(batch, device, width, FP8 if fp8 else BF16)
+        starts = _int32(batch.query_starts, device)
         count = torch.full((1,), num_seqs, dtype=I32, device=device)
-        operands = (batch.query(device), *caches, batch.lens(device), starts, count)
+        operands = (
+            _query(batch, device),
+            *caches,
+            _int32(batch.kv_lens, device),
+            starts,
+            count,
+        )
         if fp8:
             operands += (torch.rand(1, device=device) + 0.5,) * 2
         return operands
@@ -269,8 +242,8 @@ def _decode_case(batch: Batch, width=1, fp8=False, **rest) -> Case:
                 pairs = zip(pages(s), scales, strict=True)
                 return [t.double() * scale.double() for t, scale in pairs]
 
-            return batch.error(operands[0], scaled, result)
-        return batch.error(operands[0], pages, result)
+            return _error(batch, operands[0], scaled, result)
+        return _error(batch, operands[0], pages, result)
 
     gathered = functools.partial(_gathered, batch)
     plain = not fp8 and width == 1

@@ -25,7 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attention_cases
+# attention_checks describes a batch as the benchmark does.
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import attention_checks
 import jax_ops
 import kernel_cases
 
@@ -145,7 +148,7 @@ def all_groups(options):
     groups = {
         "rms_norm": kernel_cases.rms_norm_cases,
         "reshape_and_cache_flash": kernel_cases.reshape_cases,
-        **attention_cases.groups(),
+        **attention_checks.groups(),
     }
     if not (options.quick or options.cpu):
         groups |= {
@@ -158,7 +161,7 @@ def all_groups(options):
 def cases_of(group, options):
     """The group's cases, changed for --sm80."""
     for check, case in group(options.quick):
-        if options.sm80 and check is attention_cases.check_attention:
+        if options.sm80 and check is attention_checks.check_attention:
             case = case | {"splits": max(2, case.get("splits", 1))}
         yield check, case
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import cases
 import report
 import run as runner
 import xla_dump
+from batch import Batch
 
 FOLDER = Path(runner.__file__).parent
 
@@ -115,6 +117,18 @@ def test_wrong_result_is_not_timed_and_fails_the_run():
     }
     assert report.failed(results) == ["alone: rms_norm 1x8"]
     assert "relative error 1.00e+00" in report.text(results)
+
+
+def test_batch_of_attention():
+    batch = Batch((1, 0, 3), (20, 5, 16), 8, 2, 64)
+    assert batch.query_starts == [0, 1, 1, 4] and batch.kv_starts == [0, 20, 25, 41]
+    assert batch.num_pages(16) == [2, 1, 1]
+    assert batch.deal([7, 6, 5, 4], 16) == [[7, 6], [5], [4]]
+    assert batch.kv_bytes == 2 * 2 * 41 * 2 * 64
+    assert batch.moved - batch.kv_bytes == 2 * 2 * 4 * 8 * 64
+    # Two products of 2 flops; rows see half of their own square less.
+    assert batch.flops == 2 * 2 * (19.5 + 0 + 48 - 4.5) * 8 * 64
+    assert replace(batch, causal=False).flops == 2 * 2 * (20 + 48) * 8 * 64
 
 
 CEILINGS = {"bytes/s": 3e12, "flop/s": 700e12}

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 import jax_ops
+from batch import Batch
 from kernel_cases import BF16, DTYPES, F16, F32, poison
 
 FP8 = {
@@ -129,27 +130,32 @@ def _running(values, limit):
     return np.minimum(np.maximum.accumulate(np.maximum(values, 0)), limit)
 
 
-def batch_inputs(rng, case):
+def batch_of(case):
+    query_lens, kv_lens = zip(*case["seqs"], strict=True) if case["seqs"] else ((), ())
+    return Batch(query_lens, kv_lens, *case["heads"])
+
+
+def batch_inputs(rng, case, batch):
     """The integer operands, padded as a bucketed graph pads them."""
-    seqs = case["seqs"]
-    max_seqs = len(seqs) + case.get("pad_seqs", 0)
-    starts = np.cumsum([0] + [q for q, _ in seqs]) + case.get("lead_tokens", 0)
-    pad = [starts[-1]] * (max_seqs - len(seqs))
-    inputs = {"cu_seqlens_q": np.array([*starts, *pad], np.int32)}
+    padding = case.get("pad_seqs", 0)
+    max_seqs = batch.num_seqs + padding
+    starts = np.array(batch.query_starts) + case.get("lead_tokens", 0)
+    ends = [starts[-1]] * padding
+    inputs = {"cu_seqlens_q": np.array([*starts, *ends], np.int32)}
     tokens = int(starts[-1]) + case.get("pad_tokens", 0)
     if case.get("num_seqs", True):
-        inputs["num_seqs"] = np.array([len(seqs)], np.int32)
-    lengths = [k for _, k in seqs] + [0] * (max_seqs - len(seqs))
+        inputs["num_seqs"] = np.array([batch.num_seqs], np.int32)
+    lengths = [*batch.kv_lens, *[0] * padding]
     if not case.get("contiguous"):
         page = case.get("page", 16)
-        max_blocks = -(-max(lengths, default=1) // page) + case.get("pad_blocks", 1)
-        used = sum(-(-k // page) for k in lengths)
-        num_blocks = used + case.get("spare_blocks", 3)
+        pages = batch.num_pages(page)
+        most = max(pages, default=0 if padding else 1)
+        max_blocks = most + case.get("pad_blocks", 1)
+        num_blocks = sum(pages) + case.get("spare_blocks", 3)
         table = np.full((max_seqs, max_blocks), -1, np.int32)
-        free = list(rng.permutation(num_blocks))
-        for row, k in zip(table, lengths, strict=True):
-            for i in range(-(-k // page)):
-                row[i] = free.pop()
+        order = rng.permutation(num_blocks)[::-1].tolist()
+        for row, blocks in zip(table, batch.deal(order, page), strict=False):
+            row[: len(blocks)] = blocks
         if case.get("bad_blocks"):
             table[rng.random(table.shape) < 0.2] = num_blocks
             table[rng.random(table.shape) < 0.1] = I32_MAX
@@ -236,9 +242,10 @@ def _scales(rng, case, max_seqs, kv_heads):
 
 def check_attention(rng, **case):
     dtype = case["dtype"]
+    batch = batch_of(case)
     heads, kv_heads, head_dim = case["heads"]
     layout = case.get("layout", "NHD")
-    inputs, tokens, extent = batch_inputs(rng, case)
+    inputs, tokens, extent = batch_inputs(rng, case, batch)
     max_seqs = len(inputs["cu_seqlens_q"]) - 1
     logical = (*extent, kv_heads, head_dim)
     shape, attributes = jax_ops.geometry(layout, *logical)
@@ -262,7 +269,7 @@ def check_attention(rng, **case):
         sinks = operands["sinks"].astype(np.float64)
     left, right = case.get("window", (-1, 0))
     settings = {
-        "scale": case.get("scale", head_dim**-0.5),
+        "scale": case.get("scale", batch.scale),
         "soft_cap": case.get("soft_cap", 0.0),
         "window_left": left,
         "window_right": right,
