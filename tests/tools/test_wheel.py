@@ -15,7 +15,9 @@ from importlib import metadata
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 from elftools.elf.sections import SymbolTableSection
+from packaging.metadata import Metadata
 
 from support import setting
 
@@ -25,7 +27,8 @@ OPS = setting("XLA_OPS_TEST_OPS", "the ops in the wheel").split(",")
 # The architectures that the build was asked for; empty without CUDA.
 LIST = setting("XLA_OPS_TEST_ARCHS", "the file bazel-bin/third_party/cuda/archs.txt")
 ARCHS = pathlib.Path(LIST).read_text()
-TOOL = pathlib.Path(__file__).resolve().parents[2] / "tools" / "wheel"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "wheel"
 PLATFORMS = ["cpu", "cuda"] if ARCHS else ["cpu"]
 
 
@@ -53,6 +56,9 @@ def newest_glibc(file: ELFFile) -> set[str]:
     symbols = file.get_section_by_name(".dynsym")
     numbers = file.get_section_by_name(".gnu.version")
     needs = file.get_section_by_name(".gnu.version_r")
+    assert isinstance(symbols, SymbolTableSection)
+    assert isinstance(numbers, GNUVerSymSection)
+    assert isinstance(needs, GNUVerNeedSection)
     names = {
         version["vna_other"]: version.name
         for _, versions in needs.iter_versions()
@@ -233,15 +239,43 @@ def test_cuda_libraries_say_what_they_were_built_for():
             assert version >= 12000 if platform == "cuda" else version == 0
 
 
+def test_wheel_holds_every_source_of_the_package(archive):
+    """Modules, stubs and py.typed; and what is installed beside the package."""
+    tree = ROOT / "xla_ops"
+    expected = {path.name for path in tree.glob("*.py")}
+    for pattern in ("*.py", "*.pyi", "py.typed"):
+        paths = (path.relative_to(tree / "py") for path in (tree / "py").rglob(pattern))
+        expected |= {f"xla_ops/{path.as_posix()}" for path in paths}
+    held = {
+        name
+        for name in archive.namelist()
+        if ".dist-info/" not in name and not name.endswith(".so")
+    }
+    assert held == expected
+    (top,) = [n for n in archive.namelist() if n.endswith(".dist-info/top_level.txt")]
+    packages = {name.split("/")[0].removesuffix(".py") for name in held}
+    assert set(archive.read(top).decode().split()) == packages
+    assert packages == {"xla_ops", "xla_ops_pjrt"}
+
+
+def test_metadata_is_valid_and_leads_to_the_project(archive):
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    found = Metadata.from_email(archive.read(name), validate=True)
+    assert found.author and found.keywords and found.summary
+    assert set(found.project_urls) == {"Source", "Documentation", "Changelog", "Issues"}
+    source = found.project_urls["Source"]
+    assert all(url.startswith(source) for url in found.project_urls.values())
+    # README.md, its links made absolute: test_readme.py.
+    assert found.description_content_type == "text/markdown"
+    assert f"]({source}/blob/v{found.version}/docs/" in found.description
+    assert "](docs/" not in found.description
+
+
 def test_metadata_pins_the_frameworks_and_names_the_entry_points():
     # Of the installed form, that is, of the wheel for this interpreter.
     distribution = metadata.distribution("xla_ops")
     required = distribution.requires
     assert {"torch==2.9.0", "torch_xla==2.9.0"} <= set(required)
-    for extra, plugin in [("cuda12", "jax-cuda12-pjrt"), ("cuda13", "jax-cuda13-pjrt")]:
-        assert any(
-            r.startswith(plugin) and f'extra == "{extra}"' in r for r in required
-        )
     points = {
         (point.group, point.name): point.value for point in distribution.entry_points
     }

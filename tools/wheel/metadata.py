@@ -5,10 +5,24 @@
 
 import sys
 
+import readme
+
 NAME = "xla_ops"
 # What an installation adds to sys.path's folder.
 TOP_LEVEL = (NAME, "xla_ops_pjrt")
 SUMMARY = "CUDA kernels inside PyTorch/XLA graphs, as typed-FFI custom calls"
+AUTHOR = "The xla_ops authors"
+KEYWORDS = ["attention", "cuda", "custom call", "ffi", "kv cache", "llm", "pjrt"]
+KEYWORDS += ["pytorch", "torch_xla", "xla"]
+
+# Where the sources are; the one place that says so.
+REPOSITORY = "https://github.com/xla-ops/xla_ops"
+URLS = {
+    "Source": REPOSITORY,
+    "Documentation": f"{REPOSITORY}/tree/main/docs",
+    "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+    "Issues": f"{REPOSITORY}/issues",
+}
 
 REQUIRES = ["torch==2.9.0", "torch_xla==2.9.0"]
 
@@ -71,14 +85,24 @@ CLASSIFIERS = [
 ]
 
 
-def metadata(version: str, python: str, readme: str, licenses: list[str]) -> str:
-    """Returns METADATA for the interpreter `python`, such as "3.11"."""
+def metadata(version: str, python: str, description: str, licenses: list[str]) -> str:
+    """Returns METADATA for the interpreter `python`, such as "3.11".
+
+    Args:
+        version: of the package.
+        python: the interpreter's version.
+        description: README.md, or nothing.
+        licenses: file names.
+    """
     minor = int(python.split(".")[1])
     lines = [
         "Metadata-Version: 2.4",
         f"Name: {NAME}",
         f"Version: {version}",
         f"Summary: {SUMMARY}",
+        f"Author: {AUTHOR}",
+        f"Keywords: {','.join(KEYWORDS)}",
+        *(f"Project-URL: {label}, {url}" for label, url in URLS.items()),
         "License-Expression: Apache-2.0",
         *(f"License-File: {name}" for name in licenses),
         *(f"Classifier: {name}" for name in CLASSIFIERS),
@@ -88,11 +112,11 @@ def metadata(version: str, python: str, readme: str, licenses: list[str]) -> str
     ]
     for extra, requirements in EXTRAS.items():
         lines.append(f"Provides-Extra: {extra}")
-        for requirement in requirements:
-            lines.append(f'Requires-Dist: {requirement}; extra == "{extra}"')
-    if readme:
+        lines += [f'Requires-Dist: {r}; extra == "{extra}"' for r in requirements]
+    if description:
         lines.append("Description-Content-Type: text/markdown")
-    return "\n".join(lines) + "\n\n" + readme
+        description = readme.absolute_links(description, REPOSITORY, f"v{version}")
+    return "\n".join(lines) + "\n\n" + description
 
 
 def wheel(tag: str) -> str:

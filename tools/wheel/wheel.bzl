@@ -48,7 +48,7 @@ def _wheel_impl(ctx):
         },
         inputs = ctx.files.srcs + ctx.files.libs + ctx.files.extension +
                  ctx.files.license_files + ctx.files.readme +
-                 [ctx.file._build_wheel, ctx.file._metadata] +
+                 [ctx.file._build_wheel] + ctx.files._modules +
                  ctx.files._elftools,
         outputs = [out],
         mnemonic = "Wheel",
@@ -87,9 +87,12 @@ wheel = rule(
             allow_single_file = True,
             default = "@elftools//:elftools/__init__.py",
         ),
-        "_metadata": attr.label(
-            allow_single_file = True,
-            default = "//tools/wheel:metadata.py",
+        "_modules": attr.label_list(
+            allow_files = True,
+            default = [
+                "//tools/wheel:metadata.py",
+                "//tools/wheel:readme.py",
+            ],
         ),
     },
     doc = "Packs a wheel into the folder bazel-bin/PACKAGE/NAME.",
