@@ -92,7 +92,8 @@ def machine(tmp_path):
 
 def installed(stdout: str) -> str:
     """What the printed line gives to pip."""
-    return re.search(r"^  .*pip install '(.*)'$", stdout, re.MULTILINE)[1]
+    (wheel,) = re.findall(r"^  .*pip install '(.*)'$", stdout, re.MULTILINE)
+    return wheel
 
 
 RELEASE = ""  # the flag's default

@@ -25,7 +25,7 @@ def cuda(request):
 def extra(cuda: int) -> dict[str, Requirement]:
     """What the extra asks for, by name; of the installed metadata."""
     found = {}
-    for text in installed.requires("xla_ops"):
+    for text in installed.requires("xla_ops") or ():
         requirement = Requirement(text)
         marker = requirement.marker
         if marker is not None and marker.evaluate({"extra": f"cuda{cuda}"}):
@@ -46,7 +46,7 @@ def test_extra_is_bounded_on_both_sides(cuda):
 def test_extra_accepts_what_torch_pins(cuda):
     """torch's wheel is a build for CUDA 12 and names its libraries by exact version."""
     pins = {}
-    for text in installed.requires("torch"):
+    for text in installed.requires("torch") or ():
         requirement = Requirement(text)
         if requirement.name.startswith("nvidia-"):
             (pin,) = requirement.specifier

@@ -48,13 +48,15 @@ class Needs:
 
 def read_needs(path: pathlib.Path) -> Needs:
     """Reads the needs of the shared object at `path`."""
-    libraries, versions = set(), set()
+    libraries: set[str] = set()
+    versions: set[str] = set()
     with path.open("rb") as file:
         elf = ELFFile(file)
         for segment in elf.iter_segments():
             if isinstance(segment, DynamicSegment):
                 tags = segment.iter_tags("DT_NEEDED")
-                libraries.update(tag.needed for tag in tags)
+                # The attribute has its name from the tag's.
+                libraries.update(tag.needed for tag in tags)  # type: ignore[attr-defined]
         for section in elf.iter_sections():
             if isinstance(section, GNUVerNeedSection):
                 for _, needed in section.iter_versions():
