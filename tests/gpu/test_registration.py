@@ -24,12 +24,13 @@ spec = importlib.util.spec_from_file_location("_runtime", path)
 _runtime = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_runtime)
 _runtime.load_library(ops)
-try:
-    if fake: _runtime.open_plugin(bridge, fake)
-    names = _runtime.register_gpu(bridge)
-    again = _runtime.register_gpu(bridge)
-except RuntimeError as error:
-    print(json.dumps({"error": str(error)}))
+if fake: _runtime.open_plugin(bridge, fake)
+outcomes = _runtime.register_gpu(bridge)
+names = [name for name, why in outcomes.items() if not why]
+refused = {name: why for name, why in outcomes.items() if why}
+again = _runtime.register_gpu(bridge)
+if not fake:
+    print(json.dumps({"names": names, "refused": refused, "again": again}))
     raise SystemExit
 class Registration(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char * 64), ("api", ctypes.c_int),
@@ -38,7 +39,8 @@ fake = ctypes.CDLL(fake)
 fake.fake_registrations.restype = ctypes.POINTER(Registration)
 count = ctypes.c_int()
 entries = fake.fake_registrations(ctypes.byref(count))
-print(json.dumps({"names": names, "again": again, "registered": _runtime.registered(),
+print(json.dumps({"names": names, "refused": refused, "again": again,
+    "registered": _runtime.registered(),
     "seen": {e.name.decode(): [e.api, [s is not None for s in e.stages], e.traits]
              for e in entries[:count.value]}}))
 """
@@ -61,8 +63,9 @@ def register(tmp_path, plugin_path, ops=None):
 def test_register_gpu_registers_all_stages_once(tmp_path, extension, traits):
     answer = register(tmp_path, fakes.build("fake_pjrt_plugin", EXTENSION=extension))
     assert "fake.shapes" in answer["names"]
-    assert answer["again"] == []
-    assert answer["registered"] == {"Host": [], "CUDA": answer["names"]}
+    assert answer["refused"] == answer["again"] == {}
+    assert answer["registered"]["Host"] == []
+    assert sorted(answer["registered"]["CUDA"]) == sorted(answer["names"])
     assert set(answer["seen"]) == set(answer["names"])
     execute_only = [False, False, False, True]
     assert answer["seen"]["fake.shapes"] == [1, execute_only, traits]
@@ -71,21 +74,28 @@ def test_register_gpu_registers_all_stages_once(tmp_path, extension, traits):
 
 def test_register_gpu_without_the_extension(tmp_path):
     answer = register(tmp_path, fakes.build("fake_pjrt_plugin", EXTENSION=0))
-    assert "fake.shapes cannot be registered" in answer["error"]
-    assert "has no custom-call extension: install jax-cuda12-pjrt" in answer["error"]
+    assert answer["names"] == []
+    why = answer["refused"]["fake.shapes"]
+    assert why.startswith("fake.shapes cannot be registered")
+    assert "has no custom-call extension: install jax-cuda12-pjrt" in why
 
 
 def test_register_gpu_without_a_plugin(tmp_path):
-    assert "no PJRT plugin is open" in register(tmp_path, "")["error"]
+    answer = register(tmp_path, "")
+    assert "no PJRT plugin is open" in answer["refused"]["fake.shapes"]
+    assert answer["again"] == answer["refused"]
 
 
-def test_register_gpu_gives_the_plugins_reason(tmp_path):
+def test_a_refused_target_takes_no_other_down(tmp_path):
     # The fake plugin refuses the target fake.refused: rename one as long.
     data = fakes.build("fake_ops", PLATFORM="CUDA", ARCHS="9.0").read_bytes()
     assert b"fake.threads\0" in data
     ops = tmp_path / "refused.so"
     ops.write_bytes(data.replace(b"fake.threads\0", b"fake.refused\0"))
     answer = register(tmp_path, fakes.build("fake_pjrt_plugin"), ops)
-    assert answer["error"] == (
-        "fake.refused cannot be registered: fake plugin: refused"
-    )
+    text = "fake.refused cannot be registered: fake plugin: refused"
+    assert answer["refused"] == {"fake.refused": text}
+    # Those behind it in the table are registered, and it alone is tried again.
+    assert {"fake.shapes", "fake.stream", "fake.wait"} <= set(answer["names"])
+    assert answer["again"] == answer["refused"]
+    assert "fake.refused" not in answer["registered"]["CUDA"]

@@ -107,8 +107,8 @@ std::string OpenLocked(State& state, const std::string& path) {
            state.path + " already";
   }
   PjrtPlugin plugin;
-  std::string error = OpenPjrtPlugin(path, &plugin);
-  if (!error.empty()) return error;
+  const std::string error = OpenPjrtPlugin(path, &plugin);
+  if (!error.empty()) return error + ": " + plugin.fix;
   const std::string warning = PjrtPluginWarning(path, *plugin.api);
   if (!warning.empty()) std::fprintf(stderr, "xla_ops: %s\n", warning.c_str());
   wrapped_api = plugin.api;

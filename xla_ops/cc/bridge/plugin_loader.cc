@@ -14,22 +14,25 @@ namespace {
 // (plugin 0.116 has 11).
 constexpr size_t kMaxExtensions = 1000;
 
-std::string CheckVersion(const std::string& path, const PjrtApi& api) {
+constexpr char kReinstall[] = "reinstall jax-cuda12-pjrt or jax-cuda13-pjrt";
+
+std::string CheckVersion(const std::string& path, const PjrtApi& api,
+                         std::string* fix) {
   const int major = api.version.major_version;
   const int minor = api.version.minor_version;
   const std::string found = "PJRT plugin " + path + " speaks PJRT API " +
                             std::to_string(major) + "." + std::to_string(minor);
   if (major != kPjrtMajor) {
+    *fix =
+        "install another release of jax-cuda12-pjrt or jax-cuda13-pjrt (0.7.1 "
+        "to 0.12.0 are known to have it)";
     return found + ", torch_xla needs major version " +
-           std::to_string(kPjrtMajor) +
-           ": install another release of jax-cuda12-pjrt or jax-cuda13-pjrt "
-           "(0.7.1 to 0.12.0 are known to have it)";
+           std::to_string(kPjrtMajor);
   }
   if (minor < kPjrtMinMinor) {
+    *fix = "install jax-cuda12-pjrt or jax-cuda13-pjrt 0.7.1 or newer";
     return found + ", torch_xla needs " + std::to_string(kPjrtMajor) + "." +
-           std::to_string(kPjrtMinMinor) +
-           " or newer: install jax-cuda12-pjrt or jax-cuda13-pjrt 0.7.1 or "
-           "newer";
+           std::to_string(kPjrtMinMinor) + " or newer";
   }
   return "";
 }
@@ -39,14 +42,20 @@ std::string CheckVersion(const std::string& path, const PjrtApi& api) {
 std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
+    plugin->fix =
+        "install it with the CUDA libraries that it loads: pip install "
+        "\"jax-cuda13-plugin[with-cuda]\", or jax-cuda12-plugin";
     return "PJRT plugin " + path + " cannot be loaded: " + LastDlError();
   }
   auto* get_api =
       reinterpret_cast<GetPjrtApiFunction*>(dlsym(library, "GetPjrtApi"));
   if (get_api == nullptr) {
+    plugin->fix =
+        "set XLA_OPS_PJRT_PLUGIN to the path of JAX's xla_cuda_plugin.so";
     return path + " is not a PJRT plugin: it does not export GetPjrtApi";
   }
   const PjrtApi* api = get_api();
+  plugin->fix = kReinstall;
   if (api == nullptr) {
     return "PJRT plugin " + path + " cannot start: its GetPjrtApi failed";
   }
@@ -55,7 +64,7 @@ std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
            std::to_string(api->struct_size) + " bytes";
   }
   plugin->api = api;
-  const std::string error = CheckVersion(path, *api);
+  const std::string error = CheckVersion(path, *api, &plugin->fix);
   if (!error.empty()) return error;
   if (FunctionCount(*api) <= kCompile) {
     return "PJRT plugin " + path + " is malformed: its function table has " +
@@ -72,6 +81,7 @@ std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
     }
     extension = extension->next;
   }
+  plugin->fix.clear();
   return "";
 }
 

@@ -17,11 +17,12 @@ struct PjrtPlugin {
   const PjrtApi* api = nullptr;
   std::vector<const PjrtExtension*> extensions;  // in the plugin's order
   const PjrtGpuCustomCallExtension* custom_call = nullptr;  // null: not there
+  std::string fix;  // what to do about the error of OpenPjrtPlugin
 };
 
-// Loads the shared object at `path` and reads its function table. Returns an
-// error text that names the fix, or an empty string and sets `plugin`; the
-// version is set even where it is the reason for the error. The library is
+// Loads the shared object at `path` and reads its function table. Returns what
+// is wrong with it and sets `plugin->fix`, or an empty string and sets `plugin`;
+// the version is set even where it is the reason for the error. The library is
 // never unloaded: XLA's runtime does not survive that.
 std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin);
 

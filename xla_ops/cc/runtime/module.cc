@@ -91,26 +91,26 @@ std::vector<int64_t> PyPlan(const std::string& path,
   return plan;
 }
 
-std::vector<std::string> PyRegisterCpu(const std::string& path) {
-  std::vector<std::string> targets;
+Outcomes PyRegisterCpu(const std::string& path) {
+  Outcomes outcomes;
   std::string error;
   {
     py::gil_scoped_release release;
-    error = RegisterCpuHandlers(path, &targets);
+    error = RegisterCpuHandlers(path, &outcomes);
   }
   ThrowIfRuntimeError(error);
-  return targets;
+  return outcomes;
 }
 
-std::vector<std::string> PyRegisterGpu(const std::string& path) {
-  std::vector<std::string> targets;
+Outcomes PyRegisterGpu(const std::string& path) {
+  Outcomes outcomes;
   std::string error;
   {
     py::gil_scoped_release release;
-    error = RegisterGpuHandlers(path, &targets);
+    error = RegisterGpuHandlers(path, &outcomes);
   }
   ThrowIfRuntimeError(error);
-  return targets;
+  return outcomes;
 }
 
 void PyOpenPlugin(const std::string& bridge_path,
@@ -142,6 +142,7 @@ py::dict PyFindPluginInfo(const std::string& path) {
   py::dict info;
   info["path"] = path;
   info["error"] = error;
+  info["fix"] = plugin.fix;
   info["major"] = py::none();
   info["minor"] = py::none();
   if (plugin.api != nullptr) {
@@ -309,14 +310,15 @@ load_library, which it calls, or where the library has no such function.)");
 
 Args:
   xlac_path: file of the imported module _XLAC.
-Returns: the targets that this call registered; [] when all were before.
-Raises RuntimeError where the client's registry cannot be found or refuses.)");
+Returns: each target that this call tried, and why it was refused, "" if it was
+not; {} when all were registered before.
+Raises RuntimeError where the client's registry cannot be found.)");
   m.def("register_gpu", &PyRegisterGpu, py::arg("bridge_path"),
         R"(Registers the loaded CUDA handlers, all stages, with the PJRT plugin
 that the bridge has open.
 
-Returns: the targets that this call registered; [] when all were before.
-Raises RuntimeError where no plugin is open, or it cannot take handlers.)");
+Returns: as register_cpu.
+Raises RuntimeError where the bridge cannot be loaded.)");
   m.def("registered", &RegisteredTargets,
         py::call_guard<py::gil_scoped_release>(),
         "The registered targets by platform: {\"Host\": [...], \"CUDA\": "
@@ -345,8 +347,9 @@ second plugin in one process.)");
   m.def("find_plugin_info", &PyFindPluginInfo, py::arg("path"),
         R"(Opens a PJRT plugin, without a client, and reads what it offers.
 
-Returns: {"path", "error" ("" if it can be used), "major", "minor" (None if they
-cannot be read), "extensions" (list of PJRT_Extension_Type), "custom_call"}.)");
+Returns: {"path", "error" and "fix", what is wrong and what to do ("" if it can be
+used), "major", "minor" (None if they cannot be read), "extensions" (list of
+PJRT_Extension_Type), "custom_call"}.)");
   m.def(
       "load_lazy_tensors",
       [](const std::string& library, uintptr_t tensor) {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <utility>
 
 #include "xla/ffi/api/c_api.h"
 #include "xla_ops/cc/bridge/bridge.h"
@@ -140,45 +141,44 @@ std::string BridgeFunction(const std::string& path, const char* name,
   return "";
 }
 
+// Tries each, whatever became of the ones before.
 template <typename Register>
-std::string RegisterAll(const char* platform, Register register_one,
-                        std::vector<std::string>* targets) {
+Outcomes RegisterAll(const char* platform, Register register_one) {
+  Outcomes outcomes;
   for (LoadedHandler* handler : HandlersOf(platform)) {
     if (handler->registered) continue;
-    const std::string error = register_one(*handler);
-    if (!error.empty()) return error;
-    handler->registered = true;
-    targets->push_back(handler->target);
+    std::string error = register_one(*handler);
+    handler->registered = error.empty();
+    outcomes[handler->target] = std::move(error);
   }
-  return "";
+  return outcomes;
 }
 
 }  // namespace
 
 std::string RegisterCpuHandlers(const std::string& xlac_path,
-                                std::vector<std::string>* targets) {
+                                Outcomes* outcomes) {
   std::lock_guard<std::mutex> lock(RegistrationMutex());
   const XLA_FFI_Api* api = nullptr;
   std::string error = FindFfiApi(xlac_path, &api);
   if (!error.empty()) return error;
   error = CheckFfiApi(xlac_path, api);
   if (!error.empty()) return error;
-  return RegisterAll(
-      kHostPlatform,
-      [api](const LoadedHandler& handler) {
+  *outcomes =
+      RegisterAll(kHostPlatform, [api](const LoadedHandler& handler) {
         return RegisterWithCpu(*api, handler);
-      },
-      targets);
+      });
+  return "";
 }
 
 std::string RegisterGpuHandlers(const std::string& bridge_path,
-                                std::vector<std::string>* targets) {
+                                Outcomes* outcomes) {
   std::lock_guard<std::mutex> lock(RegistrationMutex());
   decltype(xla_ops_pjrt_register)* register_handler = nullptr;
   std::string error =
       BridgeFunction(bridge_path, "xla_ops_pjrt_register", &register_handler);
   if (!error.empty()) return error;
-  return RegisterAll(
+  *outcomes = RegisterAll(
       kCudaPlatform,
       [register_handler](const LoadedHandler& handler) -> std::string {
         const XlaOpsHandlerBundle& bundle = handler.bundle;
@@ -192,8 +192,8 @@ std::string RegisterGpuHandlers(const std::string& bridge_path,
           return "";
         }
         return text;
-      },
-      targets);
+      });
+  return "";
 }
 
 std::map<std::string, std::vector<std::string>> RegisteredTargets() {

@@ -18,16 +18,20 @@
 
 namespace xla_ops {
 
+// Each target that a registration tried, and why it was refused; "" if it was
+// not.
+using Outcomes = std::map<std::string, std::string>;
+
 // Registers all "Host" handlers not yet registered with the CPU client inside
-// the loaded library `xlac_path` (torch_xla's _XLAC), and sets `targets` to
-// these. Returns an error text, empty on success.
+// the loaded library `xlac_path` (torch_xla's _XLAC). Returns an error text
+// where none could be tried, empty otherwise.
 std::string RegisterCpuHandlers(const std::string& xlac_path,
-                                std::vector<std::string>* targets);
+                                Outcomes* outcomes);
 
 // Registers all "CUDA" handlers not yet registered with the plugin that the
-// bridge at `bridge_path` has open, and sets `targets` to these.
+// bridge at `bridge_path` has open. Returns as RegisterCpuHandlers.
 std::string RegisterGpuHandlers(const std::string& bridge_path,
-                                std::vector<std::string>* targets);
+                                Outcomes* outcomes);
 
 // Platform to the targets registered for it.
 std::map<std::string, std::vector<std::string>> RegisteredTargets();

@@ -226,12 +226,12 @@ def call_directly(
             results.append(bound.new(spec))
     scratch = [bound.new(spec) for spec in call.scratch]
     if device.type == "cuda":
-        handlers.load(handlers.CUDA)
+        handlers.require(handlers.CUDA, call.target)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             _run(bound, handlers.CUDA, stream, results + scratch)
     else:
-        handlers.load(handlers.HOST)
+        handlers.require(handlers.HOST, call.target)
         _run(bound, handlers.HOST, 0, results + scratch)
     return results
 

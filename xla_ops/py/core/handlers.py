@@ -1,50 +1,157 @@
 """Finds the op libraries and registers their handlers with the XLA client in use.
 
-Registration happens once a platform, at the first lowering of any op: early enough,
-because XLA looks a handler up when it compiles, and late enough, because a process that
-never meets an XLA tensor pays nothing.
+Registration happens at the first lowering of any op: early enough, because XLA looks a
+handler up when it compiles, and late enough, because a process that never meets an XLA
+tensor pays nothing. Libraries and handlers fail one by one: what cannot be loaded or
+registered takes no other down, and is tried again where it is wanted again.
+
+Where an op has no handler, on a GPU that is an error with the reason: the plain torch
+reference is right, but slower by orders of magnitude. Elsewhere the reference runs, and
+a warning says so once an op. XLA_OPS_STRICT=1 makes it an error everywhere,
+XLA_OPS_STRICT=0 nowhere.
+
+Tested by tests/core/test_handlers.py.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
+import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 
 from .. import _runtime
-from .paths import LIB, bridge_path
+from . import elf, environment, paths
+from .errors import Problem
 
 HOST = "Host"
 CUDA = "CUDA"
 
-_SUFFIX = {HOST: "cpu", CUDA: "cuda"}
-_lock = threading.Lock()
-_unavailable: dict[str, str] = {}
+# A look into torch_xla's symbol table takes 40 ms, so it is not for every call.
+_RETRY_S = 1.0
+_REINSTALL = "reinstall xla_ops"
+_DOCTOR = "`python -m xla_ops doctor` tells more"
+
+
+_Register = Callable[[], Mapping[str, str]]
+
+
+class _Platform:
+    """The handlers for one platform, and what stands against the others."""
+
+    def __init__(self, name: str, suffix: str, register: _Register):
+        self.name = name
+        self.suffix = suffix
+        self.register = register
+        self.lock = threading.Lock()
+        self.libraries: set[pathlib.Path] = set()
+        self.loaded: frozenset[str] = frozenset()
+        self.registered: frozenset[str] = frozenset()
+        self.broken: dict[str, str] = {}  # library -> why it cannot be loaded
+        self.refused: dict[str, str] = {}  # target -> why XLA does not take it
+        self.unregistrable = ""  # why XLA takes none
+        self.retry_at = {"load": 0.0, "register": 0.0}
+
+    def load(self) -> frozenset[str]:
+        """Loads the libraries that are not yet; returns the targets in all."""
+        with self.lock:
+            if self._is_due("load"):
+                self._load()
+            return self.loaded
+
+    def load_and_register(self) -> frozenset[str]:
+        """Registers the handlers that are not yet; returns their targets.
+
+        Raises:
+            Problem: torch_xla does not make arrays of the tensors' dtypes.
+        """
+        problem = environment.other_dtypes(os.environ)
+        if problem is not None:
+            raise problem
+        with self.lock:
+            if self._is_due("load"):
+                self._load()
+            if self._is_due("register"):
+                self._register()
+            return self.registered
+
+    def _is_due(self, step: str) -> bool:
+        return time.monotonic() >= self.retry_at[step]
+
+    def _load(self) -> None:
+        found = sorted(paths.LIB.glob(f"libxla_ops_*_{self.suffix}.so"))
+        self.broken = {}
+        for path in found:
+            if path in self.libraries:
+                continue
+            try:
+                elf.require_whole(path, _REINSTALL)
+                handlers = _runtime.load_library(str(path))
+            except (OSError, Problem) as error:
+                self.broken[path.name] = str(error)
+                continue
+            self.libraries.add(path)
+            self.loaded |= {target for target, kind in handlers if kind == self.name}
+            self.retry_at["register"] = 0.0
+        self.retry_at["load"] = _next_try(bool(self.broken))
+
+    def _register(self) -> None:
+        self.unregistrable, self.refused = "", {}
+        try:
+            outcomes = self.register()
+        except (OSError, RuntimeError) as error:
+            self.unregistrable = str(error)
+        else:
+            self.refused = {target: why for target, why in outcomes.items() if why}
+            self.registered = self.loaded - set(self.refused)
+        self.retry_at["register"] = _next_try(bool(self.unregistrable or self.refused))
+
+    def why_not_loaded(self, target: str) -> str:
+        if self.broken:
+            return f"no op library that loads has it; {'; '.join(self.broken.values())}"
+        return f"this build of xla_ops has no {self.name} handler for {target}"
+
+    def why_not_registered(self, target: str) -> str:
+        if target not in self.loaded:
+            return self.why_not_loaded(target)
+        return self.refused.get(target) or self.unregistrable
+
+
+def _next_try(failed: bool) -> float:
+    return time.monotonic() + _RETRY_S if failed else float("inf")
+
+
+def _register_cpu() -> Mapping[str, str]:
+    import _XLAC
+
+    return _runtime.register_cpu(_XLAC.__file__)
+
+
+def _register_gpu() -> Mapping[str, str]:
+    return _runtime.register_gpu(paths.bridge_path())
+
+
+_platforms = {
+    HOST: _Platform(HOST, "cpu", _register_cpu),
+    CUDA: _Platform(CUDA, "cuda", _register_gpu),
+}
 _told: set[str] = set()
 
 
-@functools.cache
 def load(platform: str) -> frozenset[str]:
-    """Loads all op libraries built for `platform`.
-
-    Args:
-        platform: "Host" or "CUDA".
+    """Loads the op libraries built for `platform`, "Host" or "CUDA".
 
     Returns:
-        The custom-call targets found, such as "xla_ops.rms_norm".
-
-    Raises:
-        OSError: a library cannot be loaded; the message names it.
+        The custom-call targets found, such as "xla_ops.rms_norm". A library that cannot
+        be loaded has none; `unavailable_reason` tells why.
     """
-    with _lock:
-        return frozenset(
-            target
-            for path in sorted(LIB.glob(f"libxla_ops_*_{_SUFFIX[platform]}.so"))
-            for target, found in _runtime.load_library(str(path))
-            if found == platform
-        )
+    return _platforms[platform].load()
 
 
 def is_spmd() -> bool:
@@ -71,7 +178,6 @@ def platform_of(device: torch.device) -> str:
     return {"cpu": HOST, "cuda": CUDA}.get(device.type, device.type)
 
 
-@functools.lru_cache(maxsize=1024)
 def plan(
     platform: str, op: str, request: tuple[int, ...], num_results: int
 ) -> tuple[int, ...] | None:
@@ -92,69 +198,92 @@ def plan(
     Raises:
         ValueError: the library refuses the request.
     """
-    if platform not in _SUFFIX:
+    if platform not in _platforms:
         return None
-    path = LIB / f"libxla_ops_{op}_{_SUFFIX[platform]}.so"
+    path = paths.LIB / f"libxla_ops_{op}_{_platforms[platform].suffix}.so"
     try:
-        fields = _runtime.plan(str(path), f"xla_ops_{op}_plan", request, num_results)
-    except OSError:  # the call will say what is wrong with it
+        return _ask(str(path), f"xla_ops_{op}_plan", request, num_results)
+    except (OSError, Problem):  # the call will say what is wrong with it
         return None
-    return tuple(fields)
 
 
-@functools.cache
-def registered_targets(platform: str) -> frozenset[str]:
-    """Registers the handlers with torch_xla's client, and returns their targets.
-
-    Empty where the platform has no handlers or where they cannot be registered; why
-    is what `unavailable_reason` returns.
-    """
-    if platform not in _SUFFIX:
-        _unavailable[platform] = f"xla_ops has no handlers for {platform}"
-        return frozenset()
-    try:
-        targets = load(platform)
-        with _lock:
-            if platform == HOST:
-                import _XLAC
-
-                _runtime.register_cpu(_XLAC.__file__)
-            else:
-                _runtime.register_gpu(bridge_path())
-    except (OSError, RuntimeError) as error:
-        _unavailable[platform] = str(error)
-        return frozenset()
-    return targets
+@functools.lru_cache(maxsize=1024)  # of answers; a failure is tried again
+def _ask(
+    path: str, function: str, request: tuple[int, ...], num_results: int
+) -> tuple[int, ...]:
+    elf.require_whole(path, _REINSTALL)
+    return tuple(_runtime.plan(path, function, request, num_results))
 
 
 def unavailable_reason(platform: str, target: str) -> str:
-    """Returns why `target` has no registered handler on `platform`."""
-    return _unavailable.get(
-        platform, f"this build of xla_ops has no {platform} handler for {target}"
-    )
+    """Returns why XLA cannot call `target` on `platform`."""
+    if platform not in _platforms:
+        return f"xla_ops has no handlers for {platform}"
+    return _platforms[platform].why_not_registered(target)
 
 
 def available(platform: str, target: str) -> bool:
-    """Returns whether XLA can call `target`; warns once an op where it cannot."""
-    if target in registered_targets(platform):
+    """Returns whether XLA can call `target`. Where not, warns once an op.
+
+    Raises:
+        Problem: it cannot, and that is an error (see the module).
+    """
+    state = _platforms.get(platform)
+    if state is not None and (
+        target in state.registered or target in state.load_and_register()
+    ):
         return True
-    _tell_once(target, unavailable_reason(platform, target))
+    _fall_back(platform, target, unavailable_reason(platform, target))
     return False
 
 
 def loaded(platform: str, target: str) -> bool:
-    """Returns whether `target` can be called directly; warns once where it cannot."""
-    if target in load(platform):
+    """Returns whether `target` can be called directly; else as `available`."""
+    state = _platforms[platform]
+    if target in state.loaded or target in state.load():
         return True
-    _tell_once(target, f"this build of xla_ops has no {platform} handler for {target}")
+    _fall_back(platform, target, state.why_not_loaded(target))
     return False
 
 
-def _tell_once(target: str, reason: str) -> None:
-    if target not in _told:
-        _told.add(target)
-        warnings.warn(
-            f"{target}: using the plain torch reference, because {reason}. "
-            "`python -m xla_ops doctor` tells more.",
-            stacklevel=3,
-        )
+def require(platform: str, target: str) -> None:
+    """Raises Problem with the reason where `target` cannot be called directly."""
+    state = _platforms[platform]
+    if target not in state.loaded and target not in state.load():
+        raise _missing(platform, target, state.why_not_loaded(target), _DOCTOR)
+
+
+def _is_strict(platform: str) -> bool:
+    strict = environment.boolean(os.environ, "XLA_OPS_STRICT")
+    return platform == CUDA if strict is None else strict
+
+
+def _missing(platform: str, target: str, reason: str, fix: str) -> Problem:
+    op = target.rpartition(".")[2]
+    return Problem(
+        f"{op}: handler must be there for {platform}, got none: {reason}", fix
+    )
+
+
+def _fall_back(platform: str, target: str, reason: str) -> None:
+    if _is_strict(platform):
+        fix = f"{_DOCTOR}; with XLA_OPS_STRICT=0 the slow plain torch reference runs"
+        raise _missing(platform, target, reason, fix)
+    if target in _told:
+        return
+    _told.add(target)
+    warnings.warn(
+        f"{target}: using the slow plain torch reference, because {reason}. {_DOCTOR}.",
+        stacklevel=_users_level(),
+    )
+
+
+def _users_level() -> int:
+    """The `stacklevel` with which our caller warns at the user's line."""
+    modules = (sys.modules.get(name) for name in ("xla_ops", "torch", "torch_xla"))
+    folders = (os.path.dirname(m.__file__) for m in modules if m and m.__file__)
+    inner = ("<", *(folder + os.sep for folder in folders))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
+        level, frame = level + 1, frame.f_back
+    return level
