@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from xla_ops.gpu import options
+from xla_ops.gpu import options, visible
 from xla_ops_pjrt import GpuPlugin
 
 BASE = {"platform_name": "gpu", "allocator": "default"}
 
 
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch):
+    """A machine with one GPU; returns a function that gives it another number."""
+
+    def install(number: int | None) -> None:
+        names = None if number is None else [f"GPU-{i}" for i in range(number)]
+        machine = None if names is None else visible.Gpus(names)
+        monkeypatch.setattr(visible, "query", lambda: machine)
+
+    install(1)
+    return install
+
+
 @pytest.mark.parametrize(
-    ("environ", "expected"),
+    "environ, expected",
     [
         ({}, {}),
         ({"PJRT_ALLOCATOR_FRACTION": "0.5"}, {"memory_fraction": 0.5}),
@@ -69,12 +82,13 @@ BASE = {"platform_name": "gpu", "allocator": "default"}
         ),
     ],
 )
-def test_client_options(environ, expected):
+def test_client_options(environ, expected, gpus):
+    gpus(8 if "LOCAL_WORLD_SIZE" in environ else 1)
     assert options.client_options(environ) == {**BASE, **expected}
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "name, value",
     [
         ("PJRT_ALLOCATOR_FRACTION", "0"),
         ("PJRT_ALLOCATOR_FRACTION", "1.5"),
@@ -97,14 +111,42 @@ def test_wrong_value_raises_naming_the_variable(name, value):
         options.client_options({name: value})
 
 
-def test_fewer_visible_gpus_than_processes_raises():
-    environ = {
-        "LOCAL_RANK": "2",
-        "LOCAL_WORLD_SIZE": "3",
-        "CUDA_VISIBLE_DEVICES": "0,1",
-    }
-    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES must name a GPU for"):
-        options.client_options(environ)
+@pytest.mark.parametrize("number", [None, 1, 2, 8])
+def test_several_gpus_are_not_preallocated_by_a_process_without_a_rank(gpus, number):
+    gpus(number)
+    several = number is not None and number > 1
+    grows = {"preallocate": False} if several else {}
+    assert options.client_options({}) == {**BASE, **grows}
+    # One of them, what the user says, and a rank: XLA's default, or theirs.
+    one = {"CUDA_VISIBLE_DEVICES": "0"}
+    assert options.client_options(one) == BASE
+    asked = {"PJRT_ALLOCATOR_PREALLOCATE": "1"}
+    assert options.client_options(asked) == {**BASE, "preallocate": True}
+    share = {"PJRT_ALLOCATOR_FRACTION": "0.5"}
+    assert options.client_options(share) == {**BASE, "memory_fraction": 0.5, **grows}
+    for ranks in (
+        {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+    ):
+        assert "preallocate" not in options.client_options(ranks)
+
+
+def test_fewer_visible_gpus_than_processes_raises(gpus):
+    gpus(3)
+    environ = {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}
+    assert options.client_options(environ)["visible_devices"] == [2]
+    for value in ("0,1", "0,1,7", "GPU-0,GPU-1,GPU-0xff"):
+        with pytest.raises(
+            ValueError, match="CUDA_VISIBLE_DEVICES must name a GPU for"
+        ):
+            options.client_options({**environ, "CUDA_VISIBLE_DEVICES": value})
+    # None visible, or more processes than GPUs: check_machine says so.
+    for value in ("", "-1", "9"):
+        environ["CUDA_VISIBLE_DEVICES"] = value
+        assert options.client_options(environ)["visible_devices"] == [2]
+    gpus(1)
+    del environ["CUDA_VISIBLE_DEVICES"]
+    assert options.client_options(environ)["visible_devices"] == [2]
 
 
 def test_coordinator_is_needed_by_several_processes(monkeypatch):
@@ -119,12 +161,19 @@ def test_coordinator_is_needed_by_several_processes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("visible", "count"),
-    [("0,1,2", 3), ("GPU-3f", 1), ("", 1), ("-1", 1), ("0,-1,1", 1)],
+    "names, count",
+    [("0,1,2", 3), ("GPU-2", 1), ("0,1,7", 2), ("", 1), ("-1", 1), (None, 4)],
 )
-def test_processes_of_spawn(monkeypatch, visible, count):
+def test_processes_of_spawn(monkeypatch, gpus, names, count):
+    gpus(4)
     monkeypatch.delenv("GPU_NUM_DEVICES", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if names is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
     assert GpuPlugin().physical_chip_count() == count
     monkeypatch.setenv("GPU_NUM_DEVICES", "5")
     assert GpuPlugin().physical_chip_count() == 5
+    gpus(None)
+    monkeypatch.delenv("GPU_NUM_DEVICES")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert GpuPlugin().physical_chip_count() == 1

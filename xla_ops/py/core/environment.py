@@ -46,14 +46,12 @@ def boolean(environ: Mapping[str, str], *names: str) -> bool | None:
     raise wrong(name, "be 1, 0, true or false", text)
 
 
-def integer(
-    environ: Mapping[str, str], name: str, default: int | None, minimum: int
-) -> int | None:
-    """`name` as an integer of at least `minimum`, or the default where not set."""
+def integer(environ: Mapping[str, str], name: str, minimum: int) -> int | None:
+    """`name` as an integer of at least `minimum`; None where it is not set."""
     text = environ.get(name, "").strip()
     if not text:
-        return default
-    if not re.fullmatch(r"\d+", text) or int(text) < minimum:
+        return None
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < minimum:
         raise wrong(name, f"be an integer of at least {minimum}", text)
     return int(text)
 

@@ -1,8 +1,8 @@
 """What the NVIDIA driver tells about this machine, without a CUDA context.
 
 Everything goes through ctypes on the driver's own libraries, so that it works
-where no CUDA toolkit and no GPU build of torch is installed. `query` calls cuInit,
-which a later fork() does not survive; `count` uses NVML, which does.
+where no CUDA toolkit and no GPU build of torch is installed. It calls cuInit, which a
+later fork() does not survive; what is asked before one is in visible.py.
 
 Tested by tests/gpu/test_check.py.
 """
@@ -13,8 +13,10 @@ import ctypes
 import dataclasses
 import os
 
+from ..core.errors import Problem
+from . import visible
+
 _DRIVER_LIBRARY = "libcuda.so.1"
-_NVML_LIBRARY = "libnvidia-ml.so.1"
 
 # CUdevice_attribute values.
 _COMPUTE_CAPABILITY_MAJOR = 75
@@ -37,8 +39,8 @@ _CU_INIT_FIXES = {
 }
 
 
-class DriverError(RuntimeError):
-    """There is no usable NVIDIA driver; the message says what to do."""
+class DriverError(Problem):
+    """There is no usable NVIDIA driver."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,44 +71,22 @@ def query() -> Driver:
         cuda = ctypes.CDLL(_DRIVER_LIBRARY)
     except OSError as error:
         raise DriverError(
-            f"no NVIDIA driver: {_DRIVER_LIBRARY} cannot be loaded ({error}): install"
-            " the NVIDIA driver, or run on the CPU with PJRT_DEVICE=CPU"
+            f"no NVIDIA driver: {_DRIVER_LIBRARY} cannot be loaded ({error})",
+            "install the NVIDIA driver, or run on the CPU with PJRT_DEVICE=CPU",
         ) from None
     _check(cuda, "cuInit", cuda.cuInit(0))
     version = _read_int(cuda, "cuDriverGetVersion")
     count = _read_int(cuda, "cuDeviceGetCount")
     if count == 0:
+        value = os.environ.get(visible.VARIABLE)
         raise DriverError(
-            "the NVIDIA driver shows no GPU: check CUDA_VISIBLE_DEVICES"
-            f" (now {os.environ.get('CUDA_VISIBLE_DEVICES')!r})"
+            "the NVIDIA driver shows no GPU",
+            f"check {visible.VARIABLE} (now {value!r})",
         )
     return Driver(
         cuda_version=(version // 1000, version % 1000 // 10),
         devices=tuple(_read_device(cuda, ordinal) for ordinal in range(count)),
     )
-
-
-def count() -> int | None:
-    """Number of GPUs that CUDA_VISIBLE_DEVICES leaves, or None if unknown.
-
-    Safe before fork(): it does not initialise CUDA.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        # As the driver reads it: the list ends at the first invalid entry.
-        names = [name.strip() for name in visible.split(",")]
-        valid = [name not in ("", "-1") for name in names] + [False]
-        return valid.index(False)
-    try:
-        nvml = ctypes.CDLL(_NVML_LIBRARY)
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    number = ctypes.c_uint()
-    status = nvml.nvmlDeviceGetCount_v2(ctypes.byref(number))
-    nvml.nvmlShutdown()
-    return number.value if status == 0 else None
 
 
 def _check(cuda: ctypes.CDLL, function: str, result: int) -> None:
@@ -118,7 +98,7 @@ def _check(cuda: ctypes.CDLL, function: str, result: int) -> None:
     else:
         text = f"{name.value.decode()} ({result})"
     fix = _CU_INIT_FIXES.get(result, "check that nvidia-smi works")
-    raise DriverError(f"the NVIDIA driver cannot be used: {function}: {text}: {fix}")
+    raise DriverError(f"the NVIDIA driver cannot be used: {function}: {text}", fix)
 
 
 def _read_int(cuda: ctypes.CDLL, function: str, *args: int) -> int:

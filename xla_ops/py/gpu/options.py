@@ -7,7 +7,9 @@ Environment:
   PJRT_ALLOCATOR_FRACTION, or XLA_PYTHON_CLIENT_MEM_FRACTION: share of the GPU's
     memory for XLA. Default: XLA's, 0.75.
   PJRT_ALLOCATOR_PREALLOCATE, or XLA_PYTHON_CLIENT_PREALLOCATE: take that share at
-    the start. Default: XLA's, true.
+    the start. Default: XLA's, true, for a process with one GPU or with a rank; false
+    for one that sees several GPUs and has no rank, as a plain script on a large host:
+    each GPU's memory then grows with what is used of it.
   PJRT_ALLOCATOR_CUDA_ASYNC: true for the allocator of the CUDA driver. Or
     XLA_PYTHON_CLIENT_ALLOCATOR: default, bfc, cuda_async or platform.
   CUDA_VISIBLE_DEVICES: as for every CUDA program.
@@ -21,26 +23,24 @@ Tested by tests/gpu/test_options.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-from . import driver
+from ..core.environment import TRUE, boolean, first, integer, wrong
+from . import visible
 
 _ALLOCATORS = ("default", "bfc", "cuda_async", "platform")
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("0", "false", "no", "off")
 
 
 def process_count(environ: Mapping[str, str]) -> int:
     """How many processes xmp.spawn starts: one a visible GPU.
 
-    Raises ValueError if GPU_NUM_DEVICES is set to anything but a positive integer.
+    Raises BadValue if GPU_NUM_DEVICES is set to anything but a positive integer.
     """
-    number = _integer(environ, "GPU_NUM_DEVICES", None, minimum=1)
+    number = integer(environ, "GPU_NUM_DEVICES", minimum=1)
     if number is not None:
         return number
     # Where there is no driver, the one process's client says so.
-    return max(driver.count() or 1, 1)
+    return max(visible.count(environ) or 1, 1)
 
 
 class Ranks:
@@ -50,7 +50,8 @@ class Ranks:
         def read(names: tuple[str, ...], default: int, minimum: int) -> int:
             for name in names:
                 if name in environ:
-                    return _integer(environ, name, default, minimum)
+                    number = integer(environ, name, minimum)
+                    return default if number is None else number
             return default
 
         self.local_rank = read(("PJRT_LOCAL_PROCESS_RANK", "LOCAL_RANK"), 0, 0)
@@ -64,8 +65,9 @@ class Ranks:
 def client_options(environ: Mapping[str, str]) -> dict:
     """The options of PJRT_Client_Create that `environ` asks for.
 
-    Options that it does not mention are left out, so XLA's defaults hold. Raises
-    ValueError naming the variable with a wrong value.
+    Options that it does not mention are left out, so XLA's defaults hold, but for a
+    process on several GPUs (see above). Raises BadValue naming the variable with a
+    wrong value.
     """
     options: dict = {"platform_name": "gpu", "allocator": _allocator(environ)}
     fraction = _fraction(
@@ -73,96 +75,62 @@ def client_options(environ: Mapping[str, str]) -> dict:
     )
     if fraction is not None:
         options["memory_fraction"] = fraction
-    preallocate = _boolean(
-        environ, ("PJRT_ALLOCATOR_PREALLOCATE", "XLA_PYTHON_CLIENT_PREALLOCATE")
-    )
-    if preallocate is not None:
-        options["preallocate"] = preallocate
     ranks = Ranks(environ)
     if ranks.world_size > 1:
         options["node_id"] = ranks.rank
         options["num_nodes"] = ranks.world_size
     if ranks.local_world_size > 1:
-        device = _device_of_process(environ, ranks)
-        options["visible_devices"] = [device]
+        options["visible_devices"] = [_device_of_process(environ, ranks)]
+    preallocate = boolean(
+        environ, "PJRT_ALLOCATOR_PREALLOCATE", "XLA_PYTHON_CLIENT_PREALLOCATE"
+    )
+    if preallocate is None and ranks.world_size == 1:
+        # XLA would take three quarters of every GPU of the host for a script that
+        # may use one. Of several it takes what is used.
+        preallocate = False if (visible.count(environ) or 1) > 1 else None
+    if preallocate is not None:
+        options["preallocate"] = preallocate
     return options
 
 
 def _device_of_process(environ: Mapping[str, str], ranks: Ranks) -> int:
     """Which of the visible GPUs is this process's, where each has its own."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return ranks.local_rank
-    count = len(visible.split(","))
+    count = visible.count(environ)
+    value = environ.get(visible.VARIABLE)
+    if value is None or not count or ranks.local_rank < count:
+        return ranks.local_rank  # check_machine looks whether there is one
     # Launchers such as Slurm show each process its own GPU only.
     if count == 1:
         return 0
-    if ranks.local_rank < count:
-        return ranks.local_rank
-    raise ValueError(
-        f"CUDA_VISIBLE_DEVICES must name a GPU for each of the"
-        f" {ranks.local_world_size} processes of this host, got {visible!r}"
+    raise wrong(
+        visible.VARIABLE,
+        f"name a GPU for each of the {ranks.local_world_size} processes of this host",
+        value,
     )
 
 
-def _first(
-    environ: Mapping[str, str], names: tuple[str, ...]
-) -> tuple[str, str | None]:
-    """The first of `names` that is set and not empty, and its value."""
-    for name in names:
-        if environ.get(name, "").strip():
-            return name, environ[name].strip()
-    return names[0], None
-
-
-def _boolean(environ: Mapping[str, str], names: tuple[str, ...]) -> bool | None:
-    name, text = _first(environ, names)
-    if text is None:
-        return None
-    if text.lower() in _TRUE:
-        return True
-    if text.lower() in _FALSE:
-        return False
-    raise ValueError(f"{name} must be 1, 0, true or false, got {text!r}")
-
-
 def _fraction(environ: Mapping[str, str], names: tuple[str, ...]) -> float | None:
-    name, text = _first(environ, names)
+    name, text = first(environ, names)
     if text is None:
         return None
     # With unified memory XLA may take more than the GPU has.
-    unified = environ.get("TF_FORCE_UNIFIED_MEMORY", "").lower() in _TRUE
+    unified = environ.get("TF_FORCE_UNIFIED_MEMORY", "").lower() in TRUE
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
     if 0 < value <= 1 or (unified and 1 < value < float("inf")):
         return value
-    raise ValueError(f"{name} must be a number above 0 and at most 1, got {text!r}")
-
-
-def _integer(
-    environ: Mapping[str, str], name: str, default: int | None, minimum: int
-) -> int | None:
-    text = environ.get(name, "").strip()
-    if not text:
-        return default
-    if not re.fullmatch(r"\d+", text) or int(text) < minimum:
-        raise ValueError(
-            f"{name} must be an integer of at least {minimum}, got {text!r}"
-        )
-    return int(text)
+    raise wrong(name, "be a number above 0 and at most 1", text)
 
 
 def _allocator(environ: Mapping[str, str]) -> str:
-    use_async = _boolean(environ, ("PJRT_ALLOCATOR_CUDA_ASYNC",))
+    use_async = boolean(environ, "PJRT_ALLOCATOR_CUDA_ASYNC")
     if use_async is not None:
         return "cuda_async" if use_async else "default"
-    name, text = _first(environ, ("XLA_PYTHON_CLIENT_ALLOCATOR",))
+    name, text = first(environ, ("XLA_PYTHON_CLIENT_ALLOCATOR",))
     if text is None:
         return "default"
     if text.lower() not in _ALLOCATORS:
-        raise ValueError(
-            f"{name} must be one of {', '.join(_ALLOCATORS)}, got {text!r}"
-        )
+        raise wrong(name, f"be one of {', '.join(_ALLOCATORS)}", text)
     return text.lower()
