@@ -4,8 +4,9 @@
     python3 tools/wheel/cuda_libraries.py FILE...
 
 A FILE is xla_cuda_plugin.so or the wheel that it is in, jax_cuda1N_pjrt-*.whl. Exit
-status 1 if the tables below, of which tests/tools/test_extras.py makes sure that the
-extras of xla_ops bring it all, lack something.
+status 1 if the table (xla_ops/py/gpu/cuda_libraries.py), of which
+tests/tools/test_extras.py makes sure that the extras of xla_ops bring it all, lacks
+something.
 
 The plugin links to none of it, and its wheel requires none: it opens a library by name
 when a program first needs it, and reads the compiler's files from a folder beside it.
@@ -13,48 +14,27 @@ So what is missing is found out by the first matmul, not by pip.
 """
 
 import argparse
+import importlib.util
 import pathlib
 import re
 import sys
 import zipfile
 
-CUDAS = (12, 13)
+# The table is the package's own, for its doctor: loaded by its path, since the package
+# needs torch.
+_TABLE = pathlib.Path(__file__).parents[2] / "xla_ops/py/gpu/cuda_libraries.py"
+_spec = importlib.util.spec_from_file_location("xla_ops_cuda_libraries", _TABLE)
+assert _spec is not None and _spec.loader is not None
+_table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_table)
 
-# From the name in the plugin's symbols (GetCublasLtDsoHandle) to the wheels of CUDA 12
-# and CUDA 13; None for what comes with the driver.
-LIBRARIES = {
-    "Cublas": ("nvidia-cublas-cu12", "nvidia-cublas"),
-    "CublasLt": ("nvidia-cublas-cu12", "nvidia-cublas"),
-    "CudaDriver": None,
-    "CudaRuntime": ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime"),
-    "Cudnn": ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
-    "Cufft": ("nvidia-cufft-cu12", "nvidia-cufft"),
-    "Cupti": ("nvidia-cuda-cupti-cu12", "nvidia-cuda-cupti"),
-    "Cusolver": ("nvidia-cusolver-cu12", "nvidia-cusolver"),
-    "Nccl": ("nvidia-nccl-cu12", "nvidia-nccl-cu13"),
-    "NvJitLink": ("nvidia-nvjitlink-cu12", "nvidia-nvjitlink"),
-    "Nvml": None,
-    "Nvrtc": ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"),
-    "Nvshmem": ("nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13"),
-}
-
-# Files of the compiler, which the plugin names in strings. It also looks for nvlink,
-# which no wheel of CUDA 12 has, and links in one piece without it.
-FILES = {
-    "ptxas": ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"),
-    "libdevice.10.bc": ("nvidia-cuda-nvcc-cu12", "nvidia-nvvm"),
-}
-
-# What the libraries above link to themselves.
-INDIRECT = {
-    "libcusparse": ("nvidia-cusparse-cu12", "nvidia-cusparse"),
-}
+# What the plugin opens that comes with the driver.
+_OF_THE_DRIVER = ("CudaDriver", "Nvml")
 
 
 def wheels(cuda: int) -> set[str]:
     """Returns the names of all wheels that carry something for CUDA 12 or 13."""
-    tables = [*LIBRARIES.values(), *FILES.values(), *INDIRECT.values()]
-    return {entry[CUDAS.index(cuda)] for entry in tables if entry is not None}
+    return {part.places[cuda].wheel for part in _table.PARTS}
 
 
 def opened(plugin: bytes) -> dict[str, str]:
@@ -63,17 +43,19 @@ def opened(plugin: bytes) -> dict[str, str]:
     Raises:
         ValueError: it is no such plugin.
     """
-    column = CUDAS.index(13 if b"../nvidia/cu13\0" in plugin else 12)
+    cuda = 13 if b"../nvidia/cu13\0" in plugin else 12
     names = re.findall(rb"Get([A-Z]\w+?)DsoHandleEv", plugin)
     if not names:
         raise ValueError("must be XLA's CUDA plugin, got a file without its loader")
+    known = dict.fromkeys(_OF_THE_DRIVER, "the driver")
+    known |= {p.loaders[0]: p.places[cuda].wheel for p in _table.PARTS if p.loaders}
     found = {}
     for name in sorted({name.decode() for name in names}):
-        entry = LIBRARIES.get(name, ("unknown", "unknown"))
-        found[name] = "the driver" if entry is None else entry[column]
-    for name, entry in FILES.items():
-        if name.encode() in plugin:
-            found[name] = entry[column]
+        found[name] = known.get(name, "unknown")
+    for part in _table.PARTS:
+        file = pathlib.PurePath(part.places[cuda].path).name
+        if not part.loaders and file.encode() in plugin:
+            found[file] = part.places[cuda].wheel
     return found
 
 
