@@ -30,34 +30,39 @@ def __getattr__(name: str):
 
 def _make_class(base: type) -> type:
     class GpuPlugin(base):
-        """The device plugin that torch_xla asks for a client; it calls the methods."""
+        """The device plugin that torch_xla asks for a client; it calls the methods.
+
+        It calls requires_xla_coordinator, library_path and client_create_options, in
+        this order, whenever the device is used and there is no client yet. An exception
+        from any of them would reach the user once: at the next use torch_xla tries
+        anew, and aborts the process because it initialises logging twice. So they
+        raise nothing, and what is wrong becomes the error of the client: a
+        RuntimeError of torch_xla's, the same at every use of the device.
+        """
 
         def library_path(self) -> str:
-            """Path of the bridge, which wraps the plugin that was found.
-
-            Called when the client is made. What would make that fail becomes the error
-            of the client, a RuntimeError of torch_xla's with the same text at this and
-            every later use of the device. An exception from here would do so once:
-            torch_xla would try anew, and abort the process because it initialises
-            logging twice.
-            """
+            """Path of the bridge, which wraps the plugin that was found."""
             try:
                 from xla_ops.gpu import plugin
-            except Exception as error:
-                return _broken(error)
+            except Exception as error:  # noqa: BLE001 - of any kind, by a broken file
+                return _fail(
+                    f"xla_ops cannot be imported ({type(error).__name__}: {error}):"
+                    " reinstall xla_ops, or run on the CPU with PJRT_DEVICE=CPU"
+                )
             try:
                 return plugin.open_bridge()
-            except (OSError, RuntimeError, ValueError) as error:
-                return plugin.fail_bridge(str(error))
+            except Exception as error:  # noqa: BLE001 - none may pass, see the class
+                known = isinstance(error, (OSError, RuntimeError, ValueError))
+                return _fail(str(error) if known else repr(error))
 
         def client_create_options(self) -> dict:
-            """Options of PJRT_Client_Create, from the environment.
+            """Options of PJRT_Client_Create, from the environment."""
+            try:
+                from xla_ops.gpu import options
 
-            library_path, which is called before, has checked them.
-            """
-            from xla_ops.gpu import options
-
-            return options.client_options(os.environ)
+                return options.client_options(os.environ)
+            except Exception:  # noqa: BLE001 - library_path has reported it
+                return {}
 
         def physical_chip_count(self) -> int:
             """How many processes xmp.spawn starts: one a visible GPU."""
@@ -77,20 +82,36 @@ def _make_class(base: type) -> type:
                 from xla_ops.gpu import options
 
                 return options.Ranks(os.environ).world_size > 1
-            except (ImportError, ValueError):
-                return False  # library_path, called next, reports it
+            except Exception:  # noqa: BLE001 - library_path, called next, reports it
+                return False
 
     GpuPlugin.__module__ = __name__
     GpuPlugin.__qualname__ = "GpuPlugin"
     return GpuPlugin
 
 
-def _broken(error: Exception) -> str:
-    """Says why xla_ops cannot be imported; returns a path that torch_xla cannot open.
+def _fail(reason: str) -> str:
+    """Has the client fail with `reason`; returns the path that library_path has to.
 
-    Its error then names that path, and the text in it.
+    Looks for the bridge itself, since the reason may be that xla_ops cannot be imported.
     """
-    return (
-        f"xla_ops cannot be imported ({type(error).__name__}: {error}):"
-        " reinstall xla_ops, or run on the CPU with PJRT_DEVICE=CPU"
-    )
+    import ctypes
+    import importlib.util
+
+    package = importlib.util.find_spec("xla_ops")
+    for folder in (package and package.submodule_search_locations) or ():
+        bridge = os.path.join(folder, "lib", "libxla_ops_pjrt.so")
+        try:
+            # Loading a file that was cut short would end the process.
+            path = os.path.join(folder, "core", "elf.py")
+            spec = importlib.util.spec_from_file_location("xla_ops_elf", path)
+            elf = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(elf)
+            if not elf.cut_short(bridge):
+                ctypes.CDLL(bridge).xla_ops_pjrt_fail(reason.encode())
+                return bridge
+        except Exception:  # noqa: BLE001 - of any kind, by a broken file
+            continue
+    # Without the bridge the path itself has to tell: torch_xla's error names the path
+    # that it cannot open, whatever its length.
+    return " ".join(reason.split())

@@ -263,7 +263,7 @@ def test_unusable_plugin(bridge, macros, text):
         bridge.open(path)
     assert str(path) in str(info.value)
     # The framework's way in gives the same text as an error of its first call.
-    _runtime.fail_plugin(str(bridge.path), str(info.value))
+    bridge.library.xla_ops_pjrt_fail(str(info.value).encode())
     with pytest.raises(RuntimeError, match=text):
         bridge.call(INITIALIZE)
 
@@ -313,6 +313,8 @@ def test_find_plugin_info():
     assert _runtime.find_plugin_info(path) == {
         "path": path,
         "error": "",
+        "fix": "",
+        "warning": "",
         "major": 0,
         "minor": 115,
         "extensions": [4242, 0, PROFILER, MEMORY, LAYOUTS, STREAM],
@@ -326,6 +328,11 @@ def test_find_plugin_info():
     info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", MAJOR=1)))
     assert (info["major"], info["minor"]) == (1, 115)
     assert "speaks PJRT API 1.115" in info["error"]
+    assert info["fix"].startswith("install another release of jax-cuda12-pjrt")
+    info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", MINOR=900)))
+    assert info["error"] == info["fix"] == ""
+    assert "speaks PJRT API 0.900, newer than" in info["warning"]
     info = _runtime.find_plugin_info("/no/such.so")
     assert (info["major"], info["custom_call"]) == (None, False)
     assert "cannot be loaded" in info["error"]
+    assert 'pip install "jax-cuda13-plugin[with-cuda]"' in info["fix"]

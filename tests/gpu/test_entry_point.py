@@ -4,12 +4,14 @@ in a process of its own."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import fakes
+from installation import Installation
 from xla_ops.gpu import discover
 
 USE_DEVICE = """
@@ -23,30 +25,39 @@ print("alive")
 """
 
 
-def use_device(tmp_path, device, path, **environ):
-    """Uses the device twice in a new process with the fake driver; returns stdout."""
-    driver_folder = tmp_path / "driver"
-    fakes.copy(fakes.build("fake_cuda_driver"), driver_folder / "libcuda.so.1")
-    search = os.environ.get("LD_LIBRARY_PATH")
-    done = subprocess.run(
-        [sys.executable, "-c", USE_DEVICE],
-        check=False,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PJRT_DEVICE": device,
-            "FAKE_CUDA_DEVICES": "9.0",
-            "LD_LIBRARY_PATH": ":".join(filter(None, [str(driver_folder), search])),
-            discover.PLUGIN_VARIABLE: str(path),
-            **environ,
-        },
-    )
+def errors_of(done) -> str:
+    """The error of each of two uses of the device, which must be the same."""
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[-1] == "alive", done.stdout
+    assert done.returncode == 0 and lines[-1] == "alive", (done.stdout, done.stderr)
     errors = [line for line in lines if line.startswith("ERROR: ")]
     assert len(errors) == 2 and errors[0] == errors[1], done.stdout
     return errors[0].removeprefix("ERROR: ")
+
+
+def with_fake_driver(tmp_path, device, path, **environ) -> dict[str, str]:
+    """The environment of a machine with a GPU, which the fake driver shows."""
+    driver_folder = tmp_path / "driver"
+    fakes.copy(fakes.build("fake_cuda_driver"), driver_folder / "libcuda.so.1")
+    search = os.environ.get("LD_LIBRARY_PATH")
+    return {
+        "PJRT_DEVICE": device,
+        "FAKE_CUDA_DEVICES": "9.0",
+        "LD_LIBRARY_PATH": ":".join(filter(None, [str(driver_folder), search])),
+        discover.PLUGIN_VARIABLE: str(path),
+        **environ,
+    }
+
+
+def use_device(tmp_path, device, path, **environ):
+    """Uses the device twice in a new process with a fake driver; returns the error."""
+    done = subprocess.run(
+        [sys.executable, "-c", USE_DEVICE],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **with_fake_driver(tmp_path, device, path, **environ)},
+    )
+    return errors_of(done)
 
 
 def test_options_reach_a_newer_plugin_through_torch_xla(tmp_path):
@@ -69,7 +80,7 @@ def test_options_reach_a_newer_plugin_through_torch_xla(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("macros", "environ", "text"),
+    "macros, environ, text",
     [
         ({"MAJOR": 1}, {}, "torch_xla needs major version 0: install another"),
         ({}, {"FAKE_CUDA_INIT": "100"}, "no GPU is visible: check nvidia-smi"),
@@ -108,3 +119,95 @@ def test_import_of_torch_xla_registers_both_names_and_looks_at_nothing():
         },
     )
     assert done.stdout.strip() == "4.0"
+
+
+# ------------------------------------------------------------ broken installations
+
+
+@pytest.fixture
+def installation(tmp_path) -> Installation:
+    return Installation(tmp_path / "site")
+
+
+def without_runtime(installation):
+    for path in installation.package.glob("_runtime*.so"):
+        path.unlink()
+
+
+def without_bridge(installation):
+    (installation.lib / "libxla_ops_pjrt.so").unlink()
+
+
+def with_a_cut_bridge(installation):
+    path = installation.lib / "libxla_ops_pjrt.so"
+    path.write_bytes(path.read_bytes()[:9000])
+
+
+def with_a_cut_op_library(installation):
+    data = fakes.build("fake_ops", PREFIX="cut", PLATFORM="CUDA").read_bytes()
+    (installation.lib / "libxla_ops_cut_cuda.so").write_bytes(data[:9000])
+
+
+def with_a_syntax_error(installation):
+    (installation.package / "gpu" / "options.py").write_text("def options(:\n")
+
+
+def with_a_long_error(installation):
+    without_bridge(installation)
+    text = "raise ImportError('a/b\\n' * 3000 + 'the end')"
+    (installation.package / "gpu" / "options.py").write_text(text)
+
+
+def without_anything(installation):
+    shutil.rmtree(installation.package)
+
+
+REINSTALL = "reinstall xla_ops, or run on the CPU with PJRT_DEVICE=CPU"
+BROKEN = {
+    without_runtime: "xla_ops cannot be imported (ModuleNotFoundError: No module named"
+    f" 'xla_ops._runtime'): {REINSTALL}",
+    without_bridge: "libxla_ops_pjrt.so: reinstall xla_ops",
+    with_a_cut_bridge: "libxla_ops_pjrt.so was cut short: it has 9000 of ",
+    with_a_cut_op_library: "libxla_ops_cut_cuda.so was cut short: it has 9000 of ",
+    with_a_syntax_error: "xla_ops cannot be imported (SyntaxError: invalid syntax"
+    f" (options.py, line 1)): {REINSTALL}",
+    with_a_long_error: f"a/b a/b the end): {REINSTALL}",
+    without_anything: "xla_ops cannot be imported (ModuleNotFoundError:",
+}
+
+
+@pytest.mark.parametrize("harm", BROKEN, ids=lambda harm: harm.__name__)
+def test_a_gpu_client_of_a_broken_installation_fails_with_the_cause(
+    installation, tmp_path, harm
+):
+    harm(installation)
+    plugin = fakes.build("fake_pjrt_plugin")
+    # Where the tests run on an installed wheel, that one would be found instead.
+    gone = "import sys; sys.modules['xla_ops'] = None\n"
+    code = (gone if harm is without_anything else "") + USE_DEVICE
+    done = installation.run("-c", code, **with_fake_driver(tmp_path, "GPU", plugin))
+    error = errors_of(done)
+    assert BROKEN[harm] in error
+    if harm in (without_runtime, with_a_cut_op_library, with_a_syntax_error):
+        # Through the bridge: the reason and nothing else.
+        assert error.count("xla_ops") <= 4 and "Failed to open" not in error
+
+
+@pytest.mark.parametrize("harm", [without_runtime, without_anything])
+def test_the_cpu_works_in_a_broken_installation(installation, harm):
+    harm(installation)
+    gone = "import sys; sys.modules['xla_ops'] = None\n"
+    code = (gone if harm is without_anything else "") + (
+        "import torch, torch_xla\nprint((torch.ones(2, device='xla') + 1).sum().item())"
+    )
+    done = installation.run("-c", code, PJRT_DEVICE="CPU")
+    assert done.stdout.splitlines()[-1:] == ["4.0"], done.stderr
+
+
+def test_a_plugin_that_was_cut_short_is_named(tmp_path):
+    path = tmp_path / "jax_plugins" / "xla_cuda13" / "xla_cuda_plugin.so"
+    fakes.copy(fakes.build("fake_pjrt_plugin"), path)
+    path.write_bytes(path.read_bytes()[:9000])
+    error = use_device(tmp_path, "CUDA", path)
+    assert f"{path} was cut short: it has 9000 of " in error
+    assert error.endswith("reinstall jax-cuda13-pjrt")

@@ -5,6 +5,11 @@ the same handlers, on CPU and CUDA tensors. Importing this package defines them 
 torch.ops.xla_ops.* and torch.ops.xla_gpu.* too.
 """
 
+# First: where the extension is missing, this says so, and `from . import _runtime` of
+# another module would speak of a circular import.
+from ._runtime import __name__ as _extension  # noqa: F401
+
+# isort: split
 from . import ops
 from .core.debug import set_debug
 from .ops import *  # noqa: F403

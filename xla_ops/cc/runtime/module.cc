@@ -123,15 +123,6 @@ void PyOpenPlugin(const std::string& bridge_path,
   ThrowIfRuntimeError(error);
 }
 
-void PyFailPlugin(const std::string& bridge_path, const std::string& reason) {
-  std::string error;
-  {
-    py::gil_scoped_release release;
-    error = FailBridge(bridge_path, reason);
-  }
-  ThrowIfRuntimeError(error);
-}
-
 py::dict PyFindPluginInfo(const std::string& path) {
   PjrtPlugin plugin;
   std::string error;
@@ -143,6 +134,7 @@ py::dict PyFindPluginInfo(const std::string& path) {
   info["path"] = path;
   info["error"] = error;
   info["fix"] = plugin.fix;
+  info["warning"] = error.empty() ? PjrtPluginWarning(path, *plugin.api) : "";
   info["major"] = py::none();
   info["minor"] = py::none();
   if (plugin.api != nullptr) {
@@ -342,14 +334,13 @@ RuntimeError.)");
 
 Raises RuntimeError, naming the fix, for a plugin that cannot be used, and for a
 second plugin in one process.)");
-  m.def("fail_plugin", &PyFailPlugin, py::arg("bridge_path"), py::arg("reason"),
-        "Has the bridge fail with this reason when torch_xla makes a client.");
   m.def("find_plugin_info", &PyFindPluginInfo, py::arg("path"),
         R"(Opens a PJRT plugin, without a client, and reads what it offers.
 
 Returns: {"path", "error" and "fix", what is wrong and what to do ("" if it can be
-used), "major", "minor" (None if they cannot be read), "extensions" (list of
-PJRT_Extension_Type), "custom_call"}.)");
+used), "warning" ("" if it is not newer than what was tested), "major", "minor"
+(None if they cannot be read), "extensions" (list of PJRT_Extension_Type),
+"custom_call"}.)");
   m.def(
       "load_lazy_tensors",
       [](const std::string& library, uintptr_t tensor) {

@@ -217,12 +217,4 @@ std::string OpenBridgePlugin(const std::string& bridge_path,
   return open(plugin_path.c_str(), text, sizeof(text)) == 0 ? "" : text;
 }
 
-std::string FailBridge(const std::string& bridge_path,
-                       const std::string& reason) {
-  decltype(xla_ops_pjrt_fail)* fail = nullptr;
-  std::string error = BridgeFunction(bridge_path, "xla_ops_pjrt_fail", &fail);
-  if (error.empty()) fail(reason.c_str());
-  return error;
-}
-
 }  // namespace xla_ops

@@ -40,10 +40,6 @@ std::map<std::string, std::vector<std::string>> RegisteredTargets();
 std::string OpenBridgePlugin(const std::string& bridge_path,
                              const std::string& plugin_path);
 
-// Has the bridge fail with `reason` when torch_xla makes its client.
-std::string FailBridge(const std::string& bridge_path,
-                       const std::string& reason);
-
 }  // namespace xla_ops
 
 #endif  // XLA_OPS_CC_RUNTIME_REGISTRATION_H_

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from .. import _runtime
+from ..core import elf
+from ..core.errors import Problem
 from ..core.paths import LIB
 from . import discover, driver, options
 
@@ -22,43 +24,48 @@ def check_machine(plugin: pathlib.Path) -> None:
     """Checks the driver and the GPUs that this process is going to use.
 
     Raises:
-      RuntimeError: no driver (driver.DriverError), a driver too old for
-        `plugin` or for the kernels, or a GPU that the kernels were not built for.
+        Problem: no driver (driver.DriverError), a driver too old for `plugin` or for
+            the kernels, or a GPU that the kernels were not built for.
     """
     found = driver.query()
+    newest = _version(found.cuda_version)
     match = re.fullmatch(r"xla_cuda(\d+)", plugin.parent.name)
     if match is not None and found.cuda_version[0] < int(match[1]):
-        have = ".".join(map(str, found.cuda_version))
-        raise RuntimeError(
-            f"the NVIDIA driver runs CUDA up to {have}, and"
-            f" {discover.describe_plugin(plugin)} needs CUDA {match[1]}: update the"
-            f" driver, or install jax-cuda{found.cuda_version[0]}-pjrt instead"
+        raise Problem(
+            f"the NVIDIA driver runs CUDA up to {newest}, and"
+            f" {discover.describe_plugin(plugin)} needs CUDA {match[1]}",
+            f"update the driver, or install jax-cuda{found.cuda_version[0]}-pjrt"
+            " instead",
         )
     for library, version in kernel_cuda_versions().items():
         if found.cuda_version[0] < version[0]:
-            have, needed = (
-                ".".join(map(str, v)) for v in (found.cuda_version, version)
-            )
-            raise RuntimeError(
-                f"the NVIDIA driver runs CUDA up to {have}, and the kernels of"
-                f" {library} were built with CUDA {needed}: update the driver, or run"
-                " on the CPU with PJRT_DEVICE=CPU"
+            raise Problem(
+                f"the NVIDIA driver runs CUDA up to {newest}, and the kernels of"
+                f" {library} were built with CUDA {_version(version)}",
+                "update the driver, or run on the CPU with PJRT_DEVICE=CPU",
             )
     used = options.client_options(os.environ).get("visible_devices")
     for ordinal in used or ():
         if ordinal >= len(found.devices):
-            raise RuntimeError(
+            raise Problem(
                 f"this process is to use GPU {ordinal}, and {len(found.devices)} are"
-                " visible: start as many processes on a host as it has GPUs"
+                " visible",
+                "start as many processes on a host as it has GPUs",
             )
     for device in found.devices:
         if used is None or device.ordinal in used:
             _check_kernels(device)
 
 
+def _version(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
 def _of_kernels(describe: Callable[[str], T]) -> dict[str, T]:
     """File name of each installed CUDA op library to what `describe` says of it."""
     libraries = sorted(LIB.glob("libxla_ops_*_cuda.so"))
+    for path in libraries:
+        elf.require_whole(path, "reinstall xla_ops")
     return {path.name: describe(str(path)) for path in libraries}
 
 
@@ -94,14 +101,20 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def _check_kernels(device) -> None:
+def fix_for(capability: tuple[int, int]) -> str:
+    """What to do where the kernels were not built for a GPU."""
+    return (
+        f"build xla_ops with {_version(capability)} among the architectures, or hide"
+        " this GPU by CUDA_VISIBLE_DEVICES, or run on the CPU with PJRT_DEVICE=CPU"
+    )
+
+
+def _check_kernels(device: driver.Device) -> None:
     for library, archs in kernel_archs().items():
-        if runs_on(archs, device.capability):
-            continue
-        have = ".".join(map(str, device.capability))
-        raise RuntimeError(
-            f"GPU {device.ordinal} ({device.name}) has compute capability {have}, and"
-            f" the kernels of {library} were built for {archs}: build xla_ops with"
-            f" {have} among the architectures, or hide this GPU by"
-            " CUDA_VISIBLE_DEVICES, or run on the CPU with PJRT_DEVICE=CPU"
-        )
+        if not runs_on(archs, device.capability):
+            raise Problem(
+                f"GPU {device.ordinal} ({device.name}) has compute capability"
+                f" {_version(device.capability)}, and the kernels of {library} were"
+                f" built for {archs}",
+                fix_for(device.capability),
+            )

@@ -11,6 +11,8 @@ import os
 import pathlib
 import re
 
+from ..core.errors import BadValue, Problem
+
 PLUGIN_VARIABLE = "XLA_OPS_PJRT_PLUGIN"
 
 _PLUGIN_FILE = "xla_cuda_plugin.so"
@@ -34,40 +36,46 @@ def installed_plugins() -> list[pathlib.Path]:
     )
 
 
+def distribution_of(path: pathlib.Path) -> str:
+    """The distribution that brings the plugin at `path`; "" where it is another."""
+    match = re.fullmatch(r"xla_(cuda\d+)", path.parent.name)
+    return f"jax-{match[1]}-pjrt" if match else ""
+
+
 def describe_plugin(path: pathlib.Path) -> str:
     """`path` with the distribution that it came from, where that is known."""
-    match = re.fullmatch(r"xla_(cuda\d+)", path.parent.name)
-    if match is None:
-        return str(path)
-    name = f"jax-{match[1]}-pjrt"
+    name = distribution_of(path)
     try:
-        return f"{path} ({name} {importlib.metadata.version(name)})"
+        return (
+            f"{path} ({name} {importlib.metadata.version(name)})" if name else str(path)
+        )
     except importlib.metadata.PackageNotFoundError:
         return str(path)
 
 
 def find_plugin() -> pathlib.Path:
-    """The plugin to wrap. Raises RuntimeError if there is none, or no one choice."""
+    """The plugin to wrap. Raises Problem if there is none, or no one choice."""
     chosen = os.environ.get(PLUGIN_VARIABLE)
     if chosen:
         path = pathlib.Path(chosen)
         if not path.is_file():
-            raise RuntimeError(
+            raise BadValue(
                 f"{PLUGIN_VARIABLE} must be the path of a PJRT plugin, got {chosen!r}:"
                 " no such file"
             )
         return path.resolve()
     found = installed_plugins()
     if not found:
-        raise RuntimeError(
-            f"PJRT_DEVICE={os.environ.get('PJRT_DEVICE')} needs JAX's CUDA plugin, and"
-            f" none is installed: {_INSTALL}; or set {PLUGIN_VARIABLE} to the path of"
-            f" {_PLUGIN_FILE}; or run on the CPU with PJRT_DEVICE=CPU"
+        raise Problem(
+            "a GPU client needs JAX's CUDA plugin, and none is installed",
+            f"{_INSTALL}; or set {PLUGIN_VARIABLE} to the path of {_PLUGIN_FILE}; or"
+            " run on the CPU with PJRT_DEVICE=CPU",
         )
     if len(found) > 1:
         names = " and ".join(describe_plugin(path) for path in found)
-        raise RuntimeError(
-            f"{len(found)} CUDA plugins are installed, {names}: set {PLUGIN_VARIABLE}"
-            " to the path of one of them, or pip uninstall the others"
+        raise Problem(
+            f"{len(found)} CUDA plugins are installed, {names}",
+            f"set {PLUGIN_VARIABLE} to the path of one of them, or pip uninstall the"
+            " others",
         )
     return found[0]

@@ -1,11 +1,15 @@
 """What torch_xla's entry point (the module xla_ops_pjrt) does when a client is made.
 
-Tested by tests/gpu/test_plugin.py.
+Tested by tests/gpu/test_entry_point.py.
 """
 
 from __future__ import annotations
 
+import pathlib
+
 from .. import _runtime
+from ..core import elf
+from ..core.errors import Problem
 from ..core.paths import bridge_path
 from . import check, discover
 
@@ -16,18 +20,24 @@ def open_bridge() -> str:
     Called again, it opens nothing twice.
 
     Raises:
-      RuntimeError: no plugin or several, a wrong PJRT version, no driver, or a GPU
-        that the kernels were not built for; the text says what to do.
-      ValueError: an environment variable has a wrong value.
+        Problem: no plugin or several, a wrong PJRT version, no driver, a GPU that the
+            kernels were not built for, or an environment variable with a wrong value.
     """
     bridge = bridge_path()
     plugin = discover.find_plugin()
     check.check_machine(plugin)
+    plugin_info(plugin)
     _runtime.open_plugin(bridge, str(plugin))
     return bridge
 
 
-def fail_bridge(reason: str) -> str:
-    """Has the client fail with `reason` when torch_xla makes it; returns bridge_path()."""
-    _runtime.fail_plugin(bridge_path(), reason)
-    return bridge_path()
+def plugin_info(path: pathlib.Path) -> dict:
+    """What the plugin at `path` offers: see _runtime.find_plugin_info.
+
+    Raises Problem if the bridge cannot use it.
+    """
+    elf.require_whole(path, f"reinstall {discover.distribution_of(path) or 'it'}")
+    info = _runtime.find_plugin_info(str(path))
+    if info["error"]:
+        raise Problem(info["error"], info["fix"])
+    return info
