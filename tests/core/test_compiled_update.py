@@ -1,0 +1,222 @@
+"""Updates of CPU and CUDA tensors under torch.compile: as eager, and in place."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import xla_ops
+
+BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+SHAPE = (2, 5, 4, 2, 8)
+ROWS, SLOTS = torch.randn(3, 2, 8), torch.tensor([1, 7, -1])
+
+
+def write(cache, rows, slots):
+    key_cache, value_cache = cache.unbind(0)
+    xla_ops.reshape_and_cache_flash(rows, 2 * rows, key_cache, value_cache, slots)
+
+
+def read_before_and_after(cache, rows, slots):
+    old = cache[0, 0] + 0
+    write(cache, rows, slots)
+    new = cache.sum()
+    return old, new
+
+
+def write_twice(cache, rows, slots):
+    write(cache, rows, slots)
+    between = cache[1] * 1  # Inductor of torch 2.9.0 gets a clone wrong: in_place.md
+    write(cache, 3 * rows, slots)
+    return between, cache.sum()
+
+
+def write_and_return(cache, rows, slots):
+    write(cache, rows, slots)
+    return cache, cache[0]
+
+
+def write_a_clone(cache, rows, slots):
+    """The input keeps its value."""
+    other = cache.clone()
+    write(other, rows, slots)
+    return other
+
+
+def write_between_aten_updates(cache, rows, slots):
+    cache.mul_(2)
+    write(cache, rows, slots)
+    cache.add_(1)
+    return cache.amax()
+
+
+def write_a_new_cache(cache, rows, slots):
+    other = torch.zeros_like(cache)
+    write(other, rows, slots)
+    return other + cache
+
+
+def copy_pages(cache, rows, slots):
+    write(cache, rows, slots)
+    pairs = torch.tensor([[0, 3], [1, 0]], device=cache.device)
+    xla_ops.copy_blocks([cache[0]], [cache[1]], pairs)
+    return cache[0, 3]
+
+
+def break_the_graph(cache, rows, slots):
+    write(cache, rows, slots)
+    torch._dynamo.graph_break()
+    write(cache, -rows, slots)
+    return cache.sum()
+
+
+PROGRAMS = [
+    read_before_and_after,
+    write_twice,
+    write_and_return,
+    write_a_clone,
+    write_between_aten_updates,
+    write_a_new_cache,
+    copy_pages,
+    break_the_graph,
+]
+
+
+@BACKENDS
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_values_are_those_of_eager(program, backend):
+    cache = torch.randn(SHAPE)
+    mine = cache.clone()
+    address = mine.data_ptr()
+    compiled = torch.compile(program, backend=backend)
+    for _ in range(2):
+        wanted = program(cache, ROWS, SLOTS)
+        got = compiled(mine, ROWS, SLOTS)
+        torch.testing.assert_close(got, wanted)
+        assert torch.equal(mine, cache)
+        assert mine.data_ptr() == address
+
+
+@BACKENDS
+def test_views_made_outside(backend):
+    cache, mine = torch.zeros(SHAPE), torch.zeros(SHAPE)
+
+    def step(key_cache, value_cache, rows, slots):
+        xla_ops.reshape_and_cache_flash(rows, rows, key_cache, value_cache, slots)
+        return key_cache.sum()
+
+    compiled = torch.compile(step, backend=backend)
+    for _ in range(2):
+        wanted = step(*cache.unbind(0), ROWS, SLOTS)
+        torch.testing.assert_close(compiled(*mine.unbind(0), ROWS, SLOTS), wanted)
+        assert torch.equal(mine, cache)
+
+
+STEP = st.one_of(
+    st.tuples(st.just("write"), st.integers(-2, 21)),
+    st.tuples(st.just("copy"), st.integers(0, 4), st.integers(0, 4)),
+    st.tuples(st.sampled_from(["read", "add_", "clone", "half"])),
+)
+
+
+@settings(max_examples=25)
+@given(steps=st.lists(STEP, min_size=1, max_size=6))
+def test_any_program(steps):
+    """Of updates, aten's and ours, and reads between them."""
+
+    def program(cache, rows):
+        out = []
+        for kind, *numbers in steps:
+            if kind == "write":
+                slots = torch.tensor([numbers[0], numbers[0] + 1])
+                write(cache, rows, slots)
+                rows = rows + 1
+            elif kind == "copy":
+                xla_ops.copy_blocks([cache[0]], [cache[1]], torch.tensor([numbers]))
+            elif kind == "read":
+                out.append(cache[:, 1].sum())
+            elif kind == "add_":
+                cache[1].add_(0.5)
+            elif kind == "clone":
+                cache = cache.clone()
+                out.append(cache)
+            else:
+                out.append(cache.view(2, 5, -1)[0] * 0.5)
+        return out
+
+    torch._dynamo.reset()
+    cache, mine, rows = torch.ones(SHAPE), torch.ones(SHAPE), torch.ones(2, 2, 8)
+    wanted = program(cache, rows)
+    got = torch.compile(program, backend="aot_eager")(mine, rows)
+    torch.testing.assert_close(got, wanted)
+    assert torch.equal(mine, cache)
+
+
+# Peak memory needs a process of its own; 200 MB of cache are far above the noise.
+MEMORY = """
+import json, resource, sys
+import torch, xla_ops, xla_ops.vllm
+backend, form = sys.argv[1:]
+xla_ops.vllm.register_lowerings()
+by_vllm = torch.ops._C_cache_ops.reshape_and_cache_flash
+one = torch.ones(())
+
+def separate(key_cache, value_cache, rows, slots):
+    xla_ops.reshape_and_cache_flash(rows, rows, key_cache, value_cache, slots)
+    return key_cache[0].sum()
+
+def stacked(cache, rows, slots):
+    return separate(*cache.unbind(0), rows, slots)
+
+def vllm(cache, rows, slots):
+    by_vllm(rows, rows, *cache.unbind(0), slots, "auto", one, one)
+    return cache[0, 0].sum()
+
+def blocks(cache, rows, slots):
+    xla_ops.copy_blocks([cache[0]], [cache[1]], torch.tensor([[0, 1]]))
+    return cache[0, 0].sum()
+
+step = torch.compile(
+    globals()[form], backend=backend, fullgraph=True, dynamic=False)
+rows, slots = torch.ones(3, 8, 64), torch.tensor([0, 5, -1])
+with torch.no_grad():
+    small = torch.zeros(2, 4, 16, 8, 64)
+    torch.compile(globals()[form], backend=backend, fullgraph=True, dynamic=False)(
+        *(small.unbind(0) if form == "separate" else [small]), rows, slots)
+    cache = torch.ones(2, 3200, 16, 8, 64)
+    caches = cache.unbind(0) if form == "separate" else [cache]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        step(*caches, rows, slots)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"cache": cache.nbytes, "grown": (after - before) * 1024}))
+"""
+
+
+@BACKENDS
+@pytest.mark.parametrize("form", ["separate", "stacked", "vllm", "blocks"])
+def test_memory_does_not_grow_by_the_cache(form, backend):
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, backend, form],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["grown"] < result["cache"] / 3, result
+
+
+@BACKENDS
+def test_a_cache_without_a_handler_is_updated_by_the_reference(backend, monkeypatch):
+    from xla_ops.core import handlers
+
+    monkeypatch.setattr(handlers, "loaded", lambda platform, target: False)
+    cache, mine = torch.zeros(SHAPE), torch.zeros(SHAPE)
+    write(cache, ROWS, SLOTS)
+    torch.compile(write, backend=backend)(mine, ROWS, SLOTS)
+    assert torch.equal(mine, cache)
+    assert cache[0].any().item()
