@@ -3,7 +3,8 @@
 torch_xla loads this module at `import torch_xla` in every process, through the group
 `torch_xla.plugins`. So it stands beside the package xla_ops, not in it, and imports
 nothing of it before a GPU client is asked for (PJRT_DEVICE=GPU or CUDA): whatever is
-wrong with xla_ops, `import torch_xla` works, and only a GPU client fails, with the cause.
+wrong with xla_ops, `import torch_xla` works, and a GPU client alone fails, with the
+cause.
 
 Tested by tests/gpu/test_entry_point.py.
 """
@@ -16,8 +17,8 @@ import os
 def __getattr__(name: str):
     """Makes GpuPlugin when it is first asked for.
 
-    Its base class is torch_xla's, and torch_xla asks for it while it is imported itself:
-    whichever of the two is imported first, each finds the other complete.
+    Its base class is torch_xla's, and torch_xla asks for it while it is imported
+    itself: whichever of the two is imported first, each finds the other complete.
     """
     if name != "GpuPlugin":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -93,7 +94,7 @@ def _make_class(base: type) -> type:
 def _fail(reason: str) -> str:
     """Has the client fail with `reason`; returns the path that library_path has to.
 
-    Looks for the bridge itself, since the reason may be that xla_ops cannot be imported.
+    Looks for the bridge itself: the reason may be that xla_ops cannot be imported.
     """
     import ctypes
     import importlib.util
