@@ -81,3 +81,30 @@ def _fresh():
 def hlo_dump() -> pathlib.Path:
     """The folder to which XLA writes each program that it compiles."""
     return pathlib.Path(HLO_DUMP)
+
+
+@pytest.fixture
+def debug_mode():
+    import xla_ops
+
+    xla_ops.set_debug(True)
+    yield
+    xla_ops.set_debug(False)
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """Collects the calls that the op is lowered to during a test."""
+    from xla_ops.core.op import OPS
+    from xla_ops.ops import attention
+
+    calls = []
+    lower = attention._lower
+
+    def record(*args):
+        calls.append(lower(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(attention, "_lower", record)
+    OPS["flash_attn_varlen"]._plans.clear()  # what was lowered before
+    return calls
