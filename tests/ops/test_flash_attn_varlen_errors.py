@@ -12,7 +12,7 @@ from xla_ops.core.custom_call import call_directly
 from xla_ops.core.op import OPS
 
 Q = torch.ones(3, 4, 16)
-ROWS = {
+ROWS: dict = {
     "q": Q,
     "k": torch.ones(5, 2, 16),
     "v": torch.ones(5, 2, 16),
