@@ -136,7 +136,7 @@ def donor(t: torch.Tensor) -> torch.Tensor | None:
         if not _runs_as_traced():
             return None
         while node is not None and _is_update(node):
-            node = node.args[0]
+            node = cast("torch.fx.Node", node.args[0])
     return t if node is not None and node.op == "placeholder" else None
 
 
@@ -152,7 +152,7 @@ def _runs_as_traced() -> bool:
 
 def _is_update(node: torch.fx.Node) -> bool:
     """Whether a node is a call that wrote its first operand."""
-    name = getattr(node.target, "_opname", None)
+    name = getattr(node.target, "_opname", "")
     op = OPS.get(name) if getattr(node.target, "namespace", "") == NAMESPACE else None
     return op is not None and op.has_donor and node.args[-1] is not None
 
@@ -277,8 +277,9 @@ def _repeats(t: torch.Tensor, place: Located) -> str:
     if isinstance(t, FunctionalTensor):
         # An input of the graph: XLA tensors report dense strides.
         inner = torch._from_functional_tensor(t.elem)
-        if inner._is_view() and inner.numel() > inner._base.numel():
-            return f"{inner.numel()} elements of {inner._base.numel()}"
+        base = inner._base
+        if base is not None and inner.numel() > base.numel():
+            return f"{inner.numel()} elements of {base.numel()}"
     return ""
 
 

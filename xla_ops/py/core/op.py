@@ -107,13 +107,13 @@ class Op:
         )
 
     @property
-    def twin(self):
+    def twin(self) -> torch._ops.OpOverload:
         return getattr(torch.ops.xla_ops, f"{self.name}_").default
 
-    def _write(self, *args) -> None:
+    def _write(self, *args: Any) -> None:
         self.update_at_once(*args, None)
 
-    def _check(self, *args) -> None:
+    def _check(self, *args: Any) -> None:
         self.lowered((*args, None))
 
     def __call__(self, *args: Any) -> Any:
@@ -204,7 +204,7 @@ class Op:
             torch_xla._XLAC._set_buffer_donation(args[-1], True)
         return _unpack(results)
 
-    def _check_shardings(self, plan: Plan, args) -> None:
+    def _check_shardings(self, plan: Plan, args: Sequence) -> None:
         """Raises ValueError for a sharded operand.
 
         XLA would gather it whole on every device, and say nothing.

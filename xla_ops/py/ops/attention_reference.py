@@ -14,6 +14,8 @@ Tested by tests/ops/test_attention_reference.py.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -58,12 +60,12 @@ def reference(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     values = _Buffer(a.value, head_dim, strides, value_offset, a.kv_cache_dtype)
     sinks = None if a.sinks is None else a.sinks.reshape(*heads, 1)
     softmax = _Softmax(sinks, a.soft_cap)
-    if sequences.first is not None:
-        first = sequences.first[sequence]
-        out, lse = _contiguous(softmax, rows, first, keys, values, num_kv)
-    else:
+    if a.block_table is not None:
         pages = _Pages(a.block_table, num_blocks, page_size)
         out, lse = _paged(softmax, rows, sequence, sequences, keys, values, pages)
+    else:
+        first = sequences.first[sequence]
+        out, lse = _contiguous(softmax, rows, first, keys, values, num_kv)
     out = out * _of_rows(a.v_scale, sequence)
     seen = exists[:, None, None, None] & (lse != torch.inf)
     out = torch.where(seen, out, 0.0).to(a.query.dtype).reshape(a.query.shape)
@@ -77,13 +79,13 @@ class _Sequences(NamedTuple):
     Attributes:
         start, end: of its query rows, end excluded.
         length: how many KV tokens it has.
-        first: the row of its first one, where keys are contiguous.
+        first: the row of its first one, where keys are contiguous; else 0.
     """
 
     start: torch.Tensor
     end: torch.Tensor
     length: torch.Tensor
-    first: torch.Tensor | None
+    first: torch.Tensor
 
 
 class _Rows(NamedTuple):
@@ -103,27 +105,33 @@ class _Rows(NamedTuple):
     position: torch.Tensor
     slopes: torch.Tensor | None
 
-    def each(self, take) -> _Rows:
-        return _Rows(*(None if t is None else take(t) for t in self))
+    def each(self, take: Callable[[torch.Tensor], torch.Tensor]) -> _Rows:
+        return _Rows(
+            take(self.query),
+            take(self.low),
+            take(self.high),
+            take(self.position),
+            None if self.slopes is None else take(self.slopes),
+        )
 
 
-def _sequences(batch: Batch, num_tokens, num_kv) -> _Sequences:
+def _sequences(batch: Batch, num_tokens: int, num_kv: int) -> _Sequences:
     bounds = _clamped(batch.cu_seqlens_q, num_tokens)
     start, end = bounds[:-1], bounds[1:]
-    used = None if batch.seqused_k is None else batch.seqused_k.long().clamp(min=0)
-    if batch.cu_seqlens_k is None:
-        return _Sequences(start, end, used.clamp(max=num_kv), None)
-    bounds = _clamped(batch.cu_seqlens_k, num_kv)
-    first, length = bounds[:-1], bounds[1:] - bounds[:-1]
-    if used is not None:
-        length = torch.minimum(used, num_kv - first)
+    first = torch.zeros_like(start)
+    length = torch.full_like(start, num_kv)
+    if batch.cu_seqlens_k is not None:
+        bounds = _clamped(batch.cu_seqlens_k, num_kv)
+        first, length = bounds[:-1], bounds[1:] - bounds[:-1]
+    if batch.seqused_k is not None:
+        length = torch.minimum(batch.seqused_k.long().clamp(min=0), num_kv - first)
     if batch.leftpad_k is not None:
         pad = torch.minimum(batch.leftpad_k.long().clamp(min=0), length)
         first, length = first + pad, length - pad
     return _Sequences(start, end, length, first)
 
 
-def _clamped(cu_seqlens: torch.Tensor, size) -> torch.Tensor:
+def _clamped(cu_seqlens: torch.Tensor, size: int) -> torch.Tensor:
     """Prefix sums, each at least the one before and at most `size`.
 
     Not by cummax, which torch_xla 2.9.0 does not compile for more than 64 elements.
@@ -134,7 +142,7 @@ def _clamped(cu_seqlens: torch.Tensor, size) -> torch.Tensor:
 
 
 def _owners(
-    sequences: _Sequences, num_tokens, num_seqs
+    sequences: _Sequences, num_tokens: int, num_seqs: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's sequence, and whether it has one."""
     max_num_seqs = sequences.end.shape[0]
@@ -147,7 +155,9 @@ def _owners(
     return sequence, exists & (row >= sequences.start[sequence])
 
 
-def _of_rows(scale: torch.Tensor | None, sequence: torch.Tensor):
+def _of_rows(
+    scale: torch.Tensor | None, sequence: torch.Tensor
+) -> torch.Tensor | float:
     """A KV scale, [1] or [max_num_seqs, num_kv_heads], as it multiplies rows."""
     if scale is None:
         return 1.0
@@ -165,7 +175,9 @@ class _Buffer(NamedTuple):
     offset: int
     kv_cache_dtype: str
 
-    def take(self, block, page, num_kv_heads) -> torch.Tensor:
+    def take(
+        self, block: torch.Tensor, page: torch.Tensor, num_kv_heads: int
+    ) -> torch.Tensor:
         """Looks tokens up: float32 [..., num_kv_heads, head_dim] of indices [...]."""
         *strides, offset = *self.strides, self.offset
         flat, lanes = self.buffer.reshape(-1), self.head_dim
@@ -199,7 +211,14 @@ class _Softmax(NamedTuple):
     sinks: torch.Tensor | None
     soft_cap: float
 
-    def attend(self, rows: _Rows, keys, values, token, exists=None):
+    def attend(
+        self,
+        rows: _Rows,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        token: torch.Tensor,
+        exists: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attends batches of rows to a set of keys each.
 
         Args:
@@ -238,14 +257,22 @@ class _Softmax(NamedTuple):
         return _mix(weights, values.transpose(1, 2)) / total, lse
 
 
-def _contiguous(softmax: _Softmax, rows: _Rows, first, keys, values, num_kv):
+def _contiguous(
+    softmax: _Softmax,
+    rows: _Rows,
+    first: torch.Tensor,
+    keys: _Buffer,
+    values: _Buffer,
+    num_kv: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of all rows to all keys at once."""
     slot = torch.arange(num_kv, device=first.device)
     num_kv_heads = rows.query.shape[1]
-    taken = (b.take(torch.zeros_like(slot), slot, num_kv_heads) for b in (keys, values))
+    block = torch.zeros_like(slot)
     out, lse = softmax.attend(
         rows.each(lambda t: t[None]),
-        *(t[None] for t in taken),
+        keys.take(block, slot, num_kv_heads)[None],
+        values.take(block, slot, num_kv_heads)[None],
         (slot - first[:, None])[None],
     )
     return out[0], lse[0]
@@ -259,7 +286,15 @@ class _Pages(NamedTuple):
     page_size: int
 
 
-def _paged(softmax: _Softmax, rows: _Rows, sequence, sequences, keys, values, pages):
+def _paged(
+    softmax: _Softmax,
+    rows: _Rows,
+    sequence: torch.Tensor,
+    sequences: _Sequences,
+    keys: _Buffer,
+    values: _Buffer,
+    pages: _Pages,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of tiles of rows, each of one sequence, to that sequence's pages."""
     block_table, num_blocks, page_size = pages
     num_tokens, num_kv_heads = rows.query.shape[:2]
@@ -289,22 +324,23 @@ def _paged(softmax: _Softmax, rows: _Rows, sequence, sequences, keys, values, pa
     page = torch.arange(page_size, device=device)
     exists = exists.repeat_interleave(page_size, 1)[:, None]
     token = torch.arange(exists.shape[2], device=device)
-    parts = []
+    outs, lses = [], []
     for start in range(0, num_parts * step, step):
         part = slice(start, start + step)
-        taken = (
-            b.take(block[part], page, num_kv_heads).flatten(1, 2)
-            for b in (keys, values)
+        out, lse = softmax.attend(
+            tiles.each(operator.itemgetter(part)),
+            keys.take(block[part], page, num_kv_heads).flatten(1, 2),
+            values.take(block[part], page, num_kv_heads).flatten(1, 2),
+            token,
+            exists[part],
         )
-        mine = tiles.each(lambda t, part=part: t[part])
-        parts.append(softmax.attend(mine, *taken, token, exists[part]))
+        outs.append(out)
+        lses.append(lse)
 
     # Where each row is in the tiles; anywhere, if it belongs to no sequence.
     at = torch.arange(num_tokens, device=device) - sequences.start[sequence]
     at = (before[sequence] * size + at).clamp(0, num_parts * step * size - 1)
-    return tuple(
-        torch.cat(result).flatten(0, 1)[at] for result in zip(*parts, strict=True)
-    )
+    return torch.cat(outs).flatten(0, 1)[at], torch.cat(lses).flatten(0, 1)[at]
 
 
 def _mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

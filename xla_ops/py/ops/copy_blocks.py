@@ -205,7 +205,7 @@ def _reference(
     return flat[:-1].reshape(cache.shape).view(cache.dtype)
 
 
-def _settle(block_mapping, num_blocks) -> tuple[torch.Tensor, ...]:
+def _settle(block_mapping: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor, ...]:
     """Says what copying pair after pair comes to.
 
     Returns:
