@@ -251,20 +251,28 @@ def test_strict_raises_from_the_op(installation, tmp_path):
     assert answer.count(error) == 3
 
 
-def test_a_mutable_op_on_cpu_tensors_gives_the_reason(installation, tmp_path):
+def test_a_mutable_op_on_cpu_tensors(installation, tmp_path):
+    """Both halves of a stacked cache are written; or the reason is given."""
     path = installation.lib / "libxla_ops_reshape_and_cache_flash_cpu.so"
     path.write_bytes(b"")
     code = """
-cache = torch.zeros(2, 4, 4, 2, 8)
-k = torch.ones(1, 2, 8)
-try:
-    xla_ops.reshape_and_cache_flash(k, k, *cache.unbind(0), torch.tensor([0]))
-except RuntimeError as error:
-    print(type(error).__name__, error)
+import os
+for strict in "01":
+    os.environ["XLA_OPS_STRICT"] = strict
+    cache = torch.zeros(2, 4, 4, 2, 8)
+    k, v = torch.ones(1, 2, 8), torch.full((1, 2, 8), torch.nan)
+    try:
+        xla_ops.reshape_and_cache_flash(k, v, *cache.unbind(0), torch.tensor([5]))
+    except RuntimeError as error:
+        print(type(error).__name__, error)
+    else:
+        written = cache[:, 1, 1].flatten(1)
+        print((written == 1).sum(1), written.isnan().sum(1), (cache != 0).sum())
 """
-    (answer,) = run(installation, tmp_path, code)
+    values, error = run(installation, tmp_path, code)
+    assert values == "tensor([16,  0]) tensor([ 0, 16]) tensor(32)"
     what = "Problem reshape_and_cache_flash: handler must be there for Host, got none: "
-    assert answer.startswith(what) and f"{path}: file too short" in answer
+    assert error.startswith(what) and f"{path}: file too short" in error
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+
 
 class Problem(RuntimeError):
     """Something that a user can mend. Its text is "what: fix".
@@ -22,3 +26,14 @@ class Problem(RuntimeError):
 
 class BadValue(Problem, ValueError):
     """An environment variable has a wrong value; the text has the rule, so no fix."""
+
+
+def warn_user(text: str) -> None:
+    """Warns at the line of the user's code that led here."""
+    modules = (sys.modules.get(name) for name in ("xla_ops", "torch", "torch_xla"))
+    folders = (os.path.dirname(m.__file__) for m in modules if m and m.__file__)
+    inner = ("<", *(folder + os.sep for folder in folders))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -18,17 +18,15 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 
 from .. import _runtime
 from . import elf, environment, paths
-from .errors import Problem
+from .errors import Problem, warn_user
 
 HOST = "Host"
 CUDA = "CUDA"
@@ -272,18 +270,6 @@ def _fall_back(platform: str, target: str, reason: str) -> None:
     if target in _told:
         return
     _told.add(target)
-    warnings.warn(
-        f"{target}: using the slow plain torch reference, because {reason}. {_DOCTOR}.",
-        stacklevel=_users_level(),
+    warn_user(
+        f"{target}: using the slow plain torch reference, because {reason}. {_DOCTOR}."
     )
-
-
-def _users_level() -> int:
-    """The `stacklevel` with which our caller warns at the user's line."""
-    modules = (sys.modules.get(name) for name in ("xla_ops", "torch", "torch_xla"))
-    folders = (os.path.dirname(m.__file__) for m in modules if m and m.__file__)
-    inner = ("<", *(folder + os.sep for folder in folders))
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -19,7 +19,7 @@ there. The schemas are those of vLLM 0.11.1 to 0.13.0.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import ops as _ops  # noqa: F401, defines torch.ops.xla_ops.*
+from ..core.errors import warn_user
 
 # Every lowering by op name, for register_lowerings.
 _registrars: dict[str, Callable[[], None]] = {}
@@ -45,7 +46,8 @@ def register_lowerings() -> None:
     """Makes every op below work on XLA tensors.
 
     Imports vLLM's compiled libraries first, those that can be imported: they cannot be
-    loaded once their ops are defined here. Calling again does nothing.
+    loaded once their ops are defined here. Warns of one that is installed and cannot.
+    Calling again does nothing.
 
     Raises:
         ValueError: an op of vLLM's has another schema than the one known here.
@@ -91,9 +93,7 @@ def _lowering(
 def _register(
     caller: str, namespace: str, name: str, schema: str, front: Callable
 ) -> None:
-    # Without vLLM, or with one that is compiled for another machine, there is none.
-    with contextlib.suppress(ImportError):
-        importlib.import_module(_MODULES[namespace])
+    _load(_MODULES[namespace])
     packet = getattr(getattr(torch.ops, namespace), name, None)
     library = torch.library.Library(namespace, "FRAGMENT")
     if packet is None:
@@ -109,6 +109,32 @@ def _register(
             )
         _add_to_kernels(library, op, front)
     _libraries[namespace, name] = library
+
+
+@functools.cache
+def _load(module: str) -> None:
+    """Loads a compiled library of vLLM's, if there is one.
+
+    Warns where there is and it cannot be loaded, as where it was built for another
+    torch: vLLM alone would fail, here the ops are then xla_ops' own for all devices.
+    """
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # No vLLM, or none that is compiled. Another module that it lacks is news.
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):
+            _warn_unloadable(module, error)
+    except (ImportError, OSError) as error:
+        _warn_unloadable(module, error)
+
+
+def _warn_unloadable(module: str, error: Exception) -> None:
+    warn_user(
+        f"xla_ops.vllm: {module} is installed and cannot be loaded"
+        f" ({type(error).__name__}: {error}). Its ops are those of xla_ops in this"
+        " process, on CPU and CUDA tensors too; install a vLLM built for torch"
+        f" {torch.__version__} and this machine to have its own."
+    )
 
 
 def _add_to_kernels(
