@@ -181,6 +181,27 @@ def test_lowered_once_a_signature(name):
 
 
 @pytest.mark.parametrize("name", SAMPLES)
+def test_backward_raises_by_name(name):
+    op = OPS[name]
+    args = [
+        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in SAMPLES[name]
+    ]
+    with torch.enable_grad():
+        results = op(*args)
+        results = results if isinstance(results, tuple) else (results,)
+        assert all(t.requires_grad == t.is_floating_point() for t in results)
+        total = sum(numbers(t).sum() for t in results if t.requires_grad)
+        if not isinstance(total, torch.Tensor):
+            return  # only integers, through which torch differentiates nothing
+        with pytest.raises(RuntimeError) as error:
+            total.backward()
+    function = error.value.args[0].partition(":")[0].removeprefix("xla_ops.")
+    assert function in xla_ops.ops.__all__
+    assert f"{function}: has no gradient: " in str(error.value)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
 def test_deterministic(name):
     op = OPS[name]
     results = [op(*SAMPLES[name]) for _ in range(3)]

@@ -293,7 +293,7 @@ BROKEN = [
     (LEGAL, "window_left", -2),
     (LEGAL, "window_right", -3),
     (LEGAL, "soft_cap", float("nan")),
-    (LEGAL, "num_splits", 0),
+    (LEGAL, "num_splits", -1),
     (LEGAL, "num_splits", 1025),
 ]
 

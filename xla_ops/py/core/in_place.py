@@ -34,7 +34,7 @@ from torch.fx.experimental import proxy_tensor
 
 from . import ownership
 from .op import NAMESPACE, OPS, Op
-from .tracing import node_of
+from .tracing import from_sizes, node_of
 
 
 class Located(NamedTuple):
@@ -77,7 +77,10 @@ def locate(t: torch.Tensor) -> Located:
         view = _geometry(t, base)
         if view is not None:
             # May be symbolic, as shapes and strides may, which torch types as int.
-            return Located(base, cast(int, view.storage_offset()), view.stride())
+            place = (cast(int, view.storage_offset()), *view.stride())
+            if view.device.type != "meta":
+                place = from_sizes(place, base.shape)
+            return Located(base, place[0], place[1:])
     if _is_untracked_view(t):
         _tell_of_untracked_views()
     return Located(t, 0, dense_strides(t.shape))
@@ -324,7 +327,7 @@ def _geometry(t: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
     """Returns a tensor with the offset and strides of `t` in a dense `base`."""
     if isinstance(t, FunctionalTensor):
         dense = base.is_contiguous() and base.storage_offset() == 0
-        return t if dense else None
+        return torch._from_functional_tensor(t.elem) if dense else None
     if t.device.type != "xla" or not torch._is_functional_tensor(t):
         return None
     # XLA tensors report no offset: replay the chain of views on a meta tensor.

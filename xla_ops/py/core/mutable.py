@@ -8,6 +8,7 @@ tensor each result is written to.
     mutable.define(
         "silu_and_mul(Tensor(a!) out, Tensor input) -> ()",
         lambda out, input: mutable.Update(_op, (input,), {"out": out}),
+        autocast=unchanged,
     )
 
 Plain CPU and CUDA tensors are written by the kernel itself. XLA tensors and everything
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import in_place
+from . import front, in_place
+from .autocast import Rule
 from .checks import Checker
 from .op import NAMESPACE, Op
 
@@ -47,7 +49,9 @@ class Update(NamedTuple):
     targets: Mapping[str, torch.Tensor | None]
 
 
-def define(schema: str, plan: Callable[..., Update]) -> None:
+def define(
+    schema: str, plan: Callable[..., Update], *, autocast: Rule
+) -> None:
     """Defines a mutable op as torch.ops.xla_ops.<name>.
 
     Args:
@@ -55,14 +59,14 @@ def define(schema: str, plan: Callable[..., Update]) -> None:
             target marked as written: "name(Tensor(a!) out, Tensor input) -> ()".
         plan: (*args) -> Update. Torch leaves out trailing arguments that equal their
             defaults, so it must repeat the schema's defaults.
+        autocast: what torch.autocast means for it.
     """
-    name = schema[: schema.index("(")]
+    name = torch._C.parse_schema(schema).name
 
-    def front(*args: Any, **kwargs: Any) -> None:
-        apply(name.partition(".")[0], plan(*args, **kwargs))
+    def kernel(*args: Any, **kwargs: Any) -> None:
+        apply(name, plan(*args, **kwargs))
 
-    _library.define(schema)
-    _library.impl(name, front, "CompositeImplicitAutograd")
+    front.define(_library, schema, kernel, autocast=autocast)
 
 
 def apply(name: str, update: Update) -> list[torch.Tensor]:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import handlers
+from . import gradients, handlers
+from .autocast import Rule, register as register_autocast
 from .custom_call import BoundCall, CustomCall, Node, call_directly, node_of
 from .hlo import Spec
 
@@ -66,13 +67,22 @@ class Op:
             and may use of a tensor its shape, dtype and device only: on XLA it runs
             once a signature, not once a call.
         reference: (*args) -> Tensor or tuple, the meaning in plain torch.
+        autocast: what torch.autocast means for it.
+        gradient: how backward differentiates the op; None: it raises, see `gradients`.
+        public_name: of the function that calls the op, for error texts.
+        labels: what that function calls its arguments, where its names are others.
     """
 
     name: str
     schema: str
     lower: Callable[..., CustomCall]
     reference: Callable[..., Results]
+    autocast: Rule = field(kw_only=True)
+    gradient: gradients.Gradient | None = None
+    public_name: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = field(init=False)
+    overload: torch._ops.OpOverload = field(init=False, repr=False, compare=False)
     _plans: dict[tuple, Plan] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -83,6 +93,11 @@ class Op:
         object.__setattr__(self, "arguments", arguments)
         OPS[self.name] = self
         _library.define(self.name + self.schema)
+        overload = getattr(torch.ops.xla_ops, self.name).default
+        object.__setattr__(self, "overload", overload)
+        object.__setattr__(self, "public_name", self.public_name or self.name)
+        _library.impl(self.name, gradients.kernel(self), "Autograd")
+        register_autocast(_library, overload, self.autocast)
         _library.impl(self.name, self._in_graph, "XLA")
         _library.impl(self.name, self._at_once, "CPU")
         _library.impl(self.name, self._at_once, "CUDA")
@@ -117,7 +132,10 @@ class Op:
         self.lowered((*args, None))
 
     def __call__(self, *args: Any) -> Any:
-        return getattr(torch.ops.xla_ops, self.name).default(*args)
+        if torch.compiler.is_dynamo_compiling() or not gradients.is_untracked(args):
+            return self.overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     @property
     def has_donor(self) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import sympy
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 
 def node_of(t: torch.Tensor) -> torch.fx.Node | None:
@@ -18,3 +23,32 @@ def node_of(t: torch.Tensor) -> torch.fx.Node | None:
         torch._from_functional_tensor(t.elem), mode.tracer, None, lambda p: p.proxy
     )
     return None if slot is None else slot.node
+
+
+def from_sizes(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Returns `values` as they follow from `sizes`, in the graph being traced.
+
+    Of a stride or an offset that is symbolic a graph asks the tensor each time it runs.
+    That tensor may then lie elsewhere: an XLA tensor knows of no stride, and Inductor
+    lays out anew what it computes.
+
+    Args:
+        values: ints, or symbols that a fake tensor below the graph has.
+        sizes: of a tensor of the graph. What does not follow from them becomes a
+            constant, to which the graph is tied.
+    """
+    known = {
+        size.node.expr: size
+        for size in sizes
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
+    }
+    return tuple(_from_symbols(value, known) for value in values)
+
+
+def _from_symbols(value: int, known: dict[sympy.Symbol, torch.SymInt]) -> int:
+    if not isinstance(value, torch.SymInt):
+        return value
+    expression = value.node.expr
+    if not expression.free_symbols <= known.keys():
+        return int(value)
+    return sympy_interp(PythonReferenceAnalysis, known, expression)

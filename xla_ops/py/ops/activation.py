@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..core import mutable, quant
+from ..core import autocast, mutable, quant
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -196,10 +196,12 @@ def _define(name: str, activate: Activation, gate: int = 0, result: str = "out")
         "(Tensor input) -> Tensor",
         functools.partial(_lower, op=name),
         functools.partial(_reference, activate=activate, gate=gate),
+        autocast=autocast.unchanged,
     )
     mutable.define(
         f"{name}.out(Tensor(a!) {result}, Tensor input) -> ()",
         lambda out, input: mutable.Update(op, (input,), {result: out}),
+        autocast=autocast.unchanged,
     )
     return op
 
@@ -224,6 +226,7 @@ _silu_and_mul_quant = Op(
     "(Tensor input, Tensor scale) -> Tensor",
     _lower_quant,
     _reference_quant,
+    autocast=autocast.float32("scale"),
 )
 
 mutable.define(
@@ -231,4 +234,5 @@ mutable.define(
     lambda result, input, scale: mutable.Update(
         _silu_and_mul_quant, (input, scale), {"result": result}
     ),
+    autocast=autocast.float32("scale"),
 )

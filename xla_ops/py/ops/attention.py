@@ -12,6 +12,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 
 from ..core import debug, handlers, paged_cache
+from ..core.autocast import Rule
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
@@ -19,6 +20,8 @@ from ..core.hlo import Spec
 from ..core.op import Op
 from ..core.paged_cache import PagedCache
 from . import attention_reference
+
+_FLOAT_OPERANDS = ("alibi_slopes", "sinks", "k_scale", "v_scale")
 
 
 class Names(NamedTuple):
@@ -33,6 +36,11 @@ class Names(NamedTuple):
     block_table: str
     scale: str
     soft_cap: str
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The op's names of the functional op's arguments."""
+        return {name: label for name, label in self._asdict().items() if name != "op"}
 
 
 class Batch(NamedTuple):
@@ -73,7 +81,8 @@ class Arguments(NamedTuple):
         cu_seqlens_q to num_seqs: the `Batch`.
         alibi_slopes to v_scale, kv_cache_dtype: the `Features`, floats as float32.
         scale, window_left, window_right, soft_cap: as in attention.h.
-        num_splits: into how many pieces each sequence's KV tokens are cut.
+        num_splits: into how many pieces each sequence's KV tokens are cut; 0: to be
+            chosen when the sizes are known, as they are not in a symbolic trace.
         geometry: where keys and values lie in their buffers, `PagedCache.geometry`.
         debug: whether the handler reports what it masks.
     """
@@ -129,7 +138,32 @@ def declare(names: Names) -> Op:
         f"({schema}) -> (Tensor out, Tensor lse)",
         lambda *args: _lower(names, check, Arguments(*args)),
         lambda *args: attention_reference.reference(Arguments(*args)),
+        autocast=autocast("query", "key", "value"),
+        labels=names.labels,
     )
+
+
+def autocast(query: str, key: str, value: str) -> Rule:
+    """Makes the rule for torch.autocast of an op with these arguments.
+
+    Queries, keys and values are cast to the autocast dtype, or to that of a given
+    result. A paged cache stays as it is, and so do keys in 8 bits; queries are cast to
+    the dtype of the former.
+    """
+
+    def rule(args, dtype) -> dict[str, torch.dtype]:
+        keys = args[key] if isinstance(args[key], torch.Tensor) else args[key][0]
+        is_paged = any(args.get(f"block_table{s}") is not None for s in ("", "s"))
+        new = dict.fromkeys(_FLOAT_OPERANDS, torch.float32)
+        if args.get("out") is not None:
+            dtype = args["out"].dtype
+        if args.get("kv_cache_dtype", "auto") != "auto":
+            return {**new, query: dtype}
+        if is_paged:
+            return {**new, query: keys.dtype}
+        return {**new, query: dtype, key: dtype, value: dtype}
+
+    return rule
 
 
 def check_head_dim(
@@ -188,6 +222,9 @@ class Plan(NamedTuple):
 
 # The reference cuts nothing, and works in memory of its own.
 _NO_LIBRARY = Plan(1, 0)
+# While a graph with symbolic sizes is traced: a size that a plan looks at would tie the
+# graph to it.
+_LATER = Plan(0, 0)
 
 
 def _plan(
@@ -205,26 +242,16 @@ def _plan(
     """
     num_tokens, num_heads, head_dim = query.shape
     max_num_seqs = batch.cu_seqlens_q.numel() - 1
-    request = (
-        *(_size(n) for n in (num_tokens, num_heads, num_kv_heads, head_dim)),
-        max(_size(max_num_seqs), 0),
-        _octave(longest),
-        int(num_splits),
-    )
+    sizes = (num_tokens, num_heads, num_kv_heads, head_dim, max_num_seqs, longest)
+    if not all(isinstance(n, int) for n in sizes):
+        return _LATER
+    request = (*sizes[:4], max(max_num_seqs, 0), _octave(longest), num_splits)
     platform = handlers.platform_of(query.device)
     fields = handlers.plan(platform, "attention", request, len(Plan._fields))
     return _NO_LIBRARY if fields is None else Plan(*fields)
 
 
-def _size(n: int | torch.SymInt) -> int:
-    """Returns a size of a plan's request; a symbolic one is rounded up.
-
-    Its value would tie the graph being traced to it; comparisons tie it to an octave.
-    """
-    return n if isinstance(n, int) else 2 * _octave(n - 1) if n > 1 else int(n)
-
-
-def _octave(n: int | torch.SymInt) -> int:
+def _octave(n: int) -> int:
     """Returns the largest power of two up to n.
 
     A bound that grows token by token so changes a plan, and with it the program, once
@@ -236,6 +263,12 @@ def _octave(n: int | torch.SymInt) -> int:
     return power if n >= 1 else 0
 
 
+def smaller(bound: int, size: int) -> int:
+    """The smaller one; where symbolic, `size`, since a comparison would tie both."""
+    known = isinstance(bound, int) and isinstance(size, int)
+    return min(bound, size) if known else size
+
+
 def _as_float32(
     check: Checker, argument: str, t: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -244,9 +277,6 @@ def _as_float32(
         return None
     check.dtype(argument, t, FLOAT_DTYPES)
     return t.float()
-
-
-_FLOAT_OPERANDS = ("alibi_slopes", "sinks", "k_scale", "v_scale")
 
 
 def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
@@ -262,7 +292,7 @@ def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
     cache_dtypes = paged_cache.dtypes(check, a.query, a.kv_cache_dtype)
     check.dtype(names.key, a.key, cache_dtypes)
     check.dtype(names.value, a.value, cache_dtypes)
-    place = dict(zip(paged_cache.ATTRIBUTES, (int(n) for n in a.geometry), strict=True))
+    place = dict(zip(paged_cache.ATTRIBUTES, a.geometry, strict=True))
     del place["head_dim"]
     num_kv_heads = place["num_kv_heads"]
     check.require(
@@ -286,10 +316,11 @@ def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
         f"{soft_cap:g}",
     )
     check.require(
-        1 <= a.num_splits <= 1024, "num_splits", "be from 1 to 1024", a.num_splits
+        0 <= a.num_splits <= 1024, "num_splits", "be from 1 to 1024", a.num_splits
     )
-    # How long sequences are does not matter to the workspace's size.
-    plan = _plan(a.query, num_kv_heads, a.batch, 0, a.num_splits)
+    # With a number of splits, lengths do not matter to the workspace's size.
+    longest = 0 if a.num_splits else _longest(a)
+    plan = _plan(a.query, num_kv_heads, a.batch, longest, a.num_splits)
     return CustomCall(
         f"xla_ops.{names.op}",
         (
@@ -302,18 +333,24 @@ def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
         (Spec.of(a.query), Spec((num_heads, num_tokens), torch.float32)),
         {
             "scale": scale,
-            "window_left": int(a.window_left),
-            "window_right": int(a.window_right),
+            "window_left": a.window_left,
+            "window_right": a.window_right,
             "soft_cap": soft_cap,
             "kv_cache_dtype": a.kv_cache_dtype,
             "paged": a.block_table is not None,
-            "num_splits": int(a.num_splits),
+            "num_splits": a.num_splits or plan.num_splits,
             **place,
             "debug": a.debug,
         },
         nothing_to_do=a.query.numel() == 0,
         scratch=(Spec((plan.workspace_bytes,), torch.uint8),),
     )
+
+
+def _longest(a: Arguments) -> int:
+    """How many KV tokens a sequence has at most, by the shapes alone."""
+    page_size = a.geometry[paged_cache.ATTRIBUTES.index("page_size")]
+    return page_size if a.block_table is None else a.block_table.shape[1] * page_size
 
 
 def _check_features(

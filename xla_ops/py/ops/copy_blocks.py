@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..core import debug, in_place
+from ..core import autocast, debug, front, in_place
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
@@ -170,7 +170,7 @@ def _lower(
     _check.dtype("cache", cache, _DTYPES)
     _check_mapping(block_mapping)
     _check.same_device("cache", cache, block_mapping=block_mapping)
-    values = dict(zip(_ATTRIBUTES, (int(n) for n in geometry), strict=True))
+    values = dict(zip(_ATTRIBUTES, geometry, strict=True))
     return CustomCall(
         "xla_ops.copy_blocks",
         ("cache", "block_mapping"),
@@ -234,11 +234,15 @@ _op = Op(
     " Tensor? donor) -> Tensor",
     _lower,
     _reference,
+    autocast=autocast.unchanged,
+    public_name="copy_blocks",
 )
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
+front.define(
+    _library,
     "copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches,"
-    " Tensor block_mapping) -> ()"
+    " Tensor block_mapping) -> ()",
+    _front,
+    autocast=autocast.unchanged,
 )
-_library.impl("copy_blocks", _front, "CompositeImplicitAutograd")

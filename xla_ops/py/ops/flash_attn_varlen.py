@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..core import mutable, paged_cache
+from ..core import front, mutable, paged_cache, scalars
 from ..core.checks import Checker
 from ..core.op import NAMESPACE
 from . import attention
@@ -105,19 +105,21 @@ def flash_attn_varlen(
     """
     for name, t in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q)):
         _check.tensor(name, t)
+    if softmax_scale is not None:
+        softmax_scale = scalars.number(_check.op, "softmax_scale", softmax_scale)
     return torch.ops.xla.flash_attn_varlen_op(
         q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        scalars.integer(_check.op, "max_seqlen_q", max_seqlen_q),
+        scalars.integer(_check.op, "max_seqlen_k", max_seqlen_k),
         softmax_scale,
-        is_causal,
-        window_left,
-        window_right,
-        softcap,
+        scalars.flag(_check.op, "is_causal", is_causal),
+        scalars.integer(_check.op, "window_left", window_left),
+        scalars.integer(_check.op, "window_right", window_right),
+        scalars.number(_check.op, "softcap", softcap),
         seqused_k,
         block_table,
         leftpad_k=leftpad_k,
@@ -164,11 +166,11 @@ def _arguments(
         _check.require(bound >= 0, name, "be at least 0", bound)
     if block_table is None:
         cache = paged_cache.locate_rows(k, v)
-        longest = min(max_seqlen_k, k.shape[0])
+        longest = attention.smaller(max_seqlen_k, k.shape[0])
     else:
         cache = paged_cache.locate_to_read(_check, k, v, names)
         width = block_table.shape[-1] if block_table.dim() else 0
-        longest = min(max_seqlen_k, width * cache.page_size)
+        longest = attention.smaller(max_seqlen_k, width * cache.page_size)
         if seqused_k is None and cu_seqlens_k is not None:
             _check.dtype("cu_seqlens_k", cu_seqlens_k, [torch.int32])
             _check.rank("cu_seqlens_k", cu_seqlens_k, "[max_num_seqs + 1]")
@@ -244,25 +246,30 @@ def _front_out(
 
 
 _op = attention.declare(_NAMES)
+_autocast = attention.autocast(_NAMES.query, _NAMES.key, _NAMES.value)
 
 _library = torch.library.Library("xla", "FRAGMENT")
-_library.define(
+front.define(
+    _library,
     "flash_attn_varlen_op(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
     " Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
     " float? softmax_scale=None, bool is_causal=False, SymInt window_left=-1,"
     " SymInt window_right=-1, float softcap=0.0, Tensor? seqused_k=None,"
     " Tensor? block_table=None, *, Tensor? leftpad_k=None,"
-    f" {attention.FEATURES_SCHEMA}) -> (Tensor out, Tensor softmax_lse)"
+    f" {attention.FEATURES_SCHEMA}) -> (Tensor out, Tensor softmax_lse)",
+    _front,
+    autocast=_autocast,
 )
-_library.impl("flash_attn_varlen_op", _front, "CompositeImplicitAutograd")
 
 _out_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_out_library.define(
+front.define(
+    _out_library,
     "flash_attn_varlen.out(Tensor q, Tensor k, Tensor v, Tensor(a!)? out,"
     " Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k,"
     " Tensor? block_table, Tensor? alibi_slopes, int max_seqlen_q, int max_seqlen_k,"
     " float p_dropout, float softmax_scale, bool zero_tensors, bool is_causal,"
     " int window_size_left, int window_size_right, float softcap, bool return_softmax,"
-    " Generator? gen) -> Tensor[]"
+    " Generator? gen) -> Tensor[]",
+    _front_out,
+    autocast=_autocast,
 )
-_out_library.impl("flash_attn_varlen.out", _front_out, "CompositeImplicitAutograd")

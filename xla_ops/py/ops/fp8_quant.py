@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import mutable, quant
+from ..core import autocast, mutable, quant
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -164,18 +164,21 @@ _static = Op(
     "(Tensor input, Tensor scale) -> Tensor",
     _lower_static,
     _reference_static,
+    autocast=autocast.float32("scale"),
 )
 _dynamic = Op(
     "dynamic_scaled_fp8_quant",
     "(Tensor input) -> (Tensor, Tensor)",
     _lower_dynamic,
     _reference_dynamic,
+    autocast=autocast.unchanged,
 )
 _per_token = Op(
     "dynamic_per_token_scaled_fp8_quant",
     "(Tensor input, Tensor? scale_ub) -> (Tensor, Tensor)",
     _lower_per_token,
     _reference_per_token,
+    autocast=autocast.float32("scale_ub"),
 )
 
 # vLLM's forms. `result` may have more rows than `input`: those stay as they are. Of a
@@ -185,6 +188,7 @@ mutable.define(
     lambda result, input, scale: mutable.Update(
         _static, (input, scale), {"result": quant.first_rows(result, input)}
     ),
+    autocast=autocast.float32("scale"),
 )
 mutable.define(
     "dynamic_scaled_fp8_quant.out(Tensor(a!) result, Tensor input, Tensor(b!) scale)"
@@ -197,6 +201,7 @@ mutable.define(
             "scale": scale.view(-1)[:1] if scale.numel() > 1 else scale,
         },
     ),
+    autocast=autocast.unchanged,
 )
 mutable.define(
     "dynamic_per_token_scaled_fp8_quant.out(Tensor(a!) result, Tensor input,"
@@ -206,4 +211,5 @@ mutable.define(
         (input, scale_ub),
         {"result": quant.first_rows(result, input), "scale": scale},
     ),
+    autocast=autocast.float32("scale_ub"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import mutable
+from ..core import autocast, mutable, scalars
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -48,7 +48,7 @@ def fused_add_rms_norm(
     _check.tensor("input", input)
     _check.tensor("residual", residual)
     _check.tensor("weight", weight)
-    return _op(input, residual, weight, float(eps))
+    return _op(input, residual, weight, scalars.number(_check.op, "eps", eps))
 
 
 def _lower(
@@ -78,11 +78,14 @@ def _reference(
     return (x * scale).to(input.dtype) * weight, z
 
 
+_autocast = autocast.like("input", "residual", "weight")
 _op = Op(
     "fused_add_rms_norm_functional",
     "(Tensor input, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _lower,
     _reference,
+    autocast=_autocast,
+    public_name="fused_add_rms_norm",
 )
 
 mutable.define(
@@ -93,4 +96,5 @@ mutable.define(
         (input, residual, weight, epsilon),
         {"input": input, "residual": residual},
     ),
+    autocast=_autocast,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import mutable, quant
+from ..core import autocast, mutable, quant, scalars
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -80,6 +80,7 @@ def dynamic_scaled_int8_quant(
 dtype=torch.int32))
     """
     _dynamic_check.tensor("input", input)
+    symmetric = scalars.flag(_dynamic_check.op, "symmetric", symmetric)
     return _dynamic(input) if symmetric else _dynamic_azp(input)
 
 
@@ -178,18 +179,22 @@ _static = Op(
     "(Tensor input, Tensor scale, Tensor? azp) -> Tensor",
     _lower_static,
     _reference_static,
+    autocast=autocast.float32("scale"),
 )
 _dynamic = Op(
     "dynamic_scaled_int8_quant",
     "(Tensor input) -> (Tensor, Tensor)",
     _lower_dynamic,
     _reference_dynamic,
+    autocast=autocast.unchanged,
 )
 _dynamic_azp = Op(
     "dynamic_scaled_int8_azp_quant",
     "(Tensor input) -> (Tensor, Tensor, Tensor)",
     _lower_dynamic_azp,
     _reference_dynamic_azp,
+    autocast=autocast.unchanged,
+    public_name="dynamic_scaled_int8_quant",
 )
 
 
@@ -210,9 +215,11 @@ mutable.define(
     "static_scaled_int8_quant.out(Tensor(a!) result, Tensor input, Tensor scale,"
     " Tensor? azp) -> ()",
     lambda result, *args: mutable.Update(_static, args, {"result": result}),
+    autocast=autocast.float32("scale"),
 )
 mutable.define(
     "dynamic_scaled_int8_quant.out(Tensor(a!) result, Tensor input, Tensor(b!) scale,"
     " Tensor(c!)? azp) -> ()",
     _dynamic_update,
+    autocast=autocast.unchanged,
 )

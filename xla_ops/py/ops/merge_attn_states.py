@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import mutable
+from ..core import autocast, mutable
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -110,12 +110,16 @@ def _weighted(output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.where(weight == 0, 0.0, output.float() * weight)
 
 
+_autocast = autocast.like(
+    "prefix_output", "suffix_output", scales=("prefix_lse", "suffix_lse")
+)
 _op = Op(
     "merge_attn_states",
     "(Tensor prefix_output, Tensor prefix_lse, Tensor suffix_output,"
     " Tensor suffix_lse) -> (Tensor, Tensor)",
     _lower,
     _reference,
+    autocast=_autocast,
 )
 
 mutable.define(
@@ -125,4 +129,5 @@ mutable.define(
     lambda output, output_lse, *args: mutable.Update(
         _op, args, {"output": output, "output_lse": output_lse}
     ),
+    autocast=_autocast,
 )

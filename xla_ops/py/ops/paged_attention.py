@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..core import paged_cache
+from ..core import front, paged_cache, scalars
 from ..core.checks import Checker
 from . import attention
 
@@ -89,6 +89,12 @@ def paged_attention(
     with PagedAttention, 2023; Dao, FlashAttention-2, 2023.
     """
     _check.tensor("query", query)
+    scale = scalars.number(_check.op, "scale", scale)
+    if sliding_window is not None:
+        sliding_window = scalars.integer(_check.op, "sliding_window", sliding_window)
+    if soft_cap is not None:
+        soft_cap = scalars.number(_check.op, "soft_cap", soft_cap)
+    return_lse = scalars.flag(_check.op, "return_lse", return_lse)
     ops = torch.ops.xla_gpu
     op = ops.paged_attention_with_lse if return_lse else ops.paged_attention
     stacked = isinstance(kv_cache, torch.Tensor)
@@ -196,7 +202,9 @@ _FORMS: tuple[tuple[str, Callable, str], ...] = (
 )
 for _name, _kernel, _results in _FORMS:
     for _overload, _type in (("", "Tensor"), (".separate", "Tensor[]")):
-        _library.define(
-            f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}"
+        front.define(
+            _library,
+            f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}",
+            _kernel,
+            autocast=attention.autocast("query", "kv_cache", "kv_cache"),
         )
-        _library.impl(_name + _overload, _kernel, "CompositeImplicitAutograd")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..core import debug, in_place, paged_cache
+from ..core import autocast, debug, front, in_place, paged_cache
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
@@ -214,7 +214,7 @@ def _attributes(
     debug_mode: bool,
     names: Sequence[str] = paged_cache.ATTRIBUTES,
 ) -> dict[str, AttributeValue]:
-    values = dict(zip(names, (int(n) for n in geometry), strict=True))
+    values = dict(zip(names, geometry, strict=True))
     # The handler knows these two from the shape of key.
     del values["num_kv_heads"], values["head_dim"]
     return {"kv_cache_dtype": kv_cache_dtype, **values, "debug": debug_mode}
@@ -415,6 +415,17 @@ def _convert(
     return scaled.clamp(-limit, limit).to(dtype)  # clamp keeps NaN
 
 
+def _autocast(args, dtype) -> dict[str, torch.dtype]:
+    """New rows to the cache's dtype, or where that is fp8 to one dtype."""
+    caches = (args[name] for name in ("key_cache", "kv_cache") if name in args)
+    auto = args["kv_cache_dtype"] == "auto"
+    rows = next(caches).dtype if auto else args["key"].dtype
+    return {
+        **dict.fromkeys(("key", "value"), rows),
+        **dict.fromkeys(("k_scale", "v_scale", "scale"), torch.float32),
+    }
+
+
 _COMMON = "str kv_cache_dtype, SymInt[] geometry, bool debug"
 _both = Op(
     "reshape_and_cache_flash_both",
@@ -423,6 +434,8 @@ _both = Op(
     f" {_COMMON}) -> (Tensor, Tensor)",
     _lower_both,
     _reference_both,
+    autocast=_autocast,
+    public_name=_check.op,
 )
 _stacked = Op(
     "reshape_and_cache_flash_stacked",
@@ -430,6 +443,8 @@ _stacked = Op(
     f" Tensor? k_scale, Tensor? v_scale, {_COMMON}, Tensor? donor) -> Tensor",
     _lower_stacked,
     _reference_stacked,
+    autocast=_autocast,
+    public_name=_check.op,
 )
 _one = Op(
     "reshape_and_cache_flash_one",
@@ -437,12 +452,16 @@ _one = Op(
     f" {_COMMON}, Tensor? donor) -> Tensor",
     _lower_one,
     _reference_one,
+    autocast=_autocast,
+    public_name=_check.op,
 )
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
+front.define(
+    _library,
     "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype,"
-    " Tensor? k_scale, Tensor? v_scale) -> ()"
+    " Tensor? k_scale, Tensor? v_scale) -> ()",
+    _front,
+    autocast=_autocast,
 )
-_library.impl("reshape_and_cache_flash", _front, "CompositeImplicitAutograd")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import mutable
+from ..core import autocast, mutable, scalars
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -40,7 +40,7 @@ def rms_norm(
     """
     _check.tensor("input", input)
     _check.tensor("weight", weight)
-    return _op(input, weight, float(eps))
+    return _op(input, weight, scalars.number(_check.op, "eps", eps))
 
 
 def _lower(input: torch.Tensor, weight: torch.Tensor, eps: float) -> CustomCall:
@@ -69,6 +69,7 @@ _op = Op(
     "(Tensor input, Tensor weight, float eps) -> Tensor",
     _lower,
     _reference,
+    autocast=autocast.like("input", "weight"),
 )
 
 # vLLM's form. The functional op has the name's default overload.
@@ -77,4 +78,5 @@ mutable.define(
     lambda result, input, weight, epsilon: mutable.Update(
         _op, (input, weight, epsilon), {"result": result}
     ),
+    autocast=autocast.like("input", "weight"),
 )

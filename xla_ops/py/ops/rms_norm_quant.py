@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import mutable, quant
+from ..core import autocast, mutable, quant, scalars
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -45,7 +45,7 @@ def rms_norm_static_fp8_quant(
     """
     for name, t in (("input", input), ("weight", weight), ("scale", scale)):
         _static_check.tensor(name, t)
-    return _static(input, weight, scale, float(eps))
+    return _static(input, weight, scale, scalars.number(_static_check.op, "eps", eps))
 
 
 def fused_add_rms_norm_static_fp8_quant(
@@ -79,7 +79,8 @@ def fused_add_rms_norm_static_fp8_quant(
         ("scale", scale),
     ):
         _fused_check.tensor(name, t)
-    return _fused_static(input, residual, weight, scale, float(eps))
+    eps = scalars.number(_fused_check.op, "eps", eps)
+    return _fused_static(input, residual, weight, scale, eps)
 
 
 def rms_norm_dynamic_per_token_quant(
@@ -119,10 +120,11 @@ def rms_norm_dynamic_per_token_quant(
     """
     _dynamic_check.tensor("input", input)
     _dynamic_check.tensor("weight", weight)
+    eps = scalars.number(_dynamic_check.op, "eps", eps)
     if residual is None:
-        return _dynamic(input, weight, quant_dtype, float(eps), scale_ub)
+        return _dynamic(input, weight, quant_dtype, eps, scale_ub)
     _dynamic_check.tensor("residual", residual)
-    return _fused_dynamic(input, residual, weight, quant_dtype, float(eps), scale_ub)
+    return _fused_dynamic(input, residual, weight, quant_dtype, eps, scale_ub)
 
 
 def _check_common(
@@ -250,6 +252,7 @@ _static = Op(
     "(Tensor input, Tensor weight, Tensor scale, float eps) -> Tensor",
     lambda x, *rest: _lower_static(_static_check, x, None, *rest),
     lambda x, *rest: _reference_static(x, None, *rest),
+    autocast=autocast.like("input", "weight", scales=("scale",)),
 )
 _fused_static = Op(
     "fused_add_rms_norm_static_fp8_quant",
@@ -257,6 +260,7 @@ _fused_static = Op(
     " -> (Tensor, Tensor)",
     lambda *args: _lower_static(_fused_check, *args),
     _reference_static,
+    autocast=autocast.like("input", "residual", "weight", scales=("scale",)),
 )
 _dynamic = Op(
     "rms_norm_dynamic_per_token_quant",
@@ -264,6 +268,7 @@ _dynamic = Op(
     " Tensor? scale_ub) -> (Tensor, Tensor)",
     lambda x, *rest: _lower_dynamic(x, None, *rest),
     lambda x, *rest: _reference_dynamic(x, None, *rest),
+    autocast=autocast.like("input", "weight", scales=("scale_ub",)),
 )
 _fused_dynamic = Op(
     "fused_add_rms_norm_dynamic_per_token_quant",
@@ -271,6 +276,8 @@ _fused_dynamic = Op(
     " Tensor? scale_ub) -> (Tensor, Tensor, Tensor)",
     _lower_dynamic,
     _reference_dynamic,
+    autocast=autocast.like("input", "residual", "weight", scales=("scale_ub",)),
+    public_name="rms_norm_dynamic_per_token_quant",
 )
 
 
@@ -297,6 +304,7 @@ mutable.define(
     "rms_norm_static_fp8_quant.out(Tensor(a!) result, Tensor input, Tensor weight,"
     " Tensor scale, float epsilon) -> ()",
     lambda result, *args: mutable.Update(_static, args, {"result": result}),
+    autocast=autocast.like("input", "weight", scales=("scale",)),
 )
 mutable.define(
     "fused_add_rms_norm_static_fp8_quant.out(Tensor(a!) result, Tensor input,"
@@ -306,10 +314,12 @@ mutable.define(
         (input, residual, *rest),
         {"result": result, "residual": residual},
     ),
+    autocast=autocast.like("input", "weight", scales=("scale",)),
 )
 mutable.define(
     "rms_norm_dynamic_per_token_quant.out(Tensor(a!) result, Tensor input,"
     " Tensor weight, Tensor(b!) scale, float epsilon, Tensor? scale_ub,"
     " Tensor(c!)? residual) -> ()",
     _dynamic_update,
+    autocast=autocast.like("input", "weight", scales=("scale_ub",)),
 )

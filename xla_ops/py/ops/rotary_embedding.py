@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..core import mutable
+from ..core import autocast, mutable, scalars
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -59,11 +59,13 @@ def rotary_embedding(
     _check.tensor("positions", positions)
     _check.tensor("query", query)
     _check.tensor("cos_sin_cache", cos_sin_cache)
+    head_size = scalars.integer(_check.op, "head_size", head_size)
+    is_neox = scalars.flag(_check.op, "is_neox", is_neox)
     if key is None:
-        args = (positions, query, int(head_size), cos_sin_cache, bool(is_neox))
+        args = (positions, query, head_size, cos_sin_cache, is_neox)
         return _one(*args), None
     _check.tensor("key", key)
-    return _both(positions, query, key, int(head_size), cos_sin_cache, bool(is_neox))
+    return _both(positions, query, key, head_size, cos_sin_cache, is_neox)
 
 
 def _plan(
@@ -217,6 +219,8 @@ _both = Op(
     " bool is_neox) -> (Tensor, Tensor)",
     _lower_both,
     _reference_both,
+    autocast=autocast.like("query", "key", "cos_sin_cache"),
+    public_name="rotary_embedding",
 )
 _one = Op(
     "rotary_embedding_one",
@@ -224,10 +228,13 @@ _one = Op(
     " bool is_neox) -> Tensor",
     _lower_one,
     _rotate,
+    autocast=autocast.like("query", "cos_sin_cache"),
+    public_name="rotary_embedding",
 )
 
 mutable.define(
     "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!)? key,"
     " int head_size, Tensor cos_sin_cache, bool is_neox) -> ()",
     _plan,
+    autocast=autocast.like("query", "cos_sin_cache"),
 )
