@@ -23,7 +23,7 @@ import torch_xla.debug.metrics as xla_metrics
 
 from kv_cache import PAGE_SIZE, PagedKVCache, blocks_for
 from model import Decoder, StepInputs
-from sampling import Sampling, sample
+from sampling import GREEDY, Sampling, sample
 
 
 @dataclass
@@ -76,6 +76,35 @@ def compilations() -> int:
     return traced + (xla_metrics.counter_value("UncachedCompile") or 0)
 
 
+def check_request(
+    prompt: Sequence[int], max_new_tokens: int, vocab_size: int, most: int
+) -> None:
+    """Raises a ValueError for a request that an engine cannot serve.
+
+    Args:
+      prompt: token ids.
+      max_new_tokens: most tokens to add to it.
+      vocab_size: of the model.
+      most: tokens that a sequence may have, prompt and answer.
+    """
+    if not prompt:
+        raise ValueError("generate: prompt must have at least 1 token, got 0")
+    if max_new_tokens < 1:
+        raise ValueError(
+            f"generate: max_new_tokens must be at least 1, got {max_new_tokens}"
+        )
+    unknown = [t for t in prompt if not 0 <= t < vocab_size]
+    if unknown:
+        raise ValueError(
+            f"generate: prompt tokens must be in 0..{vocab_size - 1}, got {unknown[0]}"
+        )
+    if len(prompt) + max_new_tokens > most:
+        raise ValueError(
+            f"generate: prompt and max_new_tokens must be at most {most} tokens "
+            f"together, got {len(prompt)} + {max_new_tokens}"
+        )
+
+
 class Engine:
     """Runs prompts through a decoder.
 
@@ -120,9 +149,11 @@ class Engine:
         # Row lengths of all steps: decoding first, then prefill.
         self.shapes = tuple(dict.fromkeys((max_seqs, *self.buckets)))
         self.max_blocks = blocks_for(max_len)
+        if num_blocks is None:
+            num_blocks = max_seqs * self.max_blocks
         self.cache = PagedKVCache(
             config.num_layers,
-            num_blocks or max_seqs * self.max_blocks,
+            num_blocks,
             config.num_kv_heads,
             config.head_dim,
             decoder.model.embed_tokens.weight.dtype,
@@ -159,7 +190,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         on_token: Callable[[int, int], None] = lambda index, token: None,
     ) -> list[list[int]]:
         """Continues each prompt.
@@ -185,7 +216,7 @@ class Engine:
                 tokens=list(prompt),
                 num_prompt=len(prompt),
                 max_len=len(prompt) + max_new_tokens,
-                generator=torch.Generator().manual_seed(sampling.seed + i),
+                generator=sampling.generator(i),
             )
             for i, prompt in enumerate(prompts)
         ]
@@ -207,25 +238,8 @@ class Engine:
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         """Raises the ValueError that `generate` would raise for this request."""
-        vocab_size = self.decoder.config.vocab_size
-        if not prompt:
-            raise ValueError("generate: prompt must have at least 1 token, got 0")
-        if max_new_tokens < 1:
-            raise ValueError(
-                f"generate: max_new_tokens must be at least 1, got {max_new_tokens}"
-            )
-        unknown = [t for t in prompt if not 0 <= t < vocab_size]
-        if unknown:
-            raise ValueError(
-                f"generate: prompt tokens must be in 0..{vocab_size - 1}, "
-                f"got {unknown[0]}"
-            )
         most = min(self.max_len, self.cache.allocator.num_blocks * PAGE_SIZE)
-        if len(prompt) + max_new_tokens > most:
-            raise ValueError(
-                f"generate: prompt and max_new_tokens must be at most {most} tokens "
-                f"together, got {len(prompt)} + {max_new_tokens}"
-            )
+        check_request(prompt, max_new_tokens, self.decoder.config.vocab_size, most)
 
     def _admit(self, waiting: deque[_Sequence], running: list[_Sequence]) -> None:
         """Lets sequences in, first come first served, with all their blocks: one
@@ -259,26 +273,25 @@ class Engine:
         prefill = batch[0].num_cached < batch[0].num_prompt
         greedy, logits = self._step(batch, counts, num_tokens)
         tokens = greedy.tolist()
-        if sampling.temperature > 0:
-            rows = logits.cpu()
-            tokens = [
-                sample(row, sampling, sequence.generator)
-                for row, sequence in zip(rows, batch)
-            ]
+        logits = logits.cpu() if sampling.temperature > 0 else None
         for sequence, count in zip(batch, counts, strict=True):
             sequence.num_cached += count
+        # A prompt that is only part way through predicts a token that we know.
+        ready = [
+            row
+            for row, sequence in enumerate(batch)
+            if sequence.num_cached == len(sequence.tokens)
+        ]
+        if logits is not None:
+            for row in ready:
+                tokens[row] = sample(logits[row], sampling, batch[row].generator)
         elapsed = time.perf_counter() - start
         if prefill:
             self.stats.prefill_s.append(elapsed)
             self.stats.prompt_tokens += sum(counts)
         else:
             self.stats.decode_s.append(elapsed)
-        # A prompt that is only part way through predicts a token that we know.
-        return [
-            (sequence, token)
-            for sequence, token in zip(batch, tokens)
-            if sequence.num_cached == len(sequence.tokens)
-        ]
+        return [(batch[row], tokens[row]) for row in ready]
 
     @torch.no_grad()
     def _step(self, batch, counts, num_tokens):
@@ -291,7 +304,11 @@ class Engine:
 
     def _inputs(self, batch, counts, num_tokens: int) -> StepInputs:
         """Packs `counts[i]` uncached tokens of `batch[i]` into one padded row."""
-        ids, positions, slots, last_token, ends = [], [], [], [], [0]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_token: list[int] = []
+        ends = [0]
         tables = torch.zeros(self.max_seqs, self.max_blocks, dtype=torch.int32)
         for row, (sequence, count) in enumerate(zip(batch, counts, strict=True)):
             first, last = sequence.num_cached, sequence.num_cached + count
@@ -301,19 +318,19 @@ class Engine:
             ends.append(len(ids))
             last_token.append(len(ids) - 1)
             tables[row, : len(sequence.blocks)] = torch.tensor(sequence.blocks)
-        lens = [s.num_cached + n for s, n in zip(batch, counts)]
+        lens = [s.num_cached + n for s, n in zip(batch, counts, strict=True)]
 
-        def row(values, size, fill, dtype=torch.int32):
+        def padded(values, size, fill, dtype=torch.int32):
             return torch.tensor(values + [fill] * (size - len(values)), dtype=dtype)
 
         inputs = StepInputs(
-            token_ids=row(ids, num_tokens, 0),
-            positions=row(positions, num_tokens, 0, torch.int64),
-            slot_mapping=row(slots, num_tokens, -1, torch.int64),
+            token_ids=padded(ids, num_tokens, 0),
+            positions=padded(positions, num_tokens, 0, torch.int64),
+            slot_mapping=padded(slots, num_tokens, -1, torch.int64),
             block_tables=tables,
-            context_lens=row(lens, self.max_seqs, 0),
-            query_start_loc=row(ends, self.max_seqs + 1, ends[-1]),
+            context_lens=padded(lens, self.max_seqs, 0),
+            query_start_loc=padded(ends, self.max_seqs + 1, ends[-1]),
             num_seqs=torch.tensor([len(batch)], dtype=torch.int32),
-            last_token=row(last_token, self.max_seqs, 0),
+            last_token=padded(last_token, self.max_seqs, 0),
         )
         return StepInputs(*(tensor.to(self.device) for tensor in inputs))

@@ -5,17 +5,25 @@ SPDX-License-Identifier: Apache-2.0
     python examples/llm/generate.py --prompt "Pip the mouse" --prompt "One day"
     python examples/llm/generate.py --device gpu --model DIR --prompt "..."
 
-DIR is a Hugging Face checkpoint folder of a Llama or Qwen3. Without --model it
-is the small one beside this file, which train_tiny.py made.
+DIR is a Hugging Face checkpoint folder of a Llama, Mistral, Qwen2 or Qwen3. Without
+--model it is the small one beside this file, which train_tiny.py made.
 """
 
 import argparse
 import os
+import re
 import statistics
+import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
+from files import CheckpointWarning, short
 from hlo import Program, dump_flags, step_programs
+from options import USAGE_STATUS, Parser, integer
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = [
@@ -30,17 +38,16 @@ BACKENDS = ("openxla", "xla_ops")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add(
         "--model",
-        type=Path,
-        default=HERE / "tiny",
+        default=str(HERE / "tiny"),
         metavar="DIR",
         help="Hugging Face checkpoint folder (default: the small one in the repo)",
     )
     add("--prompt", action="append", metavar="TEXT", help="repeatable")
-    add("--max-new-tokens", type=int, default=64, metavar="N")
+    add("--max-new-tokens", type=integer(1), default=64, metavar="N")
     add("--device", choices=("cpu", "gpu"), default="cpu")
     add("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on gpu")
     add(
@@ -52,28 +59,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--backend", choices=BACKENDS, default="openxla", help="of torch.compile")
     add("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--max-batch", type=int, default=8, help="sequences that run together")
+    add("--top-p", type=float, metavar="P", help="with a temperature; default: 1")
+    add("--seed", type=integer(0), metavar="N", help="with a temperature; default: 0")
+    add(
+        "--max-batch",
+        type=integer(1),
+        default=8,
+        metavar="N",
+        help="sequences that run together (default: 8)",
+    )
     add(
         "--max-prefill-tokens",
-        type=int,
+        type=integer(1),
+        default=256,
         metavar="N",
-        help="prompt tokens a step; default: all of the prompts', at most 256",
+        help="prompt tokens that a step takes at most (default: 256)",
     )
     add(
         "--max-len",
-        type=int,
+        type=integer(1),
         metavar="N",
-        help="tokens a sequence; default: what is needed",
+        help="tokens a sequence, at most max_position_embeddings of config.json; "
+        "default: what is needed",
     )
     add(
         "--num-blocks",
-        type=int,
+        type=integer(1),
         metavar="N",
         help="cache blocks of 16 tokens; default: enough",
     )
-    return parser.parse_args(argv)  # fmt: skip
+    args = parser.parse_args(argv)
+    if not args.model:
+        parser.error("argument --model: must name a folder, got ''")
+    args.model = Path(os.path.expanduser(args.model))
+    return args
 
 
 def start_xla(device: str, dump: Path) -> None:
@@ -84,30 +103,43 @@ def start_xla(device: str, dump: Path) -> None:
 
 
 def run(args: argparse.Namespace, dump: Path) -> None:
+    # What can be wrong with options and checkpoint is looked at in the order of what
+    # it costs to look: small files, then torch, the weights' headers, the device.
+    import tokenizer as tokenizers
+    from config import ModelConfig
+
+    config = ModelConfig.from_folder(args.model)
+    tokenizer = tokenizers.load(args.model)
+    texts = args.prompt or PROMPTS
+    prompts = [tokenizers.encode(tokenizer, text) for text in texts]
+
     import torch
     import torch_xla.backends
-    from tokenizers import Tokenizer
     from tqdm import tqdm
 
     import weights
-    from config import ModelConfig
     from engine import Engine
     from kv_cache import round_up
     from sampling import Sampling
 
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
-    config = ModelConfig.from_folder(args.model)
-    if not (args.model / "tokenizer.json").exists():
-        raise FileNotFoundError(
-            f"model: folder must hold tokenizer.json, got {args.model}"
-        )
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    texts = args.prompt or PROMPTS
-    prompts = [tokenizer.encode(text).ids for text in texts]
+    sampling = Sampling(args.temperature, **sampling_options(args))
+    for text, prompt in zip(texts, prompts, strict=True):
+        check_prompt(text, prompt, args, config)
     needed = max(map(len, prompts)) + args.max_new_tokens
-    prompted = sum(map(len, prompts))
-    max_len = args.max_len or min(config.max_len, round_up(needed))
+    prompted = round_up(sum(map(len, prompts)))
+    max_len = args.max_len
+    if max_len is None:
+        max_len = min(config.max_len, round_up(needed))
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    sizes = dict(
+        max_len=max_len,
+        max_seqs=min(args.max_batch, len(prompts)),
+        max_prefill_tokens=min(args.max_prefill_tokens, prompted),
+        num_blocks=args.num_blocks,
+    )
+    if args.device == "cpu":
+        check_memory(config, **sizes, item_size=getattr(torch, dtype).itemsize)
+    weights.check(args.model, config)
     if args.device == "gpu" and dtype == "float32":
         # The default there rounds the inputs of fp32 products to TF32.
         torch_xla.backends.set_mat_mul_precision("highest")
@@ -115,21 +147,13 @@ def run(args: argparse.Namespace, dump: Path) -> None:
     try:
         device = torch_xla.device()
     except RuntimeError as error:  # no plugin, no driver, ...: it says what to do
-        raise SystemExit(f"error: {error}") from error
-    print(f"loading {args.model.name} ({config.architecture}, {dtype}) on {device}")
+        raise ValueError(error) from error
+    name = args.model.resolve().name
+    print(f"loading {name} ({config.architecture}, {dtype}) on {device}")
     decoder = weights.load(
         args.model, config, max_len, getattr(torch, dtype), device, args.ops
     )
-    engine = Engine(
-        decoder,
-        max_len=max_len,
-        max_seqs=min(args.max_batch, len(prompts)),
-        max_prefill_tokens=args.max_prefill_tokens or min(256, round_up(prompted)),
-        num_blocks=args.num_blocks,
-        backend=args.backend,
-    )
-    for prompt in prompts:
-        engine.check(prompt, args.max_new_tokens)
+    engine = Engine(decoder, backend=args.backend, **sizes)
     with tqdm(total=len(engine.shapes), desc="compile ", unit="program") as bar:
         engine.warm_up(lambda tokens: bar.update())
         compile_s = bar.format_dict["elapsed"]
@@ -148,6 +172,67 @@ def run(args: argparse.Namespace, dump: Path) -> None:
         print(f"> {text}\n{start}\033[1m{whole[len(start) :]}\033[0m\n")
     programs = step_programs(dump, engine.cache.shape, dtype)
     report(engine, device, compile_s, programs)
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """What --top-p and --seed say, where they were given."""
+    options = dict(top_p=args.top_p, seed=args.seed)
+    given = {name: value for name, value in options.items() if value is not None}
+    if args.temperature == 0:
+        for name in given:
+            option = name.replace("_", "-")
+            warn(f"--{option} has no effect without a --temperature above 0")
+    return given
+
+
+def check_prompt(text: str, prompt: list[int], args, config) -> None:
+    """Raises a ValueError for a prompt that cannot be continued, and says why."""
+    from engine import check_request
+    from kv_cache import PAGE_SIZE
+
+    limits = {"max_position_embeddings of config.json": config.max_len}
+    if args.max_len is not None:
+        if args.max_len > config.max_len:
+            raise ValueError(
+                f"--max-len must be at most {config.max_len}, max_position_embeddings "
+                f"of config.json, got {args.max_len}"
+            )
+        limits["--max-len"] = args.max_len
+    if args.num_blocks is not None:
+        limits["--num-blocks"] = args.num_blocks * PAGE_SIZE
+    limit = min(limits, key=lambda name: limits[name])
+    try:
+        check_request(prompt, args.max_new_tokens, config.vocab_size, limits[limit])
+    except ValueError as error:
+        where = f" (--prompt {short(text)}"
+        if len(prompt) + args.max_new_tokens > limits[limit]:
+            where += f"; the limit is {limit}"
+        elif prompt:
+            where += "; is tokenizer.json that of this model?"
+        else:
+            where += "; the tokenizer adds no token that begins a text"
+        raise ValueError(f"{error}{where})") from error
+
+
+def check_memory(config, max_len, max_seqs, num_blocks, item_size, **_) -> None:
+    """Raises a MemoryError for a cache that the machine has no room for: Linux would
+    promise the memory, and kill the process when it is used."""
+    from kv_cache import blocks_for, cache_bytes
+
+    if num_blocks is None:
+        num_blocks = max_seqs * blocks_for(max_len)
+    needed = cache_bytes(
+        config.num_layers, num_blocks, config.num_kv_heads, config.head_dim, item_size
+    )
+    needed += 3 * 4 * max_len * config.head_dim  # rotary tables, while they are made
+    meminfo = Path("/proc/meminfo").read_text()
+    free = 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)[0])
+    if needed > free:
+        raise MemoryError(
+            f"the cache of {num_blocks} blocks must fit into {free / 2**30:.1f} GiB of "
+            f"free memory, got {needed / 2**30:.1f} GiB: lower --num-blocks, --max-len "
+            "or --max-batch"
+        )
 
 
 def report(engine, device, compile_s: float, programs: list[Program]) -> None:
@@ -198,14 +283,48 @@ def device_and_plugin(device) -> tuple[str, str]:
     return f"{device}, GPU, {name}", f"xla_ops bridge over {found}"
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows what is said about a checkpoint as a line of its own."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_plainly(message, category, *place):
+            if issubclass(category, CheckpointWarning):
+                warn(message)
+            else:
+                show(message, category, *place)
+
+        warnings.showwarning = show_plainly
+        warnings.simplefilter("always", CheckpointWarning)
+        yield
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump:
+    with tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump, plain_warnings():
         start_xla(args.device, Path(dump))
         try:
             run(args, Path(dump))
-        except (ValueError, FileNotFoundError, MemoryError) as error:
-            raise SystemExit(f"error: {error}") from error
+        except (ValueError, MemoryError) as error:
+            fail(error)
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            fail(
+                "the device must have room for weights and cache, got "
+                f"{str(error).splitlines()[0]}: lower --num-blocks, --max-len or "
+                "--max-batch"
+            )
+
+
+def warn(text) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def fail(error) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(USAGE_STATUS) from None
 
 
 if __name__ == "__main__":

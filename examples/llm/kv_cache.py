@@ -73,6 +73,13 @@ def round_up(num_tokens: int) -> int:
     return blocks_for(num_tokens) * PAGE_SIZE
 
 
+def cache_bytes(
+    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, item_size: int
+) -> int:
+    """Bytes of a PagedKVCache."""
+    return 2 * num_layers * num_blocks * PAGE_SIZE * num_kv_heads * head_dim * item_size
+
+
 class PagedKVCache:
     """K and V of every layer, [num_blocks, page_size, num_kv_heads, head_dim].
 

@@ -1,4 +1,4 @@
-"""One decoder for Llama and Qwen3, with a paged KV cache, on xla_ops' ops.
+"""One decoder for Llama's family, with a paged KV cache, on xla_ops' ops.
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -10,6 +10,7 @@ gate_up_proj alone holds two of theirs (`PACKED`).
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 
     RoFormer (arXiv:2104.09864); kind "llama3" is the long-context rescaling
     that Llama 3.1 was released with: long wavelengths are stretched by
-    `factor`, short ones are kept, and those between are blended.
+    `factor`, short ones are kept, and those between are blended. "yarn"
+    (arXiv:2309.00071) blends by the place in the vector instead.
     """
     steps = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
     freq = 1.0 / rope.theta**steps
@@ -80,7 +82,28 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         )
         keep = keep.clamp(0.0, 1.0)
         return keep * freq + (1.0 - keep) * freq / rope.factor
+    if rope.kind == "yarn":
+        keep = 1.0 - _yarn_ramp(rope, head_dim)
+        return keep * freq + (1.0 - keep) * freq / rope.factor
     return freq
+
+
+def _yarn_ramp(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+    """0 where a wave turns over beta_fast times in the original length, 1 where less
+    than beta_slow times, and between them a straight line."""
+
+    def place(turns: float) -> float:
+        scale = rope.original_max_len / (turns * 2 * math.pi)
+        return head_dim * math.log(scale) / (2 * math.log(rope.theta))
+
+    first, last = place(rope.beta_fast), place(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001
+    ramp = torch.arange(head_dim // 2, device="cpu").float() - first
+    return (ramp / (last - first)).clamp(0.0, 1.0)
 
 
 class Attention(nn.Module):
@@ -95,11 +118,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos_sin_cache, cache: Cache, step: StepInputs) -> torch.Tensor:
         num_tokens = x.shape[0]
@@ -114,7 +137,7 @@ class Attention(nn.Module):
         xla_ops.reshape_and_cache_flash(
             key, value, key_cache, value_cache, step.slot_mapping
         )
-        out = xla_ops.paged_attention(
+        out: torch.Tensor = xla_ops.paged_attention(  # type: ignore[assignment]
             query,
             (key_cache, value_cache),
             step.context_lens,
@@ -148,6 +171,20 @@ class Layer(nn.Module):
         self.mlp = MLP(config, ops)
 
 
+class Body(nn.Module):
+    """The model without its head."""
+
+    layers: Iterable[Layer]
+
+    def __init__(self, config: ModelConfig, ops: LayerOps):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(  # type: ignore[assignment]
+            Layer(config, i, ops) for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
 class Decoder(nn.Module):
     """The whole model.
 
@@ -158,22 +195,20 @@ class Decoder(nn.Module):
         layer_ops.py.
     """
 
+    cos_sin_cache: torch.Tensor
+
     def __init__(self, config: ModelConfig, max_len: int, ops: str = "all"):
         super().__init__()
         self.config = config
         self.ops = LAYER_OPS[ops]
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(
-            Layer(config, i, self.ops) for i in range(config.num_layers)
-        )
-        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model = Body(config, self.ops)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         positions = torch.arange(max_len, device="cpu").float()
         angles = torch.outer(positions, rope_frequencies(config.rope, config.head_dim))
         # Row p: the cosines of position p, then its sines, [max_len, head_dim].
         table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        table *= config.rope.attention_factor
         self.register_buffer("cos_sin_cache", table, persistent=False)
 
     def forward(self, step: StepInputs, caches: list[Cache]) -> torch.Tensor:
@@ -191,12 +226,13 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(step.token_ids)
         # What a layer adds is added by the norm that comes next: `x` is the output of
         # the last block, `residual` the sum of those before it.
-        residual = None
+        residual: torch.Tensor | None = None
         for layer, cache in zip(self.model.layers, caches, strict=True):
             x, residual = self._norm(layer.input_layernorm, x, residual)
             x = layer.self_attn(x, self.cos_sin_cache, cache, step)
             x, residual = self._norm(layer.post_attention_layernorm, x, residual)
             x = layer.mlp(x)
+        assert residual is not None  # there is a layer
         last = step.last_token
         x, _ = self._norm(self.model.norm, x[last], residual[last])
         embedding = self.model.embed_tokens.weight

@@ -13,7 +13,6 @@ eight layers (so sixteen caches must stay in place), grouped-query attention,
 and head_dim 64, the smallest that paged attention takes.
 """
 
-import argparse
 import math
 import os
 import time
@@ -23,6 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from options import Parser, integer
 from stories import compose
 
 HERE = Path(__file__).resolve().parent
@@ -129,14 +129,14 @@ def train(model, rows, held_out, epochs: int, batch: int, peak_lr: float) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE / "tiny")
-    parser.add_argument("--stories", type=int, default=3000)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--stories", type=integer(HELD_OUT + 1), default=3000)
+    parser.add_argument("--epochs", type=integer(1), default=2)
+    parser.add_argument("--batch", type=integer(1), default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=integer(0), default=0)
+    parser.add_argument("--threads", type=integer(1), default=os.cpu_count())
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -144,7 +144,7 @@ def main() -> None:
     stories = compose(args.stories, args.seed)
     tokenizer = train_tokenizer(stories)
     eos = tokenizer.token_to_id(EOS)
-    rows = [tokenizer.encode(story).ids + [eos] for story in stories]
+    rows = [[*tokenizer.encode(story).ids, eos] for story in stories]
     model = make_model(tokenizer)
     print(
         f"{len(stories)} stories, {sum(map(len, rows))} tokens, "

@@ -1,40 +1,19 @@
 """Runs the example's command line as a user does, in a process of its own, and
-reads what it reports; and tools/demo as far as it goes without building."""
+reads what it reports; and tools/demo as far as it goes without building.
 
-import os
+What the command line refuses: test_llm_options.py, test_llm_files.py.
+"""
+
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-GENERATE = ROOT / "examples" / "llm" / "generate.py"
-DEMO = ROOT / "tools" / "demo"
+from checkpoints import LLM
+from command import DEVICE, run, run_generate
 
-
-# A GPU target of tests/BUILD sets PJRT_DEVICE.
-DEVICE = "cpu" if os.environ.get("PJRT_DEVICE", "CPU") == "CPU" else "gpu"
+DEMO = LLM.parents[1] / "tools" / "demo"
 ITEM_SIZE = {"cpu": 4, "gpu": 2}[DEVICE]  # fp32, bf16
-
-
-def run(*command: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command,
-        env=dict(os.environ, **env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-
-
-def generate(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    command = (sys.executable, str(GENERATE), "--device", DEVICE, *arguments)
-    return run(*command, **env)
 
 
 def reported(output: str) -> dict[str, str]:
@@ -47,11 +26,9 @@ def reported(output: str) -> dict[str, str]:
 CALLS = {"attention": 17 + 8 * 3, "all": 17 + 8 * 3 + 8 * 2}
 
 
-@pytest.mark.parametrize(
-    ("ops", "backend"), [("all", "openxla"), ("attention", "xla_ops")]
-)
+@pytest.mark.parametrize("ops, backend", [("all", "openxla"), ("attention", "xla_ops")])
 def test_report(ops, backend):
-    done = generate(
+    done = run_generate(
         "--prompt", "Pip the mouse", "--prompt", "In the middle of the night,",
         "--max-new-tokens", "12", "--max-batch", "2",
         "--ops", ops, "--backend", backend,
@@ -75,35 +52,14 @@ def test_report(ops, backend):
     assert report["xla_ops custom calls"] == f"{CALLS[ops]} to {CALLS[ops]} a step"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "/no/such/folder"], "folder must hold config.json"),
-        (["--top-p", "0"], r"sampling: top_p must be in \(0, 1\], got 0.0"),
-        (["--max-new-tokens", "2000"], "max_new_tokens must be at most 1024 tokens"),
-        (["--prompt", "a", "--num-blocks", "1"], "must be at most 16 tokens"),
-    ],
-)
-def test_errors_come_before_compiling(arguments, message, monkeypatch, capsys):
-    """In this process: it has XLA running, and a process of its own takes long."""
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    monkeypatch.setenv("PJRT_DEVICE", os.environ.get("PJRT_DEVICE", "CPU"))
-    monkeypatch.syspath_prepend(str(GENERATE.parent))
-    from generate import main
-
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        main(["--device", DEVICE, *arguments])
-    assert "compile" not in capsys.readouterr().err
-
-
 def test_tools_demo_checks_its_device(tmp_path):
-    done = run("bash", str(DEMO), "--device", "tpu")
+    done = run("bash", DEMO, "--device", "tpu")
     assert done.returncode == 1
     assert "--device must be cpu or gpu, got 'tpu'" in done.stderr
     # A machine without nvidia-smi, even where there is one.
     for program in ("bash", "dirname"):
         (tmp_path / program).symlink_to(shutil.which(program))
-    done = run("bash", str(DEMO), "--device=gpu", PATH=str(tmp_path))
+    done = run("bash", DEMO, "--device=gpu", PATH=str(tmp_path))
     assert done.returncode == 1
     assert "must find an NVIDIA driver" in done.stderr
 
@@ -132,6 +88,6 @@ def test_tools_demo_refuses_a_driver_too_old_for_the_kernels(
 
 
 def test_tools_demo_help_needs_no_build():
-    done = run("bash", str(DEMO), "--help")
+    done = run("bash", DEMO, "--help")
     assert done.returncode == 0
     assert "--max-new-tokens" in done.stdout

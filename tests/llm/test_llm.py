@@ -1,40 +1,28 @@
 """Holds examples/llm to transformers: same checkpoint, same greedy tokens, fp32.
 
-Checkpoints are made here, with random weights everywhere (biases and norms
-too, which transformers would leave at 0 and 1), so that each feature of the
-two architectures has an effect on what comes out.
+Checkpoints that are refused or odd: test_llm_config.py, test_llm_weights.py.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch_xla
-import torch_xla.runtime as xr
-from torch_xla.backends import set_mat_mul_precision
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-LLM = Path(__file__).resolve().parents[2] / "examples" / "llm"
-sys.path.insert(0, str(LLM))
-
-import weights  # noqa: E402
-from config import ModelConfig  # noqa: E402
-from engine import Engine, prefill_buckets  # noqa: E402
-from hlo import step_programs  # noqa: E402
-from sampling import Sampling  # noqa: E402
-
-MAX_LEN = 96
-NEW_TOKENS = 20
-# Of different lengths: one token, one page, longer than a prefill step.
-PROMPTS = [
-    [3],
-    [(7 * i + 1) % 96 for i in range(16)],
-    [(5 * i + 2) % 96 for i in range(43)],
-    [90, 2, 90, 2, 90],
-    [(11 * i) % 96 for i in range(20)],
-]
+import weights
+from checkpoints import (
+    LLM,
+    MAX_LEN,
+    NEW_TOKENS,
+    PROMPTS,
+    make_checkpoint,
+    make_engine,
+    reference,
+)
+from engine import Engine, prefill_buckets
+from hlo import step_programs
+from sampling import Sampling
 
 SMALL = dict(
     vocab_size=96,
@@ -55,6 +43,12 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=4.0,
+    original_max_position_embeddings=32,
+)
 CASES = {
     "llama_untied": LlamaConfig(**SMALL, tie_word_embeddings=False),
     "llama_tied_mha": LlamaConfig(
@@ -72,6 +66,23 @@ CASES = {
         **SMALL,
         rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
     ),
+    "llama_yarn_rope": LlamaConfig(
+        **SMALL | dict(head_dim=16), rope_parameters=YARN_ROPE
+    ),
+    "mistral_window": MistralConfig(**SMALL, sliding_window=12),
+    "mistral_full_tied": MistralConfig(
+        **SMALL | dict(head_dim=16), sliding_window=None, tie_word_embeddings=True
+    ),
+    "qwen2_tied": Qwen2Config(
+        **{k: v for k, v in SMALL.items() if k != "head_dim"} | dict(hidden_size=64),
+        tie_word_embeddings=True,
+    ),
+    "qwen2_window_untied": Qwen2Config(
+        **{k: v for k, v in SMALL.items() if k != "head_dim"} | dict(hidden_size=64),
+        use_sliding_window=True,
+        sliding_window=12,
+        max_window_layers=1,
+    ),
     "qwen3_tied_mqa": Qwen3Config(
         **SMALL | dict(num_key_value_heads=1), tie_word_embeddings=True
     ),
@@ -87,47 +98,6 @@ CASES = {
 }
 
 
-def make_checkpoint(config, folder: Path, **save_options) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(noise * 0.15 + (parameter.mean() > 0.5))
-    model.save_pretrained(folder, **save_options)
-    return folder
-
-
-def make_engine(folder: Path, **options) -> Engine:
-    config = ModelConfig.from_folder(folder)
-    device = torch_xla.device()
-    if xr.device_type() != "CPU":  # where fp32 products are TF32 otherwise
-        set_mat_mul_precision("highest")
-    ops = options.pop("ops", "all")
-    decoder = weights.load(folder, config, MAX_LEN, torch.float32, device, ops)
-    defaults = dict(max_len=MAX_LEN, max_seqs=3, max_prefill_tokens=32)
-    engine = Engine(decoder, **defaults | options)
-    engine.warm_up()
-    return engine
-
-
-def reference(folder: Path, prompts, new_tokens: int = NEW_TOKENS) -> list[list[int]]:
-    """Greedy tokens by transformers, one prompt at a time: no padding there."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        answers.append(out[0, len(prompt) :].tolist())
-    return answers
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_equal_transformers(name, tmp_path):
     folder = make_checkpoint(CASES[name], tmp_path)
@@ -137,7 +107,7 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ops", "backend"),
+    "ops, backend",
     [("attention", "openxla"), ("attention", "xla_ops"), ("all", "xla_ops")],
 )
 def test_other_ops_and_backends_write_the_same(ops, backend, tmp_path):
@@ -169,6 +139,7 @@ def test_shipped_checkpoint():
 @pytest.fixture(autouse=True)
 def _fresh():
     """In place of conftest's: what Dynamo compiled stays, the engine is warm."""
+    return
 
 
 @pytest.fixture(scope="module")
@@ -245,20 +216,24 @@ def test_on_token_sees_every_token(engine, expected):
     assert seen == expected
 
 
-def test_sampling_is_repeatable_and_follows_the_seed(engine, expected):
+def test_sampling_is_repeatable_and_follows_the_seed(engine, folder, expected):
     def draw(seed):
         how = Sampling(temperature=1.0, top_p=0.9, seed=seed)
         return engine.generate(PROMPTS, NEW_TOKENS, how)
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+    # Whether a prompt goes in at once or in parts makes no difference.
+    whole = make_engine(folder, max_prefill_tokens=64)
+    how = Sampling(temperature=1.0, top_p=0.9, seed=1)
+    assert whole.generate(PROMPTS, NEW_TOKENS, how) == draw(1)
     # A tiny top_p leaves the likeliest token alone: greedy again.
     greedy = Sampling(temperature=1.0, top_p=1e-6)
     assert engine.generate(PROMPTS, NEW_TOKENS, greedy) == expected
 
 
 @pytest.mark.parametrize(
-    ("prompts", "new_tokens", "message"),
+    "prompts, new_tokens, message",
     [
         ([[]], 1, "prompt must have at least 1 token, got 0"),
         ([[1, 96]], 1, r"prompt tokens must be in 0..95, got 96"),
@@ -286,80 +261,3 @@ def test_prefill_buckets():
     assert prefill_buckets(100) == (16, 64, 100)
     assert prefill_buckets(16) == (16,)
     assert prefill_buckets(1) == (1,)
-
-
-# --- Checkpoints that must be refused, or read in another spelling. ----------
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    raw = json.loads(path.read_text()) | changes
-    raw = {k: v for k, v in raw.items() if v is not ...}
-    path.write_text(json.dumps(raw))
-
-
-def test_old_and_new_spelling_of_rope_agree(tmp_path):
-    new = make_checkpoint(CASES["llama_llama3_rope"], tmp_path / "new")
-    expected = ModelConfig.from_folder(new)
-    old = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
-    edit_config(new, rope_parameters=..., rope_theta=10000.0, rope_scaling=old)
-    assert ModelConfig.from_folder(new) == expected
-    assert expected.rope.kind == "llama3" and expected.rope.original_max_len == 32
-
-
-def test_end_tokens_come_from_generation_config_first(tmp_path):
-    folder = make_checkpoint(CASES["llama_untied"], tmp_path)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
-    assert ModelConfig.from_folder(folder).eos_token_ids == {4, 5}
-    (folder / "generation_config.json").unlink()
-    assert ModelConfig.from_folder(folder).eos_token_ids == {95}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(model_type="gpt2"), "model_type must be one of llama, qwen3, got 'gpt2'"),
-        (dict(hidden_act="gelu"), "hidden_act must be silu, got 'gelu'"),
-        (dict(rope_parameters=dict(rope_type="yarn")), "rope type must be .* 'yarn'"),
-        (dict(rope_parameters=..., rope_scaling=dict(type="dynamic")), "'dynamic'"),
-        (dict(partial_rotary_factor=0.5), "partial_rotary_factor must be 1, got 0.5"),
-        (dict(quantization_config=dict(bits=4)), "quantization_config must be absent"),
-        (dict(hidden_size=...), "hidden_size must be present, got None"),
-    ],
-)
-def test_bad_configs(tmp_path, changes, message):
-    folder = make_checkpoint(CASES["llama_untied"], tmp_path)
-    edit_config(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        ModelConfig.from_folder(folder)
-
-
-def load(folder: Path):
-    config = ModelConfig.from_folder(folder)
-    return weights.load(folder, config, MAX_LEN, torch.float32, torch.device("cpu"))
-
-
-def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must hold config.json"):
-        ModelConfig.from_folder(tmp_path)
-    folder = make_checkpoint(CASES["llama_untied"], tmp_path, max_shard_size="50KB")
-    gone = weights.weight_files(folder)[1]
-    gone.unlink()
-    with pytest.raises(FileNotFoundError, match=f"every file .* without {gone.name}"):
-        load(folder)
-    (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="must hold model.safetensors or"):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(num_hidden_layers=1), r"must be known, got model\.layers\.1\."),
-        (dict(num_hidden_layers=3), r"without 9 of 30, model\.layers\.2\."),
-        (dict(intermediate_size=64), r"must have shape \(.*64.*\), got \(.*80.*\)"),
-    ],
-)
-def test_weights_of_another_model(tmp_path, changes, message):
-    folder = make_checkpoint(CASES["llama_untied"], tmp_path)
-    edit_config(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        load(folder)

@@ -1,6 +1,8 @@
 """Tests the parts of examples/llm that need no model: block allocator, sampling,
 and the search for copies in HLO."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -79,17 +81,47 @@ def test_greedy():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
-        (dict(temperature=-1.0), "temperature must be at least 0, got -1.0"),
-        (dict(temperature=float("nan")), "temperature must be at least 0, got nan"),
+        (dict(temperature=-1.0), "temperature must be finite .* 0, got -1.0"),
+        (dict(temperature=math.nan), "temperature must be finite .* 0, got nan"),
+        (dict(temperature=math.inf), "temperature must be finite .* 0, got inf"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\], got 0.0"),
         (dict(top_p=1.5), r"top_p must be in \(0, 1\], got 1.5"),
+        (dict(top_p=math.nan), r"top_p must be in \(0, 1\], got nan"),
+        (dict(seed=-1), r"seed must be in 0..2\^64 - 1, got -1"),
+        (dict(seed=2**64), r"seed must be in .* got 18446744073709551616"),
     ],
 )
 def test_bad_sampling(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_no_temperature_is_too_small_or_too_large():
+    logits = torch.tensor([1.0, 3.0, -torch.inf, 3.0 - 1e-6])
+    for temperature in (1e-323, 1e-45, 1e-20):
+        how = Sampling(temperature=temperature)
+        assert sample(logits, how, how.generator(0)) == 1
+    how = Sampling(temperature=1e308)
+    generator = how.generator(0)
+    seen = {sample(logits, how, generator) for _ in range(100)}
+    assert seen == {0, 1, 3}  # evenly, of what is possible at all
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_overflowed_are_said_to_have(value):
+    how = Sampling(temperature=1.0)
+    with pytest.raises(ValueError, match=f"logits must be finite, got {value}"):
+        sample(torch.tensor([0.0, value]), how, how.generator(0))
+
+
+def test_every_seed_gives_each_prompt_its_own_stream():
+    for seed in (0, 2**63, 2**64 - 1):
+        how = Sampling(temperature=1.0, seed=seed)
+        first, second = (torch.rand(4, generator=how.generator(i)) for i in range(2))
+        again = torch.rand(4, generator=how.generator(0))
+        assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 # --- HLO. ---------------------------------------------------------------------
@@ -186,5 +218,10 @@ def test_only_programs_that_take_the_cache_are_read(tmp_path):
     other = IN_PLACE.replace("8,16,2,64", "8,16,2,32")
     (tmp_path / "m2.cpu_after_optimizations.txt").write_text(other)
     (tmp_path / "m3.before_optimizations.txt").write_text(IN_PLACE)
+    lines = IN_PLACE.splitlines(keepends=True)
+    hands_on = "".join(line for line in lines if "custom" not in line).replace(
+        "tuple(%update.3)", "tuple(%p0.1)"
+    )
+    (tmp_path / "m4.cpu_after_optimizations.txt").write_text(hands_on)
     found = step_programs(tmp_path, (8, 16, 2, 64), "float32")
     assert found == [Program("m1.cpu_after_optimizations.txt", 0, 1)]
