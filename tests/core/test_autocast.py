@@ -375,10 +375,10 @@ def test_every_op_has_a_rule():
 )
 def test_any_dtypes(path, input, weight, residual, dtype, seed):
     torch.manual_seed(seed)
-    args = rows(input, weight=randn(16, dtype=weight), residual=randn(3, 16).to(residual))
-    case = Case(
-        xla_ops.fused_add_rms_norm, args, {"weight": input, "residual": input}
+    args = rows(
+        input, weight=randn(16, dtype=weight), residual=randn(3, 16).to(residual)
     )
+    case = Case(xla_ops.fused_add_rms_norm, args, {"weight": input, "residual": input})
     got, wanted = run(Path(path), case, dtype), run(Path(path), case.by_hand())
     for g, w in zip(got, wanted, strict=True):
         assert g.dtype == input
@@ -414,12 +414,12 @@ def test_what_is_not_cast(path):
     x, w = path.put((randn(3, 16, dtype=HALF), randn(16)))
     device = path.device.type
     wrong = "rms_norm: weight must be bfloat16, got float"
-    with torch.autocast(device, dtype=HALF, enabled=False):
-        with pytest.raises(ValueError, match=wrong + "32"):
-            xla_ops.rms_norm(x, w)
-    with torch.autocast("cpu" if path.is_xla else "xla", dtype=HALF):
-        with pytest.raises(ValueError, match=wrong + "32"):
-            xla_ops.rms_norm(x, w)
+    off = torch.autocast(device, dtype=HALF, enabled=False)
+    with off, pytest.raises(ValueError, match=wrong + "32"):
+        xla_ops.rms_norm(x, w)
+    other = torch.autocast("cpu" if path.is_xla else "xla", dtype=HALF)
+    with other, pytest.raises(ValueError, match=wrong + "32"):
+        xla_ops.rms_norm(x, w)
     with torch.autocast(device, dtype=HALF):
         with pytest.raises(ValueError, match=wrong + "64"):
             xla_ops.rms_norm(x, w.double())

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-import torch_xla
 import torch.utils.checkpoint
+import torch_xla
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
@@ -28,7 +28,7 @@ BACKENDS = [
 
 @pytest.fixture(autouse=True)
 def _grad_mode():
-    # Torch counts the devices at the first backward of the process: XLA's must be there.
+    # Torch counts the devices at a process's first backward: XLA's must be there.
     torch_xla.device()
     with torch.enable_grad(), warnings.catch_warnings():
         # Torch warns where it drops a gradient: nothing here may.
@@ -257,11 +257,13 @@ def test_fronts_refuse_at_the_call(front):
         with pytest.raises(RuntimeError) as error:
             front(**{**plain, a.name: [t] if is_list else t})
         assert wanted in str(error.value)
+        text = ""
         with torch.no_grad():
             try:
                 front(**{**plain, a.name: [t] if is_list else t})
-            except Exception as error:  # most of these calls make no sense
-                assert "gradient" not in str(error)
+            except (ValueError, TypeError, RuntimeError, IndexError) as error:
+                text = str(error)  # most of these calls make no sense
+        assert "gradient" not in text
         asked += 1
     assert asked
 

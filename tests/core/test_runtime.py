@@ -86,7 +86,7 @@ def test_cuda_archs_and_version_come_from_the_library():
 
 
 @pytest.mark.parametrize(
-    ("macros", "text"),
+    "macros, text",
     [
         ({"NO_TABLE": None}, "does not export xla_ops_handlers"),
         ({"UNDEFINED": None, "PREFIX": "u"}, "no_library_has_this_symbol"),
@@ -152,7 +152,7 @@ def show_attrs(**attrs):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    "value, shown",
     [
         (True, "a:3:1:01;"),
         (False, "a:3:1:00;"),
@@ -390,7 +390,7 @@ def test_agrees_with_the_loader(fake_ops):
 
 
 @pytest.mark.parametrize(
-    ("data", "text"),
+    "data, text",
     [
         (b"", "not an ELF file"),
         (b"hello", "not an ELF file"),

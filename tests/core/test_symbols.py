@@ -102,7 +102,7 @@ def check(got, wanted):
         assert torch.allclose(g.cpu(), w.cpu(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("backend", "path"), BACKENDS)
+@pytest.mark.parametrize("backend, path", BACKENDS)
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("how", ["marked", "dynamic"])
 def test_compiled_once_for_all_sizes(backend, path, module, how):

@@ -149,7 +149,7 @@ def test_initialize(opened):
     opened.call(INITIALIZE)
 
 
-@pytest.mark.parametrize(("index", "fields"), [(COMPILE, 5), (AOT_COMPILE, 6)])
+@pytest.mark.parametrize("index, fields", [(COMPILE, 5), (AOT_COMPILE, 6)])
 def test_program_is_padded_too(opened, index, fields):
     program = struct(0, 77, 0, 0)
     words = opened.call(index, 0, ctypes.addressof(program), *[0] * (fields - 2))
@@ -189,7 +189,7 @@ def test_extensions_keep_their_order(opened):
 
 # By function: how many words torch_xla 2.9.0 passes, the size among them.
 @pytest.mark.parametrize(
-    ("extension", "words"),
+    "extension, words",
     [(STREAM, [3, 3]), (LAYOUTS, [3, 7, 7, 4]), (MEMORY, [6])],
 )
 def test_extensions_get_longer_structs(opened, extension, words):
@@ -249,7 +249,7 @@ def test_a_second_plugin_in_one_process_raises(opened):
 
 
 @pytest.mark.parametrize(
-    ("macros", "text"),
+    "macros, text",
     [
         ({"MAJOR": 1, "MINOR": 3}, "speaks PJRT API 1.3, torch_xla needs major"),
         ({"MINOR": 74}, r"speaks PJRT API 0.74, torch_xla needs 0.75 or newer"),

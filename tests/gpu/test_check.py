@@ -72,7 +72,7 @@ def test_no_driver(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("init", "text"),
+    "init, text",
     [
         (100, r"CUDA_ERROR_NO_DEVICE \(100\): no GPU is visible"),
         (999, r"error 999: check that the kernel module is loaded"),
@@ -144,7 +144,7 @@ def test_only_the_gpu_of_this_process_counts(driver, kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("archs", "runs", "not_on"),
+    "archs, runs, not_on",
     [
         ("8.0", ["8.0", "8.6", "8.9"], ["7.5", "9.0", "12.0"]),
         ("8.6", ["8.6", "8.9"], ["8.0"]),

@@ -86,7 +86,7 @@ def test_gpu_that_was_asked_for_and_is_missing_is_not_healthy():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [([], 2), (["unknown"], 2), (["--help"], 0)]
+    "arguments, status", [([], 2), (["unknown"], 2), (["--help"], 0)]
 )
 def test_usage(arguments, status):
     done = run(*arguments, PJRT_DEVICE="CPU")
@@ -137,7 +137,7 @@ def test_gpu_machine(machine):
 
 @pytest.mark.parametrize("device", ["GPU", "CUDA", "CPU"])
 @pytest.mark.parametrize(
-    ("setting", "name", "text", "fix"),
+    "setting, name, text, fix",
     [
         ({"MAJOR": 2}, "plugin", "speaks PJRT API 2.115", "install another release"),
         ({"EXTENSION": 0}, "PJRT API", "has no custom-call", "install jax-cuda12"),
@@ -205,7 +205,7 @@ def answer(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "text"),
+    "changes, status, text",
     [
         ({}, "ok", "rms_norm in an XLA program on CPU:0, error 0.0e+00"),
         ({"error": 0.5}, "FAIL", "error 5.0e-01"),
@@ -222,7 +222,7 @@ def test_answer_of_the_call_is_judged(tmp_path, monkeypatch, changes, status, te
 
 
 @pytest.mark.parametrize(
-    ("device", "status", "verdict"),
+    "device, status, verdict",
     [
         ("gpu", "FAIL", "Not healthy"),
         ("cpu", "FAIL", "Not healthy"),

@@ -59,7 +59,7 @@ def register(tmp_path, plugin_path, ops=None):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("extension", "traits"), [(2, -1), (3, 1)])
+@pytest.mark.parametrize("extension, traits", [(2, -1), (3, 1)])
 def test_register_gpu_registers_all_stages_once(tmp_path, extension, traits):
     answer = register(tmp_path, fakes.build("fake_pjrt_plugin", EXTENSION=extension))
     assert "fake.shapes" in answer["names"]

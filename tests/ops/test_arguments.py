@@ -128,9 +128,7 @@ ILLEGAL = [
 KINDS = {"an int": INTS, "a float": FLOATS, "a bool": FLAGS}
 # None means something to these.
 ILLEGAL = [
-    (n, v)
-    for n, v in ILLEGAL
-    if v is not None or n.argument not in ("sliding_window",)
+    (n, v) for n, v in ILLEGAL if v is not None or n.argument != "sliding_window"
 ]
 
 
@@ -149,7 +147,7 @@ def assert_same(got, wanted):
 
 
 @pytest.mark.parametrize("name", EAGER)
-@pytest.mark.parametrize(("number", "kind"), LEGAL, ids=str)
+@pytest.mark.parametrize("number, kind", LEGAL, ids=str)
 def test_taken_as_pythons(name, number, kind):
     path = Path(name)
     wanted = number.call(path, **{number.argument: number.value})
@@ -171,7 +169,7 @@ def test_the_value_matters(number):
 
 
 @pytest.mark.parametrize("name", EAGER)
-@pytest.mark.parametrize(("number", "value"), ILLEGAL, ids=str)
+@pytest.mark.parametrize("number, value", ILLEGAL, ids=str)
 def test_refused_by_name(name, number, value):
     rule = f"{number.call.__name__}: {number.argument} must be {kind_of(number)}, got "
     with pytest.raises(TypeError, match=re.escape(rule)):
@@ -206,7 +204,7 @@ def compiled(fullgraph, backend="openxla"):
 
 @pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
 @pytest.mark.parametrize(
-    ("longest", "scale", "argument"),
+    "longest, scale, argument",
     [
         (np.int64(9), 0.25, "max_seqlen_q must be an int"),
         (torch.tensor(9), 0.25, "max_seqlen_q must be an int"),

@@ -184,7 +184,9 @@ def test_lowered_once_a_signature(name):
 def test_backward_raises_by_name(name):
     op = OPS[name]
     args = [
-        a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        a.clone().requires_grad_()
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else a
         for a in SAMPLES[name]
     ]
     with torch.enable_grad():

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 from . import gradients
-from .autocast import Rule, register as register_autocast
+from .autocast import Rule
+from .autocast import register as register_autocast
 
 
 def define(

@@ -49,9 +49,7 @@ class Update(NamedTuple):
     targets: Mapping[str, torch.Tensor | None]
 
 
-def define(
-    schema: str, plan: Callable[..., Update], *, autocast: Rule
-) -> None:
+def define(schema: str, plan: Callable[..., Update], *, autocast: Rule) -> None:
     """Defines a mutable op as torch.ops.xla_ops.<name>.
 
     Args:

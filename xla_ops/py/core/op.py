@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import gradients, handlers
-from .autocast import Rule, register as register_autocast
+from .autocast import Rule
+from .autocast import register as register_autocast
 from .custom_call import BoundCall, CustomCall, Node, call_directly, node_of
 from .hlo import Spec
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-
 _CONSTANTS = (int, float, complex, str, bytes, type(None))
 
 

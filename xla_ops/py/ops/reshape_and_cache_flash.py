@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..core import autocast, debug, front, in_place, paged_cache
+from ..core import debug, front, in_place, paged_cache
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
