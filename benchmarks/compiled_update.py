@@ -26,7 +26,7 @@ import xla_ops
 import xla_ops.vllm
 
 HEADS, HEAD_DIM, PAGE = 8, 128, 16
-BACKENDS = {"cpu": ("eager", "aot_eager", "inductor")}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("eager", "aot_eager", "inductor")}
 BACKENDS["cuda"] = (*BACKENDS["cpu"], "cudagraphs")
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     name = f"{platform.machine()}, {os.cpu_count()} cores"
     if args.device == "cuda":
         name = torch.cuda.get_device_name()
-    record = {
+    record: dict = {
         "device": name,
         "torch": torch.__version__,
         "xla_ops": xla_ops.__version__,

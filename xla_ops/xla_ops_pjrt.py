@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> type:
     """Makes GpuPlugin when it is first asked for.
 
     Its base class is torch_xla's, and torch_xla asks for it while it is imported
@@ -74,7 +74,9 @@ def _make_class(base: type) -> type:
         def configure_single_process(self) -> None:
             """Nothing to do: a process without a rank uses all visible GPUs."""
 
-        def configure_multiprocess(self, local_rank: int, local_world_size: int):
+        def configure_multiprocess(
+            self, local_rank: int, local_world_size: int
+        ) -> None:
             """Nothing to do: torch_xla passes the rank on in the environment."""
 
         def requires_xla_coordinator(self) -> bool:
@@ -106,6 +108,7 @@ def _fail(reason: str) -> str:
             # Loading a file that was cut short would end the process.
             path = os.path.join(folder, "core", "elf.py")
             spec = importlib.util.spec_from_file_location("xla_ops_elf", path)
+            assert spec is not None and spec.loader is not None
             elf = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(elf)
             if not elf.cut_short(bridge):

@@ -86,7 +86,9 @@ class Report:
         self.checks: list[Check] = []
         self.facts: dict = {"requested_device": requested}
 
-    def add(self, section: str, name: str, status: str, text: str, fix: str = ""):
+    def add(
+        self, section: str, name: str, status: str, text: str, fix: str = ""
+    ) -> None:
         self.checks.append(Check(section, name, status, text, fix))
 
     def gpu(self, name: str, good: bool, text: str, fix: str = "") -> None:
@@ -133,7 +135,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _check_versions(report: Report) -> None:
-    versions = {
+    versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, "
         f"{' '.join(platform.libc_ver())}",
@@ -300,7 +302,8 @@ def _check_driver(report: Report, plugin_path: pathlib.Path | None) -> None:
 
 def _check_cuda_libraries(report: Report, plugin_path: pathlib.Path) -> None:
     match = re.fullmatch(r"xla_cuda(\d+)", plugin_path.parent.name)
-    names = _CUDA_LIBRARIES.get(match[1] if match else "", ())
+    cuda = match[1] if match else ""
+    names = _CUDA_LIBRARIES.get(cuda, ())
     missing = [f"lib{n}" for n in names if not _has_library(plugin_path, f"lib{n}")]
     if not names:
         return
@@ -311,7 +314,7 @@ def _check_cuda_libraries(report: Report, plugin_path: pathlib.Path) -> None:
         "CUDA libraries",
         NOTE if missing else OK,
         f"not found: {', '.join(missing)}" if missing else "found",
-        f'pip install "jax-cuda{match[1]}-plugin[with-cuda]"' if missing else "",
+        f'pip install "jax-cuda{cuda}-plugin[with-cuda]"' if missing else "",
     )
     if _version("nvidia-cudnn-cu12") and _version("nvidia-cudnn-cu13"):
         report.add(

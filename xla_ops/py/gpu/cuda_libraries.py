@@ -204,7 +204,7 @@ def _requirement(wheel: str) -> str:
         texts = []
     for text in texts:
         requirement = text.partition(";")[0].strip()
-        if re.match(r"[\w.-]+", requirement)[0] == wheel:
+        if re.split(r"[^\w.-]", requirement)[0] == wheel:
             return requirement.replace(" ", "")
     return wheel
 

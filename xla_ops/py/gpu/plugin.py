@@ -31,7 +31,7 @@ def open_bridge() -> str:
     return bridge
 
 
-def plugin_info(path: pathlib.Path) -> dict:
+def plugin_info(path: pathlib.Path) -> _runtime.PluginInfo:
     """What the plugin at `path` offers: see _runtime.find_plugin_info.
 
     Raises Problem if the bridge cannot use it.
