@@ -45,7 +45,8 @@ FAMILIES = {
     "qwen2": Family(32768, qkv_bias=True, o_bias=False, windows="some"),
     "qwen3": Family(32768, head_dim=128, qk_norm=True, windows="some"),
 }
-# What xla_ops.paged_attention takes; tests/test_llm_config.py holds the two together.
+# What xla_ops.paged_attention takes; tests/llm/test_llm_config.py holds the two
+# together.
 HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 256
 # Another model, whatever model_type says.
 QUANTISED = "quantised checkpoints are not read, take the one in bf16 or fp16"

@@ -34,7 +34,7 @@ def registry(monkeypatch, tmp_path, clock):
     monkeypatch.delenv("XLA_OPS_STRICT", raising=False)
 
     class Registry:
-        def __init__(self):
+        def __init__(self) -> None:
             self.answers: dict[str, str] | Exception = {}
             self.calls = 0
             self.state = handlers._Platform("Host", "cpu", self.register)

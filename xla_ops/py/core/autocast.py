@@ -11,6 +11,7 @@ Tested by tests/core/test_autocast.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def _kernel(device: str, overload: torch._ops.OpOverload, rule: Rule) -> Callabl
     names = [a.name for a in arguments]
     written = {a.name for a in arguments if a.alias_info and a.alias_info.is_write}
 
-    def kernel(*args, **kwargs):
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         dtypes = rule({**defaults, **given}, torch.get_autocast_dtype(device))
         for name, dtype in dtypes.items():

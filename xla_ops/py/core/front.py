@@ -7,6 +7,7 @@ and on plain tensors alike, with the tensors that the user passed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def define(
     names = tuple(argument.name for argument in parsed.arguments)
     writes = any(a.alias_info and a.alias_info.is_write for a in parsed.arguments)
 
-    def refusing(*args, **kwargs):
+    def refusing(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
         gradients.refuse(op, given)
         return kernel(*args, **kwargs)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -117,7 +117,9 @@ def refuse(op: str, arguments: Iterable[tuple[str, object]]) -> None:
 _TANGENT = "has a tangent (forward mode)"
 
 
-def _tensors(arguments) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    arguments: Iterable[tuple[str, object]],
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in arguments:
         if isinstance(value, torch.Tensor):
             yield name, value
@@ -133,7 +135,7 @@ def kernel(op: Op) -> Callable:
     """Returns the op's kernel for torch's autograd keys."""
     overload = op.overload
 
-    def call(*args):
+    def call(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             for name, t in _tensors(zip(op.arguments, args, strict=True)):
                 if _is_dual(t):
@@ -141,7 +143,7 @@ def kernel(op: Op) -> Callable:
                     raise RuntimeError(message(op.public_name, name, _TANGENT))
         if _is_grad_enabled() and _any_requires_grad(*args):
             with enable_single_level_autograd_function():
-                return _Tracked.apply(op, *args)
+                return _Tracked.apply(op, *args)  # type: ignore[attr-defined]
         with _below_autograd():
             return overload(*args)
 
@@ -156,12 +158,12 @@ class _Tracked(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(op, *args):
+    def forward(op: Op, *args: Any) -> Any:
         with _below_autograd():
             return op.overload(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         op, *args = inputs
         gradient = op.gradient or Gradient(lambda _: {})
         results = output if isinstance(output, tuple) else (output,)
@@ -184,7 +186,7 @@ class _Tracked(_SingleLevelFunction):
         }
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
         op, gradient = ctx.op, ctx.gradient
         needs = zip(op.arguments, ctx.needs_input_grad[1:], strict=True)
         wanted = tuple(name for name, is_needed in needs if is_needed)
@@ -214,7 +216,9 @@ class _Tracked(_SingleLevelFunction):
         )
 
 
-def _no_gradient(grad, op, argument, shape, dtype) -> torch.Tensor:
+def _no_gradient(
+    grad: torch.Tensor, op: str, argument: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
     raise RuntimeError(message(op, argument))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,7 +26,7 @@ def integer(op: str, argument: str, value: Any) -> int:
         TypeError: it is none, or a tensor whose element the host does not know.
     """
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return cast(int, value)  # as torch types sizes, which are symbols too
     return _converted(op, argument, value, "an int", operator.index, torch.int64)
 
 
@@ -37,9 +37,9 @@ def number(op: str, argument: str, value: Any) -> float:
         TypeError: it is none, or a tensor whose element the host does not know.
     """
     if type(value) is float or isinstance(value, torch.SymFloat):
-        return value
+        return cast(float, value)
     if isinstance(value, torch.SymInt):
-        return torch.sym_float(value)
+        return cast(float, torch.sym_float(value))
     if type(value) is int:
         return float(value)
     return _converted(op, argument, value, "a float", _real, torch.float64)

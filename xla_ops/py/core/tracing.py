@@ -37,11 +37,10 @@ def from_sizes(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
         sizes: of a tensor of the graph. What does not follow from them becomes a
             constant, to which the graph is tied.
     """
-    known = {
-        size.node.expr: size
-        for size in sizes
-        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol)
-    }
+    known: dict[sympy.Symbol, torch.SymInt] = {}
+    for size in sizes:
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            known[size.node.expr] = size
     return tuple(_from_symbols(value, known) for value in values)
 
 

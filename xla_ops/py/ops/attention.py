@@ -7,7 +7,8 @@ same; they differ in what their errors call the arguments.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_type_hints
+from collections.abc import Mapping
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
@@ -151,7 +152,7 @@ def autocast(query: str, key: str, value: str) -> Rule:
     the dtype of the former.
     """
 
-    def rule(args, dtype) -> dict[str, torch.dtype]:
+    def rule(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
         keys = args[key] if isinstance(args[key], torch.Tensor) else args[key][0]
         is_paged = any(args.get(f"block_table{s}") is not None for s in ("", "s"))
         new = dict.fromkeys(_FLOAT_OPERANDS, torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -415,7 +415,7 @@ def _convert(
     return scaled.clamp(-limit, limit).to(dtype)  # clamp keeps NaN
 
 
-def _autocast(args, dtype) -> dict[str, torch.dtype]:
+def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """New rows to the cache's dtype, or where that is fp8 to one dtype."""
     caches = (args[name] for name in ("key_cache", "kv_cache") if name in args)
     auto = args["kv_cache_dtype"] == "auto"
