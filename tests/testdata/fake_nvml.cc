@@ -81,8 +81,9 @@ int nvmlDeviceGetMigDeviceHandleByIndex(void*, unsigned index, void** device) {
 
 int nvmlDeviceGetUUID(void* device, char* uuid, unsigned length) {
   const size_t number = Number(device);
-  const std::string text = number < 1000 ? List("FAKE_NVML_GPUS")[number - 1]
-                                         : List("FAKE_NVML_MIGS")[number - 1000];
+  const std::string text = number < 1000
+                               ? List("FAKE_NVML_GPUS")[number - 1]
+                               : List("FAKE_NVML_MIGS")[number - 1000];
   if (text.size() >= length) return kInsufficientSize;
   std::snprintf(uuid, length, "%s", text.c_str());
   return 0;

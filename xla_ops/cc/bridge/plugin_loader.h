@@ -21,9 +21,9 @@ struct PjrtPlugin {
 };
 
 // Loads the shared object at `path` and reads its function table. Returns what
-// is wrong with it and sets `plugin->fix`, or an empty string and sets `plugin`;
-// the version is set even where it is the reason for the error. The library is
-// never unloaded: XLA's runtime does not survive that.
+// is wrong with it and sets `plugin->fix`, or an empty string and sets
+// `plugin`; the version is set even where it is the reason for the error. The
+// library is never unloaded: XLA's runtime does not survive that.
 std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin);
 
 // What to tell the user of a plugin that opens all the same, or "".

@@ -40,8 +40,7 @@ class FastDiv {
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-      int
-      value() const {
+      int value() const {
     return static_cast<int>(divisor_);
   }
 

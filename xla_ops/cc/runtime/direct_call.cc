@@ -101,8 +101,8 @@ CallStatus CallHandler(const LoadedHandler& handler, void* stream,
       CallFrame instantiate;
       AddAttrs(attrs, &instantiate);
       instantiate.SetState(&instance.state);
-      instance.status = instantiate.Call(
-          bundle.instantiate, XLA_FFI_ExecutionStage_INSTANTIATE);
+      instance.status = instantiate.Call(bundle.instantiate,
+                                         XLA_FFI_ExecutionStage_INSTANTIATE);
     });
     if (!instance.status.ok()) return instance.status;
     frame.SetState(&instance.state);

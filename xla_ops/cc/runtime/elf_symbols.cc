@@ -47,8 +47,7 @@ std::string CheckHeader(const Elf64_Ehdr& header) {
     return "not an ELF file";
   }
   if (header.e_ident[EI_CLASS] != ELFCLASS64 ||
-      header.e_ident[EI_DATA] != ELFDATA2LSB ||
-      header.e_machine != EM_X86_64) {
+      header.e_ident[EI_DATA] != ELFDATA2LSB || header.e_machine != EM_X86_64) {
     return "not a 64-bit little-endian x86-64 ELF file";
   }
   if (header.e_type != ET_DYN) return "not a shared object";
@@ -119,9 +118,8 @@ std::string FindElfSymbolsInImage(const uint8_t* data, size_t size,
   if (!error.empty()) return error;
 
   const auto symtab =
-      std::find_if(sections.begin(), sections.end(), [](const Elf64_Shdr& s) {
-        return s.sh_type == SHT_SYMTAB;
-      });
+      std::find_if(sections.begin(), sections.end(),
+                   [](const Elf64_Shdr& s) { return s.sh_type == SHT_SYMTAB; });
   if (symtab == sections.end()) {
     return "it has no symbol table (.symtab): the file was stripped";
   }
@@ -155,9 +153,9 @@ std::string FindElfSymbolsInImage(const uint8_t* data, size_t size,
   for (uint64_t i = 0; i < count && found.size() < names.size(); ++i) {
     Elf64_Sym symbol;
     image.Read(symtab->sh_offset + i * sizeof(Elf64_Sym), &symbol);
-    const auto it = std::lower_bound(
-        wanted.begin(), wanted.end(),
-        std::pair<uint64_t, size_t>(symbol.st_name, 0));
+    const auto it =
+        std::lower_bound(wanted.begin(), wanted.end(),
+                         std::pair<uint64_t, size_t>(symbol.st_name, 0));
     if (it == wanted.end() || it->first != symbol.st_name) continue;
     // An undefined entry is a reference to another library's function.
     if (symbol.st_shndx == SHN_UNDEF ||

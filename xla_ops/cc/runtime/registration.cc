@@ -164,10 +164,9 @@ std::string RegisterCpuHandlers(const std::string& xlac_path,
   if (!error.empty()) return error;
   error = CheckFfiApi(xlac_path, api);
   if (!error.empty()) return error;
-  *outcomes =
-      RegisterAll(kHostPlatform, [api](const LoadedHandler& handler) {
-        return RegisterWithCpu(*api, handler);
-      });
+  *outcomes = RegisterAll(kHostPlatform, [api](const LoadedHandler& handler) {
+    return RegisterWithCpu(*api, handler);
+  });
   return "";
 }
 

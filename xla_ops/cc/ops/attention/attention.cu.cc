@@ -21,8 +21,8 @@
 #include <set>
 #include <string>
 
-#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/kernel_list.h"
+#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_choice.h"

@@ -1,8 +1,7 @@
 // Which CUDA kernel takes a call; see attention_choice.h.
 
-#include "xla_ops/cc/ops/attention/attention_choice.h"
-
 #include "xla_ops/cc/core/dtype.h"
+#include "xla_ops/cc/ops/attention/attention_choice.h"
 
 namespace xla_ops {
 namespace {

@@ -1,11 +1,10 @@
 // The number of splits, and the workspace that they take.
 
-#include "xla_ops/cc/ops/attention/attention_num_splits.h"
-
 #include <algorithm>
 #include <cstdint>
 
 #include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention/attention_num_splits.h"
 
 namespace xla_ops {
 namespace {

@@ -170,8 +170,8 @@ XLA_OPS_TEST(EmptyOperandsAreSuccess) {
   cache.Fill(1);
   const TestTensor before = cache;
   ExpectOk(Run(cache, TestTensor(DType::kS64, {0, 2}), &cache, kDense));
-  for (int64_t Attrs::*size : {&Attrs::num_blocks, &Attrs::page_size,
-                               &Attrs::num_kv_heads, &Attrs::head_dim}) {
+  for (int64_t Attrs::* size : {&Attrs::num_blocks, &Attrs::page_size,
+                                &Attrs::num_kv_heads, &Attrs::head_dim}) {
     Attrs attrs = kDense;
     attrs.*size = 0;
     ExpectOk(Run(cache, Mapping({0, 1}), &cache, attrs));

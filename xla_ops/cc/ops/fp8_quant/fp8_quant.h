@@ -39,11 +39,11 @@ struct Fp8QuantParams {
   DType dtype;
   int64_t num_tokens;
   int64_t hidden_size;
-  const void* input;               // [num_tokens, hidden_size]
-  const float* scale = nullptr;    // [1]; static only
+  const void* input;                // [num_tokens, hidden_size]
+  const float* scale = nullptr;     // [1]; static only
   const float* scale_ub = nullptr;  // [1]; per token only, null for none
-  float* scale_out = nullptr;      // [1], or [num_tokens] per token
-  void* out;                       // [num_tokens, hidden_size] of e4m3fn
+  float* scale_out = nullptr;       // [1], or [num_tokens] per token
+  void* out;                        // [num_tokens, hidden_size] of e4m3fn
 };
 
 }  // namespace xla_ops

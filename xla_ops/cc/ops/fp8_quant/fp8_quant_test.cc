@@ -97,8 +97,8 @@ XLA_OPS_TEST(MatchesTheDefinition) {
 
       TestTensor one(DType::kF32, {1});
       ExpectOk(Dynamic(input, &out, &one));
-      EXPECT_EQ(one.Get(0), static_cast<float>(
-                                AbsMaxOf(input, 0, input.size()) / 448));
+      EXPECT_EQ(one.Get(0),
+                static_cast<float>(AbsMaxOf(input, 0, input.size()) / 448));
       for (int64_t i = 0; i < input.size(); ++i) {
         ExpectNearest(input.Get(i) / one.Get(0), out.Get(i));
       }

@@ -12,12 +12,10 @@ ffi::Error MakeFusedAddRmsNormParams(ffi::AnyBuffer input,
                                      ffi::AnyBuffer weight,
                                      ffi::Result<ffi::AnyBuffer> out,
                                      ffi::Result<ffi::AnyBuffer> residual_out,
-                                     float eps,
-                                     FusedAddRmsNormParams* params) {
+                                     float eps, FusedAddRmsNormParams* params) {
   constexpr char kOp[] = "fused_add_rms_norm";
-  XLA_OPS_RETURN_IF_ERROR(
-      BindRows(kOp, input, &params->dtype, &params->num_tokens,
-               &params->hidden_size));
+  XLA_OPS_RETURN_IF_ERROR(BindRows(kOp, input, &params->dtype,
+                                   &params->num_tokens, &params->hidden_size));
   XLA_OPS_RETURN_IF_ERROR(CheckSameAs(kOp, "residual", residual, input));
   XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, "weight", weight, {params->dtype}));
   XLA_OPS_RETURN_IF_ERROR(

@@ -17,7 +17,8 @@
 // Leading dimensions are flattened to num_tokens; any may be zero.
 // `out` may be `input`'s buffer and `residual_out` `residual`'s.
 //
-// Tested by fused_add_rms_norm_test.cc and tests/ops/test_fused_add_rms_norm.py.
+// Tested by fused_add_rms_norm_test.cc and
+// tests/ops/test_fused_add_rms_norm.py.
 
 #ifndef XLA_OPS_CC_OPS_FUSED_ADD_RMS_NORM_FUSED_ADD_RMS_NORM_H_
 #define XLA_OPS_CC_OPS_FUSED_ADD_RMS_NORM_FUSED_ADD_RMS_NORM_H_

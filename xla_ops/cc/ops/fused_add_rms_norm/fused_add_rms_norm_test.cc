@@ -128,18 +128,18 @@ XLA_OPS_TEST(Errors) {
          "input must be float32, float16 or bfloat16, got int32");
   expect(Run(TestTensor(DType::kF16, {}), c.residual, c.weight, &c.out, &c.sum),
          "input must have rank 1 or more, got shape []");
-  expect(Run(c.input, TestTensor(DType::kF32, {4, 64}), c.weight, &c.out,
-             &c.sum),
-         "residual must be float16, got float32");
-  expect(Run(c.input, TestTensor(DType::kF16, {4, 32}), c.weight, &c.out,
-             &c.sum),
-         "residual must have shape [4, 64], got [4, 32]");
-  expect(Run(c.input, c.residual, TestTensor(DType::kBF16, {64}), &c.out,
-             &c.sum),
-         "weight must be float16, got bfloat16");
-  expect(Run(c.input, c.residual, TestTensor(DType::kF16, {32}), &c.out,
-             &c.sum),
-         "weight must have shape [64], got [32]");
+  expect(
+      Run(c.input, TestTensor(DType::kF32, {4, 64}), c.weight, &c.out, &c.sum),
+      "residual must be float16, got float32");
+  expect(
+      Run(c.input, TestTensor(DType::kF16, {4, 32}), c.weight, &c.out, &c.sum),
+      "residual must have shape [4, 64], got [4, 32]");
+  expect(
+      Run(c.input, c.residual, TestTensor(DType::kBF16, {64}), &c.out, &c.sum),
+      "weight must be float16, got bfloat16");
+  expect(
+      Run(c.input, c.residual, TestTensor(DType::kF16, {32}), &c.out, &c.sum),
+      "weight must have shape [64], got [32]");
   TestTensor other(DType::kF32, {4, 64});
   TestTensor narrow(DType::kF16, {4, 32});
   expect(Run(c.input, c.residual, c.weight, &other, &c.sum),

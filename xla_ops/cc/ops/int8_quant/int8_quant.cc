@@ -13,8 +13,7 @@ namespace {
 constexpr char kStatic[] = "static_scaled_int8_quant";
 constexpr char kDynamic[] = "dynamic_scaled_int8_quant";
 
-ffi::Error BindInput(const char* op, AnyBuffer input,
-                     Int8QuantParams* params) {
+ffi::Error BindInput(const char* op, AnyBuffer input, Int8QuantParams* params) {
   params->input = input.untyped_data();
   return BindRows(op, input, &params->dtype, &params->num_tokens,
                   &params->hidden_size);

@@ -109,8 +109,7 @@ XLA_OPS_TEST(MatchesTheDefinition) {
         EXPECT_TRUE(std::abs(c.azps.Get(row) + 128 + min / scale) <=
                     0.5 + 1e-3);
         for (int64_t i = row * hidden; i < (row + 1) * hidden; ++i) {
-          ExpectNearest(c.input.Get(i) / scale + c.azps.Get(row),
-                        c.out.Get(i));
+          ExpectNearest(c.input.Get(i) / scale + c.azps.Get(row), c.out.Get(i));
         }
       }
       c.scales.ExpectGuardsIntact();

@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(Plan::kMaxThreads, Plan::kMinBlocks)
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
     if constexpr (!Plan::kLoadWeightsFirst) load_weight(i, v);
-      // The two roundings of the contract. The product of two 16-bit floats is
-      // exact in fp32, so the second multiplication rounds once.
+    // The two roundings of the contract. The product of two 16-bit floats is
+    // exact in fp32, so the second multiplication rounds once.
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const T normed = FromFloat<T>(ToFloat(x[i][j]) * s);

@@ -40,8 +40,8 @@ ffi::Error BindStatic(const char* op, AnyBuffer input,
                       const AnyBuffer* residual, AnyBuffer weight,
                       AnyBuffer scale, AnyResult out, float eps,
                       RmsNormQuantParams* params) {
-  XLA_OPS_RETURN_IF_ERROR(BindCommon(op, input, residual, weight,
-                                     {DType::kF8E4M3FN}, out, params));
+  XLA_OPS_RETURN_IF_ERROR(
+      BindCommon(op, input, residual, weight, {DType::kF8E4M3FN}, out, params));
   XLA_OPS_RETURN_IF_ERROR(CheckScale(op, "scale", scale));
   params->scale = static_cast<const float*>(scale.untyped_data());
   params->eps = eps;
@@ -50,8 +50,7 @@ ffi::Error BindStatic(const char* op, AnyBuffer input,
 
 ffi::Error BindDynamic(AnyBuffer input, const AnyBuffer* residual,
                        AnyBuffer weight, RemainingArgs scale_ub, AnyResult out,
-                       AnyResult scale, float eps,
-                       RmsNormQuantParams* params) {
+                       AnyResult scale, float eps, RmsNormQuantParams* params) {
   XLA_OPS_RETURN_IF_ERROR(BindCommon(kDynamic, input, residual, weight,
                                      {DType::kF8E4M3FN, DType::kS8}, out,
                                      params));
@@ -80,8 +79,7 @@ ffi::Error BindDynamic(AnyBuffer input, const AnyBuffer* residual,
 }
 
 ffi::Error BindResidualOut(const char* op, AnyBuffer input,
-                           AnyResult residual_out,
-                           RmsNormQuantParams* params) {
+                           AnyResult residual_out, RmsNormQuantParams* params) {
   params->residual_out = residual_out->untyped_data();
   return CheckSameAs(op, "residual_out", residual_out, input);
 }
@@ -116,8 +114,8 @@ ffi::Error MakeFusedAddRmsNormDynamicPerTokenQuantParams(
     AnyBuffer input, AnyBuffer residual, AnyBuffer weight,
     RemainingArgs scale_ub, AnyResult out, AnyResult scale,
     AnyResult residual_out, float eps, RmsNormQuantParams* params) {
-  XLA_OPS_RETURN_IF_ERROR(BindDynamic(input, &residual, weight, scale_ub, out,
-                                      scale, eps, params));
+  XLA_OPS_RETURN_IF_ERROR(
+      BindDynamic(input, &residual, weight, scale_ub, out, scale, eps, params));
   return BindResidualOut(kDynamic, input, residual_out, params);
 }
 

@@ -20,8 +20,7 @@ extern "C" {
 XLA_FFI_Error* xla_ops_rms_norm_static_fp8_quant_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* xla_ops_fused_add_rms_norm_static_fp8_quant_cpu(
     XLA_FFI_CallFrame*);
-XLA_FFI_Error* xla_ops_rms_norm_dynamic_per_token_quant_cpu(
-    XLA_FFI_CallFrame*);
+XLA_FFI_Error* xla_ops_rms_norm_dynamic_per_token_quant_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* xla_ops_fused_add_rms_norm_dynamic_per_token_quant_cpu(
     XLA_FFI_CallFrame*);
 XlaOpsHandlersFn xla_ops_handlers;
@@ -90,8 +89,7 @@ std::vector<double> Normalized(const Case& c, int64_t row, const X& x) {
 // what the last bits of the sum of squares move in y.
 void ExpectCodes(const Case& c, int64_t row, const std::vector<double>& y,
                  double scale) {
-  const double y_steps =
-      c.input.dtype() == DType::kF32 ? 0x1p-18 : 0x1.8p-7;
+  const double y_steps = c.input.dtype() == DType::kF32 ? 0x1p-18 : 0x1.8p-7;
   for (size_t i = 0; i < y.size(); ++i) {
     const double code = c.out.Get(row * y.size() + i);
     double want = y[i] / scale;
@@ -223,9 +221,8 @@ XLA_OPS_TEST(Errors) {
 
   const auto fixed = [&](const std::vector<const TestTensor*>& args,
                          TestTensor* out, float eps, const char* text) {
-    ExpectInvalid(
-        Call(xla_ops_rms_norm_static_fp8_quant_cpu, args, {out}, eps),
-        std::string("rms_norm_static_fp8_quant: ") + text);
+    ExpectInvalid(Call(xla_ops_rms_norm_static_fp8_quant_cpu, args, {out}, eps),
+                  std::string("rms_norm_static_fp8_quant: ") + text);
   };
   fixed({&integers, &c.weight, &c.scale}, &c.out, 1,
         "input must be float32, float16 or bfloat16, got int32");
