@@ -12,6 +12,9 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
+# Torch keeps on disk what its compilers made, by the user's program alone: another run
+# would take a graph from before a change to an op.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="xla_ops_inductor_")
 # The optimised HLO of every program: the in-place tests read it.
 HLO_DUMP = tempfile.mkdtemp(prefix="xla_ops_hlo_")
 os.environ["XLA_FLAGS"] = (

@@ -358,6 +358,7 @@ def test_every_op_has_a_rule():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith(("xla_ops::", "xla_gpu::", "xla::flash_attn_varlen_op"))
         and name not in ("xla_ops::owned", "xla_ops::no_gradient")
+        and not name.endswith("_")  # twins, which a front calls
     ]
     assert len(names) > 40
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -414,12 +415,13 @@ def test_what_is_not_cast(path):
     x, w = path.put((randn(3, 16, dtype=HALF), randn(16)))
     device = path.device.type
     wrong = "rms_norm: weight must be bfloat16, got float"
-    off = torch.autocast(device, dtype=HALF, enabled=False)
-    with off, pytest.raises(ValueError, match=wrong + "32"):
-        xla_ops.rms_norm(x, w)
-    other = torch.autocast("cpu" if path.is_xla else "xla", dtype=HALF)
-    with other, pytest.raises(ValueError, match=wrong + "32"):
-        xla_ops.rms_norm(x, w)
+    other = "cpu" if path.is_xla else "xla"
+    for off in (
+        torch.autocast(device, dtype=HALF, enabled=False),
+        torch.autocast(other, dtype=HALF),
+    ):
+        with off, pytest.raises(ValueError, match=wrong + "32"):
+            xla_ops.rms_norm(x, w)
     with torch.autocast(device, dtype=HALF):
         with pytest.raises(ValueError, match=wrong + "64"):
             xla_ops.rms_norm(x, w.double())

@@ -27,7 +27,7 @@ def test_bounds_seldom_make_new_programs():
     assert programs() == before
 
 
-def test_symbolic_sizes_are_guarded_by_octaves():
+def test_symbolic_sizes_tie_no_graph():
     """torch.compile makes sizes symbolic once they change; a plan must not fix them."""
     counter = torch._dynamo.testing.CompileCounter()
     step = torch.compile(xla_ops.flash_attn_varlen, backend=counter, dynamic=True)

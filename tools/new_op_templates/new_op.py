@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..core import autocast, scalars
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -35,7 +36,7 @@ def new_op(input: torch.Tensor, scale: float) -> torch.Tensor:
         tensor([0.5000, 1.0000])
     """
     _check.tensor("input", input)
-    return _op(input, float(scale))
+    return _op(input, scalars.number(_check.op, "scale", scale))
 
 
 def _lower(input: torch.Tensor, scale: float) -> CustomCall:
@@ -53,4 +54,10 @@ def _reference(input: torch.Tensor, scale: float) -> torch.Tensor:
     return (input.float() * scale).to(input.dtype)
 
 
-_op = Op("new_op", "(Tensor input, float scale) -> Tensor", _lower, _reference)
+_op = Op(
+    "new_op",
+    "(Tensor input, float scale) -> Tensor",
+    _lower,
+    _reference,
+    autocast=autocast.unchanged,
+)

@@ -18,12 +18,12 @@ import torch
 from .dtypes import FLOAT_DTYPES
 
 # (arguments by name, the dtype of torch.autocast) -> new dtypes by argument.
-Rule = Callable[[Mapping[str, object], torch.dtype], Mapping[str, torch.dtype]]
+Rule = Callable[[Mapping[str, Any], torch.dtype], Mapping[str, torch.dtype]]
 
 _DEVICES = {"xla": "AutocastXLA", "cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
 
 
-def unchanged(args: Mapping[str, object], dtype: torch.dtype) -> dict:
+def unchanged(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The rule of an op that takes its arguments as they are."""
     return {}
 
@@ -37,7 +37,7 @@ def like(reference: str, *others: str, scales: Sequence[str] = ()) -> Rule:
         scales: arguments that are cast to float32.
     """
 
-    def rule(args: Mapping[str, object], dtype: torch.dtype) -> dict:
+    def rule(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
         given = args[reference]
         assert isinstance(given, torch.Tensor), reference
         return {**dict.fromkeys(others, given.dtype), **float32(*scales)(args, dtype)}

@@ -87,12 +87,18 @@ def locate(t: torch.Tensor) -> Located:
 
 
 def _is_untracked_view(t: torch.Tensor) -> bool:
-    """Whether `t` is a view of an XLA tensor that torch does not name."""
+    """Whether `t` is a view of an XLA tensor that torch does not name.
+
+    What detach() gives of a whole tensor is read where that lies.
+    """
     return (
         type(t) is torch.Tensor
         and t.device.type == "xla"
         and torch._is_functional_tensor(t)
-        and bool(torch._C._functionalization.get_view_meta_sequence(t))
+        and any(
+            type(view).__name__ != "detach_ViewMeta"
+            for view in torch._C._functionalization.get_view_meta_sequence(t)
+        )
     )
 
 

@@ -25,6 +25,8 @@ def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
     vLLM's form, which writes into its first argument, is
     `torch.ops.xla_ops.silu_and_mul(result, input)`.
 
+    torch.autocast changes nothing: input is taken as it is.
+
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
 
@@ -50,6 +52,8 @@ def mul_and_silu(input: torch.Tensor) -> torch.Tensor:
     out = T(x * T(silu(y))), as `silu_and_mul` with its halves exchanged. vLLM's form is
     `torch.ops.xla_ops.mul_and_silu(out, input)`.
 
+    torch.autocast changes nothing: input is taken as it is.
+
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
 
@@ -70,6 +74,8 @@ def gelu_and_mul(input: torch.Tensor) -> torch.Tensor:
 
     out = T(T(gelu(x)) * y) with gelu(x) = 0.5 x (1 + erf(x / sqrt(2))) in fp32. vLLM's
     form is `torch.ops.xla_ops.gelu_and_mul(out, input)`.
+
+    torch.autocast changes nothing: input is taken as it is.
 
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
@@ -92,6 +98,8 @@ def gelu_tanh_and_mul(input: torch.Tensor) -> torch.Tensor:
     gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in fp32. vLLM's form is
     `torch.ops.xla_ops.gelu_tanh_and_mul(out, input)`.
 
+    torch.autocast changes nothing: input is taken as it is.
+
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
 
@@ -113,6 +121,8 @@ def silu_and_mul_quant(input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     out = fp8(clamp(T(T(silu(x)) * y) * (1 / scale), -448, 448)): to nearest even,
     infinities saturated. NaN becomes 448, as in vLLM's `silu_and_mul_quant`, whose form
     is `torch.ops.xla_ops.silu_and_mul_quant(result, input, scale)`.
+
+    Under torch.autocast, input is taken as it is, and scale is cast to float32.
 
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16 (vLLM: not float32).

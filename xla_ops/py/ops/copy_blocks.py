@@ -44,6 +44,8 @@ def copy_blocks(
     In place: lazily, under torch.compile(backend="openxla"), and through views such as
     `kv.unbind(0)`. Every cache takes one kernel.
 
+    torch.autocast changes nothing.
+
     Args:
         key_caches, value_caches: the caches of all layers, as many keys as values. A
             cache is [num_blocks, ...], of any rank from 1 on and any layout, float32,

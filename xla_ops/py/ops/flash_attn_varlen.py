@@ -61,6 +61,9 @@ def flash_attn_varlen(
     +inf. A block id out of range masks its tokens; lengths are clamped to what the
     shapes allow; `set_debug(True)` reports such block ids.
 
+    Under torch.autocast, q, k and v are cast to the autocast dtype. Pages and fp8 keys
+    and values are never cast; over pages of another dtype, q is cast to theirs.
+
     Args:
         q: [total_q, num_heads, head_dim], float32, float16 or bfloat16; head_dim a
             multiple of 8 up to 256.

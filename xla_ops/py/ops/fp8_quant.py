@@ -21,6 +21,8 @@ def static_scaled_fp8_quant(input: torch.Tensor, scale: torch.Tensor) -> torch.T
     fp8 rounds to nearest even and saturates to +-448; NaN becomes 448. Dequantise by
     `out.float() * scale`.
 
+    Under torch.autocast, input is taken as it is, and scale is cast to float32.
+
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
         scale: one float32 element.
@@ -50,6 +52,8 @@ def dynamic_scaled_fp8_quant(
     Then as `static_scaled_fp8_quant`. NaN does not count in absmax. The scale has no
     minimum: it is 0 for zeros only, whose codes are then 448 (dequantised: 0).
 
+    torch.autocast changes nothing: input is taken as it is.
+
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
 
@@ -76,6 +80,8 @@ def dynamic_per_token_scaled_fp8_quant(
 
     scale = max(min(absmax(row), scale_ub) / 448, 1 / (448 * 512)) and
     out = fp8(row / scale), with fp8 as in `static_scaled_fp8_quant`.
+
+    Under torch.autocast, input is taken as it is, and scale_ub is cast to float32.
 
     Args:
         input: [..., hidden], float32, float16 or bfloat16.

@@ -26,6 +26,8 @@ def fused_add_rms_norm(
     torch.ops.xla_ops.fused_add_rms_norm(input!, residual!, weight, epsilon) is vLLM's
     form, which puts out into input and z into residual.
 
+    Under torch.autocast, residual and weight are cast to input's dtype.
+
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
         residual: like input, in shape and dtype.

@@ -23,6 +23,8 @@ def static_scaled_int8_quant(
     sat8(sat32(rne(input * (1 / scale))) + azp): rounded to nearest even, saturated; NaN
     becomes 0 before azp. Dequantise by `(out - azp) * scale`.
 
+    Under torch.autocast, input is taken as it is, and scale is cast to float32.
+
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
         scale: one float32 element.
@@ -59,6 +61,8 @@ def dynamic_scaled_int8_quant(
     NaN does not count in absmax, max and min, and becomes 0 before azp. Rows of zeros
     have scale 0 and codes 0. A row whose (max - min) / 255 is not positive, such as a
     constant one, is quantised symmetrically, with azp 0; in vLLM it divides by zero.
+
+    torch.autocast changes nothing: input is taken as it is.
 
     Args:
         input: [..., hidden], float32, float16 or bfloat16.

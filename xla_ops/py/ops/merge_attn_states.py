@@ -32,6 +32,9 @@ def merge_attn_states(
     `torch.ops.xla_ops.merge_attn_states(output, output_lse, prefix_output, prefix_lse,
     suffix_output, suffix_lse)`, where output_lse may be None.
 
+    Under torch.autocast, suffix_output is cast to prefix_output's dtype, and each lse
+    to float32.
+
     Args:
         prefix_output, suffix_output: [num_tokens, num_heads, head_dim], float32,
             float16 or bfloat16, any head_dim.

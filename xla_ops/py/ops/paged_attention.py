@@ -55,6 +55,9 @@ def paged_attention(
     out of range masks its tokens; context_lens, query_start_loc and num_seqs are
     clamped to what the shapes allow; `set_debug(True)` reports such block ids.
 
+    Under torch.autocast, query is cast to the cache's dtype or, with an fp8 cache, to
+    the autocast dtype. The cache is never cast.
+
     Args:
         query: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; head_dim
             a multiple of 8 up to 256.

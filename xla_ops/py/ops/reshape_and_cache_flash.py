@@ -41,6 +41,9 @@ def reshape_and_cache_flash(
     `kv.unbind(0)`. A stacked cache ([2, ...]) is written by one kernel, separate K and
     V caches, on XLA, by two.
 
+    Under torch.autocast, key and value are cast to the caches' dtype or, for an fp8
+    cache, value to key's, and the scales to float32.
+
     Args:
         key, value: [num_key_tokens, num_kv_heads, head_dim], float32, float16 or
             bfloat16; rows past slot_mapping's length are ignored.

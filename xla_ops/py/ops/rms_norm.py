@@ -21,6 +21,8 @@ def rms_norm(
     out = T(T(x * rsqrt(mean(x^2) + eps)) * weight), where T rounds to the dtype and the
     mean is taken in fp32: the two roundings of vLLM's `rms_norm`.
 
+    Under torch.autocast, weight is cast to input's dtype.
+
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
         weight: [hidden], of the same dtype.

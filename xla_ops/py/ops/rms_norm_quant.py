@@ -24,6 +24,8 @@ def rms_norm_static_fp8_quant(
 ) -> torch.Tensor:
     """`rms_norm`, then `static_scaled_fp8_quant`, in one pass over memory.
 
+    Under torch.autocast, weight is cast to input's dtype and scale to float32.
+
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
         weight: [hidden], of the same dtype.
@@ -56,6 +58,9 @@ def fused_add_rms_norm_static_fp8_quant(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`fused_add_rms_norm`, then `static_scaled_fp8_quant`, in one pass over memory.
+
+    Under torch.autocast, residual and weight are cast to input's dtype, and scale to
+    float32.
 
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
@@ -100,6 +105,9 @@ def rms_norm_dynamic_per_token_quant(
       out = fp8(y / scale), where NaN becomes 448.
     - int8: scale = max(absmax(y) / 127, 2^-23) and out = int8(y * (1 / scale)), where
       NaN becomes 0.
+
+    Under torch.autocast, residual and weight are cast to input's dtype, and scale_ub to
+    float32.
 
     Args:
         input: [..., hidden], float32, float16 or bfloat16.

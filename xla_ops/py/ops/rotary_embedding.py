@@ -37,6 +37,8 @@ def rotary_embedding(
     `torch.ops.xla_ops.rotary_embedding(positions, query, key, head_size,
     cos_sin_cache, is_neox)`; slices of a fused qkv and padded heads may be given.
 
+    Under torch.autocast, key and cos_sin_cache are cast to query's dtype.
+
     Args:
         positions: [num_tokens] or [batch_size, seq_len], int64.
         query: [*positions.shape, num_heads * head_size] or [*positions.shape,
