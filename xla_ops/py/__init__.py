@@ -1,4 +1,4 @@
-"""vLLM-class CUDA kernels inside PyTorch/XLA graphs, as typed-FFI custom calls.
+"""CUDA kernels for LLM inference inside PyTorch/XLA graphs, as typed-FFI custom calls.
 
 The ops work on XLA tensors (lazily and under torch.compile(backend="openxla")) and, by
 the same handlers, on CPU and CUDA tensors. Importing this package defines them as
