@@ -41,8 +41,23 @@ def _make_class(base: type) -> type:
         RuntimeError of torch_xla's, the same at every use of the device.
         """
 
+        def __init__(self):
+            super().__init__()
+            # torch_xla compares names as they are written, and of one that it does not
+            # know it says to write a plugin. Under these names this one says more.
+            from torch_xla import _XLAC
+
+            for name in ("gpu", "cuda", "Gpu", "Cuda"):
+                _XLAC._register_pjrt_plugin(name, self)
+
         def library_path(self) -> str:
             """Path of the bridge, which wraps the plugin that was found."""
+            device = os.environ.get("PJRT_DEVICE", "")
+            if device != device.upper():
+                return _fail(
+                    f"PJRT_DEVICE must be in capitals, got {device!r}:"
+                    f" set PJRT_DEVICE={device.upper()}"
+                )
             try:
                 from xla_ops.gpu import plugin
             except Exception as error:  # noqa: BLE001 - of any kind, by a broken file

@@ -92,6 +92,12 @@ def test_error_is_torch_xlas_and_the_process_goes_on(tmp_path, macros, environ, 
     assert text in use_device(tmp_path, "CUDA", path, **environ)
 
 
+def test_a_device_in_small_letters_is_told_its_name(tmp_path):
+    error = use_device(tmp_path, "cuda", fakes.build("fake_pjrt_plugin"))
+    what = "PJRT_DEVICE must be in capitals, got 'cuda': set PJRT_DEVICE=CUDA"
+    assert error == what
+
+
 def test_import_of_torch_xla_registers_both_names_and_looks_at_nothing():
     code = (
         "import sys, torch_xla\n"
