@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["doctor"]:
         return diagnose.main(argv[1:])
     print(
-        "usage: python -m xla_ops doctor [--json]\n\n"
+        "usage: python -m xla_ops doctor [--json] [-v]\n\n"
         "doctor: says what is installed, what works here, and how to mend the rest",
         file=sys.stdout if argv in (["-h"], ["--help"]) else sys.stderr,
     )
