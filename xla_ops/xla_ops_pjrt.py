@@ -12,9 +12,10 @@ Tested by tests/gpu/test_entry_point.py.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """Makes GpuPlugin when it is first asked for.
 
     Its base class is torch_xla's, and torch_xla asks for it while it is imported
@@ -41,7 +42,7 @@ def _make_class(base: type) -> type:
         RuntimeError of torch_xla's, the same at every use of the device.
         """
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             # torch_xla compares names as they are written, and of one that it does not
             # know it says to write a plugin. Under these names this one says more.
@@ -115,18 +116,15 @@ def _fail(reason: str) -> str:
     """
     import ctypes
     import importlib.util
+    import runpy
 
     package = importlib.util.find_spec("xla_ops")
     for folder in (package and package.submodule_search_locations) or ():
         bridge = os.path.join(folder, "lib", "libxla_ops_pjrt.so")
         try:
             # Loading a file that was cut short would end the process.
-            path = os.path.join(folder, "core", "elf.py")
-            spec = importlib.util.spec_from_file_location("xla_ops_elf", path)
-            assert spec is not None and spec.loader is not None
-            elf = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(elf)
-            if not elf.cut_short(bridge):
+            elf = runpy.run_path(os.path.join(folder, "core", "elf.py"))
+            if not elf["cut_short"](bridge):
                 ctypes.CDLL(bridge).xla_ops_pjrt_fail(reason.encode())
                 return bridge
         except Exception:  # noqa: BLE001 - of any kind, by a broken file

@@ -59,7 +59,7 @@ def version(distribution: str) -> str | None:
 
 
 def versions(report: Report) -> None:
-    found = {
+    found: dict[str, str | None] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, "
         f"{' '.join(platform.libc_ver())}",

@@ -14,9 +14,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ..core.errors import Problem
+
+if TYPE_CHECKING:
+    import torch
 
 # Of float32 results of order 1: some units in the last place.
 _TOLERANCE = 1e-5
@@ -116,7 +119,7 @@ def _custom_call() -> str:
     return _close(out, exact, "rms_norm of 8 x 256")
 
 
-def _close(actual, exact, name: str) -> str:
+def _close(actual: torch.Tensor, exact: torch.Tensor, name: str) -> str:
     error = (actual.cpu().double() - exact).abs().max().item()
     if not error <= _TOLERANCE:
         raise Problem(f"{name}: wrong by {error:.1e}", _WRONG)

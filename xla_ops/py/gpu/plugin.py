@@ -6,12 +6,16 @@ Tested by tests/gpu/test_entry_point.py.
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING
 
 from .. import _runtime
 from ..core import elf
 from ..core.errors import Problem
 from ..core.paths import bridge_path
 from . import check, discover
+
+if TYPE_CHECKING:
+    from .._runtime import PluginInfo
 
 
 def open_bridge() -> str:
@@ -31,7 +35,7 @@ def open_bridge() -> str:
     return bridge
 
 
-def plugin_info(path: pathlib.Path) -> _runtime.PluginInfo:
+def plugin_info(path: pathlib.Path) -> PluginInfo:
     """What the plugin at `path` offers: see _runtime.find_plugin_info.
 
     Raises Problem if the bridge cannot use it.
