@@ -334,18 +334,6 @@ def test_cache_that_is_also_returned(name):
 
 
 @XLA_PATHS
-def test_one_cache_as_key_and_value(name):
-    """The same tensor twice: V is written after K."""
-
-    def f(cache, key, slots):
-        xla_ops.reshape_and_cache_flash(key, key * 2, cache, cache, slots)
-
-    args = (torch.zeros(4, *BLOCK), torch.ones(1, HEADS, DIM), torch.tensor([16]))
-    _, (cache, *_) = Path(name).run(f, *args)
-    assert torch.equal(cache[1, 0], torch.full((HEADS, DIM), 2.0))
-
-
-@XLA_PATHS
 def test_fresh_caches_do_not_recompile(name):
     f = Path(name).function(write)
     key, slots = Path("lazy").put((torch.ones(1, HEADS, DIM), torch.tensor([16])))
