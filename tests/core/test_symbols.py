@@ -131,6 +131,21 @@ def test_compiled_once_for_all_sizes(backend, path, module, how):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("backend, path", BACKENDS)
+def test_a_view_whose_place_follows_from_no_single_size(backend, path):
+    """Its base's head_dim is a sum of two: the graph is tied to them, and is right."""
+    path = Path(path)
+
+    def attend(left, right, ends):
+        return Attention()(torch.cat([left, right], dim=2), ends)
+
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    for tokens, left, right in ((5, 8, 24), (6, 8, 24), (6, 16, 32)):
+        halves = [torch.randn(tokens, 8, size) for size in (left, right)]
+        given = (*halves, int32(0, tokens))
+        check(compiled(*path.put(given)), attend(*given))
+
+
 def exported(module, tokens, strict=False):
     given = module.inputs(tokens)
     count = Dim("tokens", min=2, max=256)

@@ -267,6 +267,25 @@ def test_same_as_our_front(path, name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["lazy", "compiled"])
+@pytest.mark.parametrize("op", CASES)
+def test_gradients_are_refused_by_name(op, name):
+    """Where the front runs: vLLM's own kernels know nothing of ours."""
+    tensors = [t for t in torch.utils._pytree.tree_leaves(CASES[op]) if is_tensor(t)]
+    asks = next(t for t in tensors if t.dtype == torch.float32)
+    path = Path(name)
+    args = path.put(CASES[op])
+    leaves, spec = torch.utils._pytree.tree_flatten(args)
+    at = [leaf is asks for leaf in torch.utils._pytree.tree_leaves(CASES[op])].index(
+        True
+    )
+    leaves[at].requires_grad_()
+    call = path.function(lambda *args: vllm_op(op)(*args))
+    with torch.enable_grad(), pytest.raises(Exception) as error:
+        call(*torch.utils._pytree.tree_unflatten(leaves, spec))
+    assert f"xla_ops.{op}: has no gradient: " in str(error.value)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("compiled", [False, True])
 # With and without kernels of vLLM's.
