@@ -21,6 +21,8 @@ def new_op(input: torch.Tensor, scale: float) -> torch.Tensor:
 
     out = T(x * scale), where the product is taken in fp32 and T rounds to the dtype.
 
+    torch.autocast changes nothing: input is taken as it is.
+
     Args:
         input: [...], float32, float16 or bfloat16, any rank.
         scale: the factor; finite.
