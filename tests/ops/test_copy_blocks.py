@@ -261,7 +261,14 @@ def test_too_many_gaps():
     message = "key_caches.0. must be free of overlaps and, in a block, of more than two"
     with pytest.raises(ValueError, match=message):
         xla_ops.copy_blocks([cache], [cache.clone()], PAIRS)
-    with pytest.raises(ValueError, match="key_caches.0. must be free of overlaps"):
+
+
+def test_expanded_cache():
+    message = (
+        r"key_caches\[0\] must be dense in its last dimension and free of overlaps,"
+        r" got strides \[0, 1\]"
+    )
+    with pytest.raises(ValueError, match=message):
         xla_ops.copy_blocks([make((1, 4)).expand(7, 4)], [make((7, 4))], PAIRS)
 
 
