@@ -48,6 +48,10 @@ def _make_gated(tokens, hidden, device):
     return (_normal(tokens, 2 * hidden, device=device),)
 
 
+def _make_one(tokens, hidden, device):
+    return (_normal(tokens, hidden, device=device),)
+
+
 def _make_rotary(tokens, hidden, device):
     # Four query heads a KV head; positions within 8k, as in serving.
     positions = torch.randint(8192, (tokens,), device=device)
@@ -70,6 +74,11 @@ def _eager_add_norm(x, residual, weight):
 def _eager_gated(x):
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def _eager_swigluoai(x):
+    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 
 def _eager_quant(x, scale):
@@ -111,6 +120,23 @@ ELEMENTWISE = {
         6,
         _eager_gated,
         library="silu_and_mul",
+    ),
+    "swigluoai_and_mul": _Elementwise(
+        xla_ops.swigluoai_and_mul,
+        functools.partial(
+            OPS["swigluoai_and_mul_functional"].reference, alpha=1.702, limit=7.0
+        ),
+        _make_gated,
+        6,
+        _eager_swigluoai,
+    ),
+    "gelu_new": _Elementwise(
+        xla_ops.gelu_new,
+        OPS["gelu_new"].reference,
+        _make_one,
+        4,
+        functools.partial(F.gelu, approximate="tanh"),
+        lambda operands, out: (out,),
     ),
     "rotary_embedding": _Elementwise(
         _rotary,

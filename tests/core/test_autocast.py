@@ -209,6 +209,11 @@ def cases() -> dict[str, Case]:
         "mul_and_silu": (x.mul_and_silu, rows(), {}),
         "gelu_and_mul": (x.gelu_and_mul, rows(), {}),
         "gelu_tanh_and_mul": (x.gelu_tanh_and_mul, rows(), {}),
+        "fatrelu_and_mul": (x.fatrelu_and_mul, rows(), {}),
+        "swigluoai_and_mul": (x.swigluoai_and_mul, rows(torch.float32), {}),
+        "gelu_new": (x.gelu_new, rows(), {}),
+        "gelu_fast": (x.gelu_fast, rows(torch.float32), {}),
+        "gelu_quick": (x.gelu_quick, rows(), {}),
         "silu_and_mul_quant": (
             x.silu_and_mul_quant,
             rows(scale=TO_HALF),

@@ -82,6 +82,56 @@ def check_activation(rng, name, dtype, tokens, size):
     assert (error <= bound).all(), f"{(error > bound).sum()} elements are off"
 
 
+def gelu_inner(name, x, rounded):
+    if name == "gelu_new":
+        cube = rounded(rounded(x * x) * x)
+        return 0.79788456 * rounded(x + rounded(0.044715 * cube))
+    square = rounded(rounded(0.044715 * x) * x)
+    return rounded(0.79788456 * x) * rounded(1 + square)
+
+
+def check_alone(rng, name, dtype, tokens, size):
+    x = (rng.standard_normal((tokens, size)) * 3).astype(dtype)
+    rounded = lambda v: v.astype(dtype).astype(np.float64)  # noqa: E731
+    x64 = x.astype(np.float64)
+    if name == "gelu_quick":
+        want = x64 / (1 + np.exp(-1.702 * x64))
+    else:
+        tanh = rounded(np.tanh(rounded(gelu_inner(name, x64, rounded))))
+        want = rounded(0.5 * x64) * rounded(1 + tanh)
+    # A last bit of tanh may move the rounding of 1 + tanh by one step, and a step of
+    # its argument that of tanh; fp32's cancels below zero, to a few steps of x.
+    bound = 3 * ROUNDING[dtype] * np.abs(want) + 2.0**-20 * np.abs(x64) + 2.0**-23
+    if dtype != F32 and name != "gelu_quick":
+        bound += 2 * ROUNDING[dtype] * np.abs(x64) * (np.abs(x64) < 6)
+    for alias in (False, True):
+        aliases = {0: 0} if alias else {}
+        (got,) = call(name, [x], x, aliases=aliases)
+        error = np.abs(np.asarray(got).astype(np.float64) - want)
+        assert (error <= bound).all(), f"{(error > bound).sum()} elements are off"
+
+
+def check_fatrelu(rng, dtype, tokens, size):
+    x = (rng.standard_normal((tokens, 2 * size)) * 3).astype(dtype)
+    threshold = np.float32(0.5)
+    (got,) = call("fatrelu_and_mul", [((tokens, size), dtype)], x, threshold=threshold)
+    gate, up = x[:, :size].astype(np.float32), x[:, size:].astype(np.float32)
+    want = (np.where(gate > threshold, gate, 0) * up).astype(dtype)
+    assert np.array_equal(np.asarray(got), want), "not the same to the bit"
+
+
+def check_swigluoai(rng, dtype, tokens, size):
+    x = (rng.standard_normal((tokens, 2 * size)) * 6).astype(dtype)
+    constants = {"alpha": np.float32(1.702), "limit": np.float32(7)}
+    (got,) = call("swigluoai_and_mul", [((tokens, size), dtype)], x, **constants)
+    gate = np.minimum(x[:, ::2].astype(np.float64), 7)
+    up = np.clip(x[:, 1::2].astype(np.float64), -7, 7)
+    want = (up + 1) * gate / (1 + np.exp(-np.float64(np.float32(1.702)) * gate))
+    bound = (ROUNDING[dtype] + 2.0**-19) * np.abs(want) + 2.0**-23
+    error = np.abs(np.asarray(got).astype(np.float64) - want)
+    assert (error <= bound).all(), f"{(error > bound).sum()} elements are off"
+
+
 def check_quant(rng, dtype, tokens, size):
     x = (rng.standard_normal((tokens, 2 * size)) * 3).astype(dtype)
     x[0, 0] = np.nan
@@ -203,8 +253,13 @@ def cases(quick):
         case = {"name": name, "dtype": dtype, "tokens": tokens, "size": size}
         yield check_activation, case
     for dtype, (tokens, size) in itertools.product(DTYPES, sizes):
+        case = {"dtype": dtype, "tokens": tokens, "size": size}
+        for name in ("gelu_new", "gelu_fast", "gelu_quick"):
+            yield check_alone, case | {"name": name}
+        yield check_fatrelu, case
+        yield check_swigluoai, case
         if tokens:
-            yield check_quant, {"dtype": dtype, "tokens": tokens, "size": size}
+            yield check_quant, case
     heads = (
         [(3, 1, 7, 6), (5, 2, 64, 32)]
         if quick

@@ -108,6 +108,7 @@ def check_rows(shape):
     hidden, int8 = shape[1], jnp.int8
     scales, azps = (F32, 1), (jnp.int32, 1)
     gated, gated_fp8 = (BF16, hidden // 2), (E4M3, hidden // 2)
+    swigluoai = {"alpha": np.float32(1.702), "limit": np.float32(7)}
     # Of each: its target, operands and results (the dtype, and the columns where they
     # are not the input's).
     table = [
@@ -129,6 +130,11 @@ def check_rows(shape):
         ("gelu_and_mul", (x,), (), (gated,), {}),
         ("gelu_tanh_and_mul", (x,), (), (gated,), {}),
         ("silu_and_mul_quant", (x,), (scale,), (gated_fp8,), {}),
+        ("fatrelu_and_mul", (x,), (), (gated,), {"threshold": np.float32(0.5)}),
+        ("swigluoai_and_mul", (x,), (), (gated,), swigluoai),
+        ("gelu_new", (x,), (), (BF16,), {}),
+        ("gelu_fast", (x,), (), (BF16,), {}),
+        ("gelu_quick", (x,), (), (BF16,), {}),
     ]
     for codes in (E4M3, int8):
         dynamic = "rms_norm_dynamic_per_token_quant"

@@ -132,6 +132,17 @@ void Cases::AddActivations(DType dtype) {
       Add(target, detail, {x()}, {{dtype, shape}});
     }
     Add("silu_and_mul_quant", detail, {x(), Scalar(0.02)}, {{kE4M3, shape}});
+    Add("fatrelu_and_mul", detail, {x()}, {{dtype, shape}},
+        [](CallFrame* frame) { frame->AddAttr("threshold", 0.5f); });
+    Add("swigluoai_and_mul", detail, {x()}, {{dtype, shape}},
+        [](CallFrame* frame) {
+          frame->AddAttr("alpha", 1.702f).AddAttr("limit", 7.0f);
+        });
+    for (const char* target : {"gelu_new", "gelu_fast", "gelu_quick"}) {
+      Add(target, detail, {Random(dtype, shape, 3.0)}, {{dtype, shape}});
+      Add(target, detail + " in place", {Random(dtype, shape, 3.0)},
+          {{dtype, shape, 0}});
+    }
   }
 }
 

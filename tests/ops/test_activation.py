@@ -1,4 +1,4 @@
-"""The gated activations: numerics against float64, roundings, fp8, errors."""
+"""The activations: numerics against float64, roundings, fp8, errors."""
 
 import math
 
@@ -31,6 +31,35 @@ OPS = {
     "gelu_and_mul": (gelu, 0),
     "gelu_tanh_and_mul": (gelu_tanh, 0),
 }
+
+
+def gelu_new(x):
+    return (0.5 * x) * (1 + torch.tanh(0.79788456 * (x + 0.044715 * (x * x * x))))
+
+
+def gelu_fast(x):
+    return (0.5 * x) * (1 + torch.tanh((0.79788456 * x) * (1 + (0.044715 * x) * x)))
+
+
+def gelu_quick(x):
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide / (1 + torch.exp(-1.702 * wide))).to(x.dtype)
+
+
+# Those without a gate, in the dtype of their argument.
+ALONE = {"gelu_new": gelu_new, "gelu_fast": gelu_fast, "gelu_quick": gelu_quick}
+
+
+def fatrelu_and_mul(x, threshold):
+    gate, up = x.chunk(2, dim=-1)
+    return torch.where(gate > threshold, gate, 0.0) * up
+
+
+def swigluoai_and_mul(x, alpha=1.702, limit=7.0):
+    wide = x if x.dtype == torch.float64 else x.float()
+    gate = wide[..., ::2].clamp(max=limit)
+    up = wide[..., 1::2].clamp(-limit, limit)
+    return ((up + 1) * (gate * torch.sigmoid(gate * alpha))).to(x.dtype)
 
 
 def two_roundings(name, x):
@@ -124,6 +153,156 @@ def test_non_finite_elements_stay_alone(path, name):
     assert out[1, 3].isnan() and out[3, 7].isnan()
     assert out[2, 5].isinf()
     assert out.isfinite().sum() == out.numel() - 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (2, 3, 50), (5, 4096), (1, 8193)])
+@pytest.mark.parametrize("name", ALONE)
+def test_alone(path, name, shape, dtype):
+    x = (2 * torch.randn(shape)).to(dtype)
+    out, _ = path.run(getattr(xla_ops, name), x)
+    assert out.dtype == dtype
+    wanted = ALONE[name](x)
+    assert_close_to_exact(out, wanted, ALONE[name](x.double()))
+    if dtype != torch.float32:
+        # A last bit of tanh or exp moves a rounding now and then, never many.
+        assert (out != wanted).sum() <= 1 + 0.01 * out.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_alone_rounds_every_step(path, name, dtype):
+    x = torch.randn(64, 512).to(dtype)
+    out, _ = path.run(getattr(xla_ops, name), x)
+    once = ALONE[name](x.double()).to(dtype)
+    assert (out != once).float().mean().item() > 0.1
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_alone_vllm_form(path, name):
+    x = torch.randn(6, 40)
+    functional, _ = path.run(getattr(xla_ops, name), x)
+    op = getattr(torch.ops.xla_ops, name)
+    _, (out, after) = path.run(
+        lambda out, x: op(out, x), torch.full((6, 40), torch.nan), x
+    )
+    assert torch.equal(out, functional) and torch.equal(after, x)
+    _, (both,) = path.run(lambda x: op(x, x), x)
+    assert torch.equal(both, functional)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_alone_far_out(path, name):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 200.0, -200.0, 0.0])
+    for dtype in DTYPES:
+        out, _ = path.run(getattr(xla_ops, name), x.to(dtype))
+        # -inf * 0 is NaN, as in vLLM; x^3 of 200 is infinite in float16.
+        wanted = [math.nan, math.inf, math.nan, 200.0, 0.0, 0.0]
+        assert torch.equal(
+            out.float().nan_to_num(7.0, 8.0),
+            torch.tensor(
+                [7.0 if math.isnan(w) else 8.0 if math.isinf(w) else w for w in wanted]
+            ),
+        )
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+@pytest.mark.parametrize("name", ALONE)
+def test_alone_nothing_to_do(path, name, shape):
+    out, _ = path.run(getattr(xla_ops, name), torch.empty(shape))
+    assert out.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 66), (2, 3, 100), (5, 4096), (1, 16386)])
+def test_fatrelu(path, shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    threshold = 0.30078125  # of every dtype
+    x.view(-1)[::5] = threshold  # is not above itself
+    out, _ = path.run(xla_ops.fatrelu_and_mul, x, threshold)
+    assert torch.equal(out, fatrelu_and_mul(x, threshold))
+
+
+def test_fatrelu_special_values(path):
+    x = torch.tensor(
+        [[torch.nan, torch.inf, -torch.inf, 1.0, 1.0, 2.0, 3.0, torch.inf]]
+    )
+    out, _ = path.run(xla_ops.fatrelu_and_mul, x, 1.0)
+    assert out[0, :3].tolist() == [0.0, math.inf, 0.0]
+    assert out[0, 3].isnan()  # 0 * inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 66), (2, 3, 100), (5, 4096), (1, 16386)])
+def test_swigluoai(path, shape, dtype):
+    x = (6 * torch.randn(shape)).to(dtype)
+    for constants in [(), (1.5, 0.75), (1.702, math.inf), (-1.0, 0.0)]:
+        out, _ = path.run(xla_ops.swigluoai_and_mul, x, *constants)
+        assert out.dtype == dtype
+        wanted = swigluoai_and_mul(x, *constants)
+        assert_close_to_exact(out, wanted, swigluoai_and_mul(x.double(), *constants))
+
+
+def test_swigluoai_special_values(path):
+    x = torch.tensor([[torch.nan, 1.0, 1.0, torch.nan, torch.inf, -torch.inf]])
+    out, _ = path.run(xla_ops.swigluoai_and_mul, x)
+    assert out[0, :2].isnan().all()
+    assert abs(out[0, 2].item() + 42) < 1e-3  # (-7 + 1) * 7
+
+
+@pytest.mark.parametrize(
+    "name, constants",
+    [("fatrelu_and_mul", (0.5,)), ("swigluoai_and_mul", (1.5, 0.75))],
+)
+def test_vllm_forms_with_constants(path, name, constants):
+    x = torch.randn(6, 40)
+    op = getattr(torch.ops.xla_ops, name)
+    _, (out, after, *_) = path.run(
+        lambda out, x, *c: op(out, x, *c), torch.full((6, 20), torch.nan), x, *constants
+    )
+    functional, _ = path.run(getattr(xla_ops, name), x, *constants)
+    assert torch.equal(out, functional) and torch.equal(after, x)
+
+
+def test_swigluoai_vllm_defaults(path):
+    x = 6 * torch.randn(6, 40)
+    op = torch.ops.xla_ops.swigluoai_and_mul
+    _, (out, _) = path.run(lambda out, x: op(out, x), torch.empty(6, 20), x)
+    assert torch.equal(out, path.run(xla_ops.swigluoai_and_mul, x, 1.702, 7.0)[0])
+
+
+@pytest.mark.parametrize(
+    "name, args, message",
+    [
+        ("fatrelu_and_mul", (torch.ones(2, 7),), "input must have an even last"),
+        ("fatrelu_and_mul", (torch.ones(2, 8), math.inf), "threshold must be finite"),
+        ("fatrelu_and_mul", (torch.ones(2, 8), 1e39), "must be finite, got inf"),
+        ("swigluoai_and_mul", (torch.ones(2, 7),), "input must have an even last"),
+        ("swigluoai_and_mul", (torch.ones(2, 8), math.nan), "alpha must be finite"),
+        (
+            "swigluoai_and_mul",
+            (torch.ones(2, 8), 1.0, -1.0),
+            "limit must be at least 0, got -1",
+        ),
+        (
+            "swigluoai_and_mul",
+            (torch.ones(2, 8), 1.0, math.nan),
+            "limit must be at least 0, got nan",
+        ),
+        *[
+            (name, (torch.ones(2, 8).double(),), "input must be float32, float16 or")
+            for name in ALONE
+        ],
+        *[
+            (name, (torch.ones(()),), "input must have rank 1 or more")
+            for name in ALONE
+        ],
+    ],
+)
+def test_more_errors(path, name, args, message):
+    with pytest.raises(Exception) as error:
+        path.run(getattr(xla_ops, name), *args)
+    assert f"{name}: " in str(error.value) and message in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

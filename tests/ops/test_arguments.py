@@ -65,6 +65,14 @@ def rotary_embedding(path, **given):
     return xla_ops.rotary_embedding(**dict(zip(names, tensors, strict=True)), **given)
 
 
+def fatrelu_and_mul(path, **given):
+    return xla_ops.fatrelu_and_mul(path.put(rows()), **given)
+
+
+def swigluoai_and_mul(path, **given):
+    return xla_ops.swigluoai_and_mul(path.put(rows()), **given)
+
+
 def heads():
     return torch.linspace(-1, 1, 9 * 2 * 8).reshape(9, 2, 8)
 
@@ -96,6 +104,9 @@ FLOATS = [
     Number(rms_norm_static_fp8_quant, "eps", 0.5),
     Number(fused_add_rms_norm_static_fp8_quant, "eps", 0.5),
     Number(rms_norm_dynamic_per_token_quant, "eps", 0.5),
+    Number(fatrelu_and_mul, "threshold", 0.5),
+    Number(swigluoai_and_mul, "alpha", 0.5),
+    Number(swigluoai_and_mul, "limit", 0.5),
     Number(flash_attn_varlen, "softmax_scale", 0.25),
     Number(flash_attn_varlen, "softcap", 2.0),
     Number(paged_attention, "scale", 0.25),

@@ -153,6 +153,11 @@ CASES = {
         rows(5, 24).half(),
         ONE / 64,
     ),
+    "fatrelu_and_mul": (empty(5, 12), rows(5, 24), 0.5),
+    "swigluoai_and_mul": (empty(5, 12), rows(5, 24), 1.5, 0.75),
+    "gelu_new": (empty(5, 24), rows(5, 24)),
+    "gelu_fast": (empty(5, 24), rows(5, 24)),
+    "gelu_quick": (empty(5, 24), rows(5, 24)),
     "static_scaled_fp8_quant": (empty(5, 24, dtype=FP8), rows(5, 24), ONE / 64),
     "dynamic_scaled_fp8_quant": (empty(5, 24, dtype=FP8), rows(5, 24), empty(1)),
     "dynamic_per_token_scaled_fp8_quant": (

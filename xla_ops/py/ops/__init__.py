@@ -1,11 +1,16 @@
 """One module an op. Importing this package defines all of them."""
 
 from .activation import (
+    fatrelu_and_mul,
     gelu_and_mul,
+    gelu_fast,
+    gelu_new,
+    gelu_quick,
     gelu_tanh_and_mul,
     mul_and_silu,
     silu_and_mul,
     silu_and_mul_quant,
+    swigluoai_and_mul,
 )
 from .copy_blocks import copy_blocks
 from .flash_attn_varlen import flash_attn_varlen
@@ -32,10 +37,14 @@ __all__ = [
     "dynamic_per_token_scaled_fp8_quant",
     "dynamic_scaled_fp8_quant",
     "dynamic_scaled_int8_quant",
+    "fatrelu_and_mul",
     "flash_attn_varlen",
     "fused_add_rms_norm",
     "fused_add_rms_norm_static_fp8_quant",
     "gelu_and_mul",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_quick",
     "gelu_tanh_and_mul",
     "merge_attn_states",
     "mul_and_silu",
@@ -49,4 +58,5 @@ __all__ = [
     "silu_and_mul_quant",
     "static_scaled_fp8_quant",
     "static_scaled_int8_quant",
+    "swigluoai_and_mul",
 ]

@@ -220,6 +220,17 @@ register_gelu_tanh_and_mul_lowering = _lowering(
 register_silu_and_mul_quant_lowering = _lowering(
     "silu_and_mul_quant", "Tensor! result, Tensor input, Tensor scale"
 )
+register_fatrelu_and_mul_lowering = _lowering(
+    "fatrelu_and_mul", "Tensor! out, Tensor input, float threshold"
+)
+register_swigluoai_and_mul_lowering = _lowering(
+    "swigluoai_and_mul",
+    "Tensor! out, Tensor input, float alpha=1.702, float limit=7.0",
+    overload="default",
+)
+register_gelu_new_lowering = _lowering("gelu_new", "Tensor! out, Tensor input")
+register_gelu_fast_lowering = _lowering("gelu_fast", "Tensor! out, Tensor input")
+register_gelu_quick_lowering = _lowering("gelu_quick", "Tensor! out, Tensor input")
 register_static_scaled_fp8_quant_lowering = _lowering(
     "static_scaled_fp8_quant", "Tensor! result, Tensor input, Tensor scale"
 )

@@ -1,7 +1,8 @@
-// Operand checks of the gated activations, for every platform.
+// Operand checks of the activations, for every platform.
 
 #include "xla_ops/cc/ops/activation/activation.h"
 
+#include <cmath>
 #include <cstddef>
 #include <string>
 #include <vector>
@@ -21,7 +22,7 @@ ffi::Error CheckInput(Activation activation, ffi::AnyBuffer input,
     return MustError(op, "input", "have rank 1 or more",
                      "shape " + FormatShape(dims));
   }
-  if (dims.back() % 2 != 0) {
+  if (IsGated(activation) && dims.back() % 2 != 0) {
     return MustError(op, "input", "have an even last dimension",
                      std::to_string(dims.back()));
   }
@@ -32,7 +33,7 @@ ffi::Error CheckInput(Activation activation, ffi::AnyBuffer input,
   for (const int64_t dim : dims.first(dims.size() - 1)) {
     params->num_tokens *= dim;
   }
-  params->size = dims.back() / 2;
+  params->size = IsGated(activation) ? dims.back() / 2 : dims.back();
   params->input = input.untyped_data();
   return ffi::Error::Success();
 }
@@ -43,7 +44,7 @@ ffi::Error CheckOut(ffi::AnyBuffer input, DType dtype,
   XLA_OPS_RETURN_IF_ERROR(CheckDType(op, "out", out, {dtype}));
   const auto dims = input.dimensions();
   std::vector<int64_t> wanted(dims.begin(), dims.end());
-  wanted.back() /= 2;
+  wanted.back() = params->size;
   const ffi::Span<const int64_t> shape(wanted.data(), wanted.size());
   if (!(out->dimensions() == shape)) {
     return MustError(op, "out", "have shape " + FormatShape(shape),
@@ -53,6 +54,11 @@ ffi::Error CheckOut(ffi::AnyBuffer input, DType dtype,
   return ffi::Error::Success();
 }
 
+ffi::Error CheckFinite(const char* op, const char* argument, float value) {
+  if (std::isfinite(value)) return ffi::Error::Success();
+  return MustError(op, argument, "be finite", FormatFloat(value));
+}
+
 }  // namespace
 
 ffi::Error MakeActivationParams(Activation activation, ffi::AnyBuffer input,
@@ -60,6 +66,29 @@ ffi::Error MakeActivationParams(Activation activation, ffi::AnyBuffer input,
                                 ActivationParams* params) {
   XLA_OPS_RETURN_IF_ERROR(CheckInput(activation, input, params));
   return CheckOut(input, params->dtype, out, params);
+}
+
+ffi::Error MakeFatreluParams(ffi::AnyBuffer input,
+                             ffi::Result<ffi::AnyBuffer> out, float threshold,
+                             ActivationParams* params) {
+  constexpr Activation kFatrelu = Activation::kFatreluAndMul;
+  XLA_OPS_RETURN_IF_ERROR(MakeActivationParams(kFatrelu, input, out, params));
+  params->constants.threshold = threshold;
+  return CheckFinite(Name(kFatrelu), "threshold", threshold);
+}
+
+ffi::Error MakeSwigluoaiParams(ffi::AnyBuffer input,
+                               ffi::Result<ffi::AnyBuffer> out, float alpha,
+                               float limit, ActivationParams* params) {
+  constexpr Activation kSwigluoai = Activation::kSwigluoaiAndMul;
+  XLA_OPS_RETURN_IF_ERROR(MakeActivationParams(kSwigluoai, input, out, params));
+  params->constants.alpha = alpha;
+  params->constants.limit = limit;
+  XLA_OPS_RETURN_IF_ERROR(CheckFinite(Name(kSwigluoai), "alpha", alpha));
+  // The comparison is false for NaN. Infinity is no limit.
+  if (limit >= 0) return ffi::Error::Success();
+  return MustError(Name(kSwigluoai), "limit", "be at least 0",
+                   FormatFloat(limit));
 }
 
 ffi::Error MakeActivationQuantParams(ffi::AnyBuffer input, ffi::AnyBuffer scale,

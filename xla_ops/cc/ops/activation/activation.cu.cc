@@ -1,6 +1,7 @@
-// Gated activations on CUDA: bound by memory. A thread reads a vector of each
-// half of a row, 16 bytes where size and alignment allow and one element
-// where they do not, and writes one vector.
+// Activations gated by the other half of their row, on CUDA: bound by memory. A
+// thread reads a vector of each half, 16 bytes where size and alignment allow
+// and one element where they do not, and writes one vector. The others are in
+// activation_flat.cu.cc.
 //
 // Tested by tests/gpu/check_elementwise.py and
 // tests/ops/test_activation.py.
@@ -14,9 +15,9 @@
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/occupancy.h"
 #include "xla_ops/cc/device/quant.cuh"
-#include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/activation/activation_launch.h"
+#include "xla_ops/cc/ops/activation/activation_math.cuh"
 
 namespace xla_ops {
 namespace {
@@ -31,38 +32,29 @@ constexpr int64_t kFewVectors = int64_t{1} << 18;
 // vectors of its row, so that fewer blocks come and go.
 constexpr int64_t kManyBlocks = 16384;
 
-// Where the result is rounded to 16 bits: to some ten units of fp32's last
-// place, and zero below -87. Exact division branches, and the elements of a
-// vector would wait for one another.
-template <typename T>
-__device__ __forceinline__ float Silu(float x) {
-  if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-x));
-  const float divisor = 1.0f + Exp2(-kLog2E * x);
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor));
-  return x * inverse;
-}
-
 template <Activation kActivation, typename T>
-__device__ __forceinline__ float Activate(float x) {
+__device__ __forceinline__ float Activate(float x, float threshold) {
   if constexpr (kActivation == Activation::kGeluAndMul) {
     return x * 0.5f * (1.0f + erff(x * 0.70710678f));
   } else if constexpr (kActivation == Activation::kGeluTanhAndMul) {
     const float inner = 0.79788456f * (x + 0.044715f * (x * x * x));
     return 0.5f * x * (1.0f + tanhf(inner));
+  } else if constexpr (kActivation == Activation::kFatreluAndMul) {
+    return x > threshold ? x : 0.0f;
   } else {
-    return Silu<T>(x);
+    return Swish<T>(x, 1.0f);
   }
 }
 
 // The two roundings of the contract. The product of two 16-bit floats is
 // exact in fp32, so the multiplication rounds once.
 template <Activation kActivation, typename T>
-__device__ __forceinline__ T Gate(T x, T y) {
+__device__ __forceinline__ T Gate(T x, T y, float threshold) {
   if constexpr (kActivation == Activation::kMulAndSilu) {
-    return Gate<Activation::kSiluAndMul>(y, x);
+    return Gate<Activation::kSiluAndMul>(y, x, threshold);
   } else {
-    const T activated = FromFloat<T>(Activate<kActivation, T>(ToFloat(x)));
+    const T activated =
+        FromFloat<T>(Activate<kActivation, T>(ToFloat(x), threshold));
     return FromFloat<T>(ToFloat(activated) * ToFloat(y));
   }
 }
@@ -75,6 +67,7 @@ __global__ void __launch_bounds__(kThreads,
                                   MinBlocks(kVectors == 1 ? 3 : 2, kThreads))
     ActivationKernel(const T* __restrict__ input,      // [num_rows, 2 * size]
                      const float* __restrict__ scale,  // [1] or null
+                     float threshold,                  // of fatrelu
                      void* __restrict__ out,           // [num_rows, size]
                      int64_t num_rows, int64_t row_vectors) {
   constexpr bool kQuant = kActivation == Activation::kSiluAndMulQuant;
@@ -105,8 +98,8 @@ __global__ void __launch_bounds__(kThreads,
         float values[kSize];
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          values[j] =
-              ToFloat(Gate<kActivation>(x[i][j], y[i][j])) * inverse_scale;
+          values[j] = ToFloat(Gate<kActivation>(x[i][j], y[i][j], threshold)) *
+                      inverse_scale;
         }
         StoreGlobal(static_cast<uint8_t*>(out) + row * size + v * kSize,
                     PackFp8(values));
@@ -114,7 +107,7 @@ __global__ void __launch_bounds__(kThreads,
         Vector<T, kSize> result;
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          result[j] = Gate<kActivation>(x[i][j], y[i][j]);
+          result[j] = Gate<kActivation>(x[i][j], y[i][j], threshold);
         }
         StoreGlobal(static_cast<T*>(out) + row * size + v * kSize, result);
       }
@@ -139,7 +132,7 @@ cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params,
         return LaunchKernel<ActivationKernel<kActivation, T, kSize, kVectors>>(
             stream, grid, block,
             static_cast<const T*>(params.input) + first * 2 * params.size,
-            params.scale,
+            params.scale, params.constants.threshold,
             static_cast<char*>(params.out) + first * params.size * out_bytes,
             rows, row_vectors);
       });
@@ -183,8 +176,11 @@ cudaError_t LaunchActivation(cudaStream_t stream,
       return Launch<Activation::kGeluTanhAndMul>(stream, params);
     case Activation::kSiluAndMulQuant:
       return Launch<Activation::kSiluAndMulQuant>(stream, params);
+    case Activation::kFatreluAndMul:
+      return Launch<Activation::kFatreluAndMul>(stream, params);
+    default:
+      return LaunchFlatActivation(stream, params);
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace xla_ops

@@ -1,4 +1,4 @@
-// The CUDA handlers of the gated activations: check operands, then launch the
+// The CUDA handlers of the activations: check operands, then launch the
 // kernel on XLA's stream.
 //
 // Tested by tests/gpu/check_elementwise.py and
@@ -25,5 +25,18 @@ XLA_OPS_CUDA_HANDLER(gelu_tanh_and_mul, ActivationBinding(),
                      LaunchActivation);
 XLA_OPS_CUDA_HANDLER(silu_and_mul_quant, ActivationQuantBinding(),
                      MakeActivationQuantParams, LaunchActivation);
+XLA_OPS_CUDA_HANDLER(fatrelu_and_mul, FatreluBinding(), MakeFatreluParams,
+                     LaunchActivation);
+XLA_OPS_CUDA_HANDLER(swigluoai_and_mul, SwigluoaiBinding(), MakeSwigluoaiParams,
+                     LaunchActivation);
+XLA_OPS_CUDA_HANDLER(gelu_new, ActivationBinding(),
+                     MakeActivationParams<Activation::kGeluNew>,
+                     LaunchActivation);
+XLA_OPS_CUDA_HANDLER(gelu_fast, ActivationBinding(),
+                     MakeActivationParams<Activation::kGeluFast>,
+                     LaunchActivation);
+XLA_OPS_CUDA_HANDLER(gelu_quick, ActivationBinding(),
+                     MakeActivationParams<Activation::kGeluQuick>,
+                     LaunchActivation);
 
 }  // namespace xla_ops

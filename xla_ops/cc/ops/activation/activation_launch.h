@@ -1,4 +1,4 @@
-// The CUDA launcher of the gated activations; contract and parameters in
+// The CUDA launchers of the activations; contract and parameters in
 // activation.h.
 
 #ifndef XLA_OPS_CC_OPS_ACTIVATION_ACTIVATION_LAUNCH_H_
@@ -10,10 +10,15 @@
 
 namespace xla_ops {
 
-// Queues the kernel on `stream`; neither allocates nor synchronises. Any
+// Queue a kernel on `stream`; neither allocate nor synchronise. Any
 // alignment of the pointers is legal, 16 bytes is fast.
 cudaError_t LaunchActivation(cudaStream_t stream,
                              const ActivationParams& params);
+
+// What LaunchActivation calls for those that take no halves: swigluoai_and_mul
+// and the ones without a gate.
+cudaError_t LaunchFlatActivation(cudaStream_t stream,
+                                 const ActivationParams& params);
 
 }  // namespace xla_ops
 

@@ -1,9 +1,10 @@
-// The CPU handlers of the gated activations on hand-built frames: values
+// The CPU handlers of the activations on hand-built frames: values
 // against double arithmetic, every error text, guard bytes, zero sizes,
 // threads.
 
 #include "xla_ops/cc/ops/activation/activation.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -22,6 +23,11 @@ extern "C" XLA_FFI_Error* xla_ops_mul_and_silu_cpu(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* xla_ops_gelu_and_mul_cpu(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* xla_ops_gelu_tanh_and_mul_cpu(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* xla_ops_silu_and_mul_quant_cpu(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* xla_ops_fatrelu_and_mul_cpu(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* xla_ops_swigluoai_and_mul_cpu(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* xla_ops_gelu_new_cpu(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* xla_ops_gelu_fast_cpu(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* xla_ops_gelu_quick_cpu(XLA_FFI_CallFrame*);
 extern "C" XlaOpsHandlersFn xla_ops_handlers;
 
 namespace xla_ops {
@@ -63,6 +69,30 @@ CallStatus RunQuant(const TestTensor& input, const TestTensor& scale,
   AddArgs(&frame, {&input, &scale});
   AddResults(&frame, {out});
   return frame.Call(xla_ops_silu_and_mul_quant_cpu);
+}
+
+constexpr Plain kAlone[] = {
+    {Activation::kGeluNew, xla_ops_gelu_new_cpu},
+    {Activation::kGeluFast, xla_ops_gelu_fast_cpu},
+    {Activation::kGeluQuick, xla_ops_gelu_quick_cpu},
+};
+
+CallStatus RunFatrelu(const TestTensor& input, float threshold,
+                      TestTensor* out) {
+  CallFrame frame;
+  AddArgs(&frame, {&input});
+  AddResults(&frame, {out});
+  frame.AddAttr("threshold", threshold);
+  return frame.Call(xla_ops_fatrelu_and_mul_cpu);
+}
+
+CallStatus RunSwigluoai(const TestTensor& input, float alpha, float limit,
+                        TestTensor* out) {
+  CallFrame frame;
+  AddArgs(&frame, {&input});
+  AddResults(&frame, {out});
+  frame.AddAttr("alpha", alpha).AddAttr("limit", limit);
+  return frame.Call(xla_ops_swigluoai_and_mul_cpu);
 }
 
 // `value` rounded to `dtype`.
@@ -196,6 +226,108 @@ XLA_OPS_TEST(SpecialValues) {
   EXPECT_EQ(quantised.Get(1), -448.0);
 }
 
+// With every rounding of the definition but the last.
+double ExactAlone(Activation activation, DType dtype, double x) {
+  const double c = 0.79788456f;
+  const double k = 0.044715f;
+  const auto round = [dtype](double value) { return Round(dtype, value); };
+  double inner;
+  if (activation == Activation::kGeluQuick) {
+    return x / (1 + std::exp(-1.702 * x));
+  } else if (activation == Activation::kGeluNew) {
+    inner = c * round(x + round(k * round(round(x * x) * x)));
+  } else {
+    inner = round(c * x) * round(1 + round(round(k * x) * x));
+  }
+  return round(0.5 * x) * round(1 + round(std::tanh(round(inner))));
+}
+
+XLA_OPS_TEST(WithoutAGate) {
+  std::mt19937 random(7);
+  for (const Plain& op : kAlone) {
+    for (const DType dtype : kDTypes) {
+      for (const int64_t size : {1, 7, 33, 257}) {
+        TestTensor input(dtype, {3, size});
+        TestTensor out(dtype, {3, size});
+        input.FillRandom(&random, 3.0);
+        ExpectOk(Run(op.handler, input, &out));
+        for (int64_t i = 0; i < out.size(); ++i) {
+          const double x = input.Get(i);
+          const double want = ExactAlone(op.activation, dtype, x);
+          // A last bit of fp32's tanh may move T(1 + tanh) by one step.
+          const double tolerance = Epsilon(dtype) * std::abs(want) +
+                                   std::ldexp(4.0, -24) * std::abs(x);
+          EXPECT_TRUE(std::abs(out.Get(i) - want) <= tolerance);
+        }
+        out.ExpectGuardsIntact();
+      }
+    }
+  }
+}
+
+// Its result may lie in the input's buffer.
+XLA_OPS_TEST(WithoutAGateInPlace) {
+  std::mt19937 random(8);
+  for (const Plain& op : kAlone) {
+    TestTensor input(DType::kBF16, {5, 40});
+    TestTensor out(DType::kBF16, {5, 40});
+    input.FillRandom(&random, 3.0);
+    ExpectOk(Run(op.handler, input, &out));
+    ExpectOk(Run(op.handler, input, &input));
+    EXPECT_TRUE(input.bytes() == out.bytes());
+  }
+}
+
+XLA_OPS_TEST(FatreluKeepsWhatIsAboveTheThreshold) {
+  const TestTensor input(DType::kBF16, {1, 12},
+                         {0.5, 0.50390625, 3, -4, NAN, kInf,  //
+                          2, 2, 1.0078125, 7, 5, -1});
+  TestTensor out(DType::kBF16, {1, 6});
+  ExpectOk(RunFatrelu(input, 0.5f, &out));
+  const double want[] = {0, 1.0078125, Round(DType::kBF16, 3 * 1.0078125),
+                         0, 0,         -kInf};
+  for (int64_t i = 0; i < 6; ++i) EXPECT_EQ(out.Get(i), want[i]);
+  out.ExpectGuardsIntact();
+}
+
+XLA_OPS_TEST(SwigluoaiMatchesTheDefinition) {
+  std::mt19937 random(9);
+  for (const DType dtype : kDTypes) {
+    for (const int64_t size : {1, 3, 8, 33, 257}) {
+      TestTensor input(dtype, {3, 2 * size});
+      TestTensor out(dtype, {3, size});
+      input.FillRandom(&random, 6.0);
+      ExpectOk(RunSwigluoai(input, 1.702f, 7.0f, &out));
+      for (int64_t i = 0; i < out.size(); ++i) {
+        const double gate = std::min(input.Get(2 * i), 7.0);
+        const double up = std::clamp(input.Get(2 * i + 1), -7.0, 7.0);
+        const double want =
+            (up + 1) * gate / (1 + std::exp(-double{1.702f} * gate));
+        const double tolerance =
+            (0.5 * Epsilon(dtype) + std::ldexp(16.0, -24)) * std::abs(want) +
+            std::ldexp(1.0, -24);
+        EXPECT_TRUE(std::abs(out.Get(i) - want) <= tolerance);
+      }
+      out.ExpectGuardsIntact();
+    }
+  }
+}
+
+XLA_OPS_TEST(SwigluoaiSpecialValues) {
+  const TestTensor input(DType::kF32, {5, 2},
+                         {NAN, 1, 1, NAN, kInf, -kInf, -kInf, 1, -200, 3});
+  TestTensor out(DType::kF32, {5, 1});
+  ExpectOk(RunSwigluoai(input, 1.702f, 7.0f, &out));
+  EXPECT_TRUE(std::isnan(out.Get(0)));
+  EXPECT_TRUE(std::isnan(out.Get(1)));
+  EXPECT_TRUE(std::abs(out.Get(2) + 42) < 1e-3);  // (-7 + 1) * 7
+  EXPECT_TRUE(std::isnan(out.Get(3)));            // -inf * 0, as in vLLM
+  EXPECT_EQ(out.Get(4), 0.0);
+  const float no_limit = std::numeric_limits<float>::infinity();
+  ExpectOk(RunSwigluoai(input, 1.702f, no_limit, &out));
+  EXPECT_EQ(out.Get(2), -kInf);
+}
+
 XLA_OPS_TEST(EmptyInputIsSuccess) {
   for (const std::vector<int64_t>& dims :
        {std::vector<int64_t>{0, 8}, {2, 0, 8}, {3, 0}}) {
@@ -237,7 +369,37 @@ XLA_OPS_TEST(Errors) {
                   name + ": out must have shape [4, 31], got [4, 32]");
     EXPECT_TRUE(out.bytes() == TestTensor(DType::kF16, {4, 32}).bytes());
   }
+  for (const Plain& op : kAlone) {
+    const std::string name = Name(op.activation);
+    TestTensor out(DType::kF16, {4, 7});
+    ExpectInvalid(
+        Run(op.handler, TestTensor(DType::kS32, {4, 7}), &out),
+        name + ": input must be float32, float16 or bfloat16, got int32");
+    ExpectInvalid(Run(op.handler, TestTensor(DType::kF16, {}), &out),
+                  name + ": input must have rank 1 or more, got shape []");
+    ExpectInvalid(Run(op.handler, TestTensor(DType::kBF16, {4, 7}), &out),
+                  name + ": out must be bfloat16, got float16");
+    ExpectInvalid(Run(op.handler, TestTensor(DType::kF16, {4, 8}), &out),
+                  name + ": out must have shape [4, 8], got [4, 7]");
+  }
   const TestTensor input(DType::kF16, {4, 64});
+  TestTensor gated(DType::kF16, {4, 32});
+  const float inf = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  ExpectInvalid(RunFatrelu(TestTensor(DType::kF16, {7}), 0, &gated),
+                "fatrelu_and_mul: input must have an even last dimension, "
+                "got 7");
+  ExpectInvalid(RunFatrelu(input, inf, &gated),
+                "fatrelu_and_mul: threshold must be finite, got inf");
+  ExpectInvalid(RunSwigluoai(TestTensor(DType::kF16, {7}), 1, 1, &gated),
+                "swigluoai_and_mul: input must have an even last dimension, "
+                "got 7");
+  ExpectInvalid(RunSwigluoai(input, nan, 1, &gated),
+                "swigluoai_and_mul: alpha must be finite, got nan");
+  ExpectInvalid(RunSwigluoai(input, 1, -1, &gated),
+                "swigluoai_and_mul: limit must be at least 0, got -1");
+  ExpectInvalid(RunSwigluoai(input, 1, nan, &gated),
+                "swigluoai_and_mul: limit must be at least 0, got nan");
   const TestTensor one(DType::kF32, {1}, {1});
   TestTensor out(DType::kF8E4M3FN, {4, 32});
   TestTensor plain(DType::kF16, {4, 32});
@@ -252,8 +414,8 @@ XLA_OPS_TEST(Errors) {
 XLA_OPS_TEST(TableNamesTheTargets) {
   size_t count = 0;
   const XlaOpsHandler* handlers = xla_ops_handlers(&count);
-  EXPECT_EQ(count, 5u);
-  for (size_t i = 0; i < count && i < 5; ++i) {
+  EXPECT_EQ(count, 10u);
+  for (size_t i = 0; i < count && i < 10; ++i) {
     EXPECT_EQ(std::string(handlers[i].target),
               std::string("xla_ops.") + Name(static_cast<Activation>(i)));
     EXPECT_EQ(std::string(handlers[i].platform), "Host");
