@@ -214,6 +214,7 @@ def cases() -> dict[str, Case]:
         "gelu_new": (x.gelu_new, rows(), {}),
         "gelu_fast": (x.gelu_fast, rows(torch.float32), {}),
         "gelu_quick": (x.gelu_quick, rows(), {}),
+        "convert_fp8": (x.convert_fp8, dict(src=randn(3, 16)), {}),
         "silu_and_mul_quant": (
             x.silu_and_mul_quant,
             rows(scale=TO_HALF),

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Checks the elementwise kernels against numpy: activations, rotary_embedding,
-merge_attn_states and copy_blocks.
+"""Checks the elementwise kernels against numpy: activations, convert_fp8,
+rotary_embedding, merge_attn_states and copy_blocks.
 
     check_elementwise.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
@@ -26,7 +26,7 @@ from kernel_cases import BF16, DTYPES, F32, ROUNDING, poison
 
 jax.config.update("jax_enable_x64", True)
 
-E4M3 = np.dtype(jnp.float8_e4m3fn)
+E4M3, E5M2 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)
 
 
 def call(target, results, *args, aliases=None, **attributes):
@@ -141,6 +141,31 @@ def check_quant(rng, dtype, tokens, size):
     want = np.asarray(gated).astype(np.float32) * (np.float32(1) / scale)
     want = np.nan_to_num(np.clip(want, -448, 448), nan=448.0).astype(E4M3)
     assert np.array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
+
+
+def check_convert(rng, dtype, fp8, tokens, size):
+    name = {E4M3: "fp8_e4m3", E5M2: "fp8_e5m2"}[fp8]
+    attributes = {"kv_cache_dtype": name, "scale": np.float32(0.37)}
+    x = (rng.standard_normal((tokens, size)) * 60).astype(dtype)
+    x.reshape(-1)[:3] = [np.nan, np.inf, -np.inf][: x.size]
+    largest = float(jnp.finfo(fp8).max)
+    want = (x.astype(np.float32) / np.float32(0.37)).clip(-largest, largest).astype(fp8)
+    for result in (fp8, np.dtype(np.uint8)):
+        (codes,) = call("convert_fp8", [(x.shape, result)], x, **attributes)
+        assert np.array_equal(
+            np.asarray(codes).view(fp8).astype(np.float32),
+            want.astype(np.float32),
+            equal_nan=True,
+        )
+    codes = np.arange(tokens * size).astype(np.uint8).reshape(tokens, size)
+    want = (codes.view(fp8).astype(np.float32) * np.float32(0.37)).astype(dtype)
+    for source in (codes, codes.view(fp8)):
+        (got,) = call("convert_fp8", [(x.shape, dtype)], source, **attributes)
+        assert np.array_equal(
+            np.asarray(got).astype(np.float32),
+            want.astype(np.float32),
+            equal_nan=True,
+        )
 
 
 def rotated(heads, positions, cache, is_neox):
@@ -258,6 +283,8 @@ def cases(quick):
             yield check_alone, case | {"name": name}
         yield check_fatrelu, case
         yield check_swigluoai, case
+        for fp8 in (E4M3, E5M2):
+            yield check_convert, case | {"fp8": fp8}
         if tokens:
             yield check_quant, case
     heads = (

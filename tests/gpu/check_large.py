@@ -108,6 +108,8 @@ def check_rows(shape):
     hidden, int8 = shape[1], jnp.int8
     scales, azps = (F32, 1), (jnp.int32, 1)
     gated, gated_fp8 = (BF16, hidden // 2), (E4M3, hidden // 2)
+    convert = {"kv_cache_dtype": "fp8", "scale": np.float32(0.37)}
+    codes = jax.jit(lambda x: x.astype(E4M3))(x)
     swigluoai = {"alpha": np.float32(1.702), "limit": np.float32(7)}
     # Of each: its target, operands and results (the dtype, and the columns where they
     # are not the input's).
@@ -121,6 +123,8 @@ def check_rows(shape):
         ),
         ("static_scaled_fp8_quant", (x,), (scale,), (E4M3,), {}),
         ("dynamic_per_token_scaled_fp8_quant", (x,), (), (E4M3, scales), {}),
+        ("convert_fp8", (x,), (), (E4M3,), convert),
+        ("convert_fp8", (codes,), (), (BF16,), convert),
         ("static_scaled_int8_quant", (x,), (scale,), (int8,), {}),
         ("static_scaled_int8_quant", (x,), (scale, azp), (int8,), {}),
         ("dynamic_scaled_int8_quant", (x,), (), (int8, scales), {}),

@@ -131,6 +131,15 @@ void Cases::AddActivations(DType dtype) {
                                "gelu_tanh_and_mul"}) {
       Add(target, detail, {x()}, {{dtype, shape}});
     }
+    for (const char* format : {"fp8_e4m3", "fp8_e5m2"}) {
+      const auto attrs = [format](CallFrame* frame) {
+        frame->AddAttr("kv_cache_dtype", format).AddAttr("scale", 0.37f);
+      };
+      Add("convert_fp8", detail + " to " + format, {Random(dtype, shape)},
+          {{kU8, shape}}, attrs);
+      Add("convert_fp8", detail + " from " + format, {Random(kU8, shape)},
+          {{dtype, shape}}, attrs);
+    }
     Add("silu_and_mul_quant", detail, {x(), Scalar(0.02)}, {{kE4M3, shape}});
     Add("fatrelu_and_mul", detail, {x()}, {{dtype, shape}},
         [](CallFrame* frame) { frame->AddAttr("threshold", 0.5f); });

@@ -73,6 +73,10 @@ def swigluoai_and_mul(path, **given):
     return xla_ops.swigluoai_and_mul(path.put(rows()), **given)
 
 
+def convert_fp8(path, **given):
+    return xla_ops.convert_fp8(path.put(rows()), **given)
+
+
 def heads():
     return torch.linspace(-1, 1, 9 * 2 * 8).reshape(9, 2, 8)
 
@@ -107,6 +111,7 @@ FLOATS = [
     Number(fatrelu_and_mul, "threshold", 0.5),
     Number(swigluoai_and_mul, "alpha", 0.5),
     Number(swigluoai_and_mul, "limit", 0.5),
+    Number(convert_fp8, "scale", 0.5),
     Number(flash_attn_varlen, "softmax_scale", 0.25),
     Number(flash_attn_varlen, "softcap", 2.0),
     Number(paged_attention, "scale", 0.25),

@@ -55,6 +55,7 @@ SAMPLES = {
     "dynamic_scaled_int8_quant": (GATED,),
     "dynamic_scaled_int8_azp_quant": (GATED,),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
+    "convert_fp8_functional": (GATED, 0.5, "fp8", torch.float8_e4m3fn),
     "copy_blocks_one": (
         *(torch.randn(3, 8, 16), torch.tensor([[0, 1], [1, 2]])),
         *([3, 1, 1, 128, 128, 0, 0, 0], False, None),

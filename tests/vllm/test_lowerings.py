@@ -209,6 +209,7 @@ CASES = {
         torch.ones(()),
         torch.ones(()),
     ),
+    "convert_fp8": (empty(4, 8, 2, 16, dtype=FP8), rows(4, 8, 2, 16), 0.5, "fp8"),
     "copy_blocks": (
         [rows(4, 8, 2, 16)],
         [rows(4, 8, 2, 16) + 1],
@@ -229,7 +230,7 @@ def vllm_op(name):
     """The op of vLLM's whose lowering is called `name`."""
     if name == "flash_attn_varlen":
         return torch.ops._vllm_fa2_C.varlen_fwd
-    cache_ops = ("reshape_and_cache_flash", "copy_blocks")
+    cache_ops = ("reshape_and_cache_flash", "convert_fp8", "copy_blocks")
     namespace = torch.ops._C_cache_ops if name in cache_ops else torch.ops._C
     return getattr(namespace, name)
 

@@ -12,6 +12,7 @@ from .activation import (
     silu_and_mul_quant,
     swigluoai_and_mul,
 )
+from .convert_fp8 import convert_fp8
 from .copy_blocks import copy_blocks
 from .flash_attn_varlen import flash_attn_varlen
 from .fp8_quant import (
@@ -33,6 +34,7 @@ from .rms_norm_quant import (
 from .rotary_embedding import rotary_embedding
 
 __all__ = [
+    "convert_fp8",
     "copy_blocks",
     "dynamic_per_token_scaled_fp8_quant",
     "dynamic_scaled_fp8_quant",

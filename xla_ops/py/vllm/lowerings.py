@@ -272,6 +272,12 @@ register_reshape_and_cache_flash_lowering = _lowering(
     namespace="_C_cache_ops",
     overload="default",
 )
+register_convert_fp8_lowering = _lowering(
+    "convert_fp8",
+    "Tensor! dst_cache, Tensor src_cache, float scale, str kv_cache_dtype",
+    namespace="_C_cache_ops",
+    overload="default",
+)
 register_copy_blocks_lowering = _lowering(
     "copy_blocks",
     "Tensor(a!)[] key_caches, Tensor[](b!) value_caches, Tensor block_mapping",
