@@ -202,10 +202,15 @@ def check_rotary(rng, dtype, is_neox, tokens, heads, head_size, rotary_dim):
     for result, before in zip(got, (query, key), strict=True):
         want = rotated(before, positions, cache, is_neox)
         assert np.array_equal(np.asarray(result), want), "not the same to the bit"
-    (alone,) = call(
-        "rotary_embedding_one", [query], positions, query, cache, **attributes
-    )
-    assert np.array_equal(np.asarray(alone), np.asarray(got[0]))
+    # Alone, with positions of 32 bits and an fp32 cache, which is rounded first.
+    for table in (cache, cache.astype(F32)):
+        (alone,) = call(
+            "rotary_embedding_one",
+            [query],
+            *(positions.astype(np.int32), query, table),
+            **attributes,
+        )
+        assert np.array_equal(np.asarray(alone), np.asarray(got[0]))
 
 
 def check_merge(rng, dtype, tokens, heads, head_dim):

@@ -173,7 +173,13 @@ void Cases::AddRotary(DType dtype) {
       for (int64_t i = 0; i < s.tokens; ++i) positions.Set(i, i % 13 - 1);
       const Dims query = {s.tokens, s.heads, s.head_size};
       const Dims key = {s.tokens, s.kv_heads, s.head_size};
+      TestTensor narrow(kS32, {s.tokens});
+      for (int64_t i = 0; i < s.tokens; ++i) narrow.Set(i, i % 13 - 1);
       const TestTensor cache = Random(dtype, {11, s.rotary_dim});
+      Add("rotary_embedding", detail + " fp32 cache",
+          {narrow, Random(dtype, query), Random(dtype, key),
+           Random(kF32, {11, s.rotary_dim})},
+          {{dtype, query}, {dtype, key}}, attrs);
       for (const bool in_place : {false, true}) {
         const std::string name = detail + (in_place ? " in place" : "");
         Add("rotary_embedding", name,

@@ -174,11 +174,6 @@ ERRORS = [
     ),
     (
         ROWS,
-        {"k_scale": ONE},
-        "k_scale must be absent with kv_cache_dtype auto, got shape [1]",
-    ),
-    (
-        ROWS,
         {name: torch.ones(5, 2, 16, dtype=torch.uint8) for name in "kv"}
         | {"kv_cache_dtype": "fp8_e5m2", "v_scale": torch.ones(2, 4)},
         "v_scale must have 1 element or shape [2, 2], got shape [2, 4]",
@@ -190,6 +185,15 @@ ERRORS = [
         "k_scale must be float32, got float16",
     ),
 ]
+
+
+def test_scales_of_keys_that_are_not_fp8_are_ignored(path):
+    """vLLM's layers pass them always."""
+    wanted, _ = path.run(lambda a: xla_ops.flash_attn_varlen(**a), ROWS)
+    given = ROWS | {"k_scale": 7 * ONE, "v_scale": 7 * ONE}
+    got, _ = path.run(lambda a: xla_ops.flash_attn_varlen(**a), given)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("legal, changes, message", ERRORS, ids=[m for *_, m in ERRORS])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch_xla.debug.metrics as met
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -357,11 +358,44 @@ ERRORS = [
         {"kv_cache_dtype": "fp8"},
         "key_cache must be float8_e4m3fn or uint8, got float32",
     ),
-    (
-        {"v_scale": torch.ones(1)},
-        "v_scale must be absent with kv_cache_dtype auto, got shape [1]",
-    ),
 ]
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(7.0), torch.ones(3).half()])
+def test_scales_of_a_cache_that_is_not_fp8_are_ignored(path, scale):
+    """vLLM's layers pass them always."""
+    given = batch([2, 1], [5, 9], 4, 2, 16, 4, torch.float32)
+    given |= {"scale": 0.25}
+    wanted, _ = path.run(lambda g: xla_ops.paged_attention(**g), given)
+    given |= {"k_scale": scale, "v_scale": scale}
+    out, _ = path.run(lambda g: xla_ops.paged_attention(**g), given)
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("num_seqs", [0, 1, 2, 9, -1])
+def test_num_seqs_as_an_int(path, num_seqs):
+    given = batch([2, 1], [5, 9], 4, 2, 16, 4, torch.float32) | {"scale": 0.25}
+    given["num_seqs"] = int32(num_seqs)
+    wanted, _ = path.run(lambda g: xla_ops.paged_attention(**g), given)
+    del given["num_seqs"]
+    out, _ = path.run(lambda g: xla_ops.paged_attention(**g, num_seqs=num_seqs), given)
+    assert torch.equal(out, wanted)
+
+
+def test_num_seqs_as_an_int_is_data_lazily():
+    """A new number is no new program."""
+    given = batch([2, 1], [5, 9], 4, 2, 16, 4, torch.float32) | {"scale": 0.25}
+    del given["num_seqs"]
+    compiled = lambda: met.metric_data("CompileTime")[0]  # noqa: E731
+    path = Path("lazy")
+    run = lambda n: path.run(  # noqa: E731
+        lambda g: xla_ops.paged_attention(**g, num_seqs=n), given
+    )
+    run(2)
+    before = compiled()
+    for n in (1, 3, 4, 7):
+        run(n)
+    assert compiled() == before
 
 
 @pytest.mark.parametrize("changes, message", ERRORS, ids=[m for _, m in ERRORS])

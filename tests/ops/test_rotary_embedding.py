@@ -68,6 +68,25 @@ def test_numerics(path, tokens, heads, kv_heads, head_size, rotary_dim, is_neox,
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("head_size", [7, 64])
+def test_int32_positions_and_float32_table(path, head_size, is_neox, dtype):
+    """The bits are those of int64 and of the table in query's dtype."""
+    rotary_dim = head_size // 2 * 2
+    positions = torch.tensor([3, -1, 49, 50, 2**31 - 1, -(2**31), 7], dtype=torch.int32)
+    query = torch.randn(7, 4 * head_size).to(dtype)
+    key = torch.randn(7, 2 * head_size).to(dtype)
+    cache = cos_sin(50, rotary_dim)
+    (q, k), _ = path.run(
+        lambda p, q, k, c: xla_ops.rotary_embedding(p, q, k, head_size, c, is_neox),
+        *(positions, query, key, cache),
+    )
+    rest = (head_size, cache.to(dtype), is_neox)
+    assert torch.equal(q, expected(positions, query, *rest))
+    assert torch.equal(k, expected(positions, key, *rest))
+
+
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize("with_key", [True, False])
 @pytest.mark.parametrize("batch", [(6,), (2, 3)])
@@ -178,7 +197,10 @@ GOOD = {
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"positions": torch.ones(2).int()}, "positions must be int64, got int32"),
+        (
+            {"positions": torch.ones(2)},
+            "positions must be int64 or int32, got float32",
+        ),
         (
             {"positions": torch.ones(1, 1, 2).long()},
             "positions must have shape [num_tokens] or [batch_size, seq_len], "
@@ -220,6 +242,14 @@ GOOD = {
         (
             {"cos_sin_cache": torch.ones(4, 8).half()},
             "cos_sin_cache must be float32, got float16",
+        ),
+        (
+            {
+                "query": torch.ones(2, 32).half(),
+                "key": torch.ones(2, 16).half(),
+                "cos_sin_cache": torch.ones(4, 8).bfloat16(),
+            },
+            "cos_sin_cache must be float16 or float32, got bfloat16",
         ),
         (
             {"cos_sin_cache": torch.ones(8)},

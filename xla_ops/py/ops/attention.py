@@ -194,6 +194,9 @@ def arguments(
         longest: how many KV tokens a sequence has at most, as far as the host knows.
         The others are as in attention.h.
     """
+    if features.kv_cache_dtype == "auto":
+        # vLLM's layers give scales whatever the cache is, and read them for fp8.
+        features = features._replace(k_scale=None, v_scale=None)
     return Arguments(
         query=query,
         key=cache.key_buffer,

@@ -92,7 +92,7 @@ def flash_attn_varlen(
         kv_cache_dtype: "auto" (q's dtype), "fp8", "fp8_e4m3" (the same) or
             "fp8_e5m2"; fp8 keys and values are uint8 or the fp8 type.
         k_scale, v_scale: what fp8 keys and values are multiplied by: float32, one
-            element or [num_seqs, num_kv_heads]; None: 1.
+            element or [num_seqs, num_kv_heads]; None: 1. With "auto" ignored.
 
     Returns:
         out, like q, and softmax_lse, float32 [num_heads, total_q]: the natural

@@ -31,7 +31,7 @@ def paged_attention(
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     query_start_loc: torch.Tensor,
-    num_seqs: torch.Tensor,
+    num_seqs: torch.Tensor | int,
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
@@ -67,7 +67,8 @@ def paged_attention(
         context_lens: [max_num_seqs], int32.
         block_tables: [max_num_seqs, max_blocks], int32.
         query_start_loc: [max_num_seqs + 1], int32, not decreasing.
-        num_seqs: [1], int32: how many sequences there are.
+        num_seqs: [1], int32: how many sequences there are. Or an int, which is a
+            constant of compiled programs: each new one compiles again.
         scale: factor of q.k, such as head_dim ** -0.5.
         sliding_window: how many tokens a row sees at most; None or 0: all.
         soft_cap: C of C * tanh(logit / C); None or 0: no cap.
@@ -77,7 +78,7 @@ def paged_attention(
         kv_cache_dtype: "auto" (query's dtype), "fp8", "fp8_e4m3" (the same) or
             "fp8_e5m2"; an fp8 cache is uint8 or the fp8 type.
         k_scale, v_scale: what an fp8 cache's elements are multiplied by: float32, one
-            element or [max_num_seqs, num_kv_heads]; None: 1.
+            element or [max_num_seqs, num_kv_heads]; None: 1. With "auto" ignored.
         return_lse: whether to return lse too.
 
     Returns:
@@ -98,6 +99,9 @@ def paged_attention(
     if soft_cap is not None:
         soft_cap = scalars.number(_check.op, "soft_cap", soft_cap)
     return_lse = scalars.flag(_check.op, "return_lse", return_lse)
+    if not isinstance(num_seqs, torch.Tensor):
+        count = scalars.integer(_check.op, "num_seqs", num_seqs)
+        num_seqs = _on_device(count, query.device)
     ops = torch.ops.xla_gpu
     op = ops.paged_attention_with_lse if return_lse else ops.paged_attention
     stacked = isinstance(kv_cache, torch.Tensor)
@@ -119,6 +123,14 @@ def paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+
+
+def _on_device(number: int, device: torch.device) -> torch.Tensor:
+    """Returns an int32 tensor [1]."""
+    if torch.compiler.is_compiling():
+        return torch.full((1,), number, dtype=torch.int32, device=device)
+    # Data, not a constant of the lazy graph.
+    return torch.tensor([number], dtype=torch.int32, device=device)
 
 
 def _front(

@@ -29,7 +29,8 @@ def rotary_embedding(
     For a token at position p, cos[i] = cos_sin_cache[p, i] and sin[i] =
     cos_sin_cache[p, rotary_dim / 2 + i]. Pair i of a head is (x, y) = elements
     (i, i + rotary_dim / 2) with is_neox, (2 i, 2 i + 1) without, and becomes
-    (T(T(x cos) - T(y sin)), T(T(y cos) + T(x sin))), where T rounds to the dtype.
+    (T(T(x cos) - T(y sin)), T(T(y cos) + T(x sin))), where T rounds to the dtype; an
+    fp32 table's cos and sin are rounded first, as vLLM's layer rounds the table.
     Elements from rotary_dim on stay. A position outside [0, max_position), which vLLM
     leaves undefined, leaves its token unrotated.
 
@@ -40,13 +41,13 @@ def rotary_embedding(
     Under torch.autocast, key and cos_sin_cache are cast to query's dtype.
 
     Args:
-        positions: [num_tokens] or [batch_size, seq_len], int64.
+        positions: [num_tokens] or [batch_size, seq_len], int64 or int32.
         query: [*positions.shape, num_heads * head_size] or [*positions.shape,
             num_heads, head_size], float32, float16 or bfloat16.
         key: likewise with num_kv_heads heads, a divisor of num_heads; or None.
         head_size: elements of a head.
-        cos_sin_cache: [max_position, rotary_dim] of query's dtype; rotary_dim is even
-            and at most head_size.
+        cos_sin_cache: [max_position, rotary_dim] of query's dtype or float32;
+            rotary_dim is even and at most head_size.
         is_neox: how elements pair up, see above.
 
     Returns:
@@ -106,7 +107,7 @@ def _check_heads(
 
 
 def _check_query(positions: torch.Tensor, query: torch.Tensor, head_size: int) -> int:
-    _check.dtype("positions", positions, [torch.int64])
+    _check.dtype("positions", positions, [torch.int64, torch.int32])
     _check.require(
         positions.dim() in (1, 2),
         "positions",
@@ -121,7 +122,8 @@ def _check_query(positions: torch.Tensor, query: torch.Tensor, head_size: int) -
 def _check_cache(
     query: torch.Tensor, cos_sin_cache: torch.Tensor, head_size: int
 ) -> None:
-    _check.dtype("cos_sin_cache", cos_sin_cache, [query.dtype])
+    wide = [] if query.dtype == torch.float32 else [torch.float32]
+    _check.dtype("cos_sin_cache", cos_sin_cache, [query.dtype, *wide])
     _check.rank("cos_sin_cache", cos_sin_cache, "[max_position, rotary_dim]")
     rotary_dim = cos_sin_cache.shape[1]
     _check.require(
@@ -194,7 +196,7 @@ def _rotate(
     split = heads.reshape(*positions.shape, -1, head_size)
     valid = (positions >= 0) & (positions < max_position)
     row = cos_sin_cache[positions.clamp(0, max_position - 1)].unsqueeze(-2)
-    cos, sin = row.chunk(2, dim=-1)
+    cos, sin = row.to(heads.dtype).chunk(2, dim=-1)
     rotary, rest = split[..., :rotary_dim], split[..., rotary_dim:]
     if is_neox:
         x, y = rotary.chunk(2, dim=-1)

@@ -16,7 +16,7 @@ constexpr char kOp[] = "rotary_embedding";
 ffi::Error CheckPositions(ffi::AnyBuffer positions, int64_t head_size,
                           RotaryEmbeddingParams* params) {
   XLA_OPS_RETURN_IF_ERROR(
-      CheckDType(kOp, "positions", positions, {DType::kS64}));
+      CheckDType(kOp, "positions", positions, {DType::kS64, DType::kS32}));
   const auto dims = positions.dimensions();
   if (dims.size() != 1 && dims.size() != 2) {
     return MustError(kOp, "positions",
@@ -27,7 +27,8 @@ ffi::Error CheckPositions(ffi::AnyBuffer positions, int64_t head_size,
   *params = RotaryEmbeddingParams{};
   params->num_tokens = static_cast<int64_t>(positions.element_count());
   params->head_size = head_size;
-  params->positions = static_cast<const int64_t*>(positions.untyped_data());
+  params->positions_dtype = *ToDType(positions.element_type());
+  params->positions = positions.untyped_data();
   return ffi::Error::Success();
 }
 
@@ -71,7 +72,11 @@ ffi::Error BindQuery(ffi::AnyBuffer positions, ffi::AnyBuffer query,
 
 ffi::Error BindCache(ffi::AnyBuffer cache, RotaryEmbeddingParams* params) {
   XLA_OPS_RETURN_IF_ERROR(
-      CheckDType(kOp, "cos_sin_cache", cache, {params->dtype}));
+      params->dtype == DType::kF32
+          ? CheckDType(kOp, "cos_sin_cache", cache, {DType::kF32})
+          : CheckDType(kOp, "cos_sin_cache", cache,
+                       {params->dtype, DType::kF32}));
+  params->cache_dtype = *ToDType(cache.element_type());
   XLA_OPS_RETURN_IF_ERROR(
       CheckShape(kOp, "cos_sin_cache", cache, {"max_position", "rotary_dim"}));
   const auto dims = cache.dimensions();

@@ -43,10 +43,23 @@ __device__ __forceinline__ void Rotate(T cos, T sin, T* x, T* y) {
   *x = new_x;
 }
 
+// Entries of the table, rounded to T where it has floats.
+template <int kPairs, typename T, typename Table>
+__device__ __forceinline__ Vector<T, kPairs> LoadTable(const Table* entries) {
+  const Vector<Table, kPairs> loaded = LoadVector<kPairs>(entries);
+  Vector<T, kPairs> rounded;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    rounded[i] = FromFloat<T>(ToFloat(loaded[i]));
+  }
+  return rounded;
+}
+
 template <typename T>
 struct Shape {
   int64_t num_tokens;
   int64_t max_position;
+  bool positions_are_32_bits;
   int64_t head_size;
   int64_t rotary_dim;
   // Units of a head: `rotating` ones, then copying ones.
@@ -140,17 +153,19 @@ struct Pairs {
 // Threads: x and blockIdx.y run over the units of a token's heads, queries
 // first, y and blockIdx.x over tokens. All vectors are aligned (checked by
 // the launcher). `out` may be `in`: a thread reads its units before writing.
-template <typename T, int kPairs, bool kNeox>
+template <typename T, typename Table, int kPairs, bool kNeox>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    RotaryEmbeddingKernel(const int64_t* __restrict__ positions,
-                          const T* __restrict__ cos_sin_cache,
+    RotaryEmbeddingKernel(const void* __restrict__ positions,
+                          const Table* __restrict__ cos_sin_cache,
                           const Shape<T> shape) {
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (token >= shape.num_tokens) return;
-  const int64_t position = positions[token];
+  const int64_t position = shape.positions_are_32_bits
+                               ? static_cast<const int32_t*>(positions)[token]
+                               : static_cast<const int64_t*>(positions)[token];
   const bool rotate = position >= 0 && position < shape.max_position;
   const int64_t pairs = shape.rotary_dim / 2;
-  const T* cos_row = cos_sin_cache + position * shape.rotary_dim;
+  const Table* cos_row = cos_sin_cache + position * shape.rotary_dim;
   const int units =
       (shape.query_heads + shape.key_heads) * shape.head_units.value();
   const int first = shape.first_unit + blockIdx.y * blockDim.x + threadIdx.x;
@@ -179,8 +194,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       continue;
     }
     if (rotate) {
-      const auto cos = LoadVector<kPairs>(cos_row + place.pair);
-      const auto sin = LoadVector<kPairs>(cos_row + pairs + place.pair);
+      const auto cos = LoadTable<kPairs, T>(cos_row + place.pair);
+      const auto sin = LoadTable<kPairs, T>(cos_row + pairs + place.pair);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
         Rotate(cos[j], sin[j], &loaded[i].x[j], &loaded[i].y[j]);
@@ -192,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-template <typename T, int kPairs, bool kNeox>
+template <typename T, typename Table, int kPairs, bool kNeox>
 cudaError_t LaunchUnits(cudaStream_t stream,
                         const RotaryEmbeddingParams& params) {
   constexpr int kCopy = kCopySize<kPairs, kNeox>;
@@ -207,6 +222,7 @@ cudaError_t LaunchUnits(cudaStream_t stream,
                 INT32_MAX - 2 * kUnits<kNeox> * kThreads * kMaxGridY);
   Shape<T> shape;
   shape.max_position = params.max_position;
+  shape.positions_are_32_bits = params.positions_dtype == DType::kS32;
   shape.head_size = params.head_size;
   shape.rotary_dim = params.rotary_dim;
   shape.head_units = FastDiv(head_units);
@@ -237,9 +253,11 @@ cudaError_t LaunchUnits(cudaStream_t stream,
         for (int64_t unit = 0; unit < units; unit += launch_units) {
           shape.first_unit = static_cast<int>(unit);
           const cudaError_t error =
-              LaunchKernel<RotaryEmbeddingKernel<T, kPairs, kNeox>>(
-                  stream, grid, block, params.positions + first,
-                  static_cast<const T*>(params.cos_sin_cache), shape);
+              LaunchKernel<RotaryEmbeddingKernel<T, Table, kPairs, kNeox>>(
+                  stream, grid, block,
+                  static_cast<const char*>(params.positions) +
+                      first * SizeOf(params.positions_dtype),
+                  static_cast<const Table*>(params.cos_sin_cache), shape);
           if (error != cudaSuccess) return error;
         }
         return cudaSuccess;
@@ -247,7 +265,7 @@ cudaError_t LaunchUnits(cudaStream_t stream,
 }
 
 // 16-byte vectors where every unit of every head is aligned to one.
-template <typename T, bool kNeox>
+template <typename T, typename Table, bool kNeox>
 cudaError_t Launch(cudaStream_t stream, const RotaryEmbeddingParams& params) {
   constexpr int kPairs = kNeox ? kWideSize<T> : kWideSize<T> / 2;
   const bool wide =
@@ -255,8 +273,8 @@ cudaError_t Launch(cudaStream_t stream, const RotaryEmbeddingParams& params) {
       params.head_size % kWideSize<T> == 0 && IsAligned(params.query.in, 16) &&
       IsAligned(params.query.out, 16) && IsAligned(params.key.in, 16) &&
       IsAligned(params.key.out, 16) && IsAligned(params.cos_sin_cache, 16);
-  return wide ? LaunchUnits<T, kPairs, kNeox>(stream, params)
-              : LaunchUnits<T, 1, kNeox>(stream, params);
+  return wide ? LaunchUnits<T, Table, kPairs, kNeox>(stream, params)
+              : LaunchUnits<T, Table, 1, kNeox>(stream, params);
 }
 
 }  // namespace
@@ -265,8 +283,12 @@ cudaError_t LaunchRotaryEmbedding(cudaStream_t stream,
                                   const RotaryEmbeddingParams& params) {
   return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return params.is_neox ? Launch<T, true>(stream, params)
-                          : Launch<T, false>(stream, params);
+    if (params.cache_dtype == DType::kF32) {
+      return params.is_neox ? Launch<T, float, true>(stream, params)
+                            : Launch<T, float, false>(stream, params);
+    }
+    return params.is_neox ? Launch<T, T, true>(stream, params)
+                          : Launch<T, T, false>(stream, params);
   });
 }
 

@@ -6,17 +6,18 @@
 // is_neox and (2 i, 2 i + 1) without (GPT-J's order):
 //   x' = T(T(x * cos[i]) - T(y * sin[i]))
 //   y' = T(T(y * cos[i]) + T(x * sin[i]))
-// T rounds to the tensor's type, each product too, as in vLLM. Elements from
-// rotary_dim on are copied. A position outside [0, max_position), which vLLM
-// leaves undefined, copies its token unrotated: -1 marks padding.
+// T rounds to the tensor's type, each product too, as in vLLM; cos and sin
+// first, where the cache is fp32. Elements from rotary_dim on are copied. A
+// position outside [0, max_position), which vLLM leaves undefined, copies its
+// token unrotated: -1 marks padding.
 //
 // Target `xla_ops.rotary_embedding`:
-//   args     positions     s64 [num_tokens] or [batch_size, seq_len]
+//   args     positions     s64 or s32, [num_tokens] or [batch_size, seq_len]
 //            query         [positions' shape, num_heads * head_size] or
 //                          [positions' shape, num_heads, head_size];
 //                          fp32, fp16 or bf16
 //            key           likewise with num_kv_heads, a divisor of num_heads
-//            cos_sin_cache [max_position, rotary_dim], query's dtype
+//            cos_sin_cache [max_position, rotary_dim], query's dtype or fp32
 //   results  query, key    like the arguments
 //   attrs    head_size i64, is_neox bool
 // Target `xla_ops.rotary_embedding_one`: the same without key.
@@ -50,7 +51,9 @@ struct RotaryEmbeddingParams {
   int64_t rotary_dim;  // even, <= head_size
   int64_t max_position;
   bool is_neox;
-  const int64_t* positions;   // [num_tokens]
+  DType positions_dtype;      // kS64 or kS32
+  const void* positions;      // [num_tokens]
+  DType cache_dtype;          // `dtype` or kF32
   const void* cos_sin_cache;  // [max_position, rotary_dim]
   RotaryHeads query;
   RotaryHeads key;

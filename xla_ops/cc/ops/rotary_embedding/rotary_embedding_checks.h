@@ -2,7 +2,7 @@
 // share it.
 //
 // Errors (InvalidArgument), each after "rotary_embedding: ":
-//   positions must be int64, got int32
+//   positions must be int64 or int32, got float32
 //   positions must have shape [num_tokens] or [batch_size, seq_len], got []
 //   head_size must be at least 1, got 0
 //   query must be float32, float16 or bfloat16, got int32
@@ -10,7 +10,7 @@
 //   key must be float16, got float32
 //   key must have shape ..., as query
 //   key must have a number of heads that divides query's 8, got 3
-//   cos_sin_cache must be float16, got float32
+//   cos_sin_cache must be float16 or float32, got bfloat16
 //   cos_sin_cache must have shape [max_position, rotary_dim], got [64]
 //   cos_sin_cache must have an even last dimension of at most 64, got 65
 //   query result must have shape [7, 512], got [7, 256]  (and dtype; key)

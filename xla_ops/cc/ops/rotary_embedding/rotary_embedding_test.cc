@@ -154,6 +154,34 @@ XLA_OPS_TEST(EmptyOperandsAreSuccess) {
   EXPECT_TRUE(out.bytes() == some.bytes());
 }
 
+// Positions of 32 bits give the same bits, and so does an fp32 cache of numbers
+// that it rounds to.
+XLA_OPS_TEST(Int32PositionsAndFloatCache) {
+  std::mt19937 random(4);
+  const std::vector<double> numbers = {3, -1, 0, 11, 40, 10};
+  const TestTensor wide(DType::kS64, {6}, numbers);
+  const TestTensor narrow(DType::kS32, {6}, numbers);
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    TestTensor query(dtype, {6, 64});
+    TestTensor cache(DType::kF32, {11, 16});
+    query.FillRandom(&random);
+    cache.FillRandom(&random);
+    TestTensor rounded(dtype, {11, 16});
+    for (int64_t i = 0; i < cache.size(); ++i) rounded.Set(i, cache.Get(i));
+    for (const bool is_neox : {false, true}) {
+      TestTensor want(dtype, {6, 64});
+      ExpectOk(RunOne(wide, query, rounded, &want, 16, is_neox));
+      for (const TestTensor* positions : {&wide, &narrow}) {
+        for (const TestTensor* table : {&cache, &rounded}) {
+          TestTensor out(dtype, {6, 64});
+          ExpectOk(RunOne(*positions, query, *table, &out, 16, is_neox));
+          EXPECT_TRUE(out.bytes() == want.bytes());
+        }
+      }
+    }
+  }
+}
+
 XLA_OPS_TEST(ThreadsGiveTheSameBits) {
   std::mt19937 random(3);
   TestTensor positions(DType::kS64, {301});
@@ -191,8 +219,8 @@ XLA_OPS_TEST(Errors) {
   const auto f16 = [](std::vector<int64_t> dims) {
     return TestTensor(DType::kF16, dims);
   };
-  expect(TestTensor(DType::kS32, {2}), query, key, cache, 8,
-         "positions must be int64, got int32");
+  expect(TestTensor(DType::kF32, {2}), query, key, cache, 8,
+         "positions must be int64 or int32, got float32");
   expect(TestTensor(DType::kS64, {}), query, key, cache, 8,
          "positions must have shape [num_tokens] or [batch_size, seq_len], "
          "got []");
@@ -217,8 +245,11 @@ XLA_OPS_TEST(Errors) {
       Run(positions, query, three, cache, &query_out, &three, 8, true),
       "rotary_embedding: key must have a number of heads that divides "
       "query's 4, got 3");
-  expect(positions, query, key, TestTensor(DType::kF32, {4, 8}), 8,
-         "cos_sin_cache must be float16, got float32");
+  expect(positions, query, key, TestTensor(DType::kBF16, {4, 8}), 8,
+         "cos_sin_cache must be float16 or float32, got bfloat16");
+  TestTensor wide(DType::kF32, {2, 32});
+  ExpectInvalid(RunOne(positions, wide, cache, &wide, 8, true),
+                "rotary_embedding: cos_sin_cache must be float32, got float16");
   expect(positions, query, key, f16({8}), 8,
          "cos_sin_cache must have shape [max_position, rotary_dim], got [8]");
   expect(positions, query, key, f16({4, 7}), 8,
