@@ -216,9 +216,45 @@ def _write_by_index(key, value, key_cache, value_cache, slots):
     return key_cache, value_cache
 
 
+def _make_first_layout_write(tokens, heads, blocks, device):
+    key, value, keys, values, slots = _make_write(tokens, heads, blocks, device)
+    x = 8
+    keys = keys.view(blocks, heads, HEAD_DIM // x, PAGE, x)
+    return key, value, keys, values.view(blocks, heads, HEAD_DIM, PAGE), slots
+
+
+def _first_layout_write(key, value, key_cache, value_cache, slots):
+    xla_ops.reshape_and_cache(key, value, key_cache, value_cache, slots)
+    return key_cache, value_cache
+
+
+def _first_layout_by_index(key, value, key_cache, value_cache, slots):
+    page, offset = slots // PAGE, slots % PAGE
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        cache[page, :, :, offset] = rows.reshape(len(rows), *cache[0, :, :, 0].shape)
+    return key_cache, value_cache
+
+
+def _first_layout_case(tokens: int, blocks: int) -> Case:
+    return Case(
+        "reshape_and_cache",
+        f"{tokens}x8x{HEAD_DIM}",
+        "cache",
+        functools.partial(_make_first_layout_write, tokens, 8, blocks),
+        _first_layout_write,
+        _first_layout_by_index,
+        8 * tokens * 8 * HEAD_DIM,
+        peers={"torch eager": _first_layout_by_index},
+        in_place=True,
+        quick=True,
+    )
+
+
 def cache_writes(device: str) -> Iterator[Case]:
     for tokens in (16384, 64, 256, 1) if device == "cuda" else (256, 1):
         blocks = max(tokens // PAGE + 8, 64)
+        if tokens in (16384, 256):
+            yield _first_layout_case(tokens, blocks)
         small = tokens <= 256
         yield Case(
             "reshape_and_cache_flash",

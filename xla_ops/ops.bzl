@@ -28,6 +28,7 @@ OPS = [
     "fused_add_rms_norm",
     "int8_quant",
     "merge_attn_states",
+    "reshape_and_cache",
     "reshape_and_cache_flash",
     "rms_norm",
     "rms_norm_quant",

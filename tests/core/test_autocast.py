@@ -114,6 +114,16 @@ def write(dtype, cache_dtype, kv_cache_dtype="auto", **scales):
     )
 
 
+def first_layout_write(**args):
+    """Into new caches of the other layout; returns both."""
+    dtype = args.pop("cache_dtype")
+    device = args["key"].device
+    caches = dict(key_cache=torch.zeros(2, 2, 2, 4, 4, device=device).to(dtype))
+    caches["value_cache"] = torch.zeros(2, 2, 8, 4, device=device).to(dtype)
+    xla_ops.reshape_and_cache(**caches, **args)
+    return list(caches.values())
+
+
 def rows(dtype=HALF, **others):
     return dict(input=randn(3, 16, dtype=dtype), **others)
 
@@ -303,6 +313,16 @@ def cases() -> dict[str, Case]:
                 "value": randn(3, 2, 8),
             },
             {"value": HALF, "k_scale": torch.float32},
+        ),
+        "reshape_and_cache": (
+            first_layout_write,
+            dict(
+                key=randn(3, 2, 8),
+                value=randn(3, 2, 8),
+                slot_mapping=torch.arange(3),
+                cache_dtype=HALF,
+            ),
+            {"key": HALF, "value": HALF},
         ),
     }
     return {name: Case(*case) for name, case in found.items()}

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Checks the elementwise kernels against numpy: activations, convert_fp8,
-rotary_embedding, merge_attn_states and copy_blocks.
+rotary_embedding, merge_attn_states, copy_blocks and reshape_and_cache.
 
     check_elementwise.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
@@ -271,6 +271,60 @@ def check_copy(rng, dtype, blocks, size, pairs, offset):
         assert np.array_equal(np.asarray(got), want)
 
 
+def check_cache_write(rng, dtype, fp8, tokens, heads, head_dim, page, x):
+    """Both caches at once, in place and not; one alone; both in one buffer."""
+    blocks, block = 5, heads * head_dim * page
+    cache_dtype = fp8 or dtype
+    key, value = (
+        (rng.standard_normal((tokens, heads, head_dim)) * 40).astype(dtype)
+        for _ in "kv"
+    )
+    slots = np.full(tokens, -1)
+    count = min(tokens, blocks * page)
+    # Runs of neighbours, as a prefill has them, and single ones; and no slots at all.
+    slots[:count] = np.roll(np.arange(blocks * page), 3)[:count]
+    slots[count // 2 : count] = rng.permutation(slots[count // 2 : count])
+    slots[rng.random(tokens) < 0.1] = blocks * page
+    scales = np.float32([0.37]), np.float32([1.9])
+    before = rng.integers(0, 100, (2, blocks, block)).astype(cache_dtype)
+    want = before.copy()
+    largest = float(jnp.finfo(fp8).max) if fp8 else None
+    for side, (rows, scale, chunk) in enumerate(
+        ((key, scales[0], x), (value, scales[1], 1))
+    ):
+        view = want[side].reshape(blocks, heads, head_dim // chunk, page, chunk)
+        if fp8:
+            rows = (rows.astype(np.float32) / scale).clip(-largest, largest).astype(fp8)
+        for token, slot in enumerate(slots):
+            if 0 <= slot < blocks * page:
+                row = rows[token].reshape(heads, head_dim // chunk, chunk)
+                view[slot // page, :, :, slot % page] = row
+    names = {None: "auto", E4M3: "fp8_e4m3", E5M2: "fp8_e5m2"}
+    sizes = {"num_blocks": blocks, "page_size": page, "key_x": x}
+    sizes |= {"key_block_stride": block, "key_offset": 0}
+    sizes = {name: np.int64(size) for name, size in sizes.items()}
+    one = sizes | {"kv_cache_dtype": names[fp8], "debug": False}
+    both = one | {"value_block_stride": np.int64(block), "value_offset": np.int64(0)}
+    stacked = both | {"value_offset": np.int64(blocks * block)}
+    for in_place in (True, False):
+        aliases = {2: 0, 3: 1} if in_place else {}
+        args = (key, value, *before, slots, *scales)
+        got = call("reshape_and_cache", list(before), *args, aliases=aliases, **both)
+        assert np.array_equal(raw(np.stack([np.asarray(g) for g in got])), raw(want))
+    args = (key, value, before, slots, *scales)
+    (got,) = call(
+        "reshape_and_cache_stacked", [before], *args, aliases={2: 0}, **stacked
+    )
+    assert np.array_equal(raw(got), raw(want))
+    args = (key, before[0], slots, scales[0])
+    (got,) = call("reshape_and_cache_one", before[:1], *args, aliases={1: 0}, **one)
+    assert np.array_equal(raw(got), raw(want[0]))
+
+
+def raw(x):
+    return np.ascontiguousarray(np.asarray(x)).view(np.uint8)
+
+
 def cases(quick):
     sizes = (
         [(1, 1), (3, 7), (5, 40)]
@@ -342,6 +396,21 @@ def cases(quick):
     ):
         case = {"blocks": blocks, "size": size, "pairs": pairs, "offset": offset}
         yield check_copy, case | {"dtype": dtype}
+
+    writes = (
+        [(21, 2, 64, 8, 16), (5, 3, 7, 3, 7)]
+        if quick
+        else [
+            *[(21, 2, 64, 8, 16), (5, 3, 7, 3, 7), (1, 1, 1, 1, 1), (0, 2, 8, 4, 8)],
+            *[(16, 8, 128, 16, 8), (300, 4, 80, 16, 4), (33, 2, 24, 128, 24)],
+        ]
+    )
+    for dtype, fp8, (tokens, heads, head_dim, page, x) in itertools.product(
+        DTYPES, (None, E4M3, E5M2), writes
+    ):
+        case = {"tokens": tokens, "heads": heads, "head_dim": head_dim}
+        case |= {"dtype": dtype, "fp8": fp8, "page": page, "x": x}
+        yield check_cache_write, case
 
 
 def main():

@@ -261,6 +261,48 @@ def check_write(tokens):
         del caches
 
 
+def check_first_layout_write(tokens):
+    """The same by reshape_and_cache, whose pages hold tokens side by side."""
+    page, x = 16, 8
+    key, value = (numbers((tokens, HEADS, HEAD_DIM), seed) for seed in (3, 5))
+    slots = jnp.arange(tokens, dtype=jnp.int64) * 4099 % tokens
+    shapes = (
+        (tokens // page, HEADS, HEAD_DIM // x, page, x),
+        (tokens // page, HEADS, HEAD_DIM, page),
+    )
+    sizes = {"num_blocks": tokens // page, "page_size": page, "key_x": x}
+    sizes |= {"key_block_stride": page * HIDDEN, "key_offset": 0}
+    sizes |= {"value_block_stride": page * HIDDEN, "value_offset": 0}
+    sizes = {name: np.int64(size) for name, size in sizes.items()}
+    one = np.ones(1, np.float32)
+    size = tokens // CHUNKS
+
+    @jax.jit
+    def equal(i, rows, cache):
+        part = jax.lax.dynamic_slice_in_dim
+        slot = part(slots, i * size, size)
+        found = jnp.moveaxis(cache, 3, 1)[slot // page, slot % page]
+        wanted = part(rows, i * size, size).reshape(found.shape)
+        return (bits(found) == bits(wanted)).all()
+
+    caches = jax.jit(
+        lambda *caches: call(
+            "reshape_and_cache",
+            [(shape, BF16) for shape in shapes],
+            *(key, value, *caches, slots, one, one),
+            aliases={2: 0, 3: 1},
+            kv_cache_dtype="auto",
+            debug=False,
+            **sizes,
+        ),
+        donate_argnums=(0, 1),
+    )(*(jnp.zeros(shape, BF16) for shape in shapes))
+    for i, (rows, cache) in itertools.product(
+        range(CHUNKS), zip((key, value), caches, strict=True)
+    ):
+        assert bool(equal(np.int64(i), rows, cache)), f"chunk {i}"
+
+
 def attention(target, query, key, value, tables, sizes, num_splits=1):
     """One call; `tables` are cu_seqlens_q, cu_seqlens_k, seqused_k, block_table."""
     num_tokens, heads, head_dim = query.shape
@@ -355,6 +397,7 @@ def cases(tokens):
         check_merge,
         check_copy,
         check_write,
+        check_first_layout_write,
         check_attention,
         check_paged,
     ):

@@ -43,6 +43,7 @@ std::vector<Case> Cases::TakeAll() {
     AddRotary(dtype);
     AddMerges(dtype);
     AddWrites(dtype);
+    AddFirstLayoutWrites(dtype);
     AddAttention(dtype);
   }
   AddCopies();
@@ -256,6 +257,56 @@ void Cases::AddWrites(DType dtype) {
             {{cache_dtype, cache}},
             [=](CallFrame* frame) { attrs(frame, -1); });
       }
+    }
+  }
+}
+
+// reshape_and_cache.
+void Cases::AddFirstLayoutWrites(DType dtype) {
+  constexpr int64_t kTokens = 37, kBlocks = 5, kPage = 8;
+  for (const char* kv_cache_dtype : {"auto", "fp8_e4m3", "fp8_e5m2"}) {
+    const bool is_auto = kv_cache_dtype == std::string_view("auto");
+    const DType cache_dtype = is_auto ? dtype : kU8;
+    // Heads, head_dim and x.
+    for (const Dims& head : {Dims{2, 64, 16}, Dims{3, 7, 7}}) {
+      const int64_t block = head[0] * head[1] * kPage;
+      const Dims rows = {kTokens, head[0], head[1]};
+      const Dims cache = {kBlocks, block};
+      const Dims stacked = {2, kBlocks, block};
+      // Distinct slots, padding and one that does not exist.
+      TestTensor slots(kS64, {kTokens});
+      for (int64_t i = 0; i < kTokens; ++i) slots.Set(i, i);
+      slots.Set(3, -1);
+      slots.Set(4, kBlocks * kPage);
+      const TestTensor scale = Scalar(0.05);
+      const auto attrs = [=](CallFrame* frame, int64_t value_offset) {
+        frame->AddAttr("kv_cache_dtype", kv_cache_dtype)
+            .AddAttr("num_blocks", kBlocks)
+            .AddAttr("page_size", kPage)
+            .AddAttr("key_x", head[2])
+            .AddAttr("key_block_stride", block)
+            .AddAttr("key_offset", int64_t{0})
+            .AddAttr("debug", false);
+        if (value_offset < 0) return;
+        frame->AddAttr("value_block_stride", block)
+            .AddAttr("value_offset", value_offset);
+      };
+      const std::string detail =
+          NameOf(dtype) + " " + kv_cache_dtype + " " + NameOf(rows);
+      const auto keys = [&] { return Random(dtype, rows); };
+      Add("reshape_and_cache", detail,
+          {keys(), keys(), Random(cache_dtype, cache),
+           Random(cache_dtype, cache), slots, scale, scale},
+          {{cache_dtype, cache, 2}, {cache_dtype, cache, 3}},
+          [=](CallFrame* frame) { attrs(frame, 0); });
+      Add("reshape_and_cache_stacked", detail,
+          {keys(), keys(), Random(cache_dtype, stacked), slots, scale, scale},
+          {{cache_dtype, stacked, 2}},
+          [=](CallFrame* frame) { attrs(frame, kBlocks * block); });
+      // Not aliased, so that the handler copies the cache first.
+      Add("reshape_and_cache_one", detail,
+          {keys(), Random(cache_dtype, cache), slots, scale},
+          {{cache_dtype, cache}}, [=](CallFrame* frame) { attrs(frame, -1); });
     }
   }
 }

@@ -60,7 +60,8 @@ class Cases {
   void AddActivations(DType dtype);
   void AddRotary(DType dtype);
   void AddMerges(DType dtype);
-  void AddWrites(DType dtype);  // reshape_and_cache_flash
+  void AddWrites(DType dtype);             // reshape_and_cache_flash
+  void AddFirstLayoutWrites(DType dtype);  // reshape_and_cache
   void AddCopies();
 
   // kernel_races_attention.cc

@@ -84,6 +84,18 @@ SAMPLES = {
         *(CACHE, ROWS, SLOTS, ONE),
         *("auto", GEOMETRY, False, None),
     ),
+    "reshape_and_cache_both": (
+        *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),
+        *("auto", [3, 4, 8, 128, 0, 128, 0], False),
+    ),
+    "reshape_and_cache_stacked": (
+        *(torch.zeros(2, 3, 4, 2, 16), ROWS, ROWS, SLOTS, ONE, ONE),
+        *("auto", [3, 4, 8, 128, 0, 128, 384], False, None),
+    ),
+    "reshape_and_cache_one": (
+        *(CACHE, ROWS, SLOTS, ONE),
+        *("auto", [3, 4, 8, 128, 0], False, None),
+    ),
     "paged_attention": (
         *(torch.randn(5, 4, 16), CACHE, CACHE.clone()),
         *(int32(0, 5), None, int32(5), int32([0, 1]), None, int32(1)),

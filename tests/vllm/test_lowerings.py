@@ -209,6 +209,16 @@ CASES = {
         torch.ones(()),
         torch.ones(()),
     ),
+    "reshape_and_cache": (
+        rows(3, 2, 16),
+        rows(3, 2, 16) + 1,
+        torch.zeros(4, 2, 4, 8, 4),
+        torch.zeros(4, 2, 16, 8),
+        torch.tensor([9, -1, 30]),
+        "auto",
+        torch.ones(()),
+        torch.ones(()),
+    ),
     "convert_fp8": (empty(4, 8, 2, 16, dtype=FP8), rows(4, 8, 2, 16), 0.5, "fp8"),
     "copy_blocks": (
         [rows(4, 8, 2, 16)],
@@ -230,7 +240,8 @@ def vllm_op(name):
     """The op of vLLM's whose lowering is called `name`."""
     if name == "flash_attn_varlen":
         return torch.ops._vllm_fa2_C.varlen_fwd
-    cache_ops = ("reshape_and_cache_flash", "convert_fp8", "copy_blocks")
+    cache_ops = ("reshape_and_cache", "reshape_and_cache_flash", "convert_fp8")
+    cache_ops += ("copy_blocks",)
     namespace = torch.ops._C_cache_ops if name in cache_ops else torch.ops._C
     return getattr(namespace, name)
 

@@ -8,8 +8,8 @@ Other layouts are views of that shape: HND is a permuted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,6 +61,31 @@ FP8 = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+
+
+def convert(
+    rows: torch.Tensor, scale: torch.Tensor | None, kv_cache_dtype: str
+) -> torch.Tensor:
+    """Returns rows as a cache stores them, in plain torch: for the references."""
+    if kv_cache_dtype == "auto":
+        return rows
+    dtype = FP8[kv_cache_dtype]
+    limit = torch.finfo(dtype).max
+    scaled = rows.float() if scale is None else rows.float() / scale.reshape(())
+    return scaled.clamp(-limit, limit).to(dtype)  # clamp keeps NaN
+
+
+def cast_rows(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What torch.autocast means for an op that writes into a cache: new rows to the
+    cache's dtype, or where that is fp8 to one dtype."""
+    caches = (args[name] for name in ("key_cache", "kv_cache") if name in args)
+    auto = args["kv_cache_dtype"] == "auto"
+    rows = next(caches).dtype if auto else args["key"].dtype
+    return {
+        **dict.fromkeys(("key", "value"), rows),
+        **dict.fromkeys(("k_scale", "v_scale", "scale"), torch.float32),
+    }
+
 
 # What error texts call the two caches, unless the op has other names for them.
 NAMES = ("key_cache", "value_cache")

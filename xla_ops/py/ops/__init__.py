@@ -24,6 +24,7 @@ from .fused_add_rms_norm import fused_add_rms_norm
 from .int8_quant import dynamic_scaled_int8_quant, static_scaled_int8_quant
 from .merge_attn_states import merge_attn_states
 from .paged_attention import paged_attention
+from .reshape_and_cache import reshape_and_cache
 from .reshape_and_cache_flash import reshape_and_cache_flash
 from .rms_norm import rms_norm
 from .rms_norm_quant import (
@@ -51,6 +52,7 @@ __all__ = [
     "merge_attn_states",
     "mul_and_silu",
     "paged_attention",
+    "reshape_and_cache",
     "reshape_and_cache_flash",
     "rms_norm",
     "rms_norm_dynamic_per_token_quant",

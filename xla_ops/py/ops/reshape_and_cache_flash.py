@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -390,7 +390,7 @@ def _reference_write(
     num_blocks, page_size, num_kv_heads, head_dim, *strides = shape
     block_stride, page_stride, head_stride = strides
     rows = rows[: slot_mapping.shape[0]]
-    stored = _convert(rows, scale, kv_cache_dtype)
+    stored = paged_cache.convert(rows, scale, kv_cache_dtype)
     # fp8 arithmetic is rare: move the bits as bytes.
     bits = buffer.view(torch.uint8) if buffer.element_size() == 1 else buffer
     stored = stored.view(torch.uint8) if buffer.element_size() == 1 else stored
@@ -407,28 +407,6 @@ def _reference_write(
     return flat[:-1].reshape(buffer.shape).view(buffer.dtype)
 
 
-def _convert(
-    rows: torch.Tensor, scale: torch.Tensor | None, kv_cache_dtype: str
-) -> torch.Tensor:
-    if kv_cache_dtype == "auto":
-        return rows
-    dtype = paged_cache.FP8[kv_cache_dtype]
-    limit = torch.finfo(dtype).max
-    scaled = rows.float() if scale is None else rows.float() / scale.reshape(())
-    return scaled.clamp(-limit, limit).to(dtype)  # clamp keeps NaN
-
-
-def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """New rows to the cache's dtype, or where that is fp8 to one dtype."""
-    caches = (args[name] for name in ("key_cache", "kv_cache") if name in args)
-    auto = args["kv_cache_dtype"] == "auto"
-    rows = next(caches).dtype if auto else args["key"].dtype
-    return {
-        **dict.fromkeys(("key", "value"), rows),
-        **dict.fromkeys(("k_scale", "v_scale", "scale"), torch.float32),
-    }
-
-
 _COMMON = "str kv_cache_dtype, SymInt[] geometry, bool debug"
 _both = Op(
     "reshape_and_cache_flash_both",
@@ -437,7 +415,7 @@ _both = Op(
     f" {_COMMON}) -> (Tensor, Tensor)",
     _lower_both,
     _reference_both,
-    autocast=_autocast,
+    autocast=paged_cache.cast_rows,
     public_name=_check.op,
 )
 _stacked = Op(
@@ -446,7 +424,7 @@ _stacked = Op(
     f" Tensor? k_scale, Tensor? v_scale, {_COMMON}, Tensor? donor) -> Tensor",
     _lower_stacked,
     _reference_stacked,
-    autocast=_autocast,
+    autocast=paged_cache.cast_rows,
     public_name=_check.op,
 )
 _one = Op(
@@ -455,7 +433,7 @@ _one = Op(
     f" {_COMMON}, Tensor? donor) -> Tensor",
     _lower_one,
     _reference_one,
-    autocast=_autocast,
+    autocast=paged_cache.cast_rows,
     public_name=_check.op,
 )
 
@@ -466,5 +444,5 @@ front.define(
     " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype,"
     " Tensor? k_scale, Tensor? v_scale) -> ()",
     _front,
-    autocast=_autocast,
+    autocast=paged_cache.cast_rows,
 )

@@ -272,6 +272,13 @@ register_reshape_and_cache_flash_lowering = _lowering(
     namespace="_C_cache_ops",
     overload="default",
 )
+register_reshape_and_cache_lowering = _lowering(
+    "reshape_and_cache",
+    "Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache,"
+    " Tensor slot_mapping, str kv_cache_dtype, Tensor k_scale, Tensor v_scale",
+    namespace="_C_cache_ops",
+    overload="default",
+)
 register_convert_fp8_lowering = _lowering(
     "convert_fp8",
     "Tensor! dst_cache, Tensor src_cache, float scale, str kv_cache_dtype",
