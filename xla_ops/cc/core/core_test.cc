@@ -22,9 +22,9 @@ std::string ErrorText(const ffi::Error& error) { return error.message(); }
 
 // --- Dtypes ----------------------------------------------------------------
 
-constexpr DType kAllDTypes[] = {DType::kF32,      DType::kF16,    DType::kBF16,
-                                DType::kF8E4M3FN, DType::kF8E5M2, DType::kS8,
-                                DType::kU8,       DType::kS32,    DType::kS64};
+constexpr DType kAllDTypes[] = {
+    DType::kF32, DType::kF16, DType::kBF16, DType::kF8E4M3FN, DType::kF8E5M2,
+    DType::kS8,  DType::kU8,  DType::kS32,  DType::kS64,      DType::kBool};
 
 XLA_OPS_TEST(DTypesConvertBothWays) {
   for (const DType dtype : kAllDTypes) {

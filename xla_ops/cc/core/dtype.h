@@ -20,6 +20,7 @@ enum class DType : uint8_t {
   kU8,
   kS32,
   kS64,
+  kBool,  // a byte, 0 or 1
 };
 
 // Bytes of one element.
@@ -37,6 +38,7 @@ constexpr int64_t SizeOf(DType dtype) {
     case DType::kF8E5M2:
     case DType::kS8:
     case DType::kU8:
+    case DType::kBool:
       return 1;
   }
   return 0;
@@ -63,6 +65,8 @@ constexpr const char* Name(DType dtype) {
       return "int32";
     case DType::kS64:
       return "int64";
+    case DType::kBool:
+      return "bool";
   }
   return "unknown";
 }

@@ -35,6 +35,8 @@ constexpr std::optional<DType> ToDType(xla::ffi::DataType dtype) {
       return DType::kS32;
     case xla::ffi::DataType::S64:
       return DType::kS64;
+    case xla::ffi::DataType::PRED:
+      return DType::kBool;
     default:
       return std::nullopt;
   }
@@ -60,6 +62,8 @@ constexpr xla::ffi::DataType ToFfi(DType dtype) {
       return xla::ffi::DataType::S32;
     case DType::kS64:
       return xla::ffi::DataType::S64;
+    case DType::kBool:
+      return xla::ffi::DataType::PRED;
   }
   return xla::ffi::DataType::INVALID;
 }
@@ -69,8 +73,6 @@ constexpr xla::ffi::DataType ToFfi(DType dtype) {
 inline std::string DTypeName(xla::ffi::DataType dtype) {
   if (const std::optional<DType> known = ToDType(dtype)) return Name(*known);
   switch (dtype) {
-    case xla::ffi::DataType::PRED:
-      return "bool";
     case xla::ffi::DataType::S16:
       return "int16";
     case xla::ffi::DataType::U16:

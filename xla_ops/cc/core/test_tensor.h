@@ -84,6 +84,8 @@ class TestTensor {
         return At<int32_t>(i);
       case DType::kS64:
         return static_cast<double>(At<int64_t>(i));
+      case DType::kBool:
+        return At<uint8_t>(i);
     }
     return 0;
   }
@@ -109,6 +111,8 @@ class TestTensor {
         return Put(i, Integer<int32_t>(value));
       case DType::kS64:
         return Put(i, Integer<int64_t>(value));
+      case DType::kBool:
+        return Put(i, static_cast<uint8_t>(value != 0));
     }
   }
 
