@@ -198,6 +198,43 @@ def _elementwise_case(op: str, tokens: int, hidden: int) -> Case:
     )
 
 
+def _make_penalties(seqs, vocab, device):
+    # What a sequence of a thousand tokens has of a vocabulary.
+    marked = [torch.rand(seqs, vocab, device=device) < 512 / vocab for _ in "po"]
+    logits = torch.randn(seqs, vocab, device=device)
+    return logits, *marked, torch.rand(seqs, device=device) + 1
+
+
+def _penalise(logits, *rest):
+    xla_ops.apply_repetition_penalties_(logits, *rest)
+    return logits
+
+
+def _penalise_eagerly(logits, prompt, output, penalties):
+    p = torch.where(prompt | output, penalties[:, None], 1.0)
+    logits *= torch.where(logits > 0, 1 / p, p)
+    return logits
+
+
+def penalties(device: str) -> Iterator[Case]:
+    """Reads two masks; the logits of marked tokens are a few sectors."""
+    for seqs, vocab in (
+        ((256, 128256), (1, 128256)) if device == "cuda" else ((4, 8192),)
+    ):
+        yield Case(
+            "apply_repetition_penalties_",
+            f"{seqs}x{vocab}",
+            "cache" if seqs > 64 else "small",  # beside the others that work in place
+            functools.partial(_make_penalties, seqs, vocab),
+            _penalise,
+            _penalise_eagerly,
+            2 * seqs * vocab,
+            peers={"torch eager": _penalise_eagerly},
+            in_place=True,
+            quick=seqs in (256, 4),
+        )
+
+
 def _make_write(tokens, heads, blocks, device):
     key, value = (_normal(tokens, heads, HEAD_DIM, device=device) for _ in "kv")
     caches = (_normal(blocks, PAGE, heads, HEAD_DIM, device=device) for _ in "kv")

@@ -22,6 +22,7 @@ load("//tools/build_defs:tests.bzl", "xla_ops_cc_test")
 
 OPS = [
     "activation",
+    "apply_repetition_penalties",
     "attention",
     "copy_blocks",
     "fp8_quant",

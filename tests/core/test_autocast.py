@@ -124,6 +124,11 @@ def first_layout_write(**args):
     return list(caches.values())
 
 
+def penalised(**args):
+    xla_ops.apply_repetition_penalties_(**args)
+    return args["logits"]
+
+
 def rows(dtype=HALF, **others):
     return dict(input=randn(3, 16, dtype=dtype), **others)
 
@@ -225,6 +230,16 @@ def cases() -> dict[str, Case]:
         "gelu_fast": (x.gelu_fast, rows(torch.float32), {}),
         "gelu_quick": (x.gelu_quick, rows(), {}),
         "convert_fp8": (x.convert_fp8, dict(src=randn(3, 16)), {}),
+        "apply_repetition_penalties_": (
+            penalised,
+            dict(
+                logits=randn(3, 16, dtype=HALF),
+                prompt_mask=randn(3, 16) > 0,
+                output_mask=randn(3, 16) > 0,
+                repetition_penalties=randn(3).abs() + 1,
+            ),
+            {"repetition_penalties": HALF},
+        ),
         "silu_and_mul_quant": (
             x.silu_and_mul_quant,
             rows(scale=TO_HALF),

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Checks the elementwise kernels against numpy: activations, convert_fp8,
-rotary_embedding, merge_attn_states, copy_blocks and reshape_and_cache.
+apply_repetition_penalties, rotary_embedding, merge_attn_states, copy_blocks and
+reshape_and_cache.
 
     check_elementwise.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
@@ -239,6 +240,23 @@ def check_merge(rng, dtype, tokens, heads, head_dim):
     assert np.allclose(np.asarray(lse), want_lse, rtol=1e-6, atol=4e-6)
 
 
+def check_penalties(rng, dtype, seqs, vocab, share):
+    logits = (rng.standard_normal((seqs, vocab)) * 3).astype(dtype)
+    prompt, output = (rng.random((seqs, vocab)) < share for _ in "po")
+    penalties = (rng.random(seqs) + 0.7).astype(dtype)
+    x, p = logits.astype(np.float32), penalties.astype(np.float32)[:, None]
+    want = np.where(x > 0, x / p, x * p).astype(dtype)
+    want = np.where(prompt | output, want, logits)
+    for aliases in ({0: 0}, {}):
+        (got,) = call(
+            "apply_repetition_penalties",
+            [logits],
+            *(logits, prompt, output, penalties),
+            aliases=aliases,
+        )
+        assert np.array_equal(np.asarray(got), want), "not the same to the bit"
+
+
 def geometry(blocks, size, stride=None, offset=0):
     """Blocks of `size` elements in one run, `stride` apart."""
     values = {
@@ -397,6 +415,12 @@ def cases(quick):
         case = {"blocks": blocks, "size": size, "pairs": pairs, "offset": offset}
         yield check_copy, case | {"dtype": dtype}
 
+    rows = [(37, 3), (5, 1031)]
+    if not quick:
+        rows += [(1, 1), (0, 8), (3, 50257), (64, 128256)]
+    for dtype, share, (seqs, vocab) in itertools.product(DTYPES, (0.01, 0.7), rows):
+        case = {"seqs": seqs, "vocab": vocab, "share": share, "dtype": dtype}
+        yield check_penalties, case
     writes = (
         [(21, 2, 64, 8, 16), (5, 3, 7, 3, 7)]
         if quick

@@ -192,6 +192,19 @@ def check_rotary(tokens):
         check_chunks(one, (positions, query), (cache,))
 
 
+def check_penalties(tokens):
+    logits = numbers((tokens, HIDDEN), 3)
+    prompt, output = (
+        jax.jit(lambda x, k=k: x.astype(F32) > k)(logits) for k in (3, 3.5)
+    )
+    penalties = 1 + numbers((tokens,), 7) ** 2
+
+    def f(*rows):
+        return call("apply_repetition_penalties", [(rows[0].shape, BF16)], *rows)
+
+    check_chunks(f, (logits, prompt, output, penalties))
+
+
 def check_merge(tokens):
     shape = tokens, HEADS, HEAD_DIM
     prefix, suffix = numbers(shape, 3), numbers(shape, 5)
@@ -394,6 +407,7 @@ def cases(tokens):
             yield f"{name} {list(shape)}", check
     for check in (
         check_rotary,
+        check_penalties,
         check_merge,
         check_copy,
         check_write,

@@ -42,6 +42,7 @@ std::vector<Case> Cases::TakeAll() {
     AddActivations(dtype);
     AddRotary(dtype);
     AddMerges(dtype);
+    AddPenalties(dtype);
     AddWrites(dtype);
     AddFirstLayoutWrites(dtype);
     AddAttention(dtype);
@@ -204,6 +205,28 @@ void Cases::AddMerges(DType dtype) {
         {Random(dtype, shape), Random(kF32, lse, 4.0), Random(dtype, shape),
          Random(kF32, lse, 4.0)},
         {{dtype, shape}, {kF32, lse}});
+  }
+}
+
+void Cases::AddPenalties(DType dtype) {
+  // Rows shorter than a vector; single elements at the end; several vectors a
+  // thread.
+  for (const Dims& shape : {Dims{37, 3}, Dims{5, 1031}, Dims{33, 65537}}) {
+    const std::string detail = NameOf(dtype) + " " + NameOf(shape);
+    // One token in eight is marked in each.
+    const auto mask = [&] {
+      TestTensor marked(DType::kBool, shape);
+      for (int64_t i = 0; i < marked.size(); ++i) {
+        marked.Set(i, random_() % 8 == 0);
+      }
+      return marked;
+    };
+    for (const bool in_place : {false, true}) {
+      Add("apply_repetition_penalties", detail + (in_place ? " in place" : ""),
+          {Random(dtype, shape, 3.0), mask(), mask(),
+           Random(dtype, {shape[0]}, 1.0)},
+          {{dtype, shape, in_place ? 0 : -1}});
+    }
   }
 }
 

@@ -60,6 +60,7 @@ class Cases {
   void AddActivations(DType dtype);
   void AddRotary(DType dtype);
   void AddMerges(DType dtype);
+  void AddPenalties(DType dtype);          // apply_repetition_penalties
   void AddWrites(DType dtype);             // reshape_and_cache_flash
   void AddFirstLayoutWrites(DType dtype);  // reshape_and_cache
   void AddCopies();

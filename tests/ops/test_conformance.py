@@ -55,6 +55,9 @@ SAMPLES = {
     "dynamic_scaled_int8_quant": (GATED,),
     "dynamic_scaled_int8_azp_quant": (GATED,),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
+    "apply_repetition_penalties_functional": (
+        *(GATED, GATED > 1, GATED < -1, torch.tensor([1.5, 0.5, 2.0]), None),
+    ),
     "convert_fp8_functional": (GATED, 0.5, "fp8", torch.float8_e4m3fn),
     "copy_blocks_one": (
         *(torch.randn(3, 8, 16), torch.tensor([[0, 1], [1, 2]])),

@@ -178,6 +178,12 @@ CASES = {
         empty(5, 1),
         empty(5, 1, dtype=torch.int32),
     ),
+    "apply_repetition_penalties_": (
+        rows(5, 24),
+        rows(5, 24) > 0.5,
+        rows(5, 24) < -0.5,
+        rows(5).abs() + 1,
+    ),
     "merge_attn_states": (
         empty(5, 4, 16),
         empty(4, 5),

@@ -12,6 +12,7 @@ from .activation import (
     silu_and_mul_quant,
     swigluoai_and_mul,
 )
+from .apply_repetition_penalties import apply_repetition_penalties_
 from .convert_fp8 import convert_fp8
 from .copy_blocks import copy_blocks
 from .flash_attn_varlen import flash_attn_varlen
@@ -35,6 +36,7 @@ from .rms_norm_quant import (
 from .rotary_embedding import rotary_embedding
 
 __all__ = [
+    "apply_repetition_penalties_",
     "convert_fp8",
     "copy_blocks",
     "dynamic_per_token_scaled_fp8_quant",

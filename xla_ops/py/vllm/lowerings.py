@@ -231,6 +231,12 @@ register_swigluoai_and_mul_lowering = _lowering(
 register_gelu_new_lowering = _lowering("gelu_new", "Tensor! out, Tensor input")
 register_gelu_fast_lowering = _lowering("gelu_fast", "Tensor! out, Tensor input")
 register_gelu_quick_lowering = _lowering("gelu_quick", "Tensor! out, Tensor input")
+register_apply_repetition_penalties__lowering = _lowering(
+    "apply_repetition_penalties_",
+    "Tensor! logits, Tensor prompt_mask, Tensor output_mask,"
+    " Tensor repetition_penalties",
+    overload="default",
+)
 register_static_scaled_fp8_quant_lowering = _lowering(
     "static_scaled_fp8_quant", "Tensor! result, Tensor input, Tensor scale"
 )
