@@ -28,6 +28,7 @@ def declare(device: str) -> list[Case]:
         attention_cases.prefill,
         attention_cases.decode,
         elementwise_cases.elementwise,
+        elementwise_cases.qk_norm_ropes,
         elementwise_cases.penalties,
         elementwise_cases.cache_writes,
     )

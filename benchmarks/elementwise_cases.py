@@ -198,6 +198,48 @@ def _elementwise_case(op: str, tokens: int, hidden: int) -> Case:
     )
 
 
+# Heads of queries, keys and values: Qwen3-8B's.
+QKV_HEADS = (32, 8, 8)
+
+
+def _make_qk_norm_rope(tokens, device):
+    qkv = _normal(tokens, sum(QKV_HEADS) * HEAD_DIM, device=device)
+    weights = (_normal(HEAD_DIM, device=device) for _ in "qk")
+    angles = torch.rand(8192, HEAD_DIM // 2, device=device) * 6.3
+    cache = torch.cat([angles.cos(), angles.sin()], -1).to(BF16)
+    return qkv, *weights, cache, torch.randint(8192, (tokens,), device=device)
+
+
+def _qk_norm_rope(qkv, q_weight, k_weight, cache, positions):
+    xla_ops.fused_qk_norm_rope(
+        *(qkv, *QKV_HEADS, HEAD_DIM, EPS, q_weight, k_weight, cache, True, positions)
+    )
+    return qkv
+
+
+def _qk_norm_rope_eagerly(qkv, q_weight, k_weight, cache, positions):
+    reference = OPS["fused_qk_norm_rope_functional"].reference
+    shape = (*QKV_HEADS, HEAD_DIM, EPS)
+    return reference(qkv, *shape, q_weight, k_weight, cache, True, positions)
+
+
+def qk_norm_ropes(device: str) -> Iterator[Case]:
+    for tokens in (16384, 64) if device == "cuda" else (64,):
+        touched = sum(QKV_HEADS[:2]) * HEAD_DIM
+        yield Case(
+            "fused_qk_norm_rope",
+            f"{tokens}x{touched}",
+            "cache" if tokens > 64 else "small",  # beside the others in place
+            functools.partial(_make_qk_norm_rope, tokens),
+            _qk_norm_rope,
+            _qk_norm_rope_eagerly,
+            4 * tokens * touched,
+            peers={"torch eager": _qk_norm_rope_eagerly},
+            in_place=True,
+            quick=True,
+        )
+
+
 def _make_penalties(seqs, vocab, device):
     # What a sequence of a thousand tokens has of a vocabulary.
     marked = [torch.rand(seqs, vocab, device=device) < 512 / vocab for _ in "po"]

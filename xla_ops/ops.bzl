@@ -27,6 +27,7 @@ OPS = [
     "copy_blocks",
     "fp8_quant",
     "fused_add_rms_norm",
+    "fused_qk_norm_rope",
     "int8_quant",
     "merge_attn_states",
     "reshape_and_cache",

@@ -129,6 +129,22 @@ def penalised(**args):
     return args["logits"]
 
 
+def normed_and_rotated(**args):
+    xla_ops.fused_qk_norm_rope(**args)
+    return args["qkv"]
+
+
+def projection(dtype, table_dtype):
+    return dict(
+        qkv=randn(3, 32, dtype=dtype),
+        **dict(num_heads_q=2, num_heads_k=1, num_heads_v=1, head_dim=8, eps=1e-6),
+        **dict(q_weight=randn(8), k_weight=randn(8)),
+        cos_sin_cache=randn(4, 8, dtype=table_dtype),
+        is_neox=True,
+        position_ids=torch.arange(3),
+    )
+
+
 def rows(dtype=HALF, **others):
     return dict(input=randn(3, 16, dtype=dtype), **others)
 
@@ -239,6 +255,16 @@ def cases() -> dict[str, Case]:
                 repetition_penalties=randn(3).abs() + 1,
             ),
             {"repetition_penalties": HALF},
+        ),
+        "fused_qk_norm_rope": (
+            normed_and_rotated,
+            projection(HALF, torch.float16),
+            {"q_weight": HALF, "k_weight": HALF, "cos_sin_cache": HALF},
+        ),
+        "fused_qk_norm_rope(float32 table)": (
+            normed_and_rotated,
+            projection(HALF, torch.float32),
+            {"q_weight": HALF, "k_weight": HALF},
         ),
         "silu_and_mul_quant": (
             x.silu_and_mul_quant,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks the elementwise kernels against numpy: activations, convert_fp8,
-apply_repetition_penalties, rotary_embedding, merge_attn_states, copy_blocks and
-reshape_and_cache.
+apply_repetition_penalties, rotary_embedding, fused_qk_norm_rope, merge_attn_states,
+copy_blocks and reshape_and_cache.
 
     check_elementwise.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
@@ -214,6 +214,50 @@ def check_rotary(rng, dtype, is_neox, tokens, heads, head_size, rotary_dim):
         assert np.array_equal(np.asarray(alone), np.asarray(got[0]))
 
 
+def check_qk_norm_rope(rng, dtype, wide, is_neox, tokens, heads, head_dim):
+    """Two query heads a key head, and a value head that stays."""
+    q, k, v, pairs = 2 * heads, heads, 1, head_dim // 2
+    qkv = (rng.standard_normal((tokens, (q + k + v) * head_dim)) * 2).astype(dtype)
+    weights = [(1 + 0.3 * rng.standard_normal(head_dim)).astype(dtype) for _ in "qk"]
+    table = rng.standard_normal((11, head_dim)).astype(F32 if wide else dtype)
+    positions = rng.integers(-1, 12, tokens)
+    x = qkv.reshape(tokens, q + k + v, head_dim).astype(np.float64)
+    weight = np.repeat(np.stack(weights).astype(np.float64), [q, k], axis=0)
+    eps = np.float32(1e-5)
+    y = x[:, : q + k]
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + eps) * weight
+    valid = (positions >= 0) & (positions < len(table))
+    row = np.where(
+        valid[:, None],
+        table[positions.clip(0, len(table) - 1)].astype(np.float64),
+        np.repeat([1.0, 0.0], pairs),
+    )[:, None]
+    cos, sin = row[..., :pairs], row[..., pairs:]
+    first = np.s_[..., :pairs] if is_neox else np.s_[..., ::2]
+    second = np.s_[..., pairs:] if is_neox else np.s_[..., 1::2]
+    a, b = y[first], y[second]
+    want = x.copy()
+    want[:, : q + k][first] = a * cos - b * sin
+    want[:, : q + k][second] = b * cos + a * sin
+    # Parts of a difference may be larger than it.
+    parts = np.zeros_like(want)
+    parts[:, : q + k][first] = np.abs(a * cos) + np.abs(b * sin)
+    parts[:, : q + k][second] = np.abs(b * cos) + np.abs(a * sin)
+    bound = ROUNDING[dtype] * np.abs(want) + 2.0**-20 * parts + 2.0**-25
+    attributes = {"num_heads_q": q, "num_heads_k": k, "num_heads_v": v}
+    attributes |= {"head_dim": head_dim}
+    attributes = {name: np.int64(value) for name, value in attributes.items()}
+    attributes |= {"eps": eps, "is_neox": is_neox}
+    for aliases in ({0: 0}, {}):
+        for ids in (positions, positions.astype(np.int32)):
+            args = (qkv, *weights, table, ids)
+            (got,) = call(
+                "fused_qk_norm_rope", [qkv], *args, aliases=aliases, **attributes
+            )
+            error = np.abs(np.asarray(got).astype(np.float64).reshape(x.shape) - want)
+            assert (error <= bound).all(), f"{(error > bound).sum()} elements are off"
+
+
 def check_merge(rng, dtype, tokens, heads, head_dim):
     p, s = (rng.standard_normal((tokens, heads, head_dim)).astype(dtype) for _ in "ps")
     pl, sl = (
@@ -384,6 +428,12 @@ def cases(quick):
         case = {"tokens": tokens, "heads": count, "head_size": size}
         case |= {"dtype": dtype, "is_neox": is_neox, "rotary_dim": rotary}
         yield check_rotary, case
+    for dtype, is_neox, wide, (tokens, count, size, _) in itertools.product(
+        DTYPES, (True, False), (False, True), heads
+    ):
+        case = {"tokens": tokens, "heads": count, "head_dim": size // 2 * 2}
+        case |= {"dtype": dtype, "is_neox": is_neox, "wide": wide}
+        yield check_qk_norm_rope, case
     outputs = (
         [(2, 3, 7), (5, 2, 64)]
         if quick

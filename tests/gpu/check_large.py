@@ -192,6 +192,25 @@ def check_rotary(tokens):
         check_chunks(one, (positions, query), (cache,))
 
 
+def check_qk_norm_rope(tokens):
+    """HEADS heads in all, an eighth of them values."""
+    qkv, cache = numbers((tokens, HIDDEN), 3), numbers((100, HEAD_DIM), 7)
+    weights = [1 + numbers((HEAD_DIM,), seed) / 16 for seed in (11, 13)]
+    positions = jnp.arange(tokens) % 100
+    sizes = {"num_heads_q": HEADS * 3 // 4, "num_heads_k": HEADS // 8}
+    sizes |= {"num_heads_v": HEADS // 8, "head_dim": HEAD_DIM}
+    sizes = {name: np.int64(size) for name, size in sizes.items()}
+    for is_neox in (True, False):
+
+        def f(qkv, positions, *shared, is_neox=is_neox):
+            results = [(qkv.shape, BF16)]
+            args = (qkv, *shared, positions)
+            rest = {**EPS, **sizes, "is_neox": is_neox}
+            return call("fused_qk_norm_rope", results, *args, **rest)
+
+        check_chunks(f, (qkv, positions), (*weights, cache))
+
+
 def check_penalties(tokens):
     logits = numbers((tokens, HIDDEN), 3)
     prompt, output = (
@@ -407,6 +426,7 @@ def cases(tokens):
             yield f"{name} {list(shape)}", check
     for check in (
         check_rotary,
+        check_qk_norm_rope,
         check_penalties,
         check_merge,
         check_copy,

@@ -41,6 +41,7 @@ std::vector<Case> Cases::TakeAll() {
     AddRows(dtype);
     AddActivations(dtype);
     AddRotary(dtype);
+    AddQkNormRope(dtype);
     AddMerges(dtype);
     AddPenalties(dtype);
     AddWrites(dtype);
@@ -192,6 +193,44 @@ void Cases::AddRotary(DType dtype) {
         Add("rotary_embedding_one", name,
             {positions, Random(dtype, query), cache},
             {{dtype, query, in_place ? 1 : -1}}, attrs);
+      }
+    }
+  }
+}
+
+void Cases::AddQkNormRope(DType dtype) {
+  struct Shape {
+    int64_t tokens, q, k, v, head_dim;
+  };
+  // Single elements; a few lanes a head, some of them idle; too long for a
+  // warp.
+  for (const Shape& s : {Shape{3, 2, 1, 1, 6}, Shape{37, 8, 2, 2, 128},
+                         Shape{5, 4, 4, 1, 80}, Shape{2, 1, 1, 1, 2048}}) {
+    const Dims qkv = {s.tokens, (s.q + s.k + s.v) * s.head_dim};
+    TestTensor positions(kS64, {s.tokens});
+    for (int64_t i = 0; i < s.tokens; ++i) positions.Set(i, i % 13 - 1);
+    for (const bool is_neox : {false, true}) {
+      const auto attrs = [s, is_neox](CallFrame* frame) {
+        frame->AddAttr("num_heads_q", s.q)
+            .AddAttr("num_heads_k", s.k)
+            .AddAttr("num_heads_v", s.v)
+            .AddAttr("head_dim", s.head_dim)
+            .AddAttr("eps", 1e-5f)
+            .AddAttr("is_neox", is_neox);
+      };
+      for (const DType cache_dtype : {dtype, kF32}) {
+        const auto args = [&] {
+          return std::vector<TestTensor>{
+              Random(dtype, qkv), Random(dtype, {s.head_dim}),
+              Random(dtype, {s.head_dim}),
+              Random(cache_dtype, {11, s.head_dim}), positions};
+        };
+        const std::string detail =
+            NameOf(dtype) + " " + NameOf({s.tokens, s.q, s.head_dim}) +
+            (is_neox ? " neox" : " gptj") + " cache " + NameOf(cache_dtype);
+        Add("fused_qk_norm_rope", detail, args(), {{dtype, qkv}}, attrs);
+        Add("fused_qk_norm_rope", detail + " in place", args(),
+            {{dtype, qkv, 0}}, attrs);
       }
     }
   }

@@ -59,6 +59,7 @@ class Cases {
   void AddRows(DType dtype);  // norms and quantisations
   void AddActivations(DType dtype);
   void AddRotary(DType dtype);
+  void AddQkNormRope(DType dtype);
   void AddMerges(DType dtype);
   void AddPenalties(DType dtype);          // apply_repetition_penalties
   void AddWrites(DType dtype);             // reshape_and_cache_flash

@@ -77,6 +77,31 @@ def convert_fp8(path, **given):
     return xla_ops.convert_fp8(path.put(rows()), **given)
 
 
+def fused_qk_norm_rope(path, **given):
+    sizes = {"num_heads_q": 1, "num_heads_k": 1, "num_heads_v": 0, "head_dim": 8}
+    # A size that is given is a larger one, and fits tensors of its own.
+    columns = 24 if sizes.keys() & given.keys() else 16
+    dim = 12 if "head_dim" in given else 8
+    given = sizes | {"eps": 1e-6, "is_neox": True} | given
+    qkv, weight, table, ids = path.put(
+        (
+            torch.linspace(-2, 3, 3 * columns).reshape(3, columns),
+            torch.linspace(1, 2, dim),
+            rows()[:, :dim].contiguous(),
+            torch.arange(3),
+        )
+    )
+    xla_ops.fused_qk_norm_rope(
+        qkv,
+        q_weight=weight,
+        k_weight=weight,
+        cos_sin_cache=table,
+        position_ids=ids,
+        **given,
+    )
+    return qkv
+
+
 def heads():
     return torch.linspace(-1, 1, 9 * 2 * 8).reshape(9, 2, 8)
 
@@ -101,6 +126,10 @@ INTS = [
     Number(flash_attn_varlen, "window_right", 1),
     Number(paged_attention, "sliding_window", 3),
     Number(rotary_embedding, "head_size", 8),
+    Number(fused_qk_norm_rope, "num_heads_q", 2),
+    Number(fused_qk_norm_rope, "num_heads_k", 2),
+    Number(fused_qk_norm_rope, "num_heads_v", 1),
+    Number(fused_qk_norm_rope, "head_dim", 12),
 ]
 FLOATS = [
     Number(rms_norm, "eps", 0.5),
@@ -112,6 +141,7 @@ FLOATS = [
     Number(swigluoai_and_mul, "alpha", 0.5),
     Number(swigluoai_and_mul, "limit", 0.5),
     Number(convert_fp8, "scale", 0.5),
+    Number(fused_qk_norm_rope, "eps", 0.5),
     Number(flash_attn_varlen, "softmax_scale", 0.25),
     Number(flash_attn_varlen, "softcap", 2.0),
     Number(paged_attention, "scale", 0.25),
@@ -121,6 +151,7 @@ FLAGS = [
     Number(flash_attn_varlen, "is_causal", True),
     Number(paged_attention, "return_lse", True),
     Number(rotary_embedding, "is_neox", False),
+    Number(fused_qk_norm_rope, "is_neox", False),
     Number(dynamic_scaled_int8_quant, "symmetric", False),
 ]
 # What a value may be given as; a float may be an int too.

@@ -75,6 +75,10 @@ SAMPLES = {
         *(torch.arange(3)[None], torch.randn(1, 3, 64), 16),
         *(torch.randn(4, 8), False),
     ),
+    "fused_qk_norm_rope_functional": (
+        *(torch.randn(3, 32), 2, 1, 1, 8, 1e-5, torch.randn(8), torch.randn(8)),
+        *(torch.randn(4, 8), False, torch.arange(3), None),
+    ),
     "reshape_and_cache_flash_both": (
         *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),
         *("auto", [*GEOMETRY, 0], False),

@@ -144,6 +144,11 @@ CASES = {
         rows(8, 16),
         True,
     ),
+    "fused_qk_norm_rope": (
+        rows(3, 8 * 16),
+        *(4, 2, 2, 16, EPS, rows(16), rows(16) + 1, rows(8, 16)),
+        *(True, torch.tensor([3, 0, 7])),
+    ),
     "silu_and_mul": (empty(5, 12), rows(5, 24)),
     "mul_and_silu": (empty(5, 12), rows(5, 24)),
     "gelu_and_mul": (empty(5, 12), rows(5, 24)),

@@ -22,6 +22,7 @@ from .fp8_quant import (
     static_scaled_fp8_quant,
 )
 from .fused_add_rms_norm import fused_add_rms_norm
+from .fused_qk_norm_rope import fused_qk_norm_rope
 from .int8_quant import dynamic_scaled_int8_quant, static_scaled_int8_quant
 from .merge_attn_states import merge_attn_states
 from .paged_attention import paged_attention
@@ -46,6 +47,7 @@ __all__ = [
     "flash_attn_varlen",
     "fused_add_rms_norm",
     "fused_add_rms_norm_static_fp8_quant",
+    "fused_qk_norm_rope",
     "gelu_and_mul",
     "gelu_fast",
     "gelu_new",

@@ -209,6 +209,13 @@ register_rotary_embedding_lowering = _lowering(
     " Tensor cos_sin_cache, bool is_neox",
     overload="default",
 )
+register_fused_qk_norm_rope_lowering = _lowering(
+    "fused_qk_norm_rope",
+    "Tensor! qkv, int num_heads_q, int num_heads_k, int num_heads_v, int head_dim,"
+    " float eps, Tensor q_weight, Tensor k_weight, Tensor cos_sin_cache, bool is_neox,"
+    " Tensor position_ids",
+    overload="default",
+)
 register_silu_and_mul_lowering = _lowering(
     "silu_and_mul", "Tensor! result, Tensor input"
 )

@@ -1,0 +1,245 @@
+"""RMSNorm of queries' and keys' heads and rotary embedding in one pass, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..core import front, in_place, scalars
+from ..core.checks import Checker, float32
+from ..core.custom_call import CustomCall
+from ..core.dtypes import FLOAT_DTYPES
+from ..core.hlo import Spec
+from ..core.op import NAMESPACE, Op
+
+_check = Checker("fused_qk_norm_rope")
+
+
+def fused_qk_norm_rope(
+    qkv: torch.Tensor,
+    num_heads_q: int,
+    num_heads_k: int,
+    num_heads_v: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+) -> None:
+    """Normalises each head of queries and keys and rotates it, in place in `qkv`.
+
+    y = x * (weight / sqrt(mean(x^2) + eps)) over a head, then for a token at position p
+    pair i of the head, elements (a, b) = (i, i + head_dim / 2) with is_neox and
+    (2 i, 2 i + 1) without, becomes (y_a cos - y_b sin, y_b cos + y_a sin) with
+    cos = cos_sin_cache[p, i] and sin = cos_sin_cache[p, head_dim / 2 + i]. All of it is
+    fp32, rounded once to the dtype: `rms_norm` and `rotary_embedding` by themselves
+    round after every step. Values stay. A token whose position is outside
+    [0, max_position), which vLLM leaves undefined, is normalised and not rotated.
+
+    In place: lazily, under torch.compile(backend="openxla"), and through views. A `qkv`
+    that the same program computes is overwritten where it is.
+
+    Under torch.autocast, the weights are cast to qkv's dtype, and so is a cos_sin_cache
+    that is not float32.
+
+    Args:
+        qkv: [num_tokens, (num_heads_q + num_heads_k + num_heads_v) * head_dim],
+            float32, float16 or bfloat16 (vLLM: not float32).
+        num_heads_q, num_heads_k, num_heads_v: heads of queries, keys and values.
+        head_dim: elements of a head; even (vLLM: 64, 128 or 256).
+        eps: positive.
+        q_weight, k_weight: [head_dim], qkv's dtype.
+        cos_sin_cache: [max_position, head_dim], qkv's dtype or float32.
+        is_neox: how elements pair up, see above.
+        position_ids: [num_tokens], int64 or int32.
+
+    Raises:
+        ValueError: an argument breaks one of the rules above.
+
+    Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; Su et al.,
+    RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021. Semantics:
+    vLLM's `fused_qk_norm_rope`.
+
+    Example:
+        >>> qkv = torch.tensor([[3.0, 4.0, 6.0, 8.0, 1.0, 2.0]])
+        >>> ones, table = torch.ones(2), torch.tensor([[0.0, 1.0]])  # 90 degrees
+        >>> position = torch.tensor([0])
+        >>> fused_qk_norm_rope(qkv, 1, 1, 1, 2, 1e-6, ones, ones, table, True, position)
+        >>> qkv
+        tensor([[-1.1314,  0.8485, -1.1314,  0.8485,  1.0000,  2.0000]])
+    """
+    for name, t in (
+        ("qkv", qkv),
+        ("q_weight", q_weight),
+        ("k_weight", k_weight),
+        ("cos_sin_cache", cos_sin_cache),
+        ("position_ids", position_ids),
+    ):
+        _check.tensor(name, t)
+    torch.ops.xla_ops.fused_qk_norm_rope(
+        qkv,
+        scalars.integer(_check.op, "num_heads_q", num_heads_q),
+        scalars.integer(_check.op, "num_heads_k", num_heads_k),
+        scalars.integer(_check.op, "num_heads_v", num_heads_v),
+        scalars.integer(_check.op, "head_dim", head_dim),
+        scalars.number(_check.op, "eps", eps),
+        q_weight,
+        k_weight,
+        cos_sin_cache,
+        scalars.flag(_check.op, "is_neox", is_neox),
+        position_ids,
+    )
+
+
+def _front(qkv: torch.Tensor, *rest: Any) -> None:
+    _lower(qkv, *rest)  # the checks, before a buffer is touched
+    if not qkv.numel():
+        return
+    in_place.check_writable(_check.op, {"qkv": (qkv, in_place.locate(qkv))})
+    if in_place.is_value(qkv):
+        in_place.update(_op, qkv, *rest)
+        return
+    dense = qkv.contiguous()
+    _op.update_at_once(dense, *rest, None)
+    if dense is not qkv:
+        qkv.copy_(dense)
+
+
+def _lower(
+    qkv: torch.Tensor,
+    num_heads_q: int,
+    num_heads_k: int,
+    num_heads_v: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+) -> CustomCall:
+    _check.dtype("qkv", qkv, FLOAT_DTYPES)
+    heads = {"num_heads_q": num_heads_q, "num_heads_k": num_heads_k}
+    heads["num_heads_v"] = num_heads_v
+    for name, count in heads.items():
+        _check.require(count >= 0, name, "be at least 0", count)
+    _check.require(
+        head_dim >= 2 and head_dim % 2 == 0,
+        "head_dim",
+        "be even and at least 2",
+        head_dim,
+    )
+    columns = sum(heads.values()) * head_dim
+    _check.require(
+        qkv.dim() == 2 and qkv.shape[1] == columns,
+        "qkv",
+        f"have shape [num_tokens, {columns}]",
+        list(qkv.shape),
+    )
+    _check.positive_finite("eps", eps)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        _check.dtype(name, weight, [qkv.dtype])
+        _check.shape(name, weight, [head_dim])
+    wide = [] if qkv.dtype == torch.float32 else [torch.float32]
+    _check.dtype("cos_sin_cache", cos_sin_cache, [qkv.dtype, *wide])
+    _check.require(
+        cos_sin_cache.dim() == 2 and cos_sin_cache.shape[1] == head_dim,
+        "cos_sin_cache",
+        f"have shape [max_position, {head_dim}]",
+        list(cos_sin_cache.shape),
+    )
+    _check.dtype("position_ids", position_ids, [torch.int64, torch.int32])
+    _check.shape("position_ids", position_ids, qkv.shape[:1])
+    _check.same_device(
+        "qkv",
+        qkv,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        cos_sin_cache=cos_sin_cache,
+        position_ids=position_ids,
+    )
+    return CustomCall(
+        "xla_ops.fused_qk_norm_rope",
+        ("qkv", "q_weight", "k_weight", "cos_sin_cache", "position_ids"),
+        (Spec.of(qkv),),
+        {**heads, "head_dim": head_dim, "eps": eps, "is_neox": is_neox},
+        aliases={0: "qkv"},
+        nothing_to_do=qkv.numel() == 0 or num_heads_q + num_heads_k == 0,
+    )
+
+
+def _reference(
+    qkv: torch.Tensor,
+    num_heads_q: int,
+    num_heads_k: int,
+    num_heads_v: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    heads = num_heads_q + num_heads_k
+    split = qkv.reshape(-1, heads + num_heads_v, head_dim)
+    x = split[:, :heads].float()
+    weight = torch.cat(
+        [
+            q_weight.float().expand(num_heads_q, head_dim),
+            k_weight.float().expand(num_heads_k, head_dim),
+        ]
+    )
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + float32(eps))
+    y = x * (scale * weight)
+    max_position = cos_sin_cache.shape[0]
+    if max_position:
+        valid = (position_ids >= 0) & (position_ids < max_position)
+        row = cos_sin_cache[position_ids.clamp(0, max_position - 1)].float()
+        cos, sin = row[:, None].chunk(2, dim=-1)
+        if is_neox:
+            a, b = y.chunk(2, dim=-1)
+        else:
+            a, b = y[..., ::2], y[..., 1::2]
+        pair = (a * cos - b * sin, b * cos + a * sin)
+        if is_neox:
+            rotated = torch.cat(pair, dim=-1)
+        else:
+            rotated = torch.stack(pair, dim=-1).flatten(-2)
+        y = torch.where(valid[:, None, None], rotated, y)
+    out = torch.cat([y.to(qkv.dtype), split[:, heads:]], dim=1)
+    return out.reshape(qkv.shape)
+
+
+def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    given, table = args["qkv"].dtype, args["cos_sin_cache"].dtype
+    # A float32 table is legal, and worth more than one that was rounded.
+    casts = dict.fromkeys(("q_weight", "k_weight"), given)
+    return casts if table == torch.float32 else {**casts, "cos_sin_cache": given}
+
+
+_ARGUMENTS = (
+    "int num_heads_q, int num_heads_k, int num_heads_v, int head_dim, float eps,"
+    " Tensor q_weight, Tensor k_weight, Tensor cos_sin_cache, bool is_neox,"
+    " Tensor position_ids"
+)
+_op = Op(
+    "fused_qk_norm_rope_functional",
+    f"(Tensor qkv, {_ARGUMENTS}, Tensor? donor) -> Tensor",
+    _lower,
+    _reference,
+    autocast=_autocast,
+    public_name="fused_qk_norm_rope",
+)
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+front.define(
+    _library,
+    f"fused_qk_norm_rope(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
+    _front,
+    autocast=_autocast,
+)
