@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks the elementwise kernels against numpy: activations, convert_fp8,
 apply_repetition_penalties, rotary_embedding, fused_qk_norm_rope, merge_attn_states,
-copy_blocks and reshape_and_cache.
+copy_blocks, swap_blocks and reshape_and_cache.
 
     check_elementwise.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
@@ -333,6 +333,31 @@ def check_copy(rng, dtype, blocks, size, pairs, offset):
         assert np.array_equal(np.asarray(got), want)
 
 
+def check_swap(rng, dtype, blocks, size, pairs, offset):
+    """From a cache of more blocks, twice as far apart."""
+    src_blocks, src_stride, stride = blocks + 3, 2 * size, size + offset
+    src = rng.integers(0, 100, src_blocks * src_stride).astype(dtype)
+    dst = rng.integers(0, 100, blocks * stride + offset).astype(dtype)
+    mapping = rng.integers(-1, blocks + 4, (pairs, 2))
+    want = dst.copy()
+    rows = want[offset : offset + blocks * stride].reshape(blocks, stride)[:, :size]
+    for source, target in mapping:
+        if 0 <= source < src_blocks and 0 <= target < blocks:
+            rows[target] = src.reshape(src_blocks, src_stride)[source, :size]
+    values = {"num_src_blocks": src_blocks, "num_dst_blocks": blocks}
+    values |= {"page_size": 1, "num_kv_heads": 1, "head_dim": size}
+    values |= {"src_block_stride": src_stride, "dst_block_stride": stride}
+    values |= {"src_offset": 0, "dst_offset": offset}
+    values |= {f"{c}_{n}_stride": 0 for c in ("src", "dst") for n in ("page", "head")}
+    attributes = {name: np.int64(value) for name, value in values.items()}
+    attributes["debug"] = False
+    for aliases in ({0: 0}, {}):
+        (got,) = call(
+            "swap_blocks", [dst], dst, src, mapping, aliases=aliases, **attributes
+        )
+        assert np.array_equal(np.asarray(got), want)
+
+
 def check_cache_write(rng, dtype, fp8, tokens, heads, head_dim, page, x):
     """Both caches at once, in place and not; one alone; both in one buffer."""
     blocks, block = 5, heads * head_dim * page
@@ -464,6 +489,7 @@ def cases(quick):
     ):
         case = {"blocks": blocks, "size": size, "pairs": pairs, "offset": offset}
         yield check_copy, case | {"dtype": dtype}
+        yield check_swap, case | {"dtype": dtype}
 
     rows = [(37, 3), (5, 1031)]
     if not quick:

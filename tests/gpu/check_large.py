@@ -261,6 +261,25 @@ def check_copy(tokens):
     assert bool((bits(got) == bits(wanted)).all())
 
 
+def check_swap(tokens):
+    """From the last blocks to the first ones of another cache, and back to its end."""
+    src, dst = numbers((tokens, HIDDEN), 3), numbers((tokens, HIDDEN), 5)
+    values = {"num_src_blocks": tokens, "num_dst_blocks": tokens}
+    values |= {"page_size": 1, "num_kv_heads": 1, "head_dim": HIDDEN}
+    for cache in ("src", "dst"):
+        values |= {f"{cache}_block_stride": HIDDEN, f"{cache}_offset": 0}
+        values |= {f"{cache}_page_stride": 0, f"{cache}_head_stride": 0}
+    values = {name: np.int64(value) for name, value in values.items()}
+    pairs = np.array([[tokens - 1, 0], [tokens - 2, tokens - 1], [0, tokens - 2]])
+    (got,) = jax.jit(
+        lambda src, dst: call(
+            "swap_blocks", [(dst.shape, BF16)], dst, src, pairs, debug=False, **values
+        )
+    )(src, dst)
+    wanted = dst.at[pairs[:, 1]].set(src[pairs[:, 0]])
+    assert bool((bits(got) == bits(wanted)).all())
+
+
 def check_write(tokens):
     """Rows go to slots all over the caches, each to its own."""
     page = 16
@@ -430,6 +449,7 @@ def cases(tokens):
         check_penalties,
         check_merge,
         check_copy,
+        check_swap,
         check_write,
         check_first_layout_write,
         check_attention,

@@ -415,6 +415,27 @@ void Cases::AddCopies() {
                   .AddAttr("offset", int64_t{0})
                   .AddAttr("debug", false);
             });
+        // From a cache of its own, which has a gap behind each block.
+        const int64_t src_stride = size + 32;
+        Add("swap_blocks",
+            std::string(mapping.name) + " " + std::to_string(size) +
+                (in_place ? " in place" : ""),
+            {Random(kU8, cache), Random(kU8, {kBlocks * src_stride}), pairs},
+            {{kU8, cache, in_place ? 0 : -1}}, [=](CallFrame* frame) {
+              frame->AddAttr("num_src_blocks", kBlocks)
+                  .AddAttr("num_dst_blocks", kBlocks)
+                  .AddAttr("page_size", int64_t{1})
+                  .AddAttr("num_kv_heads", int64_t{1})
+                  .AddAttr("head_dim", size)
+                  .AddAttr("src_block_stride", src_stride)
+                  .AddAttr("dst_block_stride", size + gap)
+                  .AddAttr("debug", false);
+              for (const char* name :
+                   {"src_page_stride", "src_head_stride", "src_offset",
+                    "dst_page_stride", "dst_head_stride", "dst_offset"}) {
+                frame->AddAttr(name, int64_t{0});
+              }
+            });
       }
     }
   }

@@ -63,6 +63,11 @@ SAMPLES = {
         *(torch.randn(3, 8, 16), torch.tensor([[0, 1], [1, 2]])),
         *([3, 1, 1, 128, 128, 0, 0, 0], False, None),
     ),
+    "swap_blocks_functional": (
+        *(torch.randn(3, 8, 16), torch.randn(5, 8, 16)),
+        *(torch.tensor([[0, 1], [4, 2]]), [5, 3, 1, 1, 128, *[128, 0, 0, 0] * 2]),
+        *(False, None),
+    ),
     "merge_attn_states": (
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),

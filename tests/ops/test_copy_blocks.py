@@ -105,7 +105,7 @@ def test_debug_reports_skipped_pairs(debug_mode, capfd):
     pairs = torch.tensor([[0, 1], [-1, 9], [1, 7]])
     xla_ops.copy_blocks([make((7, 4))], [make((9, 4))], pairs)
     assert capfd.readouterr().err == (
-        "xla_ops: copy_blocks: block_mapping[2] must be less than 7, got [1, 7]; "
+        "xla_ops: copy_blocks: block_mapping[2] must be less than [7, 7], got [1, 7]; "
         "skipped\n"
     )
 

@@ -231,6 +231,11 @@ CASES = {
         torch.ones(()),
     ),
     "convert_fp8": (empty(4, 8, 2, 16, dtype=FP8), rows(4, 8, 2, 16), 0.5, "fp8"),
+    "swap_blocks": (
+        rows(6, 8, 2, 16),
+        rows(4, 8, 2, 16) + 1,
+        torch.tensor([[5, 2], [1, 3]]),
+    ),
     "copy_blocks": (
         [rows(4, 8, 2, 16)],
         [rows(4, 8, 2, 16) + 1],
@@ -252,7 +257,7 @@ def vllm_op(name):
     if name == "flash_attn_varlen":
         return torch.ops._vllm_fa2_C.varlen_fwd
     cache_ops = ("reshape_and_cache", "reshape_and_cache_flash", "convert_fp8")
-    cache_ops += ("copy_blocks",)
+    cache_ops += ("copy_blocks", "swap_blocks")
     namespace = torch.ops._C_cache_ops if name in cache_ops else torch.ops._C
     return getattr(namespace, name)
 
@@ -378,6 +383,18 @@ def test_varlen_fwd_refuses(path, at, value, text):
     with pytest.raises(Exception) as error:
         path.run(front("flash_attn_varlen"), *args)
     assert "flash_attn_varlen: " + text in str(error.value)
+
+
+def test_defaults_of_the_schema(path):
+    _, (wanted, _) = path.run(
+        lambda out, x: torch.ops._C.swigluoai_and_mul(out, x, 1.702, 7.0),
+        *(empty(5, 12), 9 * rows(5, 24)),
+    )
+    _, (got, _) = path.run(
+        lambda out, x: torch.ops._C.swigluoai_and_mul(out, x),
+        *(empty(5, 12), 9 * rows(5, 24)),
+    )
+    assert torch.equal(got, wanted) and got.isfinite().all()
 
 
 def test_own_kernels_keep_their_graph():

@@ -35,6 +35,7 @@ from .rms_norm_quant import (
     rms_norm_static_fp8_quant,
 )
 from .rotary_embedding import rotary_embedding
+from .swap_blocks import swap_blocks
 
 __all__ = [
     "apply_repetition_penalties_",
@@ -66,5 +67,6 @@ __all__ = [
     "silu_and_mul_quant",
     "static_scaled_fp8_quant",
     "static_scaled_int8_quant",
+    "swap_blocks",
     "swigluoai_and_mul",
 ]

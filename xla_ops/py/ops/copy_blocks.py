@@ -90,15 +90,16 @@ def _front(
     }
     in_place.check_writable(_check.op, places)
     for name, (cache, place) in places.items():
-        _copy_one(name, cache, place, block_mapping)
+        copy_within(name, cache, place, block_mapping)
 
 
-def _copy_one(
+def copy_within(
     name: str,
     cache: torch.Tensor,
     place: in_place.Located,
     block_mapping: torch.Tensor,
 ) -> None:
+    """Copies blocks inside one cache, of one element or more, after all checks."""
     buffer, offset, strides = place
     geometry = _geometry(cache.shape, strides)
     is_value = in_place.is_value(cache)

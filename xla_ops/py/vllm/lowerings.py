@@ -298,6 +298,12 @@ register_convert_fp8_lowering = _lowering(
     namespace="_C_cache_ops",
     overload="default",
 )
+register_swap_blocks_lowering = _lowering(
+    "swap_blocks",
+    "Tensor src, Tensor! dst, Tensor block_mapping",
+    namespace="_C_cache_ops",
+    overload="default",
+)
 register_copy_blocks_lowering = _lowering(
     "copy_blocks",
     "Tensor(a!)[] key_caches, Tensor[](b!) value_caches, Tensor block_mapping",

@@ -24,6 +24,19 @@
 // dense block is [1, 1, its size]. Distinct blocks must not overlap.
 // Where the result is not aliased (no caller of ours) it is copied first.
 //
+// Target `xla_ops.swap_blocks` copies from one cache to another in the same
+// manner: block source of src to block destination of dst, pair after pair.
+//   args     dst           a buffer of any shape; the types above
+//            src           a buffer of any shape, of dst's type
+//            block_mapping [num_pairs, 2]  s64
+//   results  dst           aliased to the argument
+//   attrs    num_src_blocks, num_dst_blocks, page_size, num_kv_heads, head_dim,
+//            src_block_stride, src_page_stride, src_head_stride, src_offset,
+//            dst_block_stride, dst_page_stride, dst_head_stride, dst_offset
+//                   i64, in elements
+//            debug  bool
+// src and dst must not share memory.
+//
 // Tested by copy_blocks_test.cc and tests/ops/test_copy_blocks.py.
 
 #ifndef XLA_OPS_CC_OPS_COPY_BLOCKS_COPY_BLOCKS_H_
@@ -33,18 +46,28 @@
 
 namespace xla_ops {
 
+// From one block, outer and inner run to the next, in bytes.
+struct BlockStrides {
+  int64_t block;
+  int64_t outer;
+  int64_t inner;
+};
+
 // The operands as bytes: no kernel looks at values. A block consists of
 // outer_size * inner_size runs of run_size bytes.
 struct CopyBlocksParams {
+  // Whether source and target are one cache, as in copy_blocks.
+  bool within_one;
   int64_t num_pairs;
-  int64_t num_blocks;
-  int64_t block_stride;
+  int64_t num_source_blocks;
+  int64_t num_target_blocks;
   int64_t outer_size;
-  int64_t outer_stride;
   int64_t inner_size;
-  int64_t inner_stride;
   int64_t run_size;
-  char* cache;                   // the first byte of block 0
+  BlockStrides source_strides;
+  BlockStrides target_strides;
+  const char* source;            // the first byte of block 0
+  char* target;                  // the same
   const int64_t* block_mapping;  // [num_pairs, 2]
   bool debug;
   // An unaliased result: what has to be copied to it first; else null.
@@ -59,9 +82,9 @@ inline constexpr int64_t kMaxCudaBlockBytes = int64_t{255} << 24;
 
 // Whether there is nothing to copy between blocks.
 inline bool IsEmpty(const CopyBlocksParams& params) {
-  return params.num_pairs == 0 || params.num_blocks == 0 ||
-         params.outer_size == 0 || params.inner_size == 0 ||
-         params.run_size == 0;
+  return params.num_pairs == 0 || params.num_source_blocks == 0 ||
+         params.num_target_blocks == 0 || params.outer_size == 0 ||
+         params.inner_size == 0 || params.run_size == 0;
 }
 
 }  // namespace xla_ops

@@ -1,4 +1,4 @@
-// CPU kernel and handler of xla_ops.copy_blocks.
+// CPU kernel and handlers of xla_ops.copy_blocks and xla_ops.swap_blocks.
 //
 // Threads share the work by the position in a block, not by pair, so that
 // each position sees the pairs in their order.
@@ -29,32 +29,38 @@ void ReportSkippedPairs(const CopyBlocksParams& params) {
     const int64_t source = params.block_mapping[2 * p];
     const int64_t target = params.block_mapping[2 * p + 1];
     if (source < 0 || target < 0) continue;
-    if (source < params.num_blocks && target < params.num_blocks) continue;
+    if (source < params.num_source_blocks &&
+        target < params.num_target_blocks) {
+      continue;
+    }
     ++reports;
-    std::fprintf(
-        stderr,
-        "xla_ops: copy_blocks: block_mapping[%lld] must be less than "
-        "%lld, got [%lld, %lld]; skipped\n",
-        static_cast<long long>(p), static_cast<long long>(params.num_blocks),
-        static_cast<long long>(source), static_cast<long long>(target));
+    std::fprintf(stderr,
+                 "xla_ops: %s: block_mapping[%lld] must be less than "
+                 "[%lld, %lld], got [%lld, %lld]; skipped\n",
+                 params.within_one ? "copy_blocks" : "swap_blocks",
+                 static_cast<long long>(p),
+                 static_cast<long long>(params.num_source_blocks),
+                 static_cast<long long>(params.num_target_blocks),
+                 static_cast<long long>(source),
+                 static_cast<long long>(target));
   }
 }
 
-// Copies bytes [begin, begin + size) of one run, for all pairs. `run`: the
-// run of block 0.
-void CopyPiece(const CopyBlocksParams& params, char* run, int64_t begin,
+// Copies `size` bytes of every block, for all pairs. `from`, `to`: of block 0.
+void CopyPiece(const CopyBlocksParams& params, const char* from, char* to,
                int64_t size) {
   for (int64_t p = 0; p < params.num_pairs; ++p) {
     const int64_t source = params.block_mapping[2 * p];
     const int64_t target = params.block_mapping[2 * p + 1];
-    if (source < 0 || source >= params.num_blocks || target < 0 ||
-        target >= params.num_blocks || source == target) {
+    if (source < 0 || source >= params.num_source_blocks || target < 0 ||
+        target >= params.num_target_blocks ||
+        (params.within_one && source == target)) {
       continue;
     }
     // memmove: where a caller's blocks do overlap, the result is a strange
     // one but no undefined behaviour.
-    std::memmove(run + target * params.block_stride + begin,
-                 run + source * params.block_stride + begin,
+    std::memmove(to + target * params.target_strides.block,
+                 from + source * params.source_strides.block,
                  static_cast<size_t>(size));
   }
 }
@@ -74,9 +80,11 @@ void CopyBlocks(const CopyBlocksParams& params, ffi::ThreadPool& pool) {
                 const int64_t begin = i % pieces * kPieceSize;
                 const int64_t inner = i / pieces % params.inner_size;
                 const int64_t outer = i / pieces / params.inner_size;
-                char* run = params.cache + outer * params.outer_stride +
-                            inner * params.inner_stride;
-                CopyPiece(params, run, begin,
+                const auto start = [&](const BlockStrides& strides) {
+                  return outer * strides.outer + inner * strides.inner + begin;
+                };
+                CopyPiece(params, params.source + start(params.source_strides),
+                          params.target + start(params.target_strides),
                           std::min(kPieceSize, params.run_size - begin));
               });
 }
@@ -84,6 +92,8 @@ void CopyBlocks(const CopyBlocksParams& params, ffi::ThreadPool& pool) {
 }  // namespace
 
 XLA_OPS_CPU_HANDLER(copy_blocks, CopyBlocksBinding(), MakeCopyBlocksParams,
+                    CopyBlocks);
+XLA_OPS_CPU_HANDLER(swap_blocks, SwapBlocksBinding(), MakeSwapBlocksParams,
                     CopyBlocks);
 
 }  // namespace xla_ops

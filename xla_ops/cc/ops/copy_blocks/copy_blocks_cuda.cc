@@ -1,8 +1,8 @@
-// The CUDA handler of copy_blocks: checks operands, then launches the kernel
-// on XLA's stream.
+// The CUDA handlers of copy_blocks and swap_blocks: check operands, then launch
+// the kernel on XLA's stream.
 //
-// Tested by tests/gpu/check_elementwise.py and
-// tests/ops/test_copy_blocks.py.
+// Tested by tests/gpu/check_elementwise.py, tests/ops/test_copy_blocks.py and
+// tests/ops/test_swap_blocks.py.
 
 #include <cuda_runtime_api.h>
 
@@ -27,12 +27,15 @@ cudaError_t CopyAndLaunch(cudaStream_t stream, const CopyBlocksParams& params) {
 
 ffi::Error CheckAndLaunch(cudaStream_t stream, const CopyBlocksParams& params) {
   XLA_OPS_RETURN_IF_ERROR(CheckCudaLimits(params));
-  return ToLaunchError("copy_blocks", CopyAndLaunch(stream, params));
+  return ToLaunchError(params.within_one ? "copy_blocks" : "swap_blocks",
+                       CopyAndLaunch(stream, params));
 }
 
 }  // namespace
 
 XLA_OPS_CUDA_HANDLER(copy_blocks, CopyBlocksBinding(), MakeCopyBlocksParams,
+                     CheckAndLaunch);
+XLA_OPS_CUDA_HANDLER(swap_blocks, SwapBlocksBinding(), MakeSwapBlocksParams,
                      CheckAndLaunch);
 
 }  // namespace xla_ops

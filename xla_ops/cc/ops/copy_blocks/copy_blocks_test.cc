@@ -209,11 +209,12 @@ XLA_OPS_TEST(DebugReportsSkippedPairs) {
   };
   EXPECT_EQ(CaptureStderr(run), "");
   attrs.debug = true;
-  EXPECT_EQ(CaptureStderr(run),
-            "xla_ops: copy_blocks: block_mapping[2] must be less than 7, got "
-            "[7, 1]; skipped\n"
-            "xla_ops: copy_blocks: block_mapping[3] must be less than 7, got "
-            "[1, 99]; skipped\n");
+  EXPECT_EQ(
+      CaptureStderr(run),
+      "xla_ops: copy_blocks: block_mapping[2] must be less than [7, 7], got "
+      "[7, 1]; skipped\n"
+      "xla_ops: copy_blocks: block_mapping[3] must be less than [7, 7], got "
+      "[1, 99]; skipped\n");
 }
 
 XLA_OPS_TEST(Errors) {
@@ -262,18 +263,20 @@ XLA_OPS_TEST(Errors) {
   EXPECT_TRUE(cache.bytes() == before.bytes());
 }
 
-XLA_OPS_TEST(TableNamesTheTarget) {
+XLA_OPS_TEST(TableNamesTheTargets) {
   size_t count = 0;
   const XlaOpsHandler* handlers = xla_ops_handlers(&count);
-  EXPECT_EQ(count, 1u);
+  EXPECT_EQ(count, 2u);
   EXPECT_EQ(std::string(handlers[0].target), "xla_ops.copy_blocks");
+  EXPECT_EQ(std::string(handlers[1].target), "xla_ops.swap_blocks");
   EXPECT_EQ(std::string(handlers[0].platform), "Host");
 }
 
 // Checked by the CUDA handler alone, so on parameters as it would bind them.
 XLA_OPS_TEST(CudaLimits) {
   CopyBlocksParams params = {};
-  params.num_blocks = 2;
+  params.within_one = true;
+  params.num_source_blocks = params.num_target_blocks = 2;
   params.num_pairs = 2147483647;
   params.outer_size = 16777216;
   params.inner_size = 15;
@@ -291,7 +294,7 @@ XLA_OPS_TEST(CudaLimits) {
   EXPECT_EQ(CheckCudaLimits(params).message(),
             "copy_blocks: block_mapping must have at most 2147483647 pairs, "
             "got 2147483648");
-  params.num_blocks = 0;  // nothing is launched
+  params.num_target_blocks = 0;  // nothing is launched
   EXPECT_TRUE(CheckCudaLimits(params).success());
 }
 
