@@ -96,10 +96,15 @@ def test_driver_too_old_for_the_plugin(driver, kernels):
     kernels("9.0")
     driver(version=12080)
     with pytest.raises(
-        RuntimeError, match="runs CUDA up to 12.8, and .* needs CUDA 13"
+        RuntimeError,
+        match=r"runs CUDA up to 12.8, and .* needs CUDA 13: update the driver, or pip"
+        r" uninstall jax-cuda13-pjrt and install xla_ops\[cuda12\]$",
     ):
         check.check_machine(PLUGIN_13)
     check.check_machine(PLUGIN_12)
+    driver(version=11080)  # for which no plugin can be had
+    with pytest.raises(RuntimeError, match="needs CUDA 12: update the driver$"):
+        check.check_machine(PLUGIN_12)
 
 
 def test_driver_too_old_for_the_kernels(driver, kernels):

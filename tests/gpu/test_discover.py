@@ -35,7 +35,8 @@ def installed(monkeypatch, tmp_path):
 
 
 def test_no_plugin_installed(installed):
-    with pytest.raises(RuntimeError, match="none is installed: pip install jax-cuda12"):
+    fix = r"none is installed: install xla_ops\[cuda13\], or xla_ops\[cuda12\] for"
+    with pytest.raises(RuntimeError, match=fix):
         discover.find_plugin()
 
 

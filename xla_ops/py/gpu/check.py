@@ -34,8 +34,7 @@ def check_machine(plugin: pathlib.Path) -> None:
         raise Problem(
             f"the NVIDIA driver runs CUDA up to {newest}, and"
             f" {discover.describe_plugin(plugin)} needs CUDA {match[1]}",
-            f"update the driver, or install jax-cuda{found.cuda_version[0]}-pjrt"
-            " instead",
+            _fix_for_driver(found.cuda_version[0], discover.distribution_of(plugin)),
         )
     for library, version in kernel_cuda_versions().items():
         if found.cuda_version[0] < version[0]:
@@ -55,6 +54,16 @@ def check_machine(plugin: pathlib.Path) -> None:
     for device in found.devices:
         if used is None or device.ordinal in used:
             _check_kernels(device)
+
+
+def _fix_for_driver(newest: int, plugin: str) -> str:
+    """What to do where a plugin, by its distribution, is too new for the driver."""
+    if newest < 12:  # older than any plugin that can be wrapped
+        return "update the driver"
+    return (
+        f"update the driver, or pip uninstall {plugin} and install"
+        f" xla_ops[cuda{newest}]"
+    )
 
 
 def _version(version: tuple[int, int]) -> str:

@@ -16,10 +16,8 @@ from ..core.errors import BadValue, Problem
 PLUGIN_VARIABLE = "XLA_OPS_PJRT_PLUGIN"
 
 _PLUGIN_FILE = "xla_cuda_plugin.so"
-_INSTALL = (
-    "pip install jax-cuda12-pjrt, or jax-cuda13-pjrt for drivers from 580"
-    " (0.7.1 or newer)"
-)
+# The extras bring a plugin with all that it opens, in versions that go together.
+_INSTALL = "install xla_ops[cuda13], or xla_ops[cuda12] for drivers before 580"
 
 
 def installed_plugins() -> list[pathlib.Path]:
