@@ -204,3 +204,50 @@ def test_kv_cache(path):
         kv[1, 1], kv[2, 1] = new[0], new[2]
         kv[0], kv[3] = kv[1].clone(), kv[2].clone()
     assert torch.equal(got, wanted)
+
+
+def test_fused_qk_norm_rope(path):
+    qkv, weights = torch.randn(3, 8 * 16), torch.rand(2, 16)
+    cache, positions = torch.randn(8, 16), torch.tensor([3, 0, 7])
+    sizes = (4, 2, 2, 16, EPS)
+    _, (got, *_) = path.run(
+        lambda x, w, c, p: ops.fused_qk_norm_rope(x, *sizes, *w, c, True, p),
+        *(qkv, weights, cache, positions),
+    )
+    wanted = qkv.clone()
+    xla_ops.fused_qk_norm_rope(wanted, *sizes, *weights, cache, True, positions)
+    same([got], wanted)
+    assert not torch.equal(got, qkv)
+
+
+def test_apply_repetition_penalties(path):
+    """vLLM's own torch code is what it does on a device without the op."""
+    logits, penalties = torch.randn(5, 24), torch.rand(5) + 1
+    args = logits, torch.randn(5, 24) > 1, torch.randn(5, 24) > 1, penalties
+    _, (got, *_) = path.run(ops.apply_repetition_penalties_cuda, *args)
+    wanted = logits.clone()
+    ops.apply_repetition_penalties_torch(wanted, *args[1:])
+    torch.testing.assert_close(got, wanted)
+    assert not torch.equal(got, logits)
+
+
+def test_first_layout_and_blocks(path):
+    key, slots = torch.randn(3, 2, 16), torch.tensor([9, -1, 17])
+    keys, values = torch.zeros(4, 2, 4, 8, 4), torch.zeros(4, 2, 16, 8)
+
+    def write_swap_and_convert(keys, values, others, codes, key, slots, blocks, one):
+        ops.reshape_and_cache(key, key, keys, values, slots, "auto", one, one)
+        ops.swap_blocks(values, others, blocks)
+        ops.convert_fp8(codes, others, 0.5)
+
+    _, (got_keys, got_values, others, codes, *_) = path.run(
+        write_swap_and_convert,
+        *(keys, values, torch.zeros(3, 2, 16, 8), torch.zeros(3, 2, 16, 8).to(FP8)),
+        *(key, slots, torch.tensor([[1, 2], [2, 0]]), torch.ones(())),
+    )
+    for token, slot in ((0, 9), (2, 17)):
+        found = got_keys[slot // 8, :, :, slot % 8].reshape(2, 16)
+        same([found, got_values[slot // 8, :, :, slot % 8]], key[token], key[token])
+    assert got_keys.count_nonzero() == got_values.count_nonzero() == 2 * key[0].numel()
+    same([others[2], others[0], others[1]], got_values[1], got_values[2], values[0])
+    same([codes], (others / 0.5).to(FP8))
