@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -127,10 +129,67 @@ def update(op: Op, buffer: torch.Tensor, *args: object) -> None:
     if buffer.device.type == "xla":
         if given is not None:
             given = ownership.owned(buffer)
+        elif is_collecting():
+            _collect(op, buffer)
         elif not isinstance(buffer, FunctionalTensor):
             ownership.protect([buffer], finish_reads=False)
     old = buffer if given is None else given
     assign(buffer, op(old, *args, given))
+
+
+class _Collected(threading.local):
+    """The tensors that updates may overwrite while a program is traced lazily."""
+
+    allowed: dict[int, torch.Tensor] | None = None
+    updated: dict[int, torch.Tensor]
+
+
+_collected = _Collected()
+
+
+def is_collecting() -> bool:
+    """Whether this thread traces a program by lazy tensors."""
+    return _collected.allowed is not None
+
+
+@contextmanager
+def collecting(tensors: Iterable[torch.Tensor]) -> Iterator[Iterable[torch.Tensor]]:
+    """While a program is traced: flags the buffers that it overwrites as donated.
+
+    The caller protects them at each call of the program (`ownership.protect`), and
+    takes the flags off.
+
+    Args:
+        tensors: those that the program may update.
+
+    Yields:
+        Those that it has updated so far.
+    """
+    _collected.allowed = {id(t): t for t in tensors}
+    _collected.updated = {}
+    try:
+        yield _collected.updated.values()
+    finally:
+        _collected.allowed = None
+
+
+def _collect(op: Op, buffer: torch.Tensor) -> None:
+    import torch_xla
+
+    assert _collected.allowed is not None
+    if id(buffer) in _collected.updated:
+        return
+    xlac = torch_xla._XLAC
+    (is_pending,) = xlac._check_tensor_need_materialization([buffer])
+    if is_pending:
+        return  # the program's own, or written by another op before
+    if id(buffer) not in _collected.allowed:
+        raise ValueError(
+            f"{op.name}: a tensor that a replayed function updates must be one of its"
+            f" arguments or in its state, got another of shape {list(buffer.shape)}"
+        )
+    xlac._set_buffer_donation(buffer, True)
+    _collected.updated[id(buffer)] = buffer
 
 
 def donor(t: torch.Tensor) -> torch.Tensor | None:
@@ -202,7 +261,12 @@ def adopt(t: torch.Tensor, computed: torch.Tensor) -> None:
     What t.copy_(computed) means, without a node in the lazy graph. Views of `t` and the
     tensor it is a view of see the new value.
     """
-    torch._functionalize_replace(t, torch._from_functional_tensor(computed))
+    set_value(t, torch._from_functional_tensor(computed))
+
+
+def set_value(t: torch.Tensor, value: torch.Tensor) -> None:
+    """Puts torch_xla's own tensor `value` below `t`; its views and base follow."""
+    torch._functionalize_replace(t, value)
     torch._functionalize_commit_update(t)
     torch._functionalize_sync(t)
 

@@ -79,9 +79,17 @@ def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
         xlac._xla_wait_device_ops([])
         if _is_free(_holders([tensor])[0], finish_reads):
             return
-    own = torch.clone(tensor)  # torch_xla gives a clone a buffer of its own
+    separate(tensor)
+
+
+def separate(value: torch.Tensor) -> None:
+    """Gives torch_xla's own tensor, whose buffer others hold, a copy of it."""
+    import torch_xla
+
+    xlac = torch_xla._XLAC
+    own = torch.clone(value)  # torch_xla gives a clone a buffer of its own
     xlac._xla_sync_multi([own], devices=[], wait=True, sync_xla_data=True)
-    xlac._replace_xla_tensor(tensor, own)
+    xlac._replace_xla_tensor(value, own)
 
 
 def _give_data(tensors: list[torch.Tensor]) -> None:

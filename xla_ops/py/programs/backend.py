@@ -21,7 +21,6 @@ docs/in_place.md.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from types import FunctionType
@@ -34,11 +33,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch_xla._dynamo import dynamo_bridge
 
 from ..core import in_place, ownership
-
-# What torch_xla's _run_cached_graph says of an argument that is not computed yet.
-_PENDING = "can not be a pending ir"
-# Extraction clears and runs the lazy graph of the device: one at a time.
-_extracting = threading.Lock()
+from .calls import EXTRACTING, run_cached
 
 
 def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object]:
@@ -56,7 +51,7 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
         if donated:
             ownership.protect([args[i] for i in donated], finish_reads=True)
         if program is None:
-            with _extracting:
+            with EXTRACTING:
                 if program is None:  # no other thread has been here
                     program = _extract_program(modules[0], tuple(args))
                     modules.clear()
@@ -189,13 +184,7 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
     returns.trace_inputs = returns.trace_outputs = returns.deduped_trace_outputs = None
 
     def run(*args: torch.Tensor) -> object:
-        try:
-            results = torch_xla._XLAC._run_cached_graph(program, inputs(args))
-        except RuntimeError as error:
-            if _PENDING not in str(error):
-                raise
-            _finish(args)
-            results = torch_xla._XLAC._run_cached_graph(program, inputs(args))
+        results = run_cached(program, inputs, args)
         results = returns.addDumbReturn(args, results)
         for argument, result in updates.items():
             args[argument].copy_(results[result])
@@ -221,17 +210,6 @@ def _input_getter(matcher: dynamo_bridge.GraphInputMatcher) -> Callable:
         return matcher
     pick = itemgetter(*where)
     return lambda args: pick((*constants, *args))
-
-
-def _finish(args: tuple) -> None:
-    """Computes the arguments that are pending."""
-    pending = torch_xla._XLAC._check_tensor_need_materialization(list(args))
-    torch_xla._XLAC._xla_sync_multi(
-        [t for t, is_pending in zip(args, pending, strict=True) if is_pending],
-        devices=[],
-        wait=True,
-        sync_xla_data=True,
-    )
 
 
 def _with_globals(function: Callable, **replaced: object) -> Callable:

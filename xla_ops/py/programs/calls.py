@@ -1,0 +1,46 @@
+"""What the ways to call a program share: one call by hash, and the lock of tracing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+import torch_xla
+
+# Tracing clears and runs the lazy graph of the device: one at a time.
+EXTRACTING = threading.RLock()
+# What torch_xla's _run_cached_graph says of an argument that is not computed yet.
+_PENDING = "can not be a pending ir"
+
+
+def run_cached(
+    program: bytes, inputs: Callable, args: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Runs a compiled program by its hash.
+
+    No argument is asked whether work is pending on it: the program refuses one that is,
+    before it runs, and only then is it computed.
+
+    Args:
+        program: hash of a program that torch_xla has compiled.
+        inputs: makes the program's inputs, in its order, of `args`.
+    """
+    try:
+        return torch_xla._XLAC._run_cached_graph(program, inputs(args))
+    except RuntimeError as error:
+        if _PENDING not in str(error):
+            raise
+    finish(args)
+    return torch_xla._XLAC._run_cached_graph(program, inputs(args))
+
+
+def finish(args: Sequence[torch.Tensor]) -> None:
+    """Computes the arguments that are pending."""
+    pending = torch_xla._XLAC._check_tensor_need_materialization(list(args))
+    torch_xla._XLAC._xla_sync_multi(
+        [t for t, is_pending in zip(args, pending, strict=True) if is_pending],
+        devices=[],
+        wait=True,
+        sync_xla_data=True,
+    )

@@ -1,0 +1,478 @@
+"""Programs that are traced once and then called by their hash, without torch.compile.
+
+    @xla_ops.programs.replay
+    def step(tokens, cache): ...
+
+    step(tokens, cache)
+
+The first call of a signature runs the function on lazy tensors, which computes nothing,
+and compiles the graph that it leaves. Every further call looks the program up and runs
+it: none of the function's Python, no guards, no lazy graph. For a decoder of 32 layers
+that is half of the time that backend "xla_ops" takes on the host, and the first call
+takes a quarter, since nothing but XLA has to compile.
+
+Since nothing stands guard over a program but its key, the key holds all that may change
+it: shapes, dtypes and the identity of tensors that are given twice, every other
+argument by value, autocast, default dtype and the precision of products. And because
+torch_xla's own key, a hash, takes graphs for one that differ in which input an
+operation takes (pytorch/xla#8353), a program is held to the HLO it was compiled from.
+
+Tested by tests/programs/test_replay.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
+import torch_xla.runtime as xr
+from torch.utils import _pytree as pytree
+from torch_xla._dynamo import dynamo_bridge
+
+from ..core import in_place, ownership
+from .calls import EXTRACTING, finish, run_cached
+
+_xlac = torch_xla._XLAC
+State = Iterable[torch.Tensor | torch.nn.Module]
+
+
+class Replay:
+    """A function of XLA tensors, replayed as a program. Made by `replay`."""
+
+    def __init__(self, function: Callable, state: State = ()):
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._state = state
+        self._programs: dict[Hashable, _Program] = {}
+
+    @property
+    def num_programs(self) -> int:
+        """How many signatures have been traced."""
+        return len(self._programs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if in_place.is_collecting():
+            return self._function(*args, **kwargs)  # a part of another program
+        leaves, form = _flatten(args, kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = (form, _signature(leaves), _aliases(tensors), _surroundings())
+        program = self._programs.get(key)
+        if program is None:
+            program = self._trace(key, leaves, tensors, form)
+        return program(tensors)
+
+    def _trace(
+        self, key: Hashable, leaves: list, tensors: list[torch.Tensor], form: object
+    ) -> _Program:
+        _check(leaves)
+        with EXTRACTING:
+            program = self._programs.get(key)
+            if program is None:  # no other thread has been here
+                places = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+
+                def call(*given: torch.Tensor) -> Any:
+                    rest = iter(given)
+                    args, kwargs = _unflatten(
+                        [
+                            next(rest) if is_tensor else leaf
+                            for leaf, is_tensor in zip(leaves, places, strict=True)
+                        ],
+                        form,
+                    )
+                    return self._function(*args, **kwargs)
+
+                program = _Program(call, tensors, _tensors_of(self._state))
+                self._programs[key] = program
+        return program
+
+
+def replay(function: Callable | None = None, *, state: State = ()) -> Any:
+    """Makes a function of XLA tensors one that is traced once and then replayed.
+
+    The function must be pure, but for updates in place of its arguments and of `state`:
+    its Python runs once a signature. What it computes must depend on nothing but its
+    arguments, `state`, and what the module's text names; a tensor that it closes over
+    is taken as the constant that it is at the first call. Results have no gradient.
+
+    Args:
+        function: takes any tree (tuples, lists, dicts) of XLA tensors and of values
+            that can be hashed, and returns a tree of tensors and values. A tensor that
+            it updates by an op of this package, such as a KV cache, keeps its buffer.
+        state: tensors and modules that the function uses or updates without being
+            given them, such as a model and its caches. They may get new values between
+            calls; a module's parameters must stay the same objects.
+
+    Returns:
+        A callable; as a decorator without arguments too.
+
+    Raises:
+        ValueError: at a call, where an argument is on another device, requires a
+            gradient, or a tensor would be updated that is no argument and not in
+            `state`.
+        TypeError: where an argument that is no tensor cannot be hashed.
+
+    Example:
+        >>> @replay
+        ... def scaled(x, factor):
+        ...     return x * factor
+        >>> scaled(torch.ones(2, device="xla"), 3).cpu()
+        tensor([3., 3.])
+    """
+    if function is None:
+        return functools.partial(replay, state=state)
+    return Replay(function, state)
+
+
+# A call without keywords, of leaves alone: most are.
+_FLAT = "flat"
+
+
+def _flatten(args: tuple, kwargs: dict) -> tuple[Sequence, object]:
+    if not kwargs and not any(isinstance(a, (tuple, list, dict)) for a in args):
+        return args, _FLAT
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _unflatten(leaves: list, form: object) -> tuple[Sequence, dict]:
+    if form is _FLAT:
+        return leaves, {}
+    return pytree.tree_unflatten(leaves, form)  # type: ignore[arg-type]
+
+
+def _signature(leaves: Sequence) -> tuple:
+    return tuple(
+        (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
+        if isinstance(leaf, torch.Tensor)
+        else (type(leaf), leaf)
+        for leaf in leaves
+    )
+
+
+def _aliases(tensors: list[torch.Tensor]) -> tuple | None:
+    """Which tensors are one; None where none are."""
+    ids = [id(t) for t in tensors]
+    if len(set(ids)) == len(ids):
+        return None
+    return tuple(ids.index(i) for i in ids)
+
+
+def _surroundings() -> tuple:
+    """What else changes a program."""
+    autocast = torch.is_autocast_enabled("xla")
+    return (
+        torch.get_autocast_dtype("xla") if autocast else None,
+        torch.get_default_dtype(),
+        _xlac._xla_get_mat_mul_precision(),
+        torch.is_grad_enabled(),
+    )
+
+
+def _check(leaves: Sequence) -> None:
+    if xr.is_spmd():
+        raise ValueError(
+            "replay: tensors must not be sharded, got SPMD: use torch.compile with"
+            ' backend="openxla"'
+        )
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if leaf.device.type != "xla":
+            raise ValueError(
+                f"replay: tensor argument {i} must be on an XLA device, got"
+                f" {leaf.device}"
+            )
+        if leaf.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"replay: tensor argument {i} must not require a gradient, got one that"
+                " does: results have none; use torch.no_grad()"
+            )
+
+
+def _tensors_of(state: State) -> list[torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    for item in state:
+        tensors: Iterable[torch.Tensor] = (item,)  # type: ignore[assignment]
+        if isinstance(item, torch.nn.Module):
+            tensors = (*item.parameters(), *item.buffers())
+        found.update((id(t), t) for t in tensors if t.device.type == "xla")
+    return list(found.values())
+
+
+class _Program:
+    """One program: the arguments' values go in, results come out."""
+
+    def __init__(
+        self,
+        function: Callable,
+        tensors: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+    ):
+        given = {id(t) for t in tensors}
+        self._state = tuple(t for t in state if id(t) not in given)
+        self._rebuild = lambda *args: self._build(function, (*args, *self._state))
+        self._rebuild(*tensors)
+
+    def _build(self, function: Callable, args: tuple[torch.Tensor, ...]) -> None:
+        num_given = len(args) - len(self._state)
+        traced = _Traced(function, args, num_given)
+        try:
+            self._hash = _compile(traced.computed, str(traced.donated))
+            self._inputs = _inputs(traced, args)
+        finally:
+            traced.restore()
+        self._updates = list(traced.updates.items())
+        self._donated = traced.donated
+        self._outputs = traced.outputs
+        self._form = traced.form
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
+        args = (*tensors, *self._state)
+        if self._donated:
+            ownership.protect([args[i] for i in self._donated], finish_reads=True)
+        try:
+            results = run_cached(self._hash, self._inputs, args)
+        except RuntimeError as error:
+            if "Failed to get computation by hash" not in str(error):
+                raise
+            with EXTRACTING:  # torch_xla keeps so many programs, and no more
+                self._rebuild(*tensors)
+            results = run_cached(self._hash, self._inputs, args)
+        for argument, result in self._updates:
+            in_place.adopt(args[argument], results[result])
+        outputs = [output.take(results, args) for output in self._outputs]
+        if self._form is None:
+            return outputs[0]
+        return pytree.tree_unflatten(outputs, self._form)
+
+
+class _Result(NamedTuple):
+    index: int
+
+    def take(self, results: Sequence, args: Sequence) -> torch.Tensor:
+        return results[self.index]
+
+
+class _Argument(NamedTuple):
+    index: int
+
+    def take(self, results: Sequence, args: Sequence) -> torch.Tensor:
+        return args[self.index]
+
+
+class _CloneOfArgument(NamedTuple):
+    index: int
+
+    def take(self, results: Sequence, args: Sequence) -> torch.Tensor:
+        return args[self.index].clone()
+
+
+class _Constant(NamedTuple):
+    value: object
+
+    def take(self, results: Sequence, args: Sequence) -> object:
+        return self.value
+
+
+class _Traced:
+    """What a function leaves behind when it runs on lazy tensors.
+
+    Attributes:
+        computed: what the program has to compute: new values of arguments, then the
+            results.
+        updates: arguments that get a new value, and which of `computed` that is.
+        donated: arguments whose buffer the program overwrites.
+        outputs: how each leaf of the function's result is made.
+        form: of the function's result; None of a lone tensor.
+        values: the tensor below each argument, as the trace found it.
+    """
+
+    def __init__(
+        self, function: Callable, args: tuple[torch.Tensor, ...], num_given: int
+    ):
+        # Whatever is pending would become a part of the program.
+        torch_xla.sync(reset_scope=False)
+        xm.wait_device_ops()
+        for t in args:
+            torch._functionalize_sync(t)
+        finish(args)
+        _separate(args)
+        self._args = args
+        self.values = [torch._from_functional_tensor(t) for t in args]
+        self.updates: dict[int, int] = {}
+        places = {id(t): i for i, t in enumerate(args)}
+        try:
+            with (
+                in_place.collecting(args) as updated,
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):
+                result = function(*args[:num_given])
+            self.donated = sorted({places[id(t)] for t in updated})
+            self._collect(result)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _collect(self, result: object) -> None:
+        ids = [_xlac._xla_get_tensor_id(t) for t in self.values]
+        now = [torch._from_functional_tensor(t) for t in self._args]
+        arguments: dict[int, int] = {}
+        self.computed: list[torch.Tensor] = []
+        for i, (old, t) in enumerate(zip(ids, now, strict=True)):
+            new = _xlac._xla_get_tensor_id(t)
+            arguments.setdefault(new, i)
+            if new != old:
+                self.updates[i] = len(self.computed)
+                self.computed.append(t)
+        self._arguments = arguments
+        self._results: dict[int, int] = {}
+        if isinstance(result, torch.Tensor):
+            leaves, self.form = [result], None
+        else:
+            leaves, self.form = pytree.tree_flatten(result)
+        self.outputs = [self._output(leaf) for leaf in leaves]
+
+    def _output(self, leaf: object) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return _Constant(leaf)
+        if leaf.device.type != "xla":
+            raise ValueError(
+                "replay: a result must be on an XLA device, got a tensor on"
+                f" {leaf.device}"
+            )
+        for i, t in enumerate(self._args):
+            if leaf is t:
+                return _Argument(i)
+        torch._functionalize_sync(leaf)
+        value = torch._from_functional_tensor(leaf)
+        key = _xlac._xla_get_tensor_id(value)
+        if (i := self._arguments.get(key)) is not None:
+            return _CloneOfArgument(i)
+        (is_pending,) = _xlac._check_tensor_need_materialization([value])
+        if not is_pending:
+            where = _pointer(value)
+            for i, t in enumerate(self.values):
+                if where and _pointer(t) == where:
+                    return _CloneOfArgument(i)
+            return _Constant(leaf)
+        if key not in self._results:
+            self._results[key] = len(self.computed)
+            self.computed.append(value)
+        return _Result(self._results[key])
+
+    def restore(self) -> None:
+        """Gives every argument the value back that it had."""
+        for t, value in zip(self._args, self.values, strict=True):
+            if torch._from_functional_tensor(t) is not value:
+                in_place.set_value(t, value)
+            _xlac._set_buffer_donation(t, False)
+
+
+def _separate(args: Sequence[torch.Tensor]) -> None:
+    """Gives arguments that share a buffer one each: to a trace they would be one."""
+    seen: set[int] = set()
+    for t in {id(t): t for t in args}.values():
+        value = torch._from_functional_tensor(t)
+        where = _pointer(value)
+        if where and where in seen:
+            ownership.separate(value)
+            where = _pointer(value)
+        seen.add(where)
+
+
+def _pointer(value: torch.Tensor) -> int:
+    """Address of the buffer of a tensor that has been computed; 0 of an empty one."""
+    return _xlac._unsafe_buffer_pointer(value) if value.numel() else 0
+
+
+def _inputs(traced: _Traced, args: Sequence[torch.Tensor]) -> Callable:
+    """Returns args -> the program's inputs, in its order."""
+    ids, values = _xlac._get_tensors_xla_device_data_node(traced.computed)
+    arguments = {_xlac._xla_get_tensor_id(t): i for i, t in enumerate(traced.values)}
+    # torch_xla knows a buffer by the first tensor that held it, which may be another
+    # than the argument.
+    places = {p: i for i, t in enumerate(traced.values) if (p := _pointer(t))}
+    device = str(args[0].device if args else torch_xla.device())
+    seed = _xlac._get_seed_info_id()
+    picks: list[int | None] = []
+    constants = []
+    for tensor_id, value in zip(ids, values, strict=True):
+        i = arguments.get(tensor_id)
+        if i is None:
+            i = places.get(_pointer(value) or -1)
+        # torch_xla takes every buffer that no tensor was given for the seed.
+        if i is None and tensor_id == seed and _is_seed(value, device):
+            picks.append(None)
+        elif i is None:
+            picks.append(len(args) + len(constants))
+            constants.append(value)
+        else:
+            picks.append(i)
+    fixed = tuple(constants)
+    if None in picks:
+        return lambda args: _with_seed((*args, *fixed), picks, device)
+    if len(picks) == 1:
+        (only,) = picks
+        return lambda args: ((*args, *fixed)[only],)
+    if not picks:
+        return lambda args: ()
+    pick = itemgetter(*picks)  # type: ignore[arg-type]
+    return (lambda args: pick((*args, *fixed))) if fixed else pick
+
+
+def _is_seed(value: torch.Tensor, device: str) -> bool:
+    seed = _xlac._get_base_seed_as_tensor(device)
+    alike = (value.shape, value.dtype) == (seed.shape, seed.dtype)
+    return alike and bool(value.cpu() == seed.cpu())
+
+
+def _with_seed(values: tuple, picks: list[int | None], device: str) -> list:
+    """The inputs of a program that draws random numbers, and a new seed for the next.
+
+    As torch_xla.sync() advances it.
+    """
+    seed = _xlac._get_base_seed_as_tensor(device)
+    state = 1012031 + _xlac._xla_get_rng_seed() * 7012063
+    xm.set_rng_state(state % 2**64, device)
+    return [seed if i is None else values[i] for i in picks]
+
+
+# What each program that was compiled here computes, by its hash in torch_xla.
+_computes: dict[bytes, str] = {}
+_guard = threading.Lock()
+
+
+def _compile(computed: list[torch.Tensor], donated: str) -> bytes:
+    """Compiles the graph of `computed`; returns the program's hash.
+
+    A program that torch_xla has already under that hash is taken only if it is known to
+    be of the same HLO. Otherwise the graph gets a further result, of no element, until
+    its hash is its own.
+    """
+    computed = list(computed)
+    if not computed:
+        return b""
+    hlo = _xlac._get_xla_tensors_hlo(computed)
+    computes = hashlib.sha256(f"{donated}\n{hlo}".encode()).hexdigest()
+    for attempt in range(1, 10):
+        with _guard, dynamo_bridge.alias_with_buffer_donor_config():
+            program = _xlac._get_graph_hash(computed)
+            compiled_before = met.counter_value("UncachedCompile") or 0
+            if _computes.get(program, computes) == computes:
+                _xlac._xla_warm_up_cache(computed, [])
+                is_new = (met.counter_value("UncachedCompile") or 0) > compiled_before
+                if is_new or program in _computes:
+                    _computes[program] = computes
+                    return program
+        computed.append(torch.empty((attempt, 0), device=computed[0].device))
+    raise RuntimeError(
+        "replay: the graph's hash must be its own, got one of another program ten times"
+    )
