@@ -9,7 +9,7 @@ import readme
 
 NAME = "xla_ops"
 # What an installation adds to sys.path's folder.
-TOP_LEVEL = (NAME, "xla_ops_pjrt")
+TOP_LEVEL = (NAME, "xla_ops_pjrt", "xla_ops_vllm")
 SUMMARY = "CUDA kernels inside PyTorch/XLA graphs, as typed-FFI custom calls"
 AUTHOR = "The xla_ops authors"
 KEYWORDS = ["attention", "cuda", "custom call", "ffi", "kv cache", "llm", "pjrt"]
@@ -74,6 +74,9 @@ xla_ops = xla_ops.programs.backend:backend
 [torch_xla.plugins]
 CUDA = xla_ops_pjrt:GpuPlugin
 GPU = xla_ops_pjrt:GpuPlugin
+
+[vllm.platform_plugins]
+xla_ops = xla_ops_vllm:register
 """
 
 CLASSIFIERS = [

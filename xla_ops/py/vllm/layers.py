@@ -1,0 +1,85 @@
+"""vLLM's layers that are a custom call here: norms, gated activations, rotary embedding.
+
+vLLM asks a platform of another tree for `forward_oot`. Layers without one run as the
+plain torch that vLLM has for them, which XLA fuses.
+
+Tested by tests/engine/test_layers.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.model_executor.layers import activation, layernorm
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from .. import ops
+
+
+@layernorm.RMSNorm.register_oot
+class XlaRMSNorm(layernorm.RMSNorm):
+    """Root mean square norm, with the residual's addition."""
+
+    def forward_oot(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if (
+            self.variance_size_override is not None
+            or not self.has_weight
+            or self.weight.dtype != x.dtype
+        ):
+            return self.forward_native(x, residual)
+        weight = self.weight.data
+        if residual is None:
+            return ops.rms_norm(x, weight, self.variance_epsilon)
+        return ops.fused_add_rms_norm(x, residual, weight, self.variance_epsilon)
+
+
+@activation.SiluAndMul.register_oot
+class XlaSiluAndMul(activation.SiluAndMul):
+    """silu(x) * y of the halves of a row."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.silu_and_mul(x)
+
+
+@activation.MulAndSilu.register_oot
+class XlaMulAndSilu(activation.MulAndSilu):
+    """x * silu(y) of the halves of a row."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.mul_and_silu(x)
+
+
+@activation.GeluAndMul.register_oot
+class XlaGeluAndMul(activation.GeluAndMul):
+    """gelu(x) * y of the halves of a row."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        if self.approximate == "tanh":
+            return ops.gelu_tanh_and_mul(x)
+        return ops.gelu_and_mul(x)
+
+
+def _rotary(
+    self: RotaryEmbedding,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """forward_oot of rotary embeddings that differ in their table alone."""
+    is_base = type(self).forward_cuda is RotaryEmbedding.forward_cuda
+    if not is_base or key is None or self.cos_sin_cache.dtype != query.dtype:
+        return self.forward_native(positions, query, key)
+    return ops.rotary_embedding(
+        positions,
+        query,
+        key,
+        self.head_size,
+        self.cos_sin_cache,
+        self.is_neox_style,
+    )
+
+
+# register_oot goes by the name of a class. The many that make another table (Llama 3,
+# linear, YaRN, ...) are classes of their own and inherit this method.
+RotaryEmbedding.forward_oot = _rotary

@@ -1,0 +1,120 @@
+"""What a step leaves on the device, in the shapes in which vLLM's runner asks for it.
+
+vLLM's runner indexes hidden states and hands logits on before anyone needs numbers.
+These stand in for its tensors, so that nothing is fetched that nobody reads.
+
+Tested by tests/engine/test_results.py.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors, ModelRunnerOutput
+
+
+class StepResult:
+    """The model's output of a step; rows stay on the device.
+
+    Attributes:
+        hidden: [tokens, hidden_size], of the program's bucket.
+        logits: [logit_rows, vocab_size], float32.
+        greedy: [max_logit_rows] int32, each row's token of the largest logit.
+        num_tokens, num_rows: how many of them are the step's.
+        logit_indices: the tensor by which vLLM will ask for the rows with logits.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        greedy: torch.Tensor,
+        num_tokens: int,
+        logit_indices: torch.Tensor,
+    ):
+        self.hidden = hidden
+        self.logits = logits
+        self.greedy = greedy
+        self.num_tokens = num_tokens
+        self.num_rows = logit_indices.shape[0]
+        self.logit_indices = logit_indices
+        self._host_hidden: torch.Tensor | None = None
+
+    def host_logits(self) -> torch.Tensor:
+        """The step's logits on the host, float32."""
+        return self.logits.cpu()[: self.num_rows]
+
+    def __getitem__(self, index: object) -> StepResult | torch.Tensor:
+        if index is self.logit_indices:
+            return self
+        if isinstance(index, slice) and (index.start or 0, index.stop, index.step) == (
+            0,
+            self.num_tokens,
+            None,
+        ):
+            return self
+        if self._host_hidden is None:  # prompt logprobs
+            self._host_hidden = self.hidden.cpu()
+        return self._host_hidden[index]
+
+
+class DeviceTokens:
+    """Sampled tokens that nobody has fetched yet: stands in for a [rows, 1] tensor."""
+
+    def __init__(self, tokens: torch.Tensor, num_rows: int):
+        self.tokens = tokens
+        self.shape = (num_rows, 1)
+
+    def cpu(self) -> torch.Tensor:
+        """Waits for them; int32 [rows, 1]."""
+        return self.tokens.cpu()[: self.shape[0]].unsqueeze(-1)
+
+    def tolist(self) -> list[list[int]]:
+        return self.cpu().tolist()
+
+
+class AsyncOutput(AsyncModelRunnerOutput):
+    """A step's output under async scheduling: fetched where `get_output` is called.
+
+    That is the executor's thread, while the next step is prepared and queued.
+    """
+
+    def __init__(
+        self,
+        model_runner_output: ModelRunnerOutput,
+        sampled_token_ids: DeviceTokens | torch.Tensor,
+        logprobs_tensors: LogprobsTensors | None,
+        invalid_req_indices: list[int],
+        async_output_copy_stream: object = None,
+        vocab_size: int = 0,
+    ):
+        self._output = model_runner_output
+        self._tokens = sampled_token_ids
+        self._logprobs = logprobs_tensors
+        self._invalid = invalid_req_indices
+        # vLLM's input batch reads the tokens here once its "event" has happened.
+        with torch.inference_mode(False):  # another thread writes it
+            self.sampled_token_ids_cpu = torch.empty(
+                tuple(sampled_token_ids.shape), dtype=torch.int32
+            )
+        self.async_copy_ready_event = self
+        self._lock = threading.Lock()
+        self._is_there = False
+
+    def synchronize(self) -> None:
+        """Fetches the tokens, once."""
+        with self._lock:
+            if not self._is_there:
+                self.sampled_token_ids_cpu.copy_(self._tokens.cpu())
+                self._is_there = True
+
+    def get_output(self) -> ModelRunnerOutput:
+        self.synchronize()
+        token_ids = self.sampled_token_ids_cpu.tolist()
+        for i in self._invalid:
+            token_ids[i].clear()
+        self._output.sampled_token_ids = token_ids
+        if self._logprobs is not None:
+            self._output.logprobs = self._logprobs.tolists(None)
+        return self._output

@@ -1,0 +1,400 @@
+"""vLLM's model runner with the model on XLA.
+
+Scheduling, batches, block tables and everything else of a dynamic shape is vLLM's own,
+on the host (host.py). A step of n tokens goes to the device as one vector (step.py), to
+the program of the smallest bucket that holds n; programs are traced at warm-up and
+replayed (programs/replay.py). Caches, hidden states, logits and sampled tokens stay on
+the device; under async scheduling the next step's tokens too.
+
+Tested by tests/engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch_xla
+from tqdm import tqdm
+from vllm.config import VllmConfig
+from vllm.forward_context import override_forward_context
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.utils import bind_kv_cache
+
+from ..programs.replay import replay
+from . import host, loading
+from .attention import XlaAttentionBackend, XlaMetadata, attention_of
+from .results import DeviceTokens, StepResult
+from .step import Layout, Step, buckets
+
+logger = init_logger("vllm.xla_ops")
+
+# Rows of a program of logits for prompt logprobs.
+_PROMPT_ROWS = 64
+_SMALLEST_BUCKET = 8
+
+
+class XlaModelRunner(GPUModelRunner):
+    """See the module's text."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        with host.without_cuda():
+            super().__init__(vllm_config, torch.device("cpu"))
+        self.xla_device = device
+        self.cascade_attn_enabled = False
+        host.join_buffers(self, self.input_batch)
+        self._buckets = buckets(
+            min(_SMALLEST_BUCKET, self.max_num_tokens), self.max_num_tokens
+        )
+        self._max_logit_rows = self._logit_rows(self.max_num_tokens)
+        self._sources: np.ndarray | None = None
+        self._previous: torch.Tensor | None = None
+
+    # What vLLM's runner asks CUDA.
+
+    def _init_device_properties(self) -> None:
+        pass
+
+    def _sync_device(self) -> None:
+        pass
+
+    def _to_list(self, sampled_token_ids: torch.Tensor) -> list[list[int]]:
+        return sampled_token_ids.tolist()
+
+    def may_reinitialize_input_batch(self, *args: Any, **kwargs: Any) -> None:
+        super().may_reinitialize_input_batch(*args, **kwargs)
+        host.join_buffers(self, self.input_batch)
+
+    # The model.
+
+    def load_model(self, eep_scale_up: bool = False) -> None:
+        start = time.perf_counter()
+        load = self.vllm_config.load_config
+        dummy = load.load_format == "dummy" and self.vllm_config.quant_config is None
+        if dummy:
+            load.load_format = loading.DUMMY_FORMAT
+        super().load_model(eep_scale_up)
+        self.model_memory_usage = loading.move(
+            self.model, self.xla_device, dummy=dummy
+        )
+        self._logits_of: Callable = self.model.compute_logits
+        self.model.compute_logits = self._compute_logits
+        self._prompt_logits = replay(
+            lambda rows: self._logits_of(rows).float(), state=(self.model,)
+        )
+        logger.info(
+            "Model on the device: %.2f GiB after %.1f s",
+            self.model_memory_usage / 2**30,
+            time.perf_counter() - start,
+        )
+
+    def _step(
+        self,
+        vector: torch.Tensor,
+        previous: torch.Tensor,
+        layout: Layout,
+        groups: Mapping[str, int],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The program of a step: (greedy tokens, logits, hidden states).
+
+        Args:
+            vector: `layout`'s, of a step.
+            previous: [max_logit_rows] int32, the tokens sampled last.
+            groups: of each attention layer the KV group.
+        """
+        step = layout.unpack(vector)
+        sources = step["sources"]
+        sampled = previous[sources.clamp(min=0).to(torch.int64)]
+        token_ids = torch.where(sources >= 0, sampled, step["token_ids"])
+        metadata = [
+            XlaMetadata(
+                step[f"slots_{group}"].to(torch.int64),
+                step["context_lens"],
+                step[f"block_tables_{group}"],
+                step["query_start_loc"],
+                step["num_seqs"],
+            )
+            for group in range(len(layout.blocks))
+        ]
+        positions = step["positions"].to(torch.int64)
+        with attention_of(
+            {name: metadata[group] for name, group in groups.items()},
+            self.compilation_config.static_forward_context,
+        ):
+            hidden = self.model(
+                input_ids=token_ids,
+                positions=positions[0] if layout.position_rows == 1 else positions,
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
+        rows = hidden[step["logit_indices"].to(torch.int64)]
+        logits = self._logits_of(rows).float()
+        greedy = logits.argmax(-1).to(torch.int32)
+        return self._pad(greedy), logits, hidden
+
+    def _pad(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Every program's tokens are [max_logit_rows], so that any may follow any."""
+        padding = self._max_logit_rows - tokens.shape[0]
+        return torch.nn.functional.pad(tokens, (0, padding))
+
+    def _compute_logits(
+        self, rows: StepResult | torch.Tensor
+    ) -> StepResult | torch.Tensor:
+        """model.compute_logits for vLLM's runner: of a step, or of a prompt's rows."""
+        if isinstance(rows, StepResult):
+            return rows
+        parts = []
+        with torch.inference_mode(False), torch.no_grad():
+            for part in rows.split(_PROMPT_ROWS):
+                padding = (0, 0, 0, _PROMPT_ROWS - part.shape[0])
+                padded = torch.nn.functional.pad(part, padding)
+                logits = self._prompt_logits(padded.to(self.xla_device))
+                parts.append(logits.cpu()[: part.shape[0]])
+        return torch.cat(parts)
+
+    # Caches.
+
+    def initialize_kv_cache_tensors(
+        self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int]
+    ) -> dict[str, torch.Tensor]:
+        """Makes a cache for each of vLLM's KV cache tensors, which layers may share."""
+        specs = {
+            name: group.kv_cache_spec
+            for group in self._kv_cache_spec_attn_group_iterator()
+            for name in group.layer_names
+            if name not in self.runner_only_attn_layers
+        }
+        caches: dict[str, torch.Tensor] = {}
+        for tensor in kv_cache_config.kv_cache_tensors:
+            shapes = {
+                name: _cache_shape(specs[name], tensor.size) for name in tensor.shared_by
+            }
+            if len(set(shapes.values())) != 1:
+                raise NotImplementedError(
+                    "xla_ops: layers that share a KV cache must have one shape, got"
+                    f" {shapes}: use disable_hybrid_kv_cache_manager=True"
+                )
+            shape, dtype = next(iter(shapes.values()))
+            cache = torch.zeros(shape, dtype=dtype, device=self.xla_device)
+            caches.update(dict.fromkeys(tensor.shared_by, cache))
+        torch_xla.sync(wait=True)
+        for name, target in self.shared_kv_cache_layers.items():
+            caches[name] = caches[target]
+        bind_kv_cache(
+            caches, self.compilation_config.static_forward_context, self.kv_caches, 1
+        )
+        self._groups = {
+            name: i
+            for i, group in enumerate(kv_cache_config.kv_cache_groups)
+            for name in group.layer_names
+        }
+        self._blocks = tuple(
+            table.max_num_blocks_per_req
+            for table in self.input_batch.block_table.block_tables
+        )
+        self._make_step_program(caches)
+        return caches
+
+    def _make_step_program(self, caches: Mapping[str, torch.Tensor]) -> None:
+        unique = {id(cache): cache for cache in caches.values()}
+        self.caches = list(unique.values())
+        self._run_step = replay(
+            lambda vector, previous, layout: self._step(
+                vector, previous, layout, self._groups
+            ),
+            state=(self.model, *self.caches),
+        )
+        with torch.inference_mode(False):
+            self._no_previous = torch.zeros(
+                self._max_logit_rows, dtype=torch.int32
+            ).to(self.xla_device)
+
+    def profile_run(self) -> None:
+        """Runs the largest step with the smallest caches, for its peak of memory."""
+        layers = self.compilation_config.static_forward_context
+        specs = self.get_kv_cache_spec()
+        with torch.inference_mode(False), torch.no_grad():
+            caches = {}
+            for name, spec in specs.items():
+                shape, dtype = _cache_shape(spec, 2 * spec.page_size_bytes)
+                caches[name] = torch.zeros(shape, dtype=dtype, device=self.xla_device)
+            torch_xla.sync(wait=True)
+            for name, target in self.shared_kv_cache_layers.items():
+                caches[name] = caches[target]
+            for name, cache in caches.items():
+                layers[name].kv_cache = [cache]
+            self._groups = dict.fromkeys(caches, 0)
+            block_size = min(spec.block_size for spec in specs.values())
+            self._blocks = (-(-self.max_model_len // block_size),)
+            self._make_step_program(caches)
+            self._run(Step.empty(1, self._position_rows), self.max_num_tokens)
+            torch_xla._XLAC._xla_wait_device_ops([])
+            for name in caches:
+                layers[name].kv_cache = []
+            del self._run_step, self.caches
+
+    # Steps.
+
+    @property
+    def _position_rows(self) -> int:
+        return 3 if self.uses_mrope else 1
+
+    def _logit_rows(self, tokens: int) -> int:
+        return min(tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
+
+    def _layout(self, tokens: int) -> Layout:
+        return Layout(
+            tokens,
+            min(tokens, self.max_num_reqs),
+            self._logit_rows(tokens),
+            self._blocks,
+            self._position_rows,
+        )
+
+    def _run(
+        self, step: Step, tokens: int, previous: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        layout = self._layout(tokens)
+        vector = torch.from_numpy(layout.pack(step)).to(self.xla_device)
+        if previous is None:
+            previous = self._no_previous
+        return self._run_step(vector, previous, layout)
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> tuple:
+        prepared = super()._prepare_inputs(*args, **kwargs)
+        self._logit_indices = prepared[0]
+        return prepared
+
+    def _prepare_input_ids(
+        self, scheduler_output: Any, total: int, cu_num_tokens: np.ndarray
+    ) -> None:
+        """Notes which tokens of this step are those that the last step has sampled."""
+        self._sources = self._previous = None
+        sampled = self.input_batch.prev_sampled_token_ids
+        if sampled is None:
+            return
+        rows = self.input_batch.prev_req_id_to_index
+        self._sources = np.full(total, -1, np.int32)
+        for request, i in self.input_batch.req_id_to_index.items():
+            if (row := rows.get(request)) is not None:
+                self._sources[cu_num_tokens[i] - 1] = row
+        if isinstance(sampled, DeviceTokens):
+            self._previous = sampled.tokens
+        else:  # sampled on the host
+            with torch.inference_mode(False):
+                tokens = torch.zeros(self._max_logit_rows, dtype=torch.int32)
+                tokens[: sampled.shape[0]] = sampled[:, 0]
+                self._previous = tokens.to(self.xla_device)
+
+    def _model_forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> StepResult:
+        assert input_ids is not None and positions is not None
+        n, r = input_ids.shape[0], self.input_batch.num_reqs
+        groups = [
+            (table.slot_mapping.np[:n], table.block_table.np[:r])
+            for table in self.input_batch.block_table.block_tables
+        ]
+        step = Step(
+            input_ids.numpy(),
+            positions.numpy(),
+            self._sources,
+            self.query_start_loc.np[: r + 1],
+            self.seq_lens.np[:r],
+            self._logit_indices.numpy(),
+            groups,
+        )
+        bucket = next(size for size in self._buckets if size >= n)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            override_forward_context(None),
+        ):
+            greedy, logits, hidden = self._run(step, bucket, self._previous)
+        return StepResult(hidden, logits, greedy, n, self._logit_indices)
+
+    # Sampling.
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        state = self.execute_model_state
+        if state is not None and isinstance(state.logits, StepResult):
+            metadata = self.input_batch.sampling_metadata
+            if (
+                grammar_output is not None
+                or not metadata.all_greedy
+                or metadata.max_num_logprobs is not None
+                or not metadata.no_penalties
+                or metadata.allowed_token_ids_mask is not None
+                or metadata.bad_words_token_ids
+                or self.speculative_config
+            ):
+                self.execute_model_state = state._replace(
+                    logits=state.logits.host_logits()
+                )
+        return super().sample_tokens(grammar_output)
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
+        # A request part way through its prompt must not use up random numbers. vLLM
+        # turns its generator's offset back, which generators on the host do not have.
+        generators = self.input_batch.generators
+        discarded = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        states = {
+            i: generators[i].get_state()
+            for i in np.nonzero(discarded)[0].tolist()
+            if i in generators
+        }
+        try:
+            if not isinstance(logits, StepResult):
+                return super()._sample(logits, spec_decode_metadata)
+            tokens: Any = DeviceTokens(logits.greedy, logits.num_rows)
+            if not self.use_async_scheduling:
+                tokens = tokens.cpu()
+            return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
+        finally:
+            for i, state in states.items():
+                generators[i].set_state(state)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple:
+        with mock.patch.object(self.input_batch, "generators", {}):  # see _sample
+            return super()._bookkeeping_sync(*args, **kwargs)
+
+    # Warm-up.
+
+    def warm_up(self) -> None:
+        """Compiles every program that a step may need, and runs it."""
+        start = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            for tokens in tqdm(self._buckets, desc="Compiling programs", disable=None):
+                step = Step.empty(len(self._blocks), self._position_rows)
+                _, _, hidden = self._run(step, tokens)
+            rows = torch.zeros(_PROMPT_ROWS, hidden.shape[1], dtype=hidden.dtype)
+            self._prompt_logits(rows.to(self.xla_device))
+            torch_xla._XLAC._xla_wait_device_ops([])
+        logger.info(
+            "Compiled %d programs in %.1f s",
+            self._run_step.num_programs + self._prompt_logits.num_programs,
+            time.perf_counter() - start,
+        )
+
+
+def _cache_shape(spec: KVCacheSpec, size: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a cache of `size` bytes."""
+    shape = XlaAttentionBackend.get_kv_cache_shape(
+        size // spec.page_size_bytes,
+        spec.block_size,
+        spec.num_kv_heads,
+        spec.head_size,
+    )
+    return shape, spec.dtype

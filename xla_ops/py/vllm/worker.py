@@ -1,0 +1,86 @@
+"""vLLM's worker with one XLA device.
+
+Tested by tests/engine.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch_xla
+from vllm.logger import init_logger
+from vllm.model_executor import set_random_seed
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+
+from . import memory
+from .platform import is_gpu
+
+try:
+    from vllm.v1.worker.workspace import init_workspace_manager
+except ImportError:  # vLLM 0.12.0 has none
+    init_workspace_manager = None
+
+logger = init_logger("vllm.xla_ops")
+
+
+class XlaWorker(Worker):
+    """Loads the model, measures what memory is left, and warms the programs up."""
+
+    def init_device(self) -> None:
+        self._began = time.perf_counter()
+        if is_gpu():
+            memory.set_share(self.cache_config.gpu_memory_utilization)
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            current_platform.dist_backend,
+        )
+        self.device = torch_xla.device()
+        set_random_seed(self.model_config.seed)
+        if init_workspace_manager is not None:
+            init_workspace_manager(torch.device("cpu"), 1)
+        from . import layers  # noqa: F401, registers them with vLLM
+        from .runner import XlaModelRunner
+
+        self.model_runner = XlaModelRunner(self.vllm_config, self.device)
+
+    def load_model(self) -> None:
+        self.model_runner.load_model()
+
+    def determine_available_memory(self) -> int:
+        """Bytes for KV caches: what weights and the largest step leave.
+
+        Raises ValueError where they leave nothing.
+        """
+        asked = self.cache_config.kv_cache_memory_bytes
+        before = after = None
+        if not asked and memory.memory() is not None:
+            before = memory.memory()
+            self.model_runner.profile_run()
+            after = memory.memory()
+        available = memory.for_caches(before, after, asked)
+        logger.info("Memory for KV caches: %.2f GiB", available / 2**30)
+        return available
+
+    def compile_or_warm_up_model(self) -> None:
+        set_random_seed(self.model_config.seed)
+        self.model_runner.warm_up()
+        logger.info("Ready after %.1f s", time.perf_counter() - self._began)
+
+    def profile(self, is_start: bool = True) -> None:
+        raise NotImplementedError(
+            "xla_ops: profile must not be called on XLA, got a call: use"
+            " torch_xla.debug.profiler"
+        )
+
+    def sleep(self, level: int = 1) -> None:
+        raise NotImplementedError("xla_ops: sleep must not be called on XLA, got a call")
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        raise NotImplementedError(
+            "xla_ops: wake_up must not be called on XLA, got a call"
+        )
