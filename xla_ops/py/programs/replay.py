@@ -237,20 +237,28 @@ class _Program:
         args = (*tensors, *self._state)
         if self._donated:
             ownership.protect([args[i] for i in self._donated], finish_reads=True)
-        try:
-            results = run_cached(self._hash, self._inputs, args)
-        except RuntimeError as error:
-            if "Failed to get computation by hash" not in str(error):
-                raise
-            with EXTRACTING:  # torch_xla keeps so many programs, and no more
-                self._rebuild(*tensors)
-            results = run_cached(self._hash, self._inputs, args)
+        results = self._run(tensors, args)
         for argument, result in self._updates:
             in_place.adopt(args[argument], results[result])
         outputs = [output.take(results, args) for output in self._outputs]
         if self._form is None:
             return outputs[0]
         return pytree.tree_unflatten(outputs, self._form)
+
+
+    def _run(
+        self, tensors: Sequence[torch.Tensor], args: tuple[torch.Tensor, ...]
+    ) -> list[torch.Tensor]:
+        if self._hash is None:
+            return []
+        try:
+            return run_cached(self._hash, self._inputs, args)
+        except RuntimeError as error:
+            if "Failed to get computation by hash" not in str(error):
+                raise
+        with EXTRACTING:  # torch_xla keeps so many programs, and no more
+            self._rebuild(*tensors)
+        return run_cached(self._hash, self._inputs, args)
 
 
 class _Result(NamedTuple):
@@ -291,7 +299,8 @@ class _Traced:
         donated: arguments whose buffer the program overwrites.
         outputs: how each leaf of the function's result is made.
         form: of the function's result; None of a lone tensor.
-        values: the tensor below each argument, as the trace found it.
+        values: the tensor below each argument.
+        ids, pointers: torch_xla's number and the buffer of each, before the trace.
     """
 
     def __init__(
@@ -306,6 +315,10 @@ class _Traced:
         _separate(args)
         self._args = args
         self.values = [torch._from_functional_tensor(t) for t in args]
+        self.ids = [_xlac._xla_get_tensor_id(t) for t in self.values]
+        self.pointers = [_pointer(t) for t in self.values]
+        # aten.copy_ overwrites the tensor below an argument: it alone does.
+        self._saved = [torch.clone(t) for t in self.values]
         self.updates: dict[int, int] = {}
         places = {id(t): i for i, t in enumerate(args)}
         try:
@@ -322,17 +335,20 @@ class _Traced:
             raise
 
     def _collect(self, result: object) -> None:
-        ids = [_xlac._xla_get_tensor_id(t) for t in self.values]
+        for t in self._args:
+            torch._functionalize_sync(t)  # updates through views
         now = [torch._from_functional_tensor(t) for t in self._args]
-        arguments: dict[int, int] = {}
+        pending = _xlac._check_tensor_need_materialization(now)
+        self._arguments: dict[int, int] = {}
         self.computed: list[torch.Tensor] = []
-        for i, (old, t) in enumerate(zip(ids, now, strict=True)):
-            new = _xlac._xla_get_tensor_id(t)
-            arguments.setdefault(new, i)
-            if new != old:
+        for i, (value, is_pending) in enumerate(zip(now, pending, strict=True)):
+            key = _xlac._xla_get_tensor_id(value)
+            if key in self._arguments:
+                continue  # one tensor, given twice
+            self._arguments[key] = i
+            if is_pending or _pointer(value) != self.pointers[i]:
                 self.updates[i] = len(self.computed)
-                self.computed.append(t)
-        self._arguments = arguments
+                self.computed.append(value if is_pending else _copied(value))
         self._results: dict[int, int] = {}
         if isinstance(result, torch.Tensor):
             leaves, self.form = [result], None
@@ -359,10 +375,15 @@ class _Traced:
         (is_pending,) = _xlac._check_tensor_need_materialization([value])
         if not is_pending:
             where = _pointer(value)
-            for i, t in enumerate(self.values):
-                if where and _pointer(t) == where:
+            if where and where in self.pointers:
+                # A copy of what the argument was before any update.
+                i = self.pointers.index(where)
+                if i not in self.updates:
                     return _CloneOfArgument(i)
-            return _Constant(leaf)
+                value = _copied(value)
+                key = _xlac._xla_get_tensor_id(value)
+            else:
+                return _Constant(leaf)
         if key not in self._results:
             self._results[key] = len(self.computed)
             self.computed.append(value)
@@ -370,10 +391,22 @@ class _Traced:
 
     def restore(self) -> None:
         """Gives every argument the value back that it had."""
-        for t, value in zip(self._args, self.values, strict=True):
+        for t, value, saved in zip(
+            self._args, self.values, self._saved, strict=True
+        ):
+            (is_pending,) = _xlac._check_tensor_need_materialization([value])
+            if is_pending or _pointer(value) != _pointer(saved):
+                _xlac._replace_xla_tensor(value, saved)
             if torch._from_functional_tensor(t) is not value:
                 in_place.set_value(t, value)
             _xlac._set_buffer_donation(t, False)
+        self._saved.clear()
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    """A computation of what `value`, which is an argument's, is; a clone is none."""
+    always = torch.ones((), dtype=torch.bool, device=value.device)
+    return torch.where(always, value, value)
 
 
 def _separate(args: Sequence[torch.Tensor]) -> None:
@@ -396,10 +429,10 @@ def _pointer(value: torch.Tensor) -> int:
 def _inputs(traced: _Traced, args: Sequence[torch.Tensor]) -> Callable:
     """Returns args -> the program's inputs, in its order."""
     ids, values = _xlac._get_tensors_xla_device_data_node(traced.computed)
-    arguments = {_xlac._xla_get_tensor_id(t): i for i, t in enumerate(traced.values)}
+    arguments = {tensor_id: i for i, tensor_id in enumerate(traced.ids)}
     # torch_xla knows a buffer by the first tensor that held it, which may be another
     # than the argument.
-    places = {p: i for i, t in enumerate(traced.values) if (p := _pointer(t))}
+    places = {where: i for i, where in enumerate(traced.pointers) if where}
     device = str(args[0].device if args else torch_xla.device())
     seed = _xlac._get_seed_info_id()
     picks: list[int | None] = []
@@ -450,8 +483,8 @@ _computes: dict[bytes, str] = {}
 _guard = threading.Lock()
 
 
-def _compile(computed: list[torch.Tensor], donated: str) -> bytes:
-    """Compiles the graph of `computed`; returns the program's hash.
+def _compile(computed: list[torch.Tensor], donated: str) -> bytes | None:
+    """Compiles the graph of `computed`; returns its hash, None where it is empty.
 
     A program that torch_xla has already under that hash is taken only if it is known to
     be of the same HLO. Otherwise the graph gets a further result, of no element, until
@@ -459,7 +492,7 @@ def _compile(computed: list[torch.Tensor], donated: str) -> bytes:
     """
     computed = list(computed)
     if not computed:
-        return b""
+        return None
     hlo = _xlac._get_xla_tensors_hlo(computed)
     computes = hashlib.sha256(f"{donated}\n{hlo}".encode()).hexdigest()
     for attempt in range(1, 10):
