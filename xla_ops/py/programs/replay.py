@@ -38,6 +38,7 @@ from torch.utils import _pytree as pytree
 from torch_xla._dynamo import dynamo_bridge
 
 from ..core import in_place, ownership
+from . import kept
 from .calls import EXTRACTING, finish, run_cached
 
 _xlac = torch_xla._XLAC
@@ -498,12 +499,15 @@ def _compile(computed: list[torch.Tensor], donated: str) -> bytes | None:
     for attempt in range(1, 10):
         with _guard, dynamo_bridge.alias_with_buffer_donor_config():
             program = _xlac._get_graph_hash(computed)
-            compiled_before = met.counter_value("UncachedCompile") or 0
-            if _computes.get(program, computes) == computes:
+            known = _computes.get(program) or kept.recall(program)
+            if known in (None, computes):
+                compiled_before = met.counter_value("UncachedCompile") or 0
                 _xlac._xla_warm_up_cache(computed, [])
                 is_new = (met.counter_value("UncachedCompile") or 0) > compiled_before
-                if is_new or program in _computes:
+                if is_new or known == computes:
                     _computes[program] = computes
+                    if is_new:
+                        kept.remember(program, computes)
                     return program
         computed.append(torch.empty((attempt, 0), device=computed[0].device))
     raise RuntimeError(

@@ -1,0 +1,335 @@
+#!/usr/bin/env python3
+"""vLLM's engine on XLA: right first, then how fast, on one device.
+
+    PJRT_DEVICE=GPU benchmarks/vllm_engine.py --out DIR [--shape 8b] [--only PART ...]
+
+Needs vLLM 0.13.0 (docs/vllm.md) and the installed wheel. Checks that a small random
+model gives transformers' greedy tokens, then measures a model of --shape with random
+weights, in this process, with token ids for prompts. Writes DIR/vllm_engine.json and
+prints a table. Every part asserts that nothing was recompiled and no cache has moved.
+
+Parts: right; load; one (1 request of 128 + 128 tokens, ms a token); first (time to the
+first token of a prompt of 4096); r64 and r256 (64 and 256 requests of 512 + 128,
+output tokens/s); share (of a decode step of 64 requests that is not the device's);
+long (--steps decode steps, memory before and after).
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import statistics
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Llama 3.1 8B; and one for the CPU.
+SHAPES = {
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=512,
+    ),
+}
+PARTS = ("right", "one", "first", "r64", "r256", "share", "long")
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--quantization", help="vLLM's, such as fp8")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=100_000, help="of the part long")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    return parser.parse_args()
+
+
+class Counters:
+    """What must not change while a part runs."""
+
+    def __init__(self, llm):
+        self._runner = (
+            llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        ).model_runner
+
+    def __call__(self):
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.debug.metrics as met
+
+        xm.wait_device_ops()
+        pointer = torch_xla._XLAC._unsafe_buffer_pointer
+        return {
+            "compiled": met.counter_value("UncachedCompile") or 0,
+            "caches": [pointer(cache) for cache in self._runner.caches],
+        }
+
+    @property
+    def runner(self):
+        return self._runner
+
+
+def random_prompts(count, length, vocab, seed=0):
+    rng = random.Random(seed)
+    return [
+        {"prompt_token_ids": [rng.randrange(10, vocab) for _ in range(length)]}
+        for _ in range(count)
+    ]
+
+
+def config(folder, shape, max_len):
+    """Writes a Llama configuration; weights are vLLM's dummies."""
+    from transformers import LlamaConfig
+
+    made = LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=max_len,
+        architectures=["LlamaForCausalLM"],
+        torch_dtype="bfloat16",
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
+def generate(llm, prompts, tokens):
+    """Returns seconds and the requests' token ids."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return seconds, [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def check(folder):
+    """Greedy tokens of a small model in float32, against transformers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from vllm import LLM
+
+    config(folder, "tiny", 512)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).float()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    llm = LLM(
+        model=folder,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    prompts = [
+        random_prompts(1, 3 + 5 * i, SHAPES["tiny"]["vocab_size"], i)[0]
+        for i in range(12)
+    ]
+    _, tokens = generate(llm, prompts, 40)
+    right = 0
+    for prompt, got in zip(prompts, tokens, strict=True):
+        ids = torch.tensor([prompt["prompt_token_ids"]])
+        wanted = model.generate(
+            ids, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        right += wanted[0, ids.shape[1] :].tolist() == got
+    stop(llm)
+    return {"equal": right, "of": len(prompts)}
+
+
+def stop(llm):
+    import gc
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+
+
+def measure_one(llm, vocab, lengths=(128, 128)):
+    prompts = random_prompts(1, lengths[0], vocab, 1)
+    generate(llm, prompts, lengths[1])
+    short = min(generate(llm, prompts, 1)[0] for _ in range(3))
+    whole = [generate(llm, prompts, lengths[1])[0] for _ in range(3)]
+    per_token = [(seconds - short) / (lengths[1] - 1) * 1e3 for seconds in whole]
+    return {"ms_per_token": statistics.median(per_token), "all": per_token}
+
+
+def measure_first(llm, vocab, length):
+    seconds = [
+        generate(llm, random_prompts(1, length, vocab, 10 + i), 1)[0] for i in range(4)
+    ]
+    return {"ms": statistics.median(seconds[1:]) * 1e3, "prompt": length}
+
+
+def measure_many(llm, vocab, count, lengths=(512, 128)):
+    rates = []
+    for i in range(2):
+        prompts = random_prompts(count, lengths[0], vocab, 100 + i)
+        seconds, _ = generate(llm, prompts, lengths[1])
+        rates.append(count * lengths[1] / seconds)
+    return {"output_tokens_per_s": max(rates), "all": rates, "requests": count}
+
+
+def measure_share(llm, vocab, runner, count=64):
+    """Engine's ms a decode step beside the device's, of the same program."""
+    import torch
+    import torch_xla.core.xla_model as xm
+
+    prompts = random_prompts(count, 512, vocab, 7)
+    generate(llm, prompts, 2)
+    short = generate(llm, random_prompts(count, 512, vocab, 8), 2)[0]
+    long = generate(llm, random_prompts(count, 512, vocab, 9), 130)[0]
+    engine = (long - short) / 128 * 1e3
+
+    recorded = {}
+    run = runner._run_step
+
+    def record(*args):
+        recorded["args"] = args
+        return run(*args)
+
+    runner._run_step = record
+    try:
+        generate(llm, prompts, 4)
+    finally:
+        runner._run_step = run
+    args = recorded["args"]
+    times = []
+    with torch.inference_mode(False), torch.no_grad():
+        for _ in range(3):
+            xm.wait_device_ops()
+            start = time.perf_counter()
+            for _ in range(40):
+                result = run(*args)
+            result[0].cpu()
+            times.append((time.perf_counter() - start) / 40 * 1e3)
+    device = min(times)
+    return {
+        "engine_ms": engine,
+        "device_ms": device,
+        "share": max(0.0, 1 - device / engine),
+        "requests": count,
+    }
+
+
+def measure_long(llm, vocab, counters, steps):
+    """Memory and counters over many decode steps of 8 requests."""
+    from xla_ops.vllm import memory
+
+    length = 512
+    rounds = max(1, steps // length)
+    generate(llm, random_prompts(8, 16, vocab, 3), length)
+    before, used = counters(), memory.bytes_used()
+    start = time.perf_counter()
+    for i in range(rounds):
+        generate(llm, random_prompts(8, 16, vocab, i), length)
+    seconds = time.perf_counter() - start
+    after = counters()
+    return {
+        "steps": rounds * length,
+        "seconds": seconds,
+        "bytes_before": used,
+        "bytes_after": memory.bytes_used(),
+        "recompiled": after["compiled"] - before["compiled"],
+        "moved": sum(
+            a != b for a, b in zip(before["caches"], after["caches"], strict=True)
+        ),
+    }
+
+
+def main():
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    import torch_xla
+    import vllm
+
+    import xla_ops
+
+    record = {
+        "vllm": vllm.__version__,
+        "torch_xla": torch_xla.__version__,
+        "xla_ops": xla_ops.__version__,
+        "shape": args.shape,
+        "quantization": args.quantization,
+        "parts": {},
+    }
+
+    def save(name, result):
+        record["parts"][name] = result
+        print(f"{name}: {json.dumps(result)}", flush=True)
+        (args.out / "vllm_engine.json").write_text(json.dumps(record, indent=1))
+
+    with tempfile.TemporaryDirectory() as folder:
+        if "right" in args.only:
+            result = check(os.path.join(folder, "small"))
+            save("right", result)
+            if result["equal"] != result["of"]:
+                return 1
+        if set(args.only) == {"right"}:
+            return 0
+        vocab = SHAPES[args.shape]["vocab_size"]
+        start = time.perf_counter()
+        llm = vllm.LLM(
+            model=config(os.path.join(folder, "model"), args.shape, 8192),
+            dtype="bfloat16",
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=8192,
+            enable_prefix_caching=False,
+            quantization=args.quantization,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+        )
+        counters = Counters(llm)
+        save("load", {"seconds": time.perf_counter() - start})
+        before = counters()
+        measures = {
+            "one": lambda: measure_one(llm, vocab),
+            "first": lambda: measure_first(llm, vocab, 4096),
+            "r64": lambda: measure_many(llm, vocab, 64),
+            "r256": lambda: measure_many(llm, vocab, 256),
+            "share": lambda: measure_share(llm, vocab, counters.runner),
+            "long": lambda: measure_long(llm, vocab, counters, args.steps),
+        }
+        for name in PARTS[1:]:
+            if name not in args.only:
+                continue
+            save(name, measures[name]())
+            after = counters()
+            if after != before:
+                print(f"{name}: recompiled or moved: {before} {after}")
+                return 1
+        stop(llm)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

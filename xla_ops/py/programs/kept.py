@@ -1,0 +1,63 @@
+"""Programs kept in a folder, so that another process need not compile them.
+
+torch_xla keeps executables by the hash of their graph alone, which two graphs may share
+(pytorch/xla#8353). So each file of its has one beside it that says what HLO the program
+was compiled from, and a program without that, or of another HLO, is not taken.
+
+Tested by tests/programs/test_kept.py.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import torch_xla.runtime as xr
+
+_SUFFIX = ".hlo-sha256"
+_folder: pathlib.Path | None = None
+
+
+def keep_programs(folder: str | os.PathLike) -> None:
+    """Has programs kept in `folder`, and taken from it.
+
+    Must be called before the process computes anything on an XLA device. A folder must
+    be used by one installation on one kind of device only: give it a name that has the
+    versions and the device in it.
+
+    Raises:
+        RuntimeError: something has been computed already.
+        OSError: the folder cannot be made.
+    """
+    global _folder
+    path = pathlib.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        xr.initialize_cache(str(path), readonly=False)
+    except AssertionError:
+        raise RuntimeError(
+            "keep_programs: must be called before anything is computed on a device,"
+            " got a process that has computed"
+        ) from None
+    _folder = path
+
+
+def recall(program: bytes) -> str | None:
+    """The HLO, as a digest, that a kept program was compiled from."""
+    if _folder is None:
+        return None
+    try:
+        return (_folder / (program.hex() + _SUFFIX)).read_text().strip()
+    except OSError:
+        return None
+
+
+def remember(program: bytes, digest: str) -> None:
+    """Notes what a program that has just been compiled computes."""
+    if _folder is None:
+        return
+    # At once or not at all: other processes read it.
+    path = _folder / (program.hex() + _SUFFIX)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(digest)
+    draft.replace(path)
