@@ -13,7 +13,7 @@ the graphs that torch.compile makes of them, stay as they were.
     ops.rms_norm(out, x, weight, 1e-6)  # out, x and weight on an XLA device
 
 Each op calls the mutable front of the same name, torch.ops.xla_ops.<name>, which says
-what the op computes and what it checks. docs/vllm.md tells how the dispatcher gets
+what the op computes and what it checks. docs/vllm_ops.md tells how the dispatcher gets
 there. The schemas are those of vLLM 0.11.1 to 0.13.0.
 """
 
