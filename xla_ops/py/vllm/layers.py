@@ -60,6 +60,46 @@ class XlaGeluAndMul(activation.GeluAndMul):
         return ops.gelu_and_mul(x)
 
 
+@activation.FatreluAndMul.register_oot
+class XlaFatreluAndMul(activation.FatreluAndMul):
+    """fatrelu(x) * y of the halves of a row."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.fatrelu_and_mul(x, self.threshold)
+
+
+@activation.SwigluOAIAndMul.register_oot
+class XlaSwigluOAIAndMul(activation.SwigluOAIAndMul):
+    """The clamped SwiGLU of gpt-oss."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.swigluoai_and_mul(x, self.alpha, self.limit)
+
+
+@activation.NewGELU.register_oot
+class XlaNewGELU(activation.NewGELU):
+    """GPT-2's GELU."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.gelu_new(x)
+
+
+@activation.FastGELU.register_oot
+class XlaFastGELU(activation.FastGELU):
+    """GPT-2's GELU with fewer products."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.gelu_fast(x)
+
+
+@activation.QuickGELU.register_oot
+class XlaQuickGELU(activation.QuickGELU):
+    """GELU by the logistic function."""
+
+    def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.gelu_quick(x)
+
+
 def _rotary(
     self: RotaryEmbedding,
     positions: torch.Tensor,
