@@ -36,10 +36,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 OPS = tuple(sorted(path.stem for path in (ROOT / "tests/ops").glob("test_*.py")))
 # Of everything together, on the GPU as on the CPU.
 TOGETHER = (
+    "core/test_autocast",
     "core/test_custom_call",
+    "core/test_gradients",
     "core/test_mutable",
+    "core/test_ownership",
+    "core/test_written_tensors",
     "llm/test_llm",
     "programs/test_backend",
+    "programs/test_replay",
     "vllm/test_lowerings",
 )
 # Need the GPU, or most of its memory, for themselves.
