@@ -1,0 +1,518 @@
+"""vLLM's sampler on the device.
+
+    sampler = DeviceSampler(vocab_size, max_rows, device, make_program)
+    for rows in row_buckets:
+        sampler.warm_up(rows)
+    sampled = sampler(logits, argmax, metadata, num_rows)
+    return sampled.sampler_output()
+
+A step runs a few programs in a row, those that its batch needs: masks, edits, the draw,
+logprobs. Each takes one packed transfer, none waits for the host, and the tokens stay
+on the device until somebody fetches them, with their logprobs in the same transfer.
+`programs` lists every program there can be.
+
+A request with a logits processor of the user's own needs the host. Its row is fetched
+and sampled there by the same functions and the same uniform number; the other rows do
+not notice, but for the wait.
+
+Tested by tests/engine/test_sampler.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from . import edits as edits_module
+from . import sampling
+from .edits import PENDING, Edits
+from .sampled import SampledOnDevice
+
+LOGPROBS_MODES = (
+    "raw_logprobs",
+    "raw_logits",
+    "processed_logprobs",
+    "processed_logits",
+)
+VARIANTS = ("plain", "topk", "search", "search2")
+# How many of the likeliest tokens the usual program of logprobs reports: OpenAI's API
+# allows 20.
+NUM_LOGPROBS = 20
+# How many rows the host takes from the device at a time.
+HOST_ROWS = 8
+
+_BUILTIN = (LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor)
+# (function, rows, what the function is made with)
+Key = tuple[str, int, object]
+MakeProgram = Callable[[str, Callable], Callable]
+
+
+class DeviceSampler:
+    """Samples a batch on the device.
+
+    Args:
+        vocab_size: the width of the logits.
+        max_rows: of any step: the length of the vector of tokens.
+        device: where the logits are.
+        make_program: compiles a function of tensors, given its name.
+        logprobs_mode: vLLM's.
+        max_logprobs: vLLM's: how many a request may ask for, -1 for all.
+        seed: of the requests without one of their own. Ranks that sample the same
+            logits need the same.
+
+    Attributes:
+        late_programs: the programs made since the last warm-up.
+        host_rows: how many rows were sampled on the host.
+        host_waits: how many times a step waited for the tokens of the one before.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_rows: int,
+        device: torch.device | str,
+        make_program: MakeProgram = lambda name, function: function,
+        *,
+        logprobs_mode: str = "raw_logprobs",
+        max_logprobs: int = NUM_LOGPROBS,
+        seed: int = 0,
+    ):
+        if logprobs_mode not in LOGPROBS_MODES:
+            raise ValueError(
+                "DeviceSampler: logprobs_mode must be one of "
+                f"{', '.join(LOGPROBS_MODES)}, got {logprobs_mode}"
+            )
+        if not 0 < vocab_size <= 1 << 24 or vocab_size * max_rows >= 1 << 31:
+            raise ValueError(
+                "DeviceSampler: vocab_size must be at most 2**24, and max_rows "
+                f"times it less than 2**31, got {vocab_size} and {max_rows}"
+            )
+        self.vocab_size, self.max_rows, self.device = vocab_size, max_rows, device
+        self.late_programs: list[Key] = []
+        self.host_rows = self.host_waits = 0
+        self._make_program = make_program
+        self._programs: dict[Key, Callable] = {}
+        self._normalise = logprobs_mode.endswith("logprobs")
+        self._processed = logprobs_mode.startswith("processed")
+        self._num_logprobs = min(NUM_LOGPROBS, vocab_size)
+        self._all_logprobs = not 0 <= max_logprobs <= self._num_logprobs
+        self._random = np.random.default_rng(seed)
+        self._edits = Edits(vocab_size)
+        self._allowed: tuple[object, int, torch.Tensor | None] = (None, 0, None)
+        self._last: list[SampledOnDevice] = []
+        with torch.inference_mode(False):
+            self._no_tokens = torch.zeros(max_rows, dtype=torch.int32).to(device)
+
+    # ---- Programs
+
+    def programs(self, rows: int) -> list[Key]:
+        """Every program that steps of this many (padded) rows may use."""
+        keys: list[Key] = [("sample", rows, variant) for variant in VARIANTS]
+        keys += [("edit", rows, size) for size in edits_module.SIZES]
+        keys += [("mask", rows, None), ("logprobs", rows, self._num_logprobs)]
+        if self._all_logprobs:
+            keys.append(("logprobs", rows, -1))
+        keys += [("take", rows, HOST_ROWS), ("merge", rows, None)]
+        return keys
+
+    def _function(self, key: Key) -> Callable:
+        name, rows, what = key
+        if name == "sample":
+            padding = self.max_rows - rows
+
+            def sample(logits, params):
+                tokens, *rest = sampling.sample(logits, params, what, self._processed)
+                return torch.nn.functional.pad(tokens, (0, padding)), *rest
+
+            return sample
+        if name == "edit":
+            return functools.partial(sampling.edit, num_edits=what[0], num_bans=what[1])
+        if name == "mask":
+            return sampling.mask
+        if name == "logprobs":
+            if what == -1:
+                return sampling.log_softmax
+
+            def logprobs(logits, tokens):
+                return sampling.logprobs(logits, tokens[:rows], what, self._normalise)
+
+            return logprobs
+        if name == "take":
+            return lambda logits, rows: logits[rows.long()]
+        return lambda tokens, own: torch.where(own >= 0, own, tokens)
+
+    def _run(self, name: str, rows: int, what: object, *tensors: torch.Tensor):
+        key = (name, rows, what)
+        program = self._programs.get(key)
+        if program is None:
+            label = what if isinstance(what, str) else f"{what}"
+            function = self._function(key)
+            program = self._make_program(f"sampler_{name}_{rows}_{label}", function)
+            self._programs[key] = program
+            self.late_programs.append(key)
+        result = program(*tensors)
+        if name == "sample":
+            return result
+        return result[0] if isinstance(result, tuple | list) else result
+
+    def warm_up(self, rows: int, logits: torch.Tensor | None = None) -> None:
+        """Makes and runs every program of `programs(rows)`.
+
+        Args:
+            rows: a bucket.
+            logits: [rows, V] float32 on the device, to run them on; zeros if None.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if logits is None:
+                logits = self._up(np.zeros((rows, self.vocab_size), np.float32))
+            for key in self.programs(rows):
+                # Twice: the first time may trace, the second runs what was made.
+                for _ in range(2):
+                    self._run(*key, *self._arguments(key, logits))
+        self.late_programs.clear()
+
+    def _arguments(self, key, logits):
+        name, rows, what = key
+        if name == "sample":
+            return logits, self._up(np.ones((sampling.NUM_PARAMS, rows), np.int32))
+        if name == "edit":
+            size = 3 * what[0] + 2 * what[1] + 4 * rows
+            return logits, self._up(np.zeros(size, np.int32)), self._no_tokens
+        if name == "mask":
+            return logits, self._up(np.full((rows, self._words), -1, np.int32))
+        if name == "logprobs":
+            return (logits,) if what == -1 else (logits, self._no_tokens)
+        if name == "take":
+            return logits, self._up(np.zeros(what, np.int32))
+        return self._no_tokens, self._up(np.full(self.max_rows, -1, np.int32))
+
+    def _up(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    # ---- A step
+
+    def accepts(self, metadata: SamplingMetadata, num_rows: int) -> list[int]:
+        """The rows that the host samples: those of logits processors not vLLM's own."""
+        rows: set[int] = set()
+        for processor in metadata.logitsprocs.all:
+            if type(processor) in _BUILTIN:
+                continue
+            if not isinstance(processor, AdapterLogitsProcessor):
+                return list(range(num_rows))
+            rows.update(processor.req_info)
+        return sorted(row for row in rows if row < num_rows)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        argmax: torch.Tensor | None,
+        metadata: SamplingMetadata,
+        num_rows: int,
+        grammar_bitmask: np.ndarray | None = None,
+        discard: Sequence[bool] | np.ndarray | None = None,
+    ) -> SampledOnDevice:
+        """Samples one token a row.
+
+        Args:
+            logits: [L, V] float32 on the device, L a bucket. They are not changed.
+            argmax: [max_rows] int32 on the device, the first largest logit of each
+                row, which spares a greedy batch without edits a program; or None.
+            metadata: vLLM's; row i of it is row i of the logits.
+            num_rows: how many rows there are.
+            grammar_bitmask: [num_rows, words] int32, see `arrange_bitmask`.
+            discard: rows whose token is thrown away, a prompt's that goes on: they
+                use up no random number.
+        """
+        rows = logits.shape[0]
+        if not 0 < num_rows <= rows <= self.max_rows:
+            raise ValueError(
+                "DeviceSampler: num_rows must be between 1 and the rows of logits, "
+                f"{rows}, at most {self.max_rows}, got {num_rows}"
+            )
+        discarded = np.zeros(num_rows, bool)
+        if discard is not None:
+            discarded[:] = np.asarray(discard[:num_rows], bool)
+        own = self.accepts(metadata, num_rows)
+        uniform = self._uniform(metadata, num_rows, discarded)
+        fetched = logits
+        if grammar_bitmask is not None:
+            words = self._padded(grammar_bitmask, rows)
+            logits = self._run("mask", rows, None, logits, self._up(words))
+        reported = logits
+        allowed = self._allowed_bits(metadata, rows)
+        if allowed is not None:
+            logits = self._run("mask", rows, None, logits, allowed)
+        if edits_module.needed(metadata):
+            prev = self._last[-1].tokens if self._last else self._no_tokens
+            for step in self._edits.rounds(
+                metadata, range(num_rows), rows, self._source_of, self._resolve
+            ):
+                size = (step.num_edits, step.num_bans)
+                packed = self._up(step.packed)
+                logits = self._run("edit", rows, size, logits, packed, prev)
+
+        n = metadata.max_num_logprobs
+        if (
+            argmax is not None
+            and metadata.all_greedy
+            and logits is fetched
+            and not (self._processed and n is not None)
+        ):
+            tokens = argmax
+        else:
+            params = self._params(metadata, num_rows, rows, uniform)
+            variant = self._variant(params, num_rows)
+            params = self._up(params)
+            tokens, *rest = self._run("sample", rows, variant, logits, params)
+            if self._processed:
+                reported = rest[0]
+        columns, host_logprobs = None, {}
+        if own:
+            tokens, host_logprobs = self._sample_on_host(
+                fetched, tokens, metadata, own, grammar_bitmask, uniform
+            )
+        if n is not None:
+            columns = self._logprobs(reported, tokens, n)
+        sampled = SampledOnDevice(tokens, num_rows, columns, n)
+        sampled._host_logprobs = host_logprobs
+        for row, output in enumerate(metadata.output_token_ids[:num_rows]):
+            if not discarded[row]:
+                sampled._outputs[id(output)] = (output, len(output), row)
+        self._last = [*self._last[-1:], sampled]
+        return sampled
+
+    def _logprobs(self, reported, tokens, n):
+        rows = reported.shape[0]
+        if 0 <= n <= self._num_logprobs:
+            what = self._num_logprobs
+            return self._run("logprobs", rows, what, reported, tokens)
+        if n != -1:
+            # Rare enough for the host; vLLM bounds n by max_logprobs.
+            if self._normalise:
+                reported = self._run("logprobs", rows, -1, reported)
+            return sampling.logprobs(
+                reported.cpu(), tokens.cpu()[:rows], n, normalise=False
+            )
+        return (
+            self._run("logprobs", rows, -1, reported) if self._normalise else reported
+        )
+
+    def _source_of(self, output: list[int]) -> int | None:
+        if len(output) > 1 and output[-2] == PENDING:
+            self._resolve()
+        row = self._last[-1].row_of(output) if self._last else None
+        if output[-1] == PENDING and row is None:
+            self._resolve()  # It was sampled before the last step.
+        return row if output[-1] == PENDING else None
+
+    def _resolve(self) -> None:
+        """Makes every output known to the host: waits for the last steps."""
+        self.host_waits += 1
+        for sampled in self._last:
+            sampled.fetch()
+
+    # ---- What goes to the device
+
+    @property
+    def _words(self) -> int:
+        return -(-self.vocab_size // 32)
+
+    def _padded(self, bitmask: np.ndarray, rows: int) -> np.ndarray:
+        """Tokens and rows that a bitmask does not cover are allowed."""
+        words = np.full((rows, self._words), -1, np.int32)
+        width = min(self._words, bitmask.shape[1])
+        words[: bitmask.shape[0], :width] = bitmask[:, :width]
+        return words
+
+    def _allowed_bits(self, metadata, rows):
+        forbidden = metadata.allowed_token_ids_mask
+        if forbidden is None:
+            return None
+        # vLLM makes new metadata when the batch changes, and only then.
+        if self._allowed[0] is not metadata or self._allowed[1] != rows:
+            words = self._padded(pack_bits(~forbidden.numpy()), rows)
+            self._allowed = (metadata, rows, self._up(words))
+        return self._allowed[2]
+
+    def _uniform(self, metadata, num_rows, discarded):
+        """UNIFORM_BITS random bits a row, [num_rows] int64."""
+        if metadata.all_greedy:
+            return np.zeros(num_rows, np.int64)
+        bound = 1 << sampling.UNIFORM_BITS
+        uniform = self._random.integers(bound, size=num_rows)
+        for row, generator in metadata.generators.items():
+            if row < num_rows and not discarded[row]:
+                draw = torch.randint(bound, (), dtype=torch.int64, generator=generator)
+                uniform[row] = int(draw)
+        return uniform
+
+    def _params(self, metadata, num_rows, rows, uniform):
+        params = np.zeros((sampling.NUM_PARAMS, rows), np.int32)
+        floats = params.view(np.float32)
+        params[sampling.TOP_K] = self.vocab_size
+        floats[sampling.TOP_P] = 1
+        floats[sampling.LOG_MIN_P] = -np.inf
+        now = slice(0, num_rows)
+        if metadata.temperature is not None:
+            floats[sampling.TEMPERATURE, now] = metadata.temperature.numpy()[now]
+        if metadata.top_k is not None:
+            params[sampling.TOP_K, now] = metadata.top_k.numpy()[now]
+        if metadata.top_p is not None:
+            floats[sampling.TOP_P, now] = metadata.top_p.numpy()[now]
+        for processor in metadata.logitsprocs.argmax_invariant:
+            if type(processor) is MinPLogitsProcessor and processor.min_p_count:
+                with np.errstate(divide="ignore"):
+                    min_p = np.log(processor.min_p_cpu[now])
+                floats[sampling.LOG_MIN_P, now] = min_p
+        high = sampling.UNIFORM_BITS // 2
+        params[sampling.UNIFORM_HIGH, now] = uniform >> high
+        params[sampling.UNIFORM_LOW, now] = uniform & ((1 << high) - 1)
+        return params
+
+    def _variant(self, params, num_rows):
+        """The cheapest program that serves all rows."""
+        with_p = params.view(np.float32)[sampling.TOP_P, :num_rows] < 1
+        top_k = params[sampling.TOP_K, :num_rows]
+        with_k = top_k < self.vocab_size
+        if not with_k.any() and not with_p.any():
+            return "plain"
+        if (with_k | ~with_p).all() and top_k[with_k].max() <= sampling.SMALL_K:
+            return "topk"
+        return "search2" if (with_k & with_p).any() else "search"
+
+    # ---- The rows of the host
+
+    def _sample_on_host(self, fetched, tokens, metadata, own, bitmask, uniform):
+        """The tokens with those of some rows sampled here, and their logprobs."""
+        self._resolve()
+        self.host_rows += len(own)
+        rows = fetched.shape[0]
+        parts = []
+        for at in range(0, len(own), HOST_ROWS):
+            part = own[at : at + HOST_ROWS]
+            index = np.zeros(HOST_ROWS, np.int32)
+            index[: len(part)] = part
+            taken = self._run("take", rows, HOST_ROWS, fetched, self._up(index))
+            parts.append(taken.cpu()[: len(part)])
+        logits = torch.cat(parts)
+        if bitmask is not None:
+            words = self._padded(bitmask[own], len(own))
+            logits = sampling.mask(logits, torch.from_numpy(words))
+        reported = logits
+        if (forbidden := metadata.allowed_token_ids_mask) is not None:
+            logits = logits.masked_fill(forbidden[own], -torch.inf)
+        logits = self._edit_on_host(logits, metadata, own, penalties=False)
+        for processor in metadata.logitsprocs.non_argmax_invariant:
+            logits = _applied(processor, logits, own)
+        logits = self._edit_on_host(logits, metadata, own, penalties=True)
+
+        params = self._params(
+            metadata, rows=rows, num_rows=uniform.size, uniform=uniform
+        )
+        params = torch.from_numpy(params[:, own])
+        floats = params.view(torch.float32)
+        customs = [
+            processor
+            for processor in metadata.logitsprocs.argmax_invariant
+            if type(processor) not in _BUILTIN
+        ]
+        greedy = sampling.sample(logits, params, "plain")[0]
+        if customs:
+            # They come after temperature and min-p.
+            z = sampling.scaled(logits, floats[sampling.TEMPERATURE].unsqueeze(-1))
+            least = z.amax(-1, keepdim=True) + floats[sampling.LOG_MIN_P].unsqueeze(-1)
+            logits = z.masked_fill(z < least, -torch.inf)
+            for processor in customs:
+                logits = _applied(processor, logits, own)
+            was_greedy = floats[sampling.TEMPERATURE] < sampling.GREEDY_BELOW
+            floats[sampling.TEMPERATURE] = torch.where(was_greedy, 0.0, 1.0)
+            floats[sampling.LOG_MIN_P] = -torch.inf
+        chosen, processed = sampling.sample(logits, params, "search2", True)
+        is_greedy = floats[sampling.TEMPERATURE] < sampling.GREEDY_BELOW
+        chosen = torch.where(is_greedy, greedy, chosen)
+
+        merged = np.full(self.max_rows, -1, np.int32)
+        merged[own] = chosen.numpy()
+        tokens = self._run("merge", rows, None, tokens, self._up(merged))
+        n, logprobs = metadata.max_num_logprobs, {}
+        if n is not None:
+            reported = processed if self._processed else reported
+            if n == -1:
+                log = sampling.log_softmax(reported) if self._normalise else reported
+            else:
+                most = max(n, self._num_logprobs)
+                log = sampling.logprobs(reported, chosen, most, self._normalise)
+            logprobs = dict(zip(own, log, strict=True))
+        return tokens, logprobs
+
+    def _edit_on_host(self, logits, metadata, own, penalties):
+        for step in self._edits.rounds(
+            metadata,
+            own,
+            len(own),
+            self._source_of,
+            self._resolve,
+            penalties=penalties,
+            biases_and_bans=not penalties,
+        ):
+            packed, none = torch.from_numpy(step.packed), self._no_tokens.cpu()
+            logits = sampling.edit(logits, packed, none, step.num_edits, step.num_bans)
+        return logits
+
+
+def _applied(processor, logits, own):
+    """What a processor of the user's makes of the rows `own` of a batch."""
+    if type(processor) in _BUILTIN:
+        return logits
+    if not isinstance(processor, AdapterLogitsProcessor):
+        return processor.apply(logits)  # of all rows: see DeviceSampler.accepts
+    logits = logits.clone()
+    for at, row in enumerate(own):
+        if row in processor.req_info:
+            logits[at] = processor.req_info[row](logits[at])
+    return logits
+
+
+def pack_bits(allowed: np.ndarray) -> np.ndarray:
+    """Booleans [rows, V] as int32 [rows, ceil(V / 32)], the first in the lowest bit."""
+    missing = -allowed.shape[1] % 32
+    padded = np.pad(allowed, ((0, 0), (0, missing)), constant_values=True)
+    return np.packbits(padded, axis=-1, bitorder="little").view("<i4")
+
+
+def arrange_bitmask(
+    bitmask: np.ndarray,
+    request_ids: Sequence[str],
+    row_of: dict[str, int],
+    num_rows: int,
+    num_drafts: dict[str, int] | None = None,
+) -> np.ndarray:
+    """The scheduler's grammar bitmask in the order of the logits.
+
+    Args:
+        bitmask: GrammarOutput.grammar_bitmask, the rows of `request_ids` in turn.
+        request_ids: GrammarOutput.structured_output_request_ids.
+        row_of: each request's first row of the logits.
+        num_rows: rows of logits. Those of other requests allow every token.
+        num_drafts: how many draft tokens a request has, each with a row of its own.
+    """
+    arranged = np.full((num_rows, bitmask.shape[1]), -1, np.int32)
+    at = 0
+    for request in request_ids:
+        count = 1 + (num_drafts or {}).get(request, 0)
+        if (row := row_of.get(request)) is not None:
+            arranged[row : row + count] = bitmask[at : at + count]
+        at += count
+    return arranged
