@@ -66,7 +66,7 @@ def exact_support(logits, temperature, top_k, top_p, min_p):
     if top_k is not None:
         z = apply_top_k_top_p(z, torch.full(z.shape[:1], top_k), None)
     if top_p < 1:
-        probs, order = z.softmax(-1).sort(-1, stable=True)
+        probs, order = z.softmax(-1).sort(dim=-1, stable=True)
         # The mass of the tokens after each; those begin inside of top-p that are kept.
         total = probs.cumsum(-1)
         after = total[:, -1:] - total
@@ -304,4 +304,8 @@ def test_the_search_ends_at_any_float(value):
     for z_on, one_on in ((z, one), (z.to(device), one.to(device))):
         top = z_on.amax(-1, keepdim=True)
         t = sampling._search(z_on, one_on > 0, top, one_on * 3).cpu()
-        assert t.item() == value
+        # A device may take denormal numbers for 0, so they bound nothing.
+        if 0 < abs(value) < torch.finfo(torch.float32).tiny:
+            assert abs(t.item()) <= torch.finfo(torch.float32).tiny
+        else:
+            assert t.item() == value

@@ -158,9 +158,13 @@ def top_values(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _float_of(key: torch.Tensor) -> torch.Tensor:
-    """The float32 whose rank among all bit patterns is `key`, at least -inf."""
+    """The float32 whose rank among all bit patterns is `key`, at least -inf.
+
+    Denormal ones are 0, as which a device may compare them.
+    """
     signed = key.clamp(min=_MINUS_INF_KEY) - (1 << 31)
     bits = torch.where(signed >= 0, signed, signed ^ 0x7FFFFFFF)
+    bits = torch.where(bits & 0x7F800000 == 0, 0, bits)
     return float_rows(bits.to(torch.int32))
 
 

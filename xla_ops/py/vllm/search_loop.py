@@ -16,10 +16,12 @@ _MINUS_INF_KEY = 0x007FFFFF  # as in sampling
 
 
 def _float_of(key: xb.Op) -> xb.Op:
-    """The float32 of each s64 rank among all bit patterns, at least -inf."""
+    """The float32 of each s64 rank among all bit patterns: sampling._float_of."""
     signed = key.max(key.scalar_like(_MINUS_INF_KEY)) - key.scalar_like(1 << 31)
     flipped = signed ^ key.scalar_like(0x7FFFFFFF)
     bits = (signed >= key.zeros_like()).select(signed, flipped)
+    is_normal = (bits & key.scalar_like(0x7F800000)) != key.zeros_like()
+    bits = is_normal.select(bits, key.zeros_like())
     return bits.cast(xb.Type.S32).bitcast(xb.Type.F32)
 
 
