@@ -28,6 +28,7 @@ OPS = [
     "fp8_quant",
     "fused_add_rms_norm",
     "fused_qk_norm_rope",
+    "grouped_matmul",
     "int8_quant",
     "merge_attn_states",
     "reshape_and_cache",

@@ -292,6 +292,15 @@ def cases() -> dict[str, Case]:
             float_scale,
         ),
         "dynamic_scaled_int8_quant": (x.dynamic_scaled_int8_quant, rows(), {}),
+        "grouped_matmul": (
+            x.grouped_matmul,
+            dict(
+                input=randn(4, 16, dtype=HALF),
+                weight=randn(2, 8, 16),
+                group_offsets=int32(0, 1, 4),
+            ),
+            weight,
+        ),
         "merge_attn_states": (x.merge_attn_states, merge, merged),
         "merge_attn_states.out": (
             f(lambda: o().merge_attn_states.out, "output"),

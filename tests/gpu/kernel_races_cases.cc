@@ -43,6 +43,7 @@ std::vector<Case> Cases::TakeAll() {
     AddRotary(dtype);
     AddQkNormRope(dtype);
     AddMerges(dtype);
+    AddGroups(dtype);
     AddPenalties(dtype);
     AddWrites(dtype);
     AddFirstLayoutWrites(dtype);
@@ -266,6 +267,26 @@ void Cases::AddPenalties(DType dtype) {
            Random(dtype, {shape[0]}, 1.0)},
           {{dtype, shape, in_place ? 0 : -1}});
     }
+  }
+}
+
+// grouped_matmul: tiles of 16, 64 and 128 rows, several a block; rows of no
+// group; rows that are not aligned.
+void Cases::AddGroups(DType dtype) {
+  struct Shape {
+    int64_t rows, columns, depth;
+    std::vector<double> offsets;
+  };
+  for (const Shape& s :
+       {Shape{20, 70, 72, {2, 2, 9, 19}}, Shape{150, 130, 64, {0, 33, 150}},
+        Shape{300, 260, 136, {0, 290}}, Shape{40, 33, 61, {0, 1, 30, 40}}}) {
+    const auto groups = static_cast<int64_t>(s.offsets.size()) - 1;
+    Add("grouped_matmul",
+        NameOf(dtype) + " " + NameOf({s.rows, s.columns, s.depth}),
+        {Random(dtype, {s.rows, s.depth}),
+         Random(dtype, {groups, s.columns, s.depth}),
+         TestTensor(kS32, {groups + 1}, s.offsets)},
+        {{dtype, {s.rows, s.columns}}});
   }
 }
 

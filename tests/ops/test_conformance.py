@@ -68,6 +68,7 @@ SAMPLES = {
         *(torch.tensor([[0, 1], [4, 2]]), [5, 3, 1, 1, 128, *[128, 0, 0, 0] * 2]),
         *(False, None),
     ),
+    "grouped_matmul": (torch.randn(5, 16), torch.randn(3, 8, 16), int32(1, 2, 2, 4)),
     "merge_attn_states": (
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),

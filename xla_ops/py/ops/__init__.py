@@ -23,6 +23,7 @@ from .fp8_quant import (
 )
 from .fused_add_rms_norm import fused_add_rms_norm
 from .fused_qk_norm_rope import fused_qk_norm_rope
+from .grouped_matmul import grouped_matmul
 from .int8_quant import dynamic_scaled_int8_quant, static_scaled_int8_quant
 from .merge_attn_states import merge_attn_states
 from .paged_attention import paged_attention
@@ -54,6 +55,7 @@ __all__ = [
     "gelu_new",
     "gelu_quick",
     "gelu_tanh_and_mul",
+    "grouped_matmul",
     "merge_attn_states",
     "mul_and_silu",
     "paged_attention",
