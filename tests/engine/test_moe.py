@@ -9,7 +9,13 @@ from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.fused_moe.shared_fused_moe import SharedFusedMoE
 
 import xla_ops.vllm.moe as moe
-from vllm_layers import built_as, hlo, on_xla, one_rank  # noqa: F401
+from vllm_layers import (  # noqa: F401, fixtures among them
+    built_as,
+    hlo,
+    host_and_xla,
+    on_xla,
+    one_rank,
+)
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -114,11 +120,6 @@ def assert_near(out, exact, dtype=torch.float32):
     assert out.dtype == dtype
     error = (out.double() - exact).abs().max() / exact.abs().max()
     assert error < steps[dtype], error
-
-
-@pytest.fixture(params=[False, True], ids=["host", "xla"])
-def lazily(request):
-    return request.param
 
 
 def inputs(tokens=13, dtype=torch.float32, experts=EXPERTS, seed=0):

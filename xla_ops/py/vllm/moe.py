@@ -16,6 +16,8 @@ that are not quantised. Methods of other weights call `apply_experts`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -252,7 +254,9 @@ def _forward(
 
 @FusedMoE.register_oot
 class XlaFusedMoE(FusedMoE):
-    def forward_native(self, hidden_states, router_logits):
+    def forward_native(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return _forward(self, hidden_states, router_logits)
 
     forward_oot = forward_native
@@ -260,7 +264,9 @@ class XlaFusedMoE(FusedMoE):
 
 @SharedFusedMoE.register_oot
 class XlaSharedFusedMoE(SharedFusedMoE):
-    def forward_native(self, hidden_states, router_logits):
+    def forward_native(
+        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return _forward(self, hidden_states, router_logits)
 
     forward_oot = forward_native
@@ -270,11 +276,13 @@ class XlaSharedFusedMoE(SharedFusedMoE):
 class XlaUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
     """Weights as the checkpoint has them."""
 
-    def forward_native(self, layer, x, router_logits):
+    def forward_native(
+        self, layer: FusedMoE, x: torch.Tensor, router_logits: torch.Tensor
+    ) -> torch.Tensor:
         return apply_experts(layer, x, router_logits)
 
     forward_oot = forward_native
 
-    def maybe_make_prepare_finalize(self, *args, **kwargs):
+    def maybe_make_prepare_finalize(self, *args: Any, **kwargs: Any) -> None:
         # No all-to-all kernels: the layer stays what it is.
         return None
