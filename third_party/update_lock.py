@@ -5,8 +5,10 @@ Run it with `uv` on PATH (`pip install uv`):
 
     python3 third_party/update_lock.py [--upgrade]
 
-Each section is installed on its own, so each is resolved on its own. Without
---upgrade, versions that the present lock holds and that still fit are kept.
+Each section is installed on its own, so each is resolved on its own, but a
+section with the option --on=OTHER is installed over another: it takes that
+one's versions where they fit, and holds only what differs. Without --upgrade,
+versions that the present lock holds and that still fit are kept.
 """
 
 import argparse
@@ -47,6 +49,16 @@ def locked_sections(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def packages(text: str) -> dict[str, str]:
+    """Splits a section of the lock into {package: all its entries}."""
+    found: dict[str, str] = {}
+    for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
+        if entry.strip():
+            name = entry.split("==")[0]
+            found[name] = found.get(name, "") + entry
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--upgrade", action="store_true", help="take newest versions")
@@ -57,7 +69,7 @@ def main() -> int:
     if lock_path.exists() and not args.upgrade:
         old = locked_sections(lock_path.read_text())
 
-    out = HEADER
+    resolved: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as tmp_name:
         tmp = pathlib.Path(tmp_name)
         for name, options, requirements in sections(
@@ -65,7 +77,12 @@ def main() -> int:
         ):
             source, target = tmp / f"{name}.in", tmp / f"{name}.txt"
             source.write_text(requirements)
-            target.write_text(old.get(name, ""))
+            base = {}
+            for option in [o for o in options if o.startswith("--on=")]:
+                options.remove(option)
+                base = packages(resolved[option.removeprefix("--on=")])
+            kept = base | packages(old.get(name, ""))  # uv keeps what it finds here
+            target.write_text("".join(kept.values()))
             command = ["uv", "pip", "compile", "--quiet", "--universal"]
             if not any(o.startswith("--python-version") for o in options):
                 command.append("--python-version=3.10")
@@ -76,7 +93,12 @@ def main() -> int:
             text = target.read_text()
             # The comments name temporary files: noise.
             text = re.sub(r"^    #.*\n", "", text, flags=re.MULTILINE)
-            out += f"\n# [{name}]\n{text}"
+            resolved[name] = "".join(
+                entries
+                for package, entries in packages(text).items()
+                if base.get(package) != entries
+            )
+    out = HEADER + "".join(f"\n# [{n}]\n{text}" for n, text in resolved.items())
     lock_path.write_text(out)
     return 0
 

@@ -6,8 +6,8 @@ certificates, cache), so a machine behind a mirror needs no change here.
 
 load("//third_party/python:interpreters.bzl", "default_interpreter")
 
-# Shared by every call. Only wheels: building a source distribution would run
-# code that no hash covers.
+# Shared by every call. Only wheels, unless `options` ask for more: building a source
+# distribution runs code that no hash covers, if pip fetches what it is built with.
 _OPTIONS = [
     "--disable-pip-version-check",
     "--no-input",
@@ -16,7 +16,7 @@ _OPTIONS = [
     "--require-hashes",
 ]
 
-def run_pip_install(ctx, python, requirements, options):
+def run_pip_install(ctx, python, requirements, options, environment = {}):
     """Installs `requirements`, complete and hash-locked, or fails.
 
     Args:
@@ -24,17 +24,18 @@ def run_pip_install(ctx, python, requirements, options):
       python: path of the interpreter whose pip runs.
       requirements: path of a file in pip's format.
       options: further options of `pip install`.
+      environment: further environment variables.
     """
     result = ctx.execute(
         [python, "-m", "pip", "install"] + _OPTIONS +
         options + ["--requirement", str(requirements)],
-        environment = {
+        environment = dict({
             "PIP_REQUIRE_VIRTUALENV": "0",
             "PIP_ROOT_USER_ACTION": "ignore",
             "PIP_USER": "0",
             "PYTHONNOUSERSITE": "1",
             "PYTHONPATH": "",
-        },
+        }, **environment),
         timeout = 3600,
     )
     if result.return_code:
