@@ -1,11 +1,12 @@
 """Runs pytest on the wheel's unpacked content; main of every py_test here.
 
-    pytest_main.py --site=DIR [pytest options] FILE...
+    pytest_main.py --site=DIR [--python=FILE] [pytest options] FILE...
 
 DIR, which xla_ops_py_test fills with the installed form of the wheel, comes
 first on sys.path here and in child processes, and Bazel's own entries go, so
 that tests see what a user sees after `pip install`; pyproject.toml adds the
-folders that tests import from. Running no test at all is a failure, and so is
+folders that tests import from. FILE of --python holds the path of another
+interpreter, which then runs the tests. Running no test at all is a failure, and so is
 a skip: targets are chosen by their tags.
 """
 
@@ -33,6 +34,10 @@ def main(argv: list[str]) -> int:
     site = None
     rest = []
     for argument in argv:
+        if argument.startswith("--python="):
+            python = pathlib.Path(argument.removeprefix("--python=")).read_text()
+            rest = [a for a in argv if a != argument]
+            os.execv(python.strip(), [python.strip(), __file__, *rest])
         if argument.startswith("--site="):
             site = pathlib.Path(argument.removeprefix("--site=")).resolve()
         else:

@@ -32,6 +32,7 @@ def xla_ops_py_test(
         env = {},
         size = "large",
         tags = [],
+        python = None,
         **kwargs):
     """Runs pytest on `srcs` against the wheel of the default interpreter.
 
@@ -46,6 +47,8 @@ def xla_ops_py_test(
       size: of py_test; large, since importing torch_xla and compiling
         graphs take long on a small machine.
       tags: of tags.bzl.
+      python: label of a file with the path of an environment's interpreter, to run
+        in another than @xla_ops_env.
       **kwargs: further arguments of py_test.
     """
     gpu = check_tags(name, tags)
@@ -57,8 +60,9 @@ def xla_ops_py_test(
         name = name,
         srcs = ["//tools/build_defs:pytest_main.py"] + srcs,
         args = ["--site=$(rootpath %s)" % site] +
+               (["--python=$(rootpath %s)" % python] if python else []) +
                ["$(rootpath %s)" % test for test in tests],
-        data = [site, "//:pyproject.toml"] + data,
+        data = [site, "//:pyproject.toml"] + ([python] if python else []) + data,
         env = dict({"PJRT_DEVICE": "GPU" if gpu else "CPU"}, **env),
         main = "//tools/build_defs:pytest_main.py",
         python_version = "PY3",
@@ -104,4 +108,40 @@ def python_tests(host_only = [], by_hand = [], data = {}, env = {}):
                 env = dict({"XLA_OPS_TEST_TORCH_CUDA": "1"}, **environment),
                 tags = ["gpu"],
                 **arguments
+            )
+
+def engine_tests(long = {}, by_hand = [], data = {}, env = {}, size = {}):
+    """Makes a target of every test_*.py of a folder that tests vLLM's engine.
+
+    They run in @xla_ops_vllm_env. NAME_long, tagged `manual`, is the same test with
+    environment variables that make it longer.
+
+    Args:
+      long: test -> those environment variables.
+      by_hand: tests that are too long for tools/test, tagged `manual`.
+      data: test -> files that it reads.
+      env: test -> environment variables.
+      size: test -> size of py_test, where not large.
+    """
+    helpers = ["//tests:helpers"] + native.glob(
+        ["*.py"],
+        exclude = ["test_*.py"],
+    )
+    tests = [path[:-len(".py")] for path in native.glob(["test_*.py"])]
+    for test in long.keys() + by_hand + data.keys() + env.keys() + size.keys():
+        if test not in tests:
+            fail("//%s has no %s.py" % (native.package_name(), test))
+    for test in tests:
+        variants = {test: ({}, ["manual"] if test in by_hand else [])}
+        if test in long:
+            variants[test + "_long"] = (long[test], ["manual"])
+        for name, (more, tags) in variants.items():
+            xla_ops_py_test(
+                name = name,
+                srcs = [test + ".py"] + helpers,
+                data = data.get(test, []),
+                env = dict(env.get(test, {}), **more),
+                python = "@xla_ops_vllm_env//:python.txt",
+                size = "enormous" if test + "_long" == name else size.get(test, "large"),
+                tags = tags,
             )
