@@ -142,6 +142,6 @@ def engine_tests(long = {}, by_hand = [], data = {}, env = {}, size = {}):
                 data = data.get(test, []),
                 env = dict(env.get(test, {}), **more),
                 python = "@xla_ops_vllm_env//:python.txt",
-                size = "enormous" if test + "_long" == name else size.get(test, "large"),
+                size = size.get(test, "large") if name == test else "enormous",
                 tags = tags,
             )

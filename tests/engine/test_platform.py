@@ -1,0 +1,41 @@
+"""What the engine on XLA cannot do is refused before weights are read, by name."""
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_session
+
+REFUSED = {
+    "runner": dict(runner="pooling"),
+    "enable_prompt_embeds": dict(enable_prompt_embeds=True),
+    "tensor_parallel_size": dict(tensor_parallel_size=2),
+    "pipeline_parallel_size": dict(pipeline_parallel_size=2),
+    "enable_expert_parallel": dict(family="qwen3_moe", enable_expert_parallel=True),
+    "enable_lora": dict(enable_lora=True),
+    "calculate_kv_scales": dict(calculate_kv_scales=True, kv_cache_dtype="fp8"),
+    "kv_cache_dtype": dict(kv_cache_dtype="fp8_inc"),
+    "kv_sharing_fast_prefill": dict(kv_sharing_fast_prefill=True),
+}
+
+
+def config(family="llama", **options):
+    checkpoint = vllm_session.checkpoint(family)
+    return EngineArgs(model=str(checkpoint), **options).create_engine_config()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    with pytest.raises(NotImplementedError, match=f"xla_ops: {name} must be .+, got"):
+        config(**REFUSED[name])
+
+
+def test_defaults():
+    made = config()
+    assert made.scheduler_config.async_scheduling
+    assert made.cache_config.block_size == 16
+    assert made.parallel_config.worker_cls == "xla_ops.vllm.worker.XlaWorker"
+
+
+def test_sleep_mode_is_refused_by_vllm():
+    with pytest.raises(ValueError, match="[Ss]leep mode is not supported"):
+        config(enable_sleep_mode=True)
