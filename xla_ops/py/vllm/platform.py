@@ -66,7 +66,6 @@ class XlaPlatform(Platform):
     dist_backend = "gloo"
     # For helpers of vLLM's that it compiles at import: they see CPU tensors.
     simple_compile_backend = "eager"
-    supported_quantization: list[str] = []  # all; the layers refuse what they cannot
 
     # Whether a command line said what --async-scheduling is to be.
     _from_command_line = False
@@ -129,6 +128,20 @@ class XlaPlatform(Platform):
             raise ValueError(
                 "xla_ops: dtype must be float32, float16 or bfloat16, got"
                 f" {str(dtype).removeprefix('torch.')}"
+            )
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        """Raises ValueError where a checkpoint's quantisation is not known here.
+
+        And registers what is, before vLLM asks for it.
+        """
+        from . import quantization
+
+        if quant is not None and quant not in quantization.SUPPORTED:
+            raise ValueError(
+                "xla_ops: quantization must be one of"
+                f" {', '.join(quantization.SUPPORTED)} on XLA, got {quant}"
             )
 
     @classmethod

@@ -13,6 +13,8 @@ import threading
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors, ModelRunnerOutput
 
+from .sampled import SampledOnDevice
+
 
 class StepResult:
     """The model's output of a step; rows stay on the device.
@@ -59,21 +61,6 @@ class StepResult:
         return self._host_hidden[index]
 
 
-class DeviceTokens:
-    """Sampled tokens that nobody has fetched yet: stands in for a [rows, 1] tensor."""
-
-    def __init__(self, tokens: torch.Tensor, num_rows: int):
-        self.tokens = tokens
-        self.shape = (num_rows, 1)
-
-    def cpu(self) -> torch.Tensor:
-        """Waits for them; int32 [rows, 1]."""
-        return self.tokens.cpu()[: self.shape[0]].unsqueeze(-1)
-
-    def tolist(self) -> list[list[int]]:
-        return self.cpu().tolist()
-
-
 class AsyncOutput(AsyncModelRunnerOutput):
     """A step's output under async scheduling: fetched where `get_output` is called.
 
@@ -83,8 +70,8 @@ class AsyncOutput(AsyncModelRunnerOutput):
     def __init__(
         self,
         model_runner_output: ModelRunnerOutput,
-        sampled_token_ids: DeviceTokens | torch.Tensor,
-        logprobs_tensors: LogprobsTensors | None,
+        sampled_token_ids: SampledOnDevice | torch.Tensor,
+        logprobs_tensors: SampledOnDevice | LogprobsTensors | None,
         invalid_req_indices: list[int],
         async_output_copy_stream: object = None,
         vocab_size: int = 0,

@@ -31,7 +31,9 @@ from vllm.v1.worker.utils import bind_kv_cache
 from ..programs.replay import replay
 from . import host, loading
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
-from .results import DeviceTokens, StepResult
+from .results import StepResult
+from .sampled import SampledOnDevice
+from .sampler import DeviceSampler
 from .step import Layout, Step, buckets
 
 logger = init_logger("vllm.xla_ops")
@@ -53,7 +55,15 @@ class XlaModelRunner(GPUModelRunner):
         self._buckets = buckets(
             min(_SMALLEST_BUCKET, self.max_num_tokens), self.max_num_tokens
         )
-        self._max_logit_rows = self._logit_rows(self.max_num_tokens)
+        # Few, since each has a program of every way to sample; more rows than are
+        # needed cost little, since weights are read once.
+        self._row_buckets = [
+            size
+            for size in buckets(self._buckets[0], self._most_logit_rows)
+            if size in (self._most_logit_rows, 8, 32, 128, 512)
+        ]
+        self._max_logit_rows = self._row_buckets[-1]
+        self._bitmask: np.ndarray | None = None
         self._sources: np.ndarray | None = None
         self._previous: torch.Tensor | None = None
 
@@ -88,6 +98,15 @@ class XlaModelRunner(GPUModelRunner):
         self.model.compute_logits = self._compute_logits
         self._prompt_logits = replay(
             lambda rows: self._logits_of(rows).float(), state=(self.model,)
+        )
+        self._sampler = DeviceSampler(
+            self.input_batch.vocab_size,
+            self._max_logit_rows,
+            self.xla_device,
+            lambda name, function: replay(function),
+            logprobs_mode=self.model_config.logprobs_mode,
+            max_logprobs=self.model_config.max_logprobs,
+            seed=self.model_config.seed or 0,
         )
         logger.info(
             "Model on the device: %.2f GiB after %.1f s",
@@ -234,7 +253,9 @@ class XlaModelRunner(GPUModelRunner):
             block_size = min(spec.block_size for spec in specs.values())
             self._blocks = (-(-self.max_model_len // block_size),)
             self._make_step_program(caches)
-            self._run(Step.empty(1, self._position_rows), self.max_num_tokens)
+            step = Step.empty(1, self._position_rows)
+            _, logits, _ = self._run(step, self.max_num_tokens)
+            self._sampler.warm_up(logits.shape[0], logits)
             torch_xla._XLAC._xla_wait_device_ops([])
             for name in caches:
                 layers[name].kv_cache = []
@@ -246,8 +267,15 @@ class XlaModelRunner(GPUModelRunner):
     def _position_rows(self) -> int:
         return 3 if self.uses_mrope else 1
 
+    @property
+    def _most_logit_rows(self) -> int:
+        return min(
+            self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens)
+        )
+
     def _logit_rows(self, tokens: int) -> int:
-        return min(tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
+        needed = min(tokens, self._most_logit_rows)
+        return next(size for size in self._row_buckets if size >= needed)
 
     def _layout(self, tokens: int) -> Layout:
         return Layout(
@@ -285,13 +313,8 @@ class XlaModelRunner(GPUModelRunner):
         for request, i in self.input_batch.req_id_to_index.items():
             if (row := rows.get(request)) is not None:
                 self._sources[cu_num_tokens[i] - 1] = row
-        if isinstance(sampled, DeviceTokens):
-            self._previous = sampled.tokens
-        else:  # sampled on the host
-            with torch.inference_mode(False):
-                tokens = torch.zeros(self._max_logit_rows, dtype=torch.int32)
-                tokens[: sampled.shape[0]] = sampled[:, 0]
-                self._previous = tokens.to(self.xla_device)
+        assert isinstance(sampled, SampledOnDevice)
+        self._previous = sampled.tokens
 
     def _model_forward(
         self,
@@ -329,23 +352,32 @@ class XlaModelRunner(GPUModelRunner):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         state = self.execute_model_state
+        self._bitmask = None
         if state is not None and isinstance(state.logits, StepResult):
-            metadata = self.input_batch.sampling_metadata
-            if (
-                grammar_output is not None
-                or not metadata.all_greedy
-                or metadata.max_num_logprobs is not None
-                or not metadata.no_penalties
-                or metadata.allowed_token_ids_mask is not None
-                or metadata.bad_words_token_ids
-                or self.speculative_config
-            ):
+            if state.spec_decode_metadata is not None:
                 self.execute_model_state = state._replace(
                     logits=state.logits.host_logits()
                 )
+            elif grammar_output is not None:
+                self._bitmask = host.grammar_bitmask(
+                    state.scheduler_output,
+                    grammar_output,
+                    self.input_batch,
+                    state.logits.num_rows,
+                )
+                grammar_output = None
         return super().sample_tokens(grammar_output)
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
+        if isinstance(logits, StepResult):
+            return self._sampler(
+                logits.logits,
+                logits.greedy,
+                self.input_batch.sampling_metadata,
+                logits.num_rows,
+                self._bitmask,
+                self.discard_request_mask.np[: logits.num_rows],
+            ).sampler_output()
         # A request part way through its prompt must not use up random numbers. vLLM
         # turns its generator's offset back, which generators on the host do not have.
         generators = self.input_batch.generators
@@ -356,12 +388,7 @@ class XlaModelRunner(GPUModelRunner):
             if i in generators
         }
         try:
-            if not isinstance(logits, StepResult):
-                return super()._sample(logits, spec_decode_metadata)
-            tokens: Any = DeviceTokens(logits.greedy, logits.num_rows)
-            if not self.use_async_scheduling:
-                tokens = tokens.cpu()
-            return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
+            return super()._sample(logits, spec_decode_metadata)
         finally:
             for i, state in states.items():
                 generators[i].set_state(state)
@@ -376,14 +403,23 @@ class XlaModelRunner(GPUModelRunner):
         """Compiles every program that a step may need, and runs it."""
         start = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            for tokens in tqdm(self._buckets, desc="Compiling programs", disable=None):
-                step = Step.empty(len(self._blocks), self._position_rows)
-                _, _, hidden = self._run(step, tokens)
+            step = Step.empty(len(self._blocks), self._position_rows)
+            total = len(self._buckets) + len(self._row_buckets) + 1
+            bar = tqdm(total=total, desc="Compiling programs", disable=None)
+            warmed = set()
+            for tokens in self._buckets:
+                _, logits, hidden = self._run(step, tokens)
+                bar.update()
+                if logits.shape[0] not in warmed:
+                    warmed.add(logits.shape[0])
+                    self._sampler.warm_up(logits.shape[0], logits)
+                    bar.update()
             rows = torch.zeros(_PROMPT_ROWS, hidden.shape[1], dtype=hidden.dtype)
             self._prompt_logits(rows.to(self.xla_device))
+            bar.close()
             torch_xla._XLAC._xla_wait_device_ops([])
         logger.info(
-            "Compiled %d programs in %.1f s",
+            "Compiled %d programs of steps, and those of the sampler, in %.1f s",
             self._run_step.num_programs + self._prompt_logits.num_programs,
             time.perf_counter() - start,
         )

@@ -9,6 +9,8 @@ import time
 
 import torch
 import torch_xla
+import torch_xla.backends
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor import set_random_seed
 from vllm.platforms import current_platform
@@ -40,10 +42,11 @@ class XlaWorker(Worker):
             current_platform.dist_backend,
         )
         self.device = torch_xla.device()
+        _set_precision(self.model_config.dtype)
         set_random_seed(self.model_config.seed)
         if init_workspace_manager is not None:
             init_workspace_manager(torch.device("cpu"), 1)
-        from . import layers  # noqa: F401, registers them with vLLM
+        from . import layers, moe, quantization  # noqa: F401, they tell vLLM of layers
         from .runner import XlaModelRunner
 
         self.model_runner = XlaModelRunner(self.vllm_config, self.device)
@@ -84,3 +87,13 @@ class XlaWorker(Worker):
         raise NotImplementedError(
             "xla_ops: wake_up must not be called on XLA, got a call"
         )
+
+
+def _set_precision(dtype: torch.dtype) -> None:
+    """Products of float32, which XLA rounds to TF32 on a GPU unless it is told not to.
+
+    As vLLM's variable says, whose default is the whole precision.
+    """
+    asked = getattr(envs, "VLLM_FLOAT32_MATMUL_PRECISION", "ieee")
+    if dtype == torch.float32 and asked in ("ieee", "highest"):
+        torch_xla.backends.set_mat_mul_precision("highest")
