@@ -365,6 +365,16 @@ def test_a_replayed_function_within_another():
         ),
         (lambda f: f(xla(1), {1, 2}), TypeError, "unhashable"),
         (
+            lambda f: replay(lambda x: x * x.item())(xla(3.0)),
+            RuntimeError,
+            "replay: the function must not read a tensor's value on the host",
+        ),
+        (
+            lambda f: replay(lambda x: x.view(torch.int32))(xla(3.0)),
+            RuntimeError,
+            "operations that torch_xla runs on the host: .*view",
+        ),
+        (
             lambda f: replay(lambda x: torch.ones(2))(xla(1)),
             ValueError,
             "replay: a result must be on an XLA device, got a tensor on cpu",

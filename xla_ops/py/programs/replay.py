@@ -328,7 +328,9 @@ class _Traced:
                 torch.inference_mode(False),
                 torch.no_grad(),
             ):
+                reads = _host_reads()
                 result = function(*args[:num_given])
+                _check_host_reads(reads)
             self.donated = sorted({places[id(t)] for t in updated})
             self._collect(result)
         except BaseException:
@@ -408,6 +410,25 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
     """A computation of what `value`, which is an argument's, is; a clone is none."""
     always = torch.ones((), dtype=torch.bool, device=value.device)
     return torch.where(always, value, value)
+
+
+def _host_reads() -> int:
+    """How many times tensors have been read back from a device."""
+    return (met.metric_data("TransferFromDeviceTime") or (0,))[0]
+
+
+def _check_host_reads(before: int) -> None:
+    """Raises RuntimeError where a traced function read a tensor's value.
+
+    What it made of the value would be a constant of the program.
+    """
+    if _host_reads() == before:
+        return
+    fallbacks = ", ".join(dynamo_bridge.get_fallback_ops()) or "none"
+    raise RuntimeError(
+        "replay: the function must not read a tensor's value on the host, got one that"
+        f" does; operations that torch_xla runs on the host: {fallbacks}"
+    )
 
 
 def _separate(args: Sequence[torch.Tensor]) -> None:

@@ -20,7 +20,9 @@ Tested by tests/engine/test_sampling.py.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,19 @@ _MINUS_INF_KEY = 0x007FFFFF
 
 def float_rows(packed: torch.Tensor) -> torch.Tensor:
     """The float32 whose bits an int32 tensor holds."""
-    return packed.view(torch.float32)
+    if packed.device.type != "xla":
+        return packed.view(torch.float32)
+    return _bitcast()(packed)
+
+
+@functools.cache
+def _bitcast() -> Callable[[torch.Tensor], torch.Tensor]:
+    """HLO's bitcast-convert. torch_xla has view(dtype) computed on the host."""
+    from torch_xla.core import xla_builder, xla_op_registry
+
+    return xla_op_registry.register(
+        "xla_ops_bitcast_float32", lambda x: x.bitcast(xla_builder.Type.F32)
+    )
 
 
 def mask(logits: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
