@@ -17,7 +17,9 @@ from xla_ops.vllm.sampler import VARIANTS, DeviceSampler
 CPU = torch.device("cpu")
 
 
-def params_of(rows, vocab, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, uniform=0):
+def params_of(
+    rows, vocab, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, uniform=0
+):
     """Params of rows alike, but for their uniform numbers, of UNIFORM_BITS bits."""
     params = np.zeros((sampling.NUM_PARAMS, rows), np.int32)
     floats = params.view(np.float32)
@@ -138,7 +140,7 @@ def test_a_row_does_not_depend_on_the_variant(
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p"),
+    "top_k, top_p, min_p",
     [(None, 1.0, 0), (None, 1.0, 0.1), (5, 1.0, 0), (40, 0.8, 0), (None, 0.9, 0.01)],
 )
 @pytest.mark.parametrize("vocab", [10, 300])
@@ -195,7 +197,9 @@ def test_ends_of_the_distribution():
 def test_rows_without_any_token():
     logits = torch.full((2, 300), -math.inf)
     for variant in VARIANTS:
-        tokens, *_ = sampling.sample(logits, params_of(2, 300, uniform=1 << 40), variant)
+        tokens, *_ = sampling.sample(
+            logits, params_of(2, 300, uniform=1 << 40), variant
+        )
         assert tokens.tolist() == [0, 0]
 
 

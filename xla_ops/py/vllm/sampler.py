@@ -354,8 +354,7 @@ class DeviceSampler:
         uniform = self._random.integers(bound, size=num_rows)
         for row, generator in metadata.generators.items():
             if row < num_rows and not discarded[row]:
-                draw = torch.randint(bound, (), dtype=torch.int64, generator=generator)
-                uniform[row] = int(draw)
+                uniform[row] = random_bits(generator)
         return uniform
 
     def _params(self, metadata, num_rows, rows, uniform):
@@ -470,6 +469,12 @@ class DeviceSampler:
             packed, none = torch.from_numpy(step.packed), self._no_tokens.cpu()
             logits = sampling.edit(logits, packed, none, step.num_edits, step.num_bans)
         return logits
+
+
+def random_bits(generator: torch.Generator) -> int:
+    """The next uniform number of a request with a seed, UNIFORM_BITS bits."""
+    bound = 1 << sampling.UNIFORM_BITS
+    return int(torch.randint(bound, (), dtype=torch.int64, generator=generator))
 
 
 def _applied(processor, logits, own):
