@@ -160,6 +160,28 @@ def test_a_pending_token_counts_as_if_it_were_known(requests, seed):
     assert pending == expected.sampled_token_ids.tolist()
 
 
+def test_a_bad_word_may_end_a_pending_token(device):
+    """[3, 4, 5] is banned: the 4 that the last step may have sampled is pending."""
+    vocab = 40
+    words = [[3, 4, 5], [4, 6], [9, 5]]
+    batch = [
+        request(temperature=0, output=[before], bad_words=words) for before in (3, 7, 3)
+    ]
+    first = torch.zeros(3, vocab)
+    first[[0, 1, 2], [4, 4, 8]] = 1.0
+    second = torch.zeros(3, vocab)
+    second[:, 5], second[:, 6], second[:, 7] = 3.0, 2.0, 1.0
+    metadata = metadata_of(batch, vocab)
+    sampler = DeviceSampler(vocab, LARGEST, device)
+    sampled(device, first, metadata, sampler)
+    for _, _, output, _ in batch:
+        output.append(-1)
+    got = sampled(device, second, metadata, sampler)
+    assert sampler.host_waits == 0
+    # After 3 4: neither 5 nor 6. After 7 4: not 6. After 3 8: anything.
+    assert got.tolist() == [[7], [5], [5]]
+
+
 def test_fetching_fills_in_what_was_pending(device):
     vocab = 50
     batch = [request(temperature=0, frequency_penalty=1.0) for _ in range(3)]
