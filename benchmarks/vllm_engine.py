@@ -5,8 +5,8 @@
 
 Needs vLLM 0.13.0 (docs/vllm.md) and the installed wheel. Checks that a small random
 model gives transformers' greedy tokens, then measures a model of --shape with random
-weights, in this process, with token ids for prompts. Writes DIR/vllm_engine.json and
-prints a table. Every part asserts that nothing was recompiled and no cache has moved.
+weights, with token ids for prompts and the engine in a process of its own, as vLLM has
+it. Writes DIR/vllm_engine.json, a line a part. Every part asserts that nothing was recompiled and no cache has moved.
 
 Parts: right; load; one (1 request of 128 + 128 tokens, ms a token); first (time to the
 first token of a prompt of 4096); r64 and r256 (64 and 256 requests of 512 + 128,
@@ -24,8 +24,9 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# The engine's process is asked by functions of this file.
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Llama 3.1 8B; and one for the CPU.
@@ -65,29 +66,66 @@ def parse():
     return parser.parse_args()
 
 
-class Counters:
-    """What must not change while a part runs."""
+def counters(worker):
+    """In the engine's process: what must not change while a part runs."""
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+    import torch_xla.debug.metrics as met
 
-    def __init__(self, llm):
-        self._runner = (
-            llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        ).model_runner
+    xm.wait_device_ops()
+    pointer = torch_xla._XLAC._unsafe_buffer_pointer
+    return {
+        "compiled": met.counter_value("UncachedCompile") or 0,
+        "caches": [pointer(cache) for cache in worker.model_runner.caches],
+    }
 
-    def __call__(self):
-        import torch_xla
-        import torch_xla.core.xla_model as xm
-        import torch_xla.debug.metrics as met
 
-        xm.wait_device_ops()
-        pointer = torch_xla._XLAC._unsafe_buffer_pointer
-        return {
-            "compiled": met.counter_value("UncachedCompile") or 0,
-            "caches": [pointer(cache) for cache in self._runner.caches],
-        }
+def bytes_used(worker):
+    from xla_ops.vllm import memory
 
-    @property
-    def runner(self):
-        return self._runner
+    return memory.bytes_used()
+
+
+def step_ms(worker, count, context):
+    """In the engine's process: ms of the program of a decode step, without a host."""
+    import numpy as np
+    import torch
+    import torch_xla.core.xla_model as xm
+
+    from xla_ops.vllm.step import Step
+
+    runner = worker.model_runner
+    (blocks,) = runner._blocks
+    size = runner.cache_config.block_size
+    needed = context // size + 1
+    table = np.arange(count * needed, dtype=np.int32).reshape(count, needed)
+    row = np.arange(count, dtype=np.int32)
+    step = Step(
+        row + 10,
+        np.full((1, count), context - 1, np.int32),
+        None,
+        np.arange(count + 1, dtype=np.int32),
+        np.full(count, context, np.int32),
+        row,
+        [(table[:, (context - 1) // size] * size + (context - 1) % size, table)],
+    )
+    layout = runner._layout(count)
+    vector = torch.from_numpy(layout.pack(step)).to(runner.xla_device)
+    times = []
+    with torch.inference_mode(False), torch.no_grad():
+        for _ in range(3):
+            xm.wait_device_ops()
+            start = time.perf_counter()
+            for _ in range(50):
+                result = runner._run_step(vector, runner._no_previous, layout)
+            result[0].cpu()
+            times.append((time.perf_counter() - start) / 50 * 1e3)
+    return min(times)
+
+
+def ask(llm, function, *args):
+    (answer,) = llm.collective_rpc(function, args=args)
+    return answer
 
 
 def random_prompts(count, length, vocab, seed=0):
@@ -197,70 +235,35 @@ def measure_many(llm, vocab, count, lengths=(512, 128)):
     return {"output_tokens_per_s": max(rates), "all": rates, "requests": count}
 
 
-def measure_share(llm, vocab, runner, count=64):
-    """Engine's ms a decode step beside the device's, of the same program."""
-    import torch
-    import torch_xla.core.xla_model as xm
-
-    prompts = random_prompts(count, 512, vocab, 7)
-    generate(llm, prompts, 2)
+def measure_share(llm, vocab, count=64):
+    """Engine's ms a decode step beside those of the program alone."""
+    generate(llm, random_prompts(count, 512, vocab, 7), 2)
     short = generate(llm, random_prompts(count, 512, vocab, 8), 2)[0]
     long = generate(llm, random_prompts(count, 512, vocab, 9), 130)[0]
     engine = (long - short) / 128 * 1e3
-
-    recorded = {}
-    run = runner._run_step
-
-    def record(*args):
-        recorded["args"] = args
-        return run(*args)
-
-    runner._run_step = record
-    try:
-        generate(llm, prompts, 4)
-    finally:
-        runner._run_step = run
-    args = recorded["args"]
-    times = []
-    with torch.inference_mode(False), torch.no_grad():
-        for _ in range(3):
-            xm.wait_device_ops()
-            start = time.perf_counter()
-            for _ in range(40):
-                result = run(*args)
-            result[0].cpu()
-            times.append((time.perf_counter() - start) / 40 * 1e3)
-    device = min(times)
+    program = ask(llm, step_ms, count, 576)
     return {
         "engine_ms": engine,
-        "device_ms": device,
-        "share": max(0.0, 1 - device / engine),
+        "program_ms": program,
+        "share": max(0.0, 1 - program / engine),
         "requests": count,
     }
 
 
-def measure_long(llm, vocab, counters, steps):
-    """Memory and counters over many decode steps of 8 requests."""
-    from xla_ops.vllm import memory
-
+def measure_long(llm, vocab, steps):
+    """Memory over many decode steps of 8 requests."""
     length = 512
     rounds = max(1, steps // length)
     generate(llm, random_prompts(8, 16, vocab, 3), length)
-    before, used = counters(), memory.bytes_used()
+    used = ask(llm, bytes_used)
     start = time.perf_counter()
     for i in range(rounds):
         generate(llm, random_prompts(8, 16, vocab, i), length)
-    seconds = time.perf_counter() - start
-    after = counters()
     return {
         "steps": rounds * length,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "bytes_before": used,
-        "bytes_after": memory.bytes_used(),
-        "recompiled": after["compiled"] - before["compiled"],
-        "moved": sum(
-            a != b for a, b in zip(before["caches"], after["caches"], strict=True)
-        ),
+        "bytes_after": ask(llm, bytes_used),
     }
 
 
@@ -308,22 +311,21 @@ def main():
             max_num_batched_tokens=args.max_num_batched_tokens,
             gpu_memory_utilization=args.gpu_memory_utilization,
         )
-        counters = Counters(llm)
         save("load", {"seconds": time.perf_counter() - start})
-        before = counters()
+        before = ask(llm, counters)
         measures = {
             "one": lambda: measure_one(llm, vocab),
             "first": lambda: measure_first(llm, vocab, 4096),
             "r64": lambda: measure_many(llm, vocab, 64),
             "r256": lambda: measure_many(llm, vocab, 256),
-            "share": lambda: measure_share(llm, vocab, counters.runner),
-            "long": lambda: measure_long(llm, vocab, counters, args.steps),
+            "share": lambda: measure_share(llm, vocab),
+            "long": lambda: measure_long(llm, vocab, args.steps),
         }
         for name in PARTS[1:]:
             if name not in args.only:
                 continue
             save(name, measures[name]())
-            after = counters()
+            after = ask(llm, counters)
             if after != before:
                 print(f"{name}: recompiled or moved: {before} {after}")
                 return 1

@@ -70,7 +70,9 @@ def test_values_are_part_of_the_signature():
 
 
 def test_trees_go_in_and_come_out():
-    f = replay(lambda tree: {"sum": tree["a"] + tree["b"][0], "rest": (tree["b"][1], 5)})
+    f = replay(
+        lambda tree: {"sum": tree["a"] + tree["b"][0], "rest": (tree["b"][1], 5)}
+    )
     for i in range(3):
         x = xla(9)
         result = f({"a": xla(1), "b": [xla(i), x]})
@@ -278,9 +280,7 @@ def collide():
 def test_graphs_that_torch_xla_takes_for_one():
     args = [torch.randn(12, 12) for _ in range(3)]
     given_ = [a.to(torch_xla.device()) for a in args]
-    hashes = [
-        torch_xla._XLAC._get_graph_hash(list(f(*given_))) for f in collide()
-    ]
+    hashes = [torch_xla._XLAC._get_graph_hash(list(f(*given_))) for f in collide()]
     assert hashes[0] == hashes[1]  # otherwise there is nothing to guard against
     functions = [replay(f) for f in collide()]
     for _ in range(2):

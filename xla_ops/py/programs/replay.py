@@ -246,7 +246,6 @@ class _Program:
             return outputs[0]
         return pytree.tree_unflatten(outputs, self._form)
 
-
     def _run(
         self, tensors: Sequence[torch.Tensor], args: tuple[torch.Tensor, ...]
     ) -> list[torch.Tensor]:
@@ -394,9 +393,7 @@ class _Traced:
 
     def restore(self) -> None:
         """Gives every argument the value back that it had."""
-        for t, value, saved in zip(
-            self._args, self.values, self._saved, strict=True
-        ):
+        for t, value, saved in zip(self._args, self.values, self._saved, strict=True):
             (is_pending,) = _xlac._check_tensor_need_materialization([value])
             if is_pending or _pointer(value) != _pointer(saved):
                 _xlac._replace_xla_tensor(value, saved)

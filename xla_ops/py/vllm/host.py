@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -73,50 +71,4 @@ def join_buffers(runner: object, input_batch: InputBatch) -> None:
                 held.gpu = held.cpu
 
 
-def grammar_bitmask(
-    scheduler_output: SchedulerOutput,
-    grammar_output: GrammarOutput,
-    input_batch: InputBatch,
-    num_rows: int,
-) -> np.ndarray:
-    """Which tokens the grammars allow: int32 [num_rows, words], a bit a token.
-
-    Rows of requests without a grammar are all ones.
-    """
-    given = grammar_output.grammar_bitmask
-    mask = np.full((num_rows, given.shape[1]), -1, np.int32)
-    drafts = scheduler_output.scheduled_spec_decode_tokens
-    rows, start = {}, 0
-    for request, i in sorted(input_batch.req_id_to_index.items(), key=lambda x: x[1]):
-        rows[request] = start + i
-        start += len(drafts.get(request, ()))
-    source = 0
-    for request in grammar_output.structured_output_request_ids:
-        count = 1 + len(drafts.get(request, ()))
-        if (row := rows.get(request)) is not None:
-            mask[row : row + count] = given[source : source + count]
-        source += count
-    return mask
-
-
-def _apply_grammar_bitmask(
-    scheduler_output: SchedulerOutput,
-    grammar_output: GrammarOutput,
-    input_batch: InputBatch,
-    logits: torch.Tensor,
-) -> None:
-    """vLLM's function of this name, for logits on the host.
-
-    Its own asks for pinned memory, and names rows in a way that the grammar library's
-    CPU kernel refuses.
-    """
-    mask = grammar_bitmask(
-        scheduler_output, grammar_output, input_batch, logits.shape[0]
-    )
-    bits = torch.from_numpy(mask)[..., None] >> torch.arange(32, dtype=torch.int32)
-    allowed = (bits & 1).flatten(1)[:, : logits.shape[1]].bool()
-    logits.masked_fill_(~allowed, -float("inf"))
-
-
 gpu_model_runner.AsyncGPUModelRunnerOutput = AsyncOutput
-gpu_model_runner.apply_grammar_bitmask = _apply_grammar_bitmask

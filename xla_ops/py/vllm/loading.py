@@ -55,9 +55,7 @@ def move(model: torch.nn.Module, device: torch.device, *, dummy: bool = False) -
             module.cos_sin_cache = module.cos_sin_cache.to(module.dtype)
     total = sum(
         t.numel() * t.element_size()
-        for t in {
-            id(t): t for t in (*model.parameters(), *model.buffers())
-        }.values()
+        for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     )
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Moving weights", disable=None

@@ -43,10 +43,6 @@ class StepResult:
         self.logit_indices = logit_indices
         self._host_hidden: torch.Tensor | None = None
 
-    def host_logits(self) -> torch.Tensor:
-        """The step's logits on the host, float32."""
-        return self.logits.cpu()[: self.num_rows]
-
     def __getitem__(self, index: object) -> StepResult | torch.Tensor:
         if index is self.logit_indices:
             return self

@@ -25,15 +25,17 @@ from vllm.forward_context import override_forward_context
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import bind_kv_cache
 
 from ..programs.replay import replay
 from . import host, loading
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
+from .rejection import DeviceRejectionSampler
 from .results import StepResult
 from .sampled import SampledOnDevice
-from .sampler import DeviceSampler
+from .sampler import DeviceSampler, arrange_bitmask
 from .step import Layout, Step, buckets
 
 logger = init_logger("vllm.xla_ops")
@@ -91,9 +93,7 @@ class XlaModelRunner(GPUModelRunner):
         if dummy:
             load.load_format = loading.DUMMY_FORMAT
         super().load_model(eep_scale_up)
-        self.model_memory_usage = loading.move(
-            self.model, self.xla_device, dummy=dummy
-        )
+        self.model_memory_usage = loading.move(self.model, self.xla_device, dummy=dummy)
         self._logits_of: Callable = self.model.compute_logits
         self.model.compute_logits = self._compute_logits
         self._prompt_logits = replay(
@@ -108,6 +108,7 @@ class XlaModelRunner(GPUModelRunner):
             max_logprobs=self.model_config.max_logprobs,
             seed=self.model_config.seed or 0,
         )
+        self._rejection_sampler = DeviceRejectionSampler(self._sampler)
         logger.info(
             "Model on the device: %.2f GiB after %.1f s",
             self.model_memory_usage / 2**30,
@@ -193,7 +194,8 @@ class XlaModelRunner(GPUModelRunner):
         caches: dict[str, torch.Tensor] = {}
         for tensor in kv_cache_config.kv_cache_tensors:
             shapes = {
-                name: _cache_shape(specs[name], tensor.size) for name in tensor.shared_by
+                name: _cache_shape(specs[name], tensor.size)
+                for name in tensor.shared_by
             }
             if len(set(shapes.values())) != 1:
                 raise NotImplementedError(
@@ -222,6 +224,7 @@ class XlaModelRunner(GPUModelRunner):
         return caches
 
     def _make_step_program(self, caches: Mapping[str, torch.Tensor]) -> None:
+        self._layouts: dict[int, Layout] = {}
         unique = {id(cache): cache for cache in caches.values()}
         self.caches = list(unique.values())
         self._run_step = replay(
@@ -231,9 +234,9 @@ class XlaModelRunner(GPUModelRunner):
             state=(self.model, *self.caches),
         )
         with torch.inference_mode(False):
-            self._no_previous = torch.zeros(
-                self._max_logit_rows, dtype=torch.int32
-            ).to(self.xla_device)
+            self._no_previous = torch.zeros(self._max_logit_rows, dtype=torch.int32).to(
+                self.xla_device
+            )
 
     def profile_run(self) -> None:
         """Runs the largest step with the smallest caches, for its peak of memory."""
@@ -269,22 +272,23 @@ class XlaModelRunner(GPUModelRunner):
 
     @property
     def _most_logit_rows(self) -> int:
-        return min(
-            self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens)
-        )
+        return min(self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
 
     def _logit_rows(self, tokens: int) -> int:
         needed = min(tokens, self._most_logit_rows)
         return next(size for size in self._row_buckets if size >= needed)
 
     def _layout(self, tokens: int) -> Layout:
-        return Layout(
-            tokens,
-            min(tokens, self.max_num_reqs),
-            self._logit_rows(tokens),
-            self._blocks,
-            self._position_rows,
-        )
+        layout = self._layouts.get(tokens)
+        if layout is None:
+            layout = self._layouts[tokens] = Layout(
+                tokens,
+                min(tokens, self.max_num_reqs),
+                self._logit_rows(tokens),
+                self._blocks,
+                self._position_rows,
+            )
+        return layout
 
     def _run(
         self, step: Step, tokens: int, previous: torch.Tensor | None = None
@@ -353,48 +357,56 @@ class XlaModelRunner(GPUModelRunner):
     def sample_tokens(self, grammar_output: Any) -> Any:
         state = self.execute_model_state
         self._bitmask = None
-        if state is not None and isinstance(state.logits, StepResult):
-            if state.spec_decode_metadata is not None:
-                self.execute_model_state = state._replace(
-                    logits=state.logits.host_logits()
+        if state is not None and grammar_output is not None:
+            drafts = {
+                request: len(tokens)
+                for request, tokens in (
+                    state.scheduler_output.scheduled_spec_decode_tokens.items()
                 )
-            elif grammar_output is not None:
-                self._bitmask = host.grammar_bitmask(
-                    state.scheduler_output,
-                    grammar_output,
-                    self.input_batch,
-                    state.logits.num_rows,
-                )
-                grammar_output = None
-        return super().sample_tokens(grammar_output)
+            }
+            counts = [
+                1 + drafts.get(request, 0) for request in self.input_batch.req_ids
+            ]
+            first = np.cumsum([0, *counts])
+            self._bitmask = arrange_bitmask(
+                grammar_output.grammar_bitmask,
+                grammar_output.structured_output_request_ids,
+                dict(zip(self.input_batch.req_ids, first.tolist(), strict=False)),
+                state.logits.num_rows,
+                drafts,
+            )
+        # The mask is the sampler's: vLLM would apply it to logits on the host.
+        return super().sample_tokens(None)
 
-    def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
-        if isinstance(logits, StepResult):
-            return self._sampler(
+    def _sample(
+        self, logits: StepResult, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        metadata = self.input_batch.sampling_metadata
+        discarded = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        if spec_decode_metadata is None:
+            sampled = self._sampler(
                 logits.logits,
                 logits.greedy,
-                self.input_batch.sampling_metadata,
+                metadata,
                 logits.num_rows,
                 self._bitmask,
-                self.discard_request_mask.np[: logits.num_rows],
-            ).sampler_output()
-        # A request part way through its prompt must not use up random numbers. vLLM
-        # turns its generator's offset back, which generators on the host do not have.
-        generators = self.input_batch.generators
-        discarded = self.discard_request_mask.np[: self.input_batch.num_reqs]
-        states = {
-            i: generators[i].get_state()
-            for i in np.nonzero(discarded)[0].tolist()
-            if i in generators
-        }
-        try:
-            return super()._sample(logits, spec_decode_metadata)
-        finally:
-            for i, state in states.items():
-                generators[i].set_state(state)
+                discarded,
+            )
+            return sampled.sampler_output()
+        return self._rejection_sampler(
+            spec_decode_metadata,
+            None,
+            logits.logits,
+            metadata,
+            logits.greedy,
+            self._bitmask,
+            discarded,
+        )
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple:
-        with mock.patch.object(self.input_batch, "generators", {}):  # see _sample
+        # vLLM would turn a generator back, by an offset that those on the host lack.
+        # The sampler has drawn nothing for requests part way through their prompts.
+        with mock.patch.object(self.input_batch, "generators", {}):
             return super()._bookkeeping_sync(*args, **kwargs)
 
     # Warm-up.

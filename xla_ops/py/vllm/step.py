@@ -10,6 +10,7 @@ Tested by tests/engine/test_step.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Layout:
     blocks: tuple[int, ...]
     position_rows: int = 1
 
-    @property
+    @functools.cached_property
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes, in the order in which they lie in the vector."""
         shapes: dict[str, tuple[int, ...]] = {
@@ -52,7 +53,7 @@ class Layout:
             shapes[f"block_tables_{group}"] = (self.rows, blocks)
         return shapes
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Elements of the vector."""
         return sum(_size(shape) for shape in self.fields.values())

@@ -81,7 +81,9 @@ class XlaWorker(Worker):
         )
 
     def sleep(self, level: int = 1) -> None:
-        raise NotImplementedError("xla_ops: sleep must not be called on XLA, got a call")
+        raise NotImplementedError(
+            "xla_ops: sleep must not be called on XLA, got a call"
+        )
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         raise NotImplementedError(
