@@ -6,7 +6,8 @@
 Needs vLLM 0.13.0 (docs/vllm.md) and the installed wheel. Checks that a small random
 model gives transformers' greedy tokens, then measures a model of --shape with random
 weights, with token ids for prompts and the engine in a process of its own, as vLLM has
-it. Writes DIR/vllm_engine.json, a line a part. Every part asserts that nothing was recompiled and no cache has moved.
+it. Writes DIR/vllm_engine.json, a line a part. Every part asserts that nothing was
+recompiled and no cache has moved.
 
 Parts: right; load; one (1 request of 128 + 128 tokens, ms a token); first (time to the
 first token of a prompt of 4096); r64 and r256 (64 and 256 requests of 512 + 128,
@@ -95,7 +96,6 @@ def step_ms(worker, count, context):
     from xla_ops.vllm.step import Step
 
     runner = worker.model_runner
-    (blocks,) = runner._blocks
     size = runner.cache_config.block_size
     needed = context // size + 1
     table = np.arange(count * needed, dtype=np.int32).reshape(count, needed)

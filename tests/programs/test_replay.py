@@ -319,6 +319,7 @@ def test_programs_that_torch_xla_has_dropped():
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
     assert done.stdout.strip() == "right", done.stderr
 

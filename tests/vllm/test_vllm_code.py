@@ -1,7 +1,8 @@
 """vLLM 0.12.0's own Python code on every path: vllm._custom_ops, flash attention.
 
 A target tagged `manual`, because vLLM's wheel is half a gigabyte. XLA_OPS_TEST_VLLM is
-the folder that holds its package `vllm`; the wheel's *.py are enough (docs/vllm_ops.md).
+the folder that holds its package `vllm`; the wheel's *.py are enough: see
+docs/vllm_ops.md.
 With its compiled libraries in that folder too, the ops are those of the libraries.
 """
 

@@ -15,7 +15,7 @@ import pathlib
 import torch_xla.runtime as xr
 
 _SUFFIX = ".hlo-sha256"
-_folder: pathlib.Path | None = None
+_folders: list[pathlib.Path] = []  # at most one
 
 
 def keep_programs(folder: str | os.PathLike) -> None:
@@ -29,7 +29,6 @@ def keep_programs(folder: str | os.PathLike) -> None:
         RuntimeError: something has been computed already.
         OSError: the folder cannot be made.
     """
-    global _folder
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -39,25 +38,25 @@ def keep_programs(folder: str | os.PathLike) -> None:
             "keep_programs: must be called before anything is computed on a device,"
             " got a process that has computed"
         ) from None
-    _folder = path
+    _folders.append(path)
 
 
 def recall(program: bytes) -> str | None:
     """The HLO, as a digest, that a kept program was compiled from."""
-    if _folder is None:
+    if not _folders:
         return None
     try:
-        return (_folder / (program.hex() + _SUFFIX)).read_text().strip()
+        return (_folders[0] / (program.hex() + _SUFFIX)).read_text().strip()
     except OSError:
         return None
 
 
 def remember(program: bytes, digest: str) -> None:
     """Notes what a program that has just been compiled computes."""
-    if _folder is None:
+    if not _folders:
         return
     # At once or not at all: other processes read it.
-    path = _folder / (program.hex() + _SUFFIX)
+    path = _folders[0] / (program.hex() + _SUFFIX)
     draft = path.with_suffix(f".{os.getpid()}")
     draft.write_text(digest)
     draft.replace(path)

@@ -136,9 +136,9 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
 _FLAT = "flat"
 
 
-def _flatten(args: tuple, kwargs: dict) -> tuple[Sequence, object]:
+def _flatten(args: tuple, kwargs: dict) -> tuple[list, object]:
     if not kwargs and not any(isinstance(a, (tuple, list, dict)) for a in args):
-        return args, _FLAT
+        return list(args), _FLAT
     return pytree.tree_flatten((args, kwargs))
 
 
@@ -262,24 +262,24 @@ class _Program:
 
 
 class _Result(NamedTuple):
-    index: int
+    place: int
 
     def take(self, results: Sequence, args: Sequence) -> torch.Tensor:
-        return results[self.index]
+        return results[self.place]
 
 
 class _Argument(NamedTuple):
-    index: int
+    place: int
 
     def take(self, results: Sequence, args: Sequence) -> torch.Tensor:
-        return args[self.index]
+        return args[self.place]
 
 
 class _CloneOfArgument(NamedTuple):
-    index: int
+    place: int
 
     def take(self, results: Sequence, args: Sequence) -> torch.Tensor:
-        return args[self.index].clone()
+        return args[self.place].clone()
 
 
 class _Constant(NamedTuple):
@@ -455,7 +455,7 @@ def _inputs(traced: _Traced, args: Sequence[torch.Tensor]) -> Callable:
     device = str(args[0].device if args else torch_xla.device())
     seed = _xlac._get_seed_info_id()
     picks: list[int | None] = []
-    constants = []
+    constants: list[torch.Tensor] = []
     for tensor_id, value in zip(ids, values, strict=True):
         i = arguments.get(tensor_id)
         if i is None:
@@ -473,10 +473,11 @@ def _inputs(traced: _Traced, args: Sequence[torch.Tensor]) -> Callable:
         return lambda args: _with_seed((*args, *fixed), picks, device)
     if len(picks) == 1:
         (only,) = picks
+        assert only is not None
         return lambda args: ((*args, *fixed)[only],)
     if not picks:
         return lambda args: ()
-    pick = itemgetter(*picks)  # type: ignore[arg-type]
+    pick = itemgetter(*picks)
     return (lambda args: pick((*args, *fixed))) if fixed else pick
 
 

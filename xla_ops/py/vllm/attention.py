@@ -73,9 +73,6 @@ def attention_of(
 class XlaMetadataBuilder(AttentionMetadataBuilder):
     """Passes vLLM's host tensors on: the runner pads and packs them."""
 
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
     def build(
         self,
         common_prefix_len: int,
@@ -190,10 +187,12 @@ class XlaAttentionImpl(AttentionImpl):
             scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
         if self.kv_sharing_target_layer_name is None:
             shape = (tokens, self.num_kv_heads, self.head_size)
+            key_cache, value_cache = kv_cache.unbind(0)
             reshape_and_cache_flash(
                 key.view(shape),
                 value.view(shape),
-                *kv_cache.unbind(0),
+                key_cache,
+                value_cache,
                 attn_metadata.slot_mapping,
                 self.kv_cache_dtype,
                 **scales,

@@ -1,4 +1,4 @@
-"""vLLM's layers that are a custom call here: norms, gated activations, rotary embedding.
+"""vLLM's layers that are a custom call here: norms, activations, rotary embedding.
 
 vLLM asks a platform of another tree for `forward_oot`. Layers without one run as the
 plain torch that vLLM has for them, which XLA fuses.

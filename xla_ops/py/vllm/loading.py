@@ -9,6 +9,8 @@ Tested by tests/engine/test_loading.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
@@ -61,6 +63,7 @@ def move(model: torch.nn.Module, device: torch.device, *, dummy: bool = False) -
         total=total, unit="B", unit_scale=True, desc="Moving weights", disable=None
     ) as bar:
         for module in modules:
+            held: dict[str, Any]
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:

@@ -10,7 +10,8 @@ Tested by tests/engine/test_memory.py.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch_xla
 import torch_xla.core.xla_model as xm
@@ -44,7 +45,7 @@ def set_share(share: float, environ: dict | os._Environ = os.environ) -> None:
 def memory() -> Memory | None:
     """What the client tells; None of one that tells nothing."""
     try:
-        info = xm.get_memory_info(torch_xla.device())
+        info: Mapping[str, Any] = xm.get_memory_info(torch_xla.device())
     except RuntimeError:  # UNIMPLEMENTED, by XLA:CPU
         return None
     return Memory(

@@ -154,7 +154,7 @@ class XlaPlatform(Platform):
 
     @classmethod
     def get_attn_backend_cls(cls, *args: Any, **kwargs: Any) -> str:
-        """Raises NotImplementedError for attention that is not over heads of K and V."""
+        """Raises NotImplementedError for attention without heads of K and V."""
         config = args[1] if len(args) == 2 else kwargs.get("attn_selector_config")
         use_mla = config.use_mla if config is not None else bool(kwargs.get("use_mla"))
         use_sparse = (

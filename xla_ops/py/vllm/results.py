@@ -9,6 +9,7 @@ Tested by tests/engine/test_results.py.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors, ModelRunnerOutput
@@ -41,20 +42,27 @@ class StepResult:
         self.num_tokens = num_tokens
         self.num_rows = logit_indices.shape[0]
         self.logit_indices = logit_indices
-        self._host_hidden: torch.Tensor | None = None
+        self._host_rows = HostRows(hidden)
 
-    def __getitem__(self, index: object) -> StepResult | torch.Tensor:
+    def __getitem__(self, index: Any) -> StepResult | HostRows:
         if index is self.logit_indices:
             return self
-        if isinstance(index, slice) and (index.start or 0, index.stop, index.step) == (
-            0,
-            self.num_tokens,
-            None,
-        ):
-            return self
-        if self._host_hidden is None:  # prompt logprobs
-            self._host_hidden = self.hidden.cpu()
-        return self._host_hidden[index]
+        # vLLM's hidden_states[:num_scheduled_tokens], in case a prompt's are wanted.
+        assert index == slice(None, self.num_tokens), index
+        return self._host_rows
+
+
+class HostRows:
+    """Hidden states that are fetched, all at once, when one is indexed."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self._hidden = hidden
+        self._host: torch.Tensor | None = None
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        if self._host is None:
+            self._host = self._hidden.cpu()
+        return self._host[index]
 
 
 class AsyncOutput(AsyncModelRunnerOutput):

@@ -1,0 +1,50 @@
+"""How much memory KV caches get, and what the client is told to take."""
+
+import pytest
+
+from xla_ops.vllm.memory import Memory, for_caches, memory, set_share
+
+GIB = 1 << 30
+
+
+def test_what_weights_and_a_step_leave():
+    before = Memory(limit=100 * GIB, used=16 * GIB, peak=16 * GIB)
+    after = Memory(limit=100 * GIB, used=17 * GIB, peak=20 * GIB)
+    assert for_caches(before, after, None) == 98 * GIB - 17 * GIB - 4 * GIB
+
+
+def test_what_was_asked_for_goes_before():
+    assert for_caches(None, None, 123) == 123
+
+
+def test_a_client_that_tells_nothing():
+    assert memory() is None  # XLA:CPU
+    assert for_caches(None, None, None) == 4 * GIB
+
+
+def test_nothing_is_left():
+    before = Memory(limit=20 * GIB, used=16 * GIB, peak=16 * GIB)
+    after = Memory(limit=20 * GIB, used=16 * GIB, peak=20 * GIB)
+    message = (
+        r"xla_ops: gpu_memory_utilization must leave room for KV caches, got 20.0 GiB,"
+        r" of which weights take 16.0 and a step 4.0"
+    )
+    with pytest.raises(ValueError, match=message):
+        for_caches(before, after, None)
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ({}, {"PJRT_ALLOCATOR_FRACTION": "0.8"}),
+        ({"PJRT_ALLOCATOR_FRACTION": "0.5"}, {"PJRT_ALLOCATOR_FRACTION": "0.5"}),
+        (
+            {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+            {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+        ),
+    ],
+)
+def test_share(given, wanted):
+    environ = dict(given)
+    set_share(0.8, environ)
+    assert environ == wanted

@@ -1,0 +1,96 @@
+"""programs.kept: a program is taken from a folder only if it is that of the graph.
+
+XLA's CPU client cannot load what it has written, so there the folder saves no time; who
+may take what is the same.
+"""
+
+import subprocess
+import sys
+
+_PROGRAM = """
+import sys, torch, torch_xla
+import torch_xla.debug.metrics as met
+from xla_ops.programs.kept import keep_programs
+from xla_ops.programs.replay import replay
+
+keep_programs(sys.argv[1])
+device = torch_xla.device()
+host = [torch.randn(9, 9) for _ in range(3)]
+given = [t.to(device) for t in host]
+# Which torch_xla cannot tell apart.
+functions = {
+    "first": lambda a, b, c: (a.T, b.T, c.T, a * b + c),
+    "second": lambda a, b, c: (a.T, b.T, c.T, a * c + b),
+}
+for name in sys.argv[2:]:
+    result = replay(functions[name])(*given)[-1].cpu()
+    torch.testing.assert_close(result, functions[name](*host)[-1])
+print("right")
+"""
+
+
+def run(folder, *names):
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(folder), *names],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.strip() == "right", done.stderr
+
+
+def digests(folder):
+    return sorted(path.read_text() for path in folder.glob("*.hlo-sha256"))
+
+
+def test_another_process_finds_what_a_program_computes(tmp_path):
+    run(tmp_path, "first")
+    (first,) = digests(tmp_path)
+    run(tmp_path, "second")
+    assert len(digests(tmp_path)) == 2
+    assert first in digests(tmp_path)
+    run(tmp_path, "first", "second")
+    run(tmp_path, "second", "first")
+    assert len(digests(tmp_path)) == 2
+
+
+def test_a_program_of_unknown_hlo_is_not_taken(tmp_path):
+    run(tmp_path, "first")
+    for path in tmp_path.glob("*.hlo-sha256"):
+        path.unlink()
+    run(tmp_path, "second")
+    assert len(digests(tmp_path)) == 1
+
+
+def test_programs_of_another_hlo_are_not_taken(tmp_path):
+    run(tmp_path, "first")
+    (path,) = tmp_path.glob("*.hlo-sha256")
+    path.write_text("another")
+    run(tmp_path, "first")
+    assert path.read_text() == "another"
+    assert len(digests(tmp_path)) == 2
+
+
+_LATE = """
+import sys, torch, torch_xla
+from xla_ops.programs.kept import keep_programs
+
+computed = torch.ones(1).to(torch_xla.device()) + 1
+torch_xla.sync(wait=True)
+try:
+    keep_programs(sys.argv[1])
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_too_late(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _LATE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stdout.startswith("keep_programs: must be called before anything is")
