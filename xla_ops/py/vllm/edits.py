@@ -9,7 +9,7 @@ Tested by tests/engine/test_sampler.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,11 @@ from .sampling import ALWAYS, COUNT_SHIFT, IN_PROMPT
 SIZES = ((1024, 1024), (16384, 1024), (131072, 1024))
 # vLLM's mark of a token that has been sampled and not been fetched.
 PENDING = -1
+
+# Given an output whose last token is pending, which row of the last step sampled it.
+SourceOf = Callable[[list[int]], int | None]
+# (row, token, condition)
+Ban = tuple[int, int, int]
 
 
 class Round(NamedTuple):
@@ -108,7 +113,9 @@ def _known(output: Sequence[int]) -> int:
     return known
 
 
-def _bad_word_bans(words, output, known, pending):
+def _bad_word_bans(
+    words: list[list[int]], output: list[int], known: int, pending: bool
+) -> Iterator[tuple[int, int]]:
     """vLLM's apply_bad_words; the condition is on the token not known yet."""
     for word in words:
         *prefix, last = word
@@ -138,7 +145,7 @@ class Edits:
         metadata: SamplingMetadata,
         rows: Sequence[int],
         num_rows: int,
-        source_of: Callable[[list[int]], int | None],
+        source_of: SourceOf,
         resolve: Callable[[], None],
         penalties: bool = True,
         biases_and_bans: bool = True,
@@ -149,8 +156,7 @@ class Edits:
             metadata: vLLM's.
             rows: which of its rows; the first becomes row 0 and so on.
             num_rows: how many rows the packed arrays are for.
-            source_of: given an output whose last token is pending, which row of the
-                last step sampled it. May fetch it instead, and return None.
+            source_of: see SourceOf. May fetch the token instead, and return None.
             resolve: makes every output known.
             penalties: whether to make these.
             biases_and_bans: whether to make these.
@@ -158,14 +164,23 @@ class Edits:
         edits = self._edits(
             metadata, rows, source_of, resolve, penalties, biases_and_bans
         )
-        bans, sources = [], np.full(num_rows, -1, np.int32)
+        bans: list[Ban] = []
+        sources = np.full(num_rows, -1, np.int32)
         for row in edits:
             sources[row.row] = row.source
         if biases_and_bans:
             bans = list(self._bans(metadata, rows, source_of, sources))
         return self._pack(edits, bans, sources, num_rows)
 
-    def _edits(self, metadata, rows, source_of, resolve, penalties, biases):
+    def _edits(
+        self,
+        metadata: SamplingMetadata,
+        rows: Sequence[int],
+        source_of: SourceOf,
+        resolve: Callable[[], None],
+        penalties: bool,
+        biases: bool,
+    ) -> list[_Row]:
         with_penalties = penalties and not metadata.no_penalties
         kept: dict[int, _History] = {}
         bias_of = _processor(metadata, LogitBiasLogitsProcessor, "biases")
@@ -212,7 +227,9 @@ class Edits:
         self._biases = kept_biases
         return edits
 
-    def _history(self, metadata, i, with_prompt):
+    def _history(
+        self, metadata: SamplingMetadata, i: int, with_prompt: bool
+    ) -> _History:
         output = metadata.output_token_ids[i]
         known = _known(output)
         history = self._histories.get(id(output))
@@ -225,7 +242,13 @@ class Edits:
         history.update(known)
         return history
 
-    def _bans(self, metadata, rows, source_of, sources):
+    def _bans(
+        self,
+        metadata: SamplingMetadata,
+        rows: Sequence[int],
+        source_of: SourceOf,
+        sources: np.ndarray,
+    ) -> Iterator[Ban]:
         min_tokens = _processor(metadata, MinTokensLogitsProcessor, "min_toks")
         words_of = metadata.bad_words_token_ids
         if not min_tokens and not words_of:
@@ -243,7 +266,13 @@ class Edits:
                 for token, condition in bans:
                     yield j, token, condition
 
-    def _pack(self, edits, bans, sources, num_rows):
+    def _pack(
+        self,
+        edits: list[_Row],
+        bans: list[Ban],
+        sources: np.ndarray,
+        num_rows: int,
+    ) -> list[Round]:
         largest, most_bans = self._sizes[-1]
         groups: list[list[_Row]] = [[]]
         room = largest
@@ -274,7 +303,13 @@ class Edits:
                 rounds.append(self._round(group, now, sources, num_rows))
         return rounds
 
-    def _round(self, group, bans, sources, num_rows):
+    def _round(
+        self,
+        group: list[_Row],
+        bans: list[Ban],
+        sources: np.ndarray,
+        num_rows: int,
+    ) -> Round:
         total = sum(row.tokens.size for row in group)
         num_edits, num_bans = next(
             (e, b) for e, b in self._sizes if total <= e and len(bans) <= b
@@ -300,19 +335,21 @@ class Edits:
             index[at:], counts[at:], bias[at:] = index[0], counts[0], bias[0]
         # No ban: one whose condition no token meets.
         condition[:] = self._vocab
-        for k, (row, token, what) in enumerate(bans):
-            ban[k], condition[k] = row * self._vocab + token, what
+        for k, (banned_in, token, what) in enumerate(bans):
+            ban[k], condition[k] = banned_in * self._vocab + token, what
         return Round(num_edits, num_bans, packed)
 
 
-def _source(output, source_of):
+def _source(output: list[int], source_of: SourceOf) -> int:
     if not output or output[-1] != PENDING:
         return -1
     source = source_of(output)
     return -1 if source is None else source
 
 
-def _with_bias(history, floats, bias):
+def _with_bias(
+    history: _History, floats: np.ndarray, bias: dict[int, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The edits of a history and of biases together: a token has one."""
     new = {}
     for token, value in bias.items():

@@ -23,6 +23,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from .sampled import SampledOnDevice
 from .sampler import DeviceSampler, random_bits
 
 # vLLM's mark of a position without a token.
@@ -113,7 +114,7 @@ class DeviceRejectionSampler:
         return SamplerOutput(torch.from_numpy(tokens), _logprobs(sampled, kept))
 
 
-def _logprobs(sampled, kept):
+def _logprobs(sampled: SampledOnDevice, kept: np.ndarray) -> LogprobsTensors | None:
     lists = sampled.tolists()
     if lists is None:
         return None
@@ -135,7 +136,7 @@ def expand(
     """
     index = torch.from_numpy(request)
 
-    def rows(x):
+    def rows(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x[index]
 
     outputs = [

@@ -49,36 +49,42 @@ class SampledOnDevice:
         _, place, row = self._outputs.get(id(output), (None, -1, None))
         return row if place == len(output) - 1 else None
 
-    def fetch(self) -> None:
-        """Waits for the step. Any thread may call it, and as often as it likes."""
-        with self._lock:
-            if self._host is not None:
-                return
-            rows = self.shape[0]
-            if self._logprobs is None:
-                host = self.tokens.cpu()[:rows].unsqueeze(-1)
-            elif self._num_logprobs == -1:
-                host = self.tokens.cpu()[:rows].unsqueeze(-1)
-                self._lists = self._all_logprobs(self._logprobs.cpu()[:rows])
-            else:
-                columns = self._logprobs.cpu()[:rows]
-                for row, values in self._host_logprobs.items():
-                    columns[row] = values
-                host = columns[:, :1].to(torch.int32)
-                self._lists = self._likeliest(columns)
-            for output, place, row in self._outputs.values():
-                if place < len(output) and output[place] == PENDING:
-                    output[place] = int(host[row, 0])
-            self._host = host
+    def fetch(self) -> torch.Tensor:
+        """Waits for the step, and returns its tokens, [rows, 1] int32 on the host.
 
-    def _all_logprobs(self, values):
+        Any thread may call it, and as often as it likes.
+        """
+        with self._lock:
+            if self._host is None:
+                self._host = self._fetch()
+            return self._host
+
+    def _fetch(self) -> torch.Tensor:
+        rows = self.shape[0]
+        if self._logprobs is None or self._num_logprobs is None:
+            host = self.tokens.cpu()[:rows].unsqueeze(-1)
+        elif self._num_logprobs == -1:
+            host = self.tokens.cpu()[:rows].unsqueeze(-1)
+            self._lists = self._all_logprobs(self._logprobs.cpu()[:rows])
+        else:
+            columns = self._logprobs.cpu()[:rows]
+            for row, values in self._host_logprobs.items():
+                columns[row] = values
+            host = columns[:, :1].to(torch.int32)
+            self._lists = self._likeliest(columns, self._num_logprobs)
+        for output, place, row in self._outputs.values():
+            if place < len(output) and output[place] == PENDING:
+                output[place] = int(host[row, 0])
+        return host
+
+    def _all_logprobs(self, values: torch.Tensor) -> LogprobsLists:
         for row, own in self._host_logprobs.items():
             values[row] = own
         empty = np.zeros(0, np.float32)
         return LogprobsLists(empty, values.numpy(), empty)
 
-    def _likeliest(self, columns):
-        n, most = self._num_logprobs, (columns.shape[1] - 3) // 2
+    def _likeliest(self, columns: torch.Tensor, n: int) -> LogprobsLists:
+        most = (columns.shape[1] - 3) // 2
         values, ids = columns[:, 2 : 3 + n], columns[:, 3 + most : 3 + most + n]
         return LogprobsLists(
             torch.cat([columns[:, :1], ids], 1).to(torch.int32).numpy(),
@@ -88,8 +94,7 @@ class SampledOnDevice:
 
     def cpu(self) -> torch.Tensor:
         """The tokens, [rows, 1] int32."""
-        self.fetch()
-        return self._host
+        return self.fetch()
 
     def tolist(self) -> list[list[int]]:
         return self.cpu().tolist()

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -52,9 +52,12 @@ NUM_LOGPROBS = 20
 HOST_ROWS = 8
 
 _BUILTIN = (LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor)
-# (function, rows, what the function is made with)
-Key = tuple[str, int, object]
-MakeProgram = Callable[[str, Callable], Callable]
+# What a program's function is made with: a variant, a count, a size of `edits`.
+What = str | int | tuple[int, int] | None
+# (function, rows, what)
+Key = tuple[str, int, What]
+Program = Callable[..., torch.Tensor | Sequence[torch.Tensor]]
+MakeProgram = Callable[[str, Program], Program]
 
 
 class DeviceSampler:
@@ -101,7 +104,7 @@ class DeviceSampler:
         self.late_programs: list[Key] = []
         self.host_rows = self.host_waits = 0
         self._make_program = make_program
-        self._programs: dict[Key, Callable] = {}
+        self._programs: dict[Key, Program] = {}
         self._normalise = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed")
         self._num_logprobs = min(NUM_LOGPROBS, vocab_size)
@@ -125,45 +128,53 @@ class DeviceSampler:
         keys += [("take", rows, HOST_ROWS), ("merge", rows, None)]
         return keys
 
-    def _function(self, key: Key) -> Callable:
-        name, rows, what = key
-        if name == "sample":
-            padding = self.max_rows - rows
+    def _function(self, key: Key) -> Program:
+        match key:
+            case "sample", rows, str(variant):
+                padding = self.max_rows - rows
 
-            def sample(logits, params):
-                tokens, *rest = sampling.sample(logits, params, what, self._processed)
-                return torch.nn.functional.pad(tokens, (0, padding)), *rest
+                def sample(
+                    logits: torch.Tensor, params: torch.Tensor
+                ) -> tuple[torch.Tensor, ...]:
+                    tokens, *rest = sampling.sample(
+                        logits, params, variant, self._processed
+                    )
+                    return torch.nn.functional.pad(tokens, (0, padding)), *rest
 
-            return sample
-        if name == "edit":
-            return functools.partial(sampling.edit, num_edits=what[0], num_bans=what[1])
-        if name == "mask":
-            return sampling.mask
-        if name == "logprobs":
-            if what == -1:
+                return sample
+            case "edit", _, (num_edits, num_bans):
+                return functools.partial(
+                    sampling.edit, num_edits=num_edits, num_bans=num_bans
+                )
+            case "mask", _, _:
+                return sampling.mask
+            case "logprobs", _, -1:
                 return sampling.log_softmax
+            case "logprobs", rows, int(n):
+                return lambda logits, tokens: sampling.logprobs(
+                    logits, tokens[:rows], n, self._normalise
+                )
+            case "take", _, _:
+                return lambda logits, rows: logits[rows.long()]
+            case "merge", _, _:
+                return lambda tokens, own: torch.where(own >= 0, own, tokens)
+        raise AssertionError(f"no program {key}")
 
-            def logprobs(logits, tokens):
-                return sampling.logprobs(logits, tokens[:rows], what, self._normalise)
-
-            return logprobs
-        if name == "take":
-            return lambda logits, rows: logits[rows.long()]
-        return lambda tokens, own: torch.where(own >= 0, own, tokens)
-
-    def _run(self, name: str, rows: int, what: object, *tensors: torch.Tensor):
-        key = (name, rows, what)
+    def _call(self, key: Key, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
         program = self._programs.get(key)
         if program is None:
-            label = what if isinstance(what, str) else f"{what}"
+            name, rows, what = key
             function = self._function(key)
-            program = self._make_program(f"sampler_{name}_{rows}_{label}", function)
+            program = self._make_program(f"sampler_{name}_{rows}_{what}", function)
             self._programs[key] = program
             self.late_programs.append(key)
         result = program(*tensors)
-        if name == "sample":
-            return result
-        return result[0] if isinstance(result, tuple | list) else result
+        return (result,) if isinstance(result, torch.Tensor) else result
+
+    def _run(
+        self, name: str, rows: int, what: What, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        return self._call((name, rows, what), *tensors)[0]
 
     def warm_up(self, rows: int, logits: torch.Tensor | None = None) -> None:
         """Makes and runs every program of `programs(rows)`.
@@ -178,23 +189,26 @@ class DeviceSampler:
             for key in self.programs(rows):
                 # Twice: the first time may trace, the second runs what was made.
                 for _ in range(2):
-                    self._run(*key, *self._arguments(key, logits))
+                    self._call(key, *self._arguments(key, logits))
         self.late_programs.clear()
 
-    def _arguments(self, key, logits):
-        name, rows, what = key
-        if name == "sample":
-            return logits, self._up(np.ones((sampling.NUM_PARAMS, rows), np.int32))
-        if name == "edit":
-            size = 3 * what[0] + 2 * what[1] + 4 * rows
-            return logits, self._up(np.zeros(size, np.int32)), self._no_tokens
-        if name == "mask":
-            return logits, self._up(np.full((rows, self._words), -1, np.int32))
-        if name == "logprobs":
-            return (logits,) if what == -1 else (logits, self._no_tokens)
-        if name == "take":
-            return logits, self._up(np.zeros(what, np.int32))
-        return self._no_tokens, self._up(np.full(self.max_rows, -1, np.int32))
+    def _arguments(self, key: Key, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        match key:
+            case "sample", rows, _:
+                return logits, self._up(np.ones((sampling.NUM_PARAMS, rows), np.int32))
+            case "edit", rows, (num_edits, num_bans):
+                size = 3 * num_edits + 2 * num_bans + 4 * rows
+                return logits, self._up(np.zeros(size, np.int32)), self._no_tokens
+            case "mask", rows, _:
+                return logits, self._up(np.full((rows, self._words), -1, np.int32))
+            case "logprobs", _, -1:
+                return (logits,)
+            case "logprobs", _, _:
+                return logits, self._no_tokens
+            case "take", _, int(count):
+                return logits, self._up(np.zeros(count, np.int32))
+            case _:
+                return self._no_tokens, self._up(np.full(self.max_rows, -1, np.int32))
 
     def _up(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -274,11 +288,12 @@ class DeviceSampler:
         else:
             params = self._params(metadata, num_rows, rows, uniform)
             variant = self._variant(params, num_rows)
-            params = self._up(params)
-            tokens, *rest = self._run("sample", rows, variant, logits, params)
+            key = ("sample", rows, variant)
+            tokens, *rest = self._call(key, logits, self._up(params))
             if self._processed:
                 reported = rest[0]
-        columns, host_logprobs = None, {}
+        columns: torch.Tensor | None = None
+        host_logprobs: dict[int, torch.Tensor] = {}
         if own:
             tokens, host_logprobs = self._sample_on_host(
                 fetched, tokens, metadata, own, grammar_bitmask, uniform
@@ -293,7 +308,9 @@ class DeviceSampler:
         self._last = [*self._last[-1:], sampled]
         return sampled
 
-    def _logprobs(self, reported, tokens, n):
+    def _logprobs(
+        self, reported: torch.Tensor, tokens: torch.Tensor, n: int
+    ) -> torch.Tensor:
         rows = reported.shape[0]
         if 0 <= n <= self._num_logprobs:
             what = self._num_logprobs
@@ -336,7 +353,9 @@ class DeviceSampler:
         words[: bitmask.shape[0], :width] = bitmask[:, :width]
         return words
 
-    def _allowed_bits(self, metadata, rows):
+    def _allowed_bits(
+        self, metadata: SamplingMetadata, rows: int
+    ) -> torch.Tensor | None:
         forbidden = metadata.allowed_token_ids_mask
         if forbidden is None:
             return None
@@ -346,7 +365,9 @@ class DeviceSampler:
             self._allowed = (metadata, rows, self._up(words))
         return self._allowed[2]
 
-    def _uniform(self, metadata, num_rows, discarded):
+    def _uniform(
+        self, metadata: SamplingMetadata, num_rows: int, discarded: np.ndarray
+    ) -> np.ndarray:
         """UNIFORM_BITS random bits a row, [num_rows] int64."""
         if metadata.all_greedy:
             return np.zeros(num_rows, np.int64)
@@ -357,7 +378,10 @@ class DeviceSampler:
                 uniform[row] = random_bits(generator)
         return uniform
 
-    def _params(self, metadata, num_rows, rows, uniform):
+    def _params(
+        self, metadata: SamplingMetadata, num_rows: int, rows: int, uniform: np.ndarray
+    ) -> np.ndarray:
+        """The params of `sampling.sample`."""
         params = np.zeros((sampling.NUM_PARAMS, rows), np.int32)
         floats = params.view(np.float32)
         params[sampling.TOP_K] = self.vocab_size
@@ -380,7 +404,7 @@ class DeviceSampler:
         params[sampling.UNIFORM_LOW, now] = uniform & ((1 << high) - 1)
         return params
 
-    def _variant(self, params, num_rows):
+    def _variant(self, params: np.ndarray, num_rows: int) -> str:
         """The cheapest program that serves all rows."""
         with_p = params.view(np.float32)[sampling.TOP_P, :num_rows] < 1
         top_k = params[sampling.TOP_K, :num_rows]
@@ -393,7 +417,15 @@ class DeviceSampler:
 
     # ---- The rows of the host
 
-    def _sample_on_host(self, fetched, tokens, metadata, own, bitmask, uniform):
+    def _sample_on_host(
+        self,
+        fetched: torch.Tensor,
+        tokens: torch.Tensor,
+        metadata: SamplingMetadata,
+        own: list[int],
+        bitmask: np.ndarray | None,
+        uniform: np.ndarray,
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """The tokens with those of some rows sampled here, and their logprobs."""
         self._resolve()
         self.host_rows += len(own)
@@ -417,10 +449,8 @@ class DeviceSampler:
             logits = _applied(processor, logits, own)
         logits = self._edit_on_host(logits, metadata, own, penalties=True)
 
-        params = self._params(
-            metadata, rows=rows, num_rows=uniform.size, uniform=uniform
-        )
-        params = torch.from_numpy(params[:, own])
+        of_all = self._params(metadata, uniform.size, rows, uniform)
+        params = torch.from_numpy(of_all[:, own])
         floats = params.view(torch.float32)
         customs = [
             processor
@@ -445,7 +475,8 @@ class DeviceSampler:
         merged = np.full(self.max_rows, -1, np.int32)
         merged[own] = chosen.numpy()
         tokens = self._run("merge", rows, None, tokens, self._up(merged))
-        n, logprobs = metadata.max_num_logprobs, {}
+        n = metadata.max_num_logprobs
+        logprobs: dict[int, torch.Tensor] = {}
         if n is not None:
             reported = processed if self._processed else reported
             if n == -1:
@@ -456,7 +487,13 @@ class DeviceSampler:
             logprobs = dict(zip(own, log, strict=True))
         return tokens, logprobs
 
-    def _edit_on_host(self, logits, metadata, own, penalties):
+    def _edit_on_host(
+        self,
+        logits: torch.Tensor,
+        metadata: SamplingMetadata,
+        own: list[int],
+        penalties: bool,
+    ) -> torch.Tensor:
         for step in self._edits.rounds(
             metadata,
             own,
@@ -477,7 +514,9 @@ def random_bits(generator: torch.Generator) -> int:
     return int(torch.randint(bound, (), dtype=torch.int64, generator=generator))
 
 
-def _applied(processor, logits, own):
+def _applied(
+    processor: LogitsProcessor, logits: torch.Tensor, own: list[int]
+) -> torch.Tensor:
     """What a processor of the user's makes of the rows `own` of a batch."""
     if type(processor) in _BUILTIN:
         return logits

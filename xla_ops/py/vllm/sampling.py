@@ -112,7 +112,9 @@ def edit(
     repetition, frequency, presence = map(float_rows, (repetition, frequency, presence))
     pending = torch.where(source >= 0, prev[source.clamp(min=0).long()], -1)
 
-    def penalised(x, row, count, in_prompt):
+    def penalised(
+        x: torch.Tensor, row: torch.Tensor, count: torch.Tensor, in_prompt: torch.Tensor
+    ) -> torch.Tensor:
         scale = torch.where(in_prompt | (count > 0), repetition[row], 1.0)
         x = torch.where(x > 0, x * (1.0 / scale), x * scale)
         x = x - frequency[row] * count
@@ -182,7 +184,9 @@ def _float_of(key: torch.Tensor) -> torch.Tensor:
     return float_rows(bits.to(torch.int32))
 
 
-def _search(z, counting, top, target):
+def _search(
+    z: torch.Tensor, counting: torch.Tensor, top: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
     """The largest t of each row for which the weights of z >= t sum to the target.
 
     A token weighs 1 in a row that counts, else exp(z - top). All but z are [L, 1].
@@ -199,12 +203,14 @@ def _search(z, counting, top, target):
     return _float_of(key)
 
 
-def _mass_at(t, top):
+def _mass_at(t: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     # t == top may be infinite.
     return torch.where(t == top, 1.0, torch.exp(t - top))
 
 
-def _top_p_tie(wanted, above, t, top):
+def _top_p_tie(
+    wanted: torch.Tensor, above: torch.Tensor, t: torch.Tensor, top: torch.Tensor
+) -> torch.Tensor:
     """How many of the tokens at the threshold top-p keeps: those that begin in it."""
     return torch.ceil((wanted - above) / _mass_at(t, top)).clamp(min=1)
 
@@ -269,7 +275,7 @@ def thresholds(
     return torch.where(has_p, tp, t), ties
 
 
-def _first_above(cumulative, target):
+def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The first place where a cumulative sum exceeds target, at most its last step."""
     below = (cumulative <= target).sum(-1, keepdim=True)
     last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)
@@ -323,7 +329,7 @@ def scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     return logits / torch.where(temperature < GREEDY_BELOW, 1.0, temperature)
 
 
-def _kept(z, t, ties):
+def _kept(z: torch.Tensor, t: torch.Tensor, ties: torch.Tensor) -> torch.Tensor:
     """z with -inf where the filters drop a token."""
     equal = (z == t).to(torch.int32)
     later = equal.sum(-1, keepdim=True) - equal.cumsum(-1)

@@ -33,8 +33,17 @@ def _going_on(step: xb.Op, *_: xb.Op) -> xb.Op:
     return step < step.scalar_like(_BITS)
 
 
-def _body(step, bit, key, t, z, counting, top, target):
-    def across(x):
+def _body(
+    step: xb.Op,
+    bit: xb.Op,
+    key: xb.Op,
+    t: xb.Op,
+    z: xb.Op,
+    counting: xb.Op,
+    top: xb.Op,
+    target: xb.Op,
+) -> xb.Op:
+    def across(x: xb.Op) -> xb.Op:
         return x.broadcast_in_dim(z.shape().sizes, [0])
 
     weight = (z - across(top)).exp()
@@ -53,7 +62,7 @@ def _across(scalar: xb.Op, like: xb.Op) -> xb.Op:
     return scalar.broadcast_in_dim(like.shape().sizes, [])
 
 
-def _search(z, counting, top, target):
+def _search(z: xb.Op, counting: xb.Op, top: xb.Op, target: xb.Op) -> xb.Op:
     builder = z.builder()
     step = xb.Op.scalar(builder, 0, dtype=xb.Type.S32)
     bit = xb.Op.scalar(builder, 1 << (_BITS - 1), dtype=xb.Type.S64)
