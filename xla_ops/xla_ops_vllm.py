@@ -4,7 +4,7 @@ vLLM calls it in every process that imports vLLM, also where it runs on CUDA bes
 installed xla_ops. So it stands beside the package xla_ops, not in it, and imports
 nothing: the platform is named only where the environment asks for it.
 
-Tested by tests/vllm/test_entry_point.py.
+Tested by tests/vllm/test_plugin.py.
 """
 
 from __future__ import annotations

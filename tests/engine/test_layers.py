@@ -82,7 +82,6 @@ def test_rotary(is_neox, scaling):
     parameters = {"rope_theta": 1e4, "rope_type": "default", **scaling}
     rope = get_rope(
         32,
-        rotary_dim=32,
         max_position=128,
         is_neox_style=is_neox,
         rope_parameters=parameters,

@@ -372,8 +372,8 @@ class _Traced:
         torch._functionalize_sync(leaf)
         value = torch._from_functional_tensor(leaf)
         key = _xlac._xla_get_tensor_id(value)
-        if (i := self._arguments.get(key)) is not None:
-            return _CloneOfArgument(i)
+        if key in self._arguments:
+            return _CloneOfArgument(self._arguments[key])
         (is_pending,) = _xlac._check_tensor_need_materialization([value])
         if not is_pending:
             where = _pointer(value)

@@ -63,8 +63,8 @@ def move(model: torch.nn.Module, device: torch.device, *, dummy: bool = False) -
         total=total, unit="B", unit_scale=True, desc="Moving weights", disable=None
     ) as bar:
         for module in modules:
-            held: dict[str, Any]
-            for held in (module._parameters, module._buffers):
+            groups: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for held in groups:
                 for name, tensor in held.items():
                     if tensor is not None:
                         held[name] = mover(tensor, bar)

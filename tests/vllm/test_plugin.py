@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 import xla_ops_vllm
 
 PLATFORM = "xla_ops.vllm.platform.XlaPlatform"
