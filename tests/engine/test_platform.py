@@ -1,6 +1,7 @@
 """What the engine on XLA cannot do is refused before weights are read, by name."""
 
 import pytest
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_session
@@ -34,6 +35,8 @@ def test_defaults():
     assert made.scheduler_config.async_scheduling
     assert made.cache_config.block_size == 16
     assert made.parallel_config.worker_cls == "xla_ops.vllm.worker.XlaWorker"
+    # As vLLM reads it: torch_xla and the CUDA driver do not survive a fork.
+    assert envs.VLLM_WORKER_MULTIPROC_METHOD == "spawn"
 
 
 def test_sleep_mode_is_refused_by_vllm():

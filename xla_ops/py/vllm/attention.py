@@ -73,6 +73,9 @@ def attention_of(
 class XlaMetadataBuilder(AttentionMetadataBuilder):
     """Passes vLLM's host tensors on: the runner pads and packs them."""
 
+    def __init__(self, *args: Any, **kwargs: Any):  # vLLM has it abstract
+        super().__init__(*args, **kwargs)
+
     def build(
         self,
         common_prefix_len: int,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.v1.sample import sampler
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -71,4 +72,14 @@ def join_buffers(runner: object, input_batch: InputBatch) -> None:
                 held.gpu = held.cpu
 
 
+def _count_greater(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """How many of each row are at least the row's value.
+
+    vLLM compiles this by Dynamo for every size, which calls g++ for its guards: the
+    first prompt with logprobs would wait half a minute for it.
+    """
+    return (x >= values).sum(-1)
+
+
 gpu_model_runner.AsyncGPUModelRunnerOutput = AsyncOutput
+sampler.batched_count_greater_than = _count_greater

@@ -266,7 +266,9 @@ def _update(config: VllmConfig) -> None:
     config.parallel_config.disable_custom_all_reduce = True
     # Weights are read and repacked on the host, and moved tensor by tensor.
     config.load_config.device = "cpu"
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    # Neither torch_xla nor the CUDA driver, which has been asked for the GPU's name,
+    # survives a fork.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     _set_async_scheduling(config)
     _take_text_alone(config)
 
