@@ -143,7 +143,7 @@ def _fill(model: transformers.PreTrainedModel) -> None:
         if "embed_tokens" in name or "lm_head" in name:
             scale = 3.0 / inputs**0.5
         elif name.endswith(("gate_up_proj", "down_proj")):  # experts: [E, in, out]
-            scale = 1.5 / parameter.shape[-2] ** 0.5
+            scale = 0.75 / parameter.shape[-2] ** 0.5
         elif parameter.dim() > 1:
             scale = 2.0 / inputs**0.5
         else:

@@ -46,6 +46,6 @@ def checkpoint(family: str) -> Path:
 
 
 @functools.cache
-def oracle(folder: Path, dtype: torch.dtype = torch.float32) -> Oracle:
+def oracle(folder: Path, dtype: torch.dtype = torch.float64) -> Oracle:
     """Of a checkpoint."""
     return Oracle(folder, dtype)
