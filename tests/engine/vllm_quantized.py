@@ -152,10 +152,9 @@ class _Linear(nn.Module):
         self.scheme = scheme
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scheme.weights == "block":
+            return x @ self.weight.T  # the engine dequantises these when it reads them
         dtype, largest = self.scheme.dtype, LARGEST[self.scheme.dtype]
-        shape = x.shape
-        if self.scheme.activations == "group":
-            x = x.unflatten(-1, (-1, BLOCK))
         zero_point = self.zero_point.float()
         if self.input_scale is not None:
             scale = self.input_scale
@@ -166,14 +165,14 @@ class _Linear(nn.Module):
             scale = (high - low) / 255.0
             zero_point = (-128.0 - low / scale).round()
         x = (to_codes(x, scale, zero_point, dtype) - zero_point) * scale
-        return x.reshape(shape) @ self.weight.T
+        return x @ self.weight.T
 
 
 class QuantizedOracle(Oracle):
     """Transformers with a quantised checkpoint's layers."""
 
     def __init__(self, original: Path, quantized: Path, scheme: Scheme):
-        super().__init__(original)
+        super().__init__(original, torch.float32)
         tensors = load_file(quantized / "model.safetensors")
         for name, module in list(self.model.named_modules()):
             if name.endswith("_proj"):
