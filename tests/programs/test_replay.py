@@ -311,17 +311,53 @@ print("right")
 """
 
 
-def test_programs_that_torch_xla_has_dropped():
-    environ = {**os.environ, "XLA_COMPILATION_CACHE_SIZE": "1"}
+def run_alone(code, **environ):
     done = subprocess.run(
-        [sys.executable, "-c", _EVICTED],
-        env=environ,
+        [sys.executable, "-c", code],
+        env={**os.environ, **environ},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert done.stdout.strip() == "right", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_programs_that_torch_xla_has_dropped():
+    assert run_alone(_EVICTED, XLA_COMPILATION_CACHE_SIZE="1") == "right"
+
+
+_NOT_KEPT = """
+import gc, weakref
+import torch, torch_xla, xla_ops
+from xla_ops.programs.replay import replay
+
+def step(key, slots, cache):
+    xla_ops.reshape_and_cache_flash(key, key * 2, *cache.unbind(0), slots)
+    return cache.sum()
+
+def run():
+    device = torch_xla.device()
+    given = [
+        torch.ones(1, 1, 8).to(device),
+        torch.tensor([0]).to(device),
+        torch.zeros(2, 4, 2, 1, 8).to(device),
+    ]
+    f(*given)
+    f(*given)
+    return [weakref.ref(t) for t in given]
+
+f = replay(step)
+kept = run()
+gc.collect()
+assert [ref() for ref in kept] == [None] * 3, kept
+print("right")
+"""
+
+
+def test_tensors_of_a_call_are_not_kept():
+    assert run_alone(_NOT_KEPT) == "right"
 
 
 def test_threads_trace_once():

@@ -165,12 +165,12 @@ def collecting(tensors: Iterable[torch.Tensor]) -> Iterator[Iterable[torch.Tenso
     Yields:
         Those that it has updated so far.
     """
-    _collected.allowed = {id(t): t for t in tensors}
-    _collected.updated = {}
+    updated: dict[int, torch.Tensor] = {}
+    _collected.allowed, _collected.updated = {id(t): t for t in tensors}, updated
     try:
-        yield _collected.updated.values()
+        yield updated.values()
     finally:
-        _collected.allowed = None
+        _collected.allowed, _collected.updated = None, {}
 
 
 def _collect(op: Op, buffer: torch.Tensor) -> None:

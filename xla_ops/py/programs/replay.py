@@ -1,6 +1,8 @@
 """Programs that are traced once and then called by their hash, without torch.compile.
 
-    @xla_ops.programs.replay
+    from xla_ops.programs.replay import replay
+
+    @replay
     def step(tokens, cache): ...
 
     step(tokens, cache)
@@ -77,14 +79,20 @@ class Replay:
         with EXTRACTING:
             program = self._programs.get(key)
             if program is None:  # no other thread has been here
+                # The function is kept, for a program that torch_xla drops; the tensors
+                # of this call are not.
                 places = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+                values = [
+                    None if is_tensor else leaf
+                    for leaf, is_tensor in zip(leaves, places, strict=True)
+                ]
 
                 def call(*given: torch.Tensor) -> Any:
                     rest = iter(given)
                     args, kwargs = _unflatten(
                         [
-                            next(rest) if is_tensor else leaf
-                            for leaf, is_tensor in zip(leaves, places, strict=True)
+                            next(rest) if is_tensor else value
+                            for value, is_tensor in zip(values, places, strict=True)
                         ],
                         form,
                     )
