@@ -97,11 +97,14 @@ def _is_untracked_view(t: torch.Tensor) -> bool:
         type(t) is torch.Tensor
         and t.device.type == "xla"
         and torch._is_functional_tensor(t)
-        and any(
-            type(view).__name__ != "detach_ViewMeta"
-            for view in torch._C._functionalization.get_view_meta_sequence(t)
-        )
+        and _is_functional_view(t)
     )
+
+
+def _is_functional_view(wrapper: torch.Tensor) -> bool:
+    """Whether functionalization makes a tensor of its base by more than detach()."""
+    views = torch._C._functionalization.get_view_meta_sequence(wrapper)
+    return any(type(view).__name__ != "detach_ViewMeta" for view in views)
 
 
 @functools.cache
@@ -250,8 +253,10 @@ def assign(t: torch.Tensor, value: torch.Tensor) -> None:
     torch._functionalize_replace(wrapper, torch._from_functional_tensor(new))
     torch._functionalize_commit_update(wrapper)
     torch._functionalize_sync(wrapper)
-    if t.device.type == "xla" and wrapper is t:
+    if t.device.type == "xla" and wrapper is t and not _is_functional_view(t):
         # Carries the alias id over, by which the step marker donates the old buffer.
+        # Not of a view: a sync of that alone, as before a compiled step, would take the
+        # buffer away from the graph that has yet to write the view to its base.
         torch.ops.aten._propagate_xla_data(old, torch._from_functional_tensor(wrapper))
 
 
