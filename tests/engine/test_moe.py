@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.fused_moe.shared_fused_moe import SharedFusedMoE
 
 import xla_ops.vllm.moe as moe
+from vllm_experts import dense, gelu, silu, softmax_routing, swigluoai
 from vllm_layers import (  # noqa: F401, fixtures among them
     built_as,
     hlo,
@@ -46,44 +47,6 @@ def layer(dtype=torch.float32, cls=FusedMoE, **options):
 def weights_of(made):
     """Copies: moving a layer takes them from the host."""
     return {n: p.detach().clone() for n, p in made.named_parameters() if n[0] == "w"}
-
-
-def silu(x):
-    gate, up = x.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
-
-
-def gelu(x):
-    gate, up = x.chunk(2, -1)
-    return torch.nn.functional.gelu(gate) * up
-
-
-def swigluoai(x):
-    gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-def dense(x, given, weights, experts, activation=silu, on_input=False):
-    """Every expert over every token, in float64; the unchosen with weight zero."""
-    w = {name: t.double() for name, t in given.items()}
-    x = x.double()
-    chosen = torch.zeros(len(x), len(w["w13_weight"]), dtype=torch.float64)
-    chosen.scatter_(1, experts.long(), weights.double())
-    out = torch.zeros_like(x)
-    for e in range(chosen.shape[1]):
-        factor = chosen[:, e : e + 1]
-        rows = x * factor if on_input else x
-        hidden = rows @ w["w13_weight"][e].t()
-        hidden = hidden + w["w13_bias"][e] if "w13_bias" in w else hidden
-        result = activation(hidden) @ w["w2_weight"][e].t()
-        result = result + w["w2_bias"][e] if "w2_bias" in w else result
-        out += torch.where(factor != 0, result, 0) * (1 if on_input else factor)
-    return out
-
-
-def softmax_routing(logits, top_k, renormalize):
-    weights, experts = logits.double().softmax(-1).topk(top_k)
-    return weights / weights.sum(-1, keepdim=True) if renormalize else weights, experts
 
 
 def deepseek_routing(logits, top_k, groups, topk_group, scoring, bias, scale):

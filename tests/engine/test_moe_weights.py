@@ -9,7 +9,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoE
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 import xla_ops.vllm.quantization  # noqa: F401, registers
-from test_moe import dense, softmax_routing, swigluoai
+from vllm_experts import dense, softmax_routing, swigluoai
 from vllm_layers import (  # noqa: F401, fixtures among them
     built_as,
     engine_log,
