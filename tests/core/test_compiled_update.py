@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xla_ops
+from xla_ops.core import handlers
 
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 SHAPE = (2, 5, 4, 2, 8)
@@ -101,19 +102,106 @@ def test_values_are_those_of_eager(program, backend):
         assert mine.data_ptr() == address
 
 
+# Key and value caches of a stacked one, by what is stacked.
+LAYOUTS = {
+    "K and V": ((2, 5, 4, 2, 8), lambda kv: kv.unbind(0)),
+    "K and V of a block": ((5, 2, 4, 2, 8), lambda kv: kv.unbind(1)),
+    "HND": ((2, 5, 2, 4, 8), lambda kv: kv.transpose(2, 3).unbind(0)),
+    "parts of a head": ((5, 4, 2, 20), lambda kv: (kv[..., 2:10], kv[..., 10:18])),
+}
+
+
+def whole(key_cache, value_cache):
+    return key_cache, value_cache
+
+
+def last_pages(key_cache, value_cache):
+    return key_cache[:, 1:], value_cache[:, 1:]
+
+
 @BACKENDS
-def test_views_made_outside(backend):
-    cache, mine = torch.zeros(SHAPE), torch.zeros(SHAPE)
+@pytest.mark.parametrize("handler", [True, False], ids=["handler", "reference"])
+@pytest.mark.parametrize("inside", [whole, last_pages])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_made_outside(layout, inside, handler, backend, monkeypatch):
+    """What lies beside them stays."""
+    if not handler:
+        monkeypatch.setattr(handlers, "loaded", lambda platform, target: False)
+    shape, take = LAYOUTS[layout]
+    cache = torch.randn(shape)
+    mine = cache.clone()
 
     def step(key_cache, value_cache, rows, slots):
-        xla_ops.reshape_and_cache_flash(rows, rows, key_cache, value_cache, slots)
+        caches = inside(key_cache, value_cache)
+        xla_ops.reshape_and_cache_flash(rows, 2 * rows, *caches, slots)
+        pairs = torch.tensor([[0, 2], [1, 0]])
+        xla_ops.copy_blocks(*([c] for c in caches), pairs)
+        xla_ops.swap_blocks(*caches, pairs[:1])
         return key_cache.sum()
 
-    compiled = torch.compile(step, backend=backend)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
     for _ in range(2):
-        wanted = step(*cache.unbind(0), ROWS, SLOTS)
-        torch.testing.assert_close(compiled(*mine.unbind(0), ROWS, SLOTS), wanted)
+        wanted = step(*take(cache), ROWS, SLOTS)
+        torch.testing.assert_close(compiled(*take(mine), ROWS, SLOTS), wanted)
         assert torch.equal(mine, cache)
+
+
+@BACKENDS
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_columns_of_activations(where, backend):
+    """Ops that know of no strides; a column is 24 elements of a row of 40."""
+    weight, table, places = torch.ones(8), torch.randn(9, 8), torch.tensor([3, 0, 7])
+    mask, penalties = torch.rand(3, 24) < 0.5, torch.full((3,), 2.0)
+
+    def step(x):
+        xla_ops.fused_qk_norm_rope(
+            x, 1, 1, 1, 8, 1e-6, weight, weight, table, True, places
+        )
+        xla_ops.apply_repetition_penalties_(x, mask, mask, penalties)
+
+    def on_columns(x):
+        step(x[:, 8:32])
+
+    x = torch.randn(3, 40)
+    mine = x.clone()
+    on_columns(x)
+    if where == "inside":
+        torch.compile(on_columns, backend=backend, fullgraph=True)(mine)
+    else:
+        torch.compile(step, backend=backend, fullgraph=True)(mine[:, 8:32])
+    assert torch.equal(mine, x)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_what_is_read_may_lie_in_what_is_written(backend):
+    """The old values count, as on XLA."""
+
+    def program(cache, x):
+        slots = torch.tensor([5, 0, 7])
+        xla_ops.reshape_and_cache_flash(
+            cache[0, 0, :3], cache[1, 1, :3], cache[0], cache[1], slots
+        )
+        table, places = torch.ones(9, 8), torch.tensor([3, 0, 7])
+        xla_ops.fused_qk_norm_rope(
+            x, 1, 1, 1, 8, 1e-6, x[0, :8], x[1, 8:16], table, True, places
+        )
+
+    def apart(cache, x):
+        old, slots = cache.clone(), torch.tensor([5, 0, 7])
+        xla_ops.reshape_and_cache_flash(
+            old[0, 0, :3], old[1, 1, :3], cache[0], cache[1], slots
+        )
+        table, places = torch.ones(9, 8), torch.tensor([3, 0, 7])
+        xla_ops.fused_qk_norm_rope(
+            x, 1, 1, 1, 8, 1e-6, *(x[0, :8] * 1, x[1, 8:16] * 1), table, True, places
+        )
+
+    wanted = torch.randn(SHAPE), torch.randn(3, 24)
+    got = tuple(t.clone() for t in wanted)
+    apart(*wanted)
+    run = torch.compile(program, backend=backend) if backend else program
+    run(*got)
+    assert all(map(torch.equal, got, wanted))
 
 
 STEP = st.one_of(
@@ -169,6 +257,8 @@ def separate(key_cache, value_cache, rows, slots):
     xla_ops.reshape_and_cache_flash(rows, rows, key_cache, value_cache, slots)
     return key_cache[0].sum()
 
+interleaved = separate
+
 def stacked(cache, rows, slots):
     return separate(*cache.unbind(0), rows, slots)
 
@@ -186,9 +276,11 @@ rows, slots = torch.ones(3, 8, 64), torch.tensor([0, 5, -1])
 with torch.no_grad():
     small = torch.zeros(2, 4, 16, 8, 64)
     torch.compile(globals()[form], backend=backend, fullgraph=True, dynamic=False)(
-        *(small.unbind(0) if form == "separate" else [small]), rows, slots)
+        *(small.unbind(0) if globals()[form] is separate else [small]), rows, slots)
     cache = torch.ones(2, 3200, 16, 8, 64)
     caches = cache.unbind(0) if form == "separate" else [cache]
+    if form == "interleaved":
+        caches = cache.view(3200, 2, 16, 8, 64).unbind(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         step(*caches, rows, slots)
@@ -198,7 +290,9 @@ print(json.dumps({"cache": cache.nbytes, "grown": (after - before) * 1024}))
 
 
 @BACKENDS
-@pytest.mark.parametrize("form", ["separate", "stacked", "vllm", "blocks"])
+@pytest.mark.parametrize(
+    "form", ["separate", "interleaved", "stacked", "vllm", "blocks"]
+)
 def test_memory_does_not_grow_by_the_cache(form, backend):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, backend, form],
@@ -212,8 +306,6 @@ def test_memory_does_not_grow_by_the_cache(form, backend):
 
 @BACKENDS
 def test_a_cache_without_a_handler_is_updated_by_the_reference(backend, monkeypatch):
-    from xla_ops.core import handlers
-
     monkeypatch.setattr(handlers, "loaded", lambda platform, target: False)
     cache, mine = torch.zeros(SHAPE), torch.zeros(SHAPE)
     write(cache, ROWS, SLOTS)

@@ -35,7 +35,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
 from . import ownership
-from .op import NAMESPACE, OPS, Op
+from .op import NAMESPACE, OPS, Op, elements_of
 from .tracing import from_sizes, node_of
 
 
@@ -60,29 +60,36 @@ def is_value(t: torch.Tensor) -> bool:
     )
 
 
-def locate(t: torch.Tensor) -> Located:
+def may_be_dense(t: torch.Tensor, *, to_write: bool) -> bool:
+    """Whether a view whose strides will not do can be taken as a dense value.
+
+    XLA's are; a program on CPU or CUDA tensors would write into the copy.
+    """
+    return is_value(t) and not (to_write and t.device.type != "xla")
+
+
+def locate(t: torch.Tensor, *, to_write: bool = False) -> Located:
     """Finds the whole buffer that holds `t`.
 
     Falls back to `t` itself, as a dense value, where the view cannot be traced to its
     base (such as views made under inference_mode, which torch does not track): still
     right, but the base is then rebuilt around the new value by XLA.
+
+    Args:
+        to_write: whether the buffer is for `update`, which takes a strided one too
+            where CPU and CUDA tensors are traced, in elements from its first.
     """
     if not is_value(t):
-        extent = 1 + sum(
-            (size - 1) * stride
-            for size, stride in zip(t.shape, t.stride(), strict=True)
-        )
-        flat = t.as_strided((extent if t.numel() else 0,), (1,))
-        return Located(flat, 0, t.stride())
+        return Located(elements_of(t), 0, t.stride())
+    is_strided = to_write and t.device.type != "xla"
     base = t._base if t._is_view() else None
     if base is not None and base.dtype == t.dtype:
-        view = _geometry(t, base)
-        if view is not None:
-            # May be symbolic, as shapes and strides may, which torch types as int.
-            place = (cast(int, view.storage_offset()), *view.stride())
-            if view.device.type != "meta":
-                place = from_sizes(place, base.shape)
+        place = _geometry(t, base, is_strided)
+        if place is not None:
             return Located(base, place[0], place[1:])
+    if is_strided and isinstance(t, FunctionalTensor):
+        strides = _current(t).stride()
+        return Located(t, 0, from_sizes(strides, t.shape))
     if _is_untracked_view(t):
         _tell_of_untracked_views()
     return Located(t, 0, dense_strides(t.shape))
@@ -398,11 +405,20 @@ def _reaches(distance: int, dims: list[tuple[int, int]]) -> bool:
     return any(_reaches(distance - n * stride, inner) for n in range(first, last + 1))
 
 
-def _geometry(t: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
-    """Returns a tensor with the offset and strides of `t` in a dense `base`."""
+def _geometry(
+    t: torch.Tensor, base: torch.Tensor, is_strided: bool
+) -> tuple[int, ...] | None:
+    """Returns offset and strides of `t` in its base, from the base's first element.
+
+    None where they are not known, or the base is not dense and that matters.
+    """
     if isinstance(t, FunctionalTensor):
-        dense = base.is_contiguous() and base.storage_offset() == 0
-        return torch._from_functional_tensor(t.elem) if dense else None
+        if not (is_strided or base.is_contiguous()):
+            return None
+        view, whole = (_current(x) for x in (t, base))
+        offset = view.storage_offset() - whole.storage_offset()
+        # May be symbolic, as shapes and strides may, which torch types as int.
+        return from_sizes((cast(int, offset), *view.stride()), base.shape)
     if t.device.type != "xla" or not torch._is_functional_tensor(t):
         return None
     # XLA tensors report no offset: replay the chain of views on a meta tensor.
@@ -412,7 +428,15 @@ def _geometry(t: torch.Tensor, base: torch.Tensor) -> torch.Tensor | None:
         )
     except RuntimeError:  # a view that has no replay function
         return None
-    return view if view.shape == t.shape else None
+    if view.shape != t.shape:
+        return None
+    return (view.storage_offset(), *view.stride())
+
+
+def _current(t: FunctionalTensor) -> torch.Tensor:
+    """The traced tensor below `t`, made anew if its base was written since."""
+    torch._functionalize_sync(t.elem)
+    return torch._from_functional_tensor(t.elem)
 
 
 def dense_strides(shape: torch.Size) -> tuple[int, ...]:

@@ -149,20 +149,56 @@ class Op:
         return self.lower(*values.values()).bind(values)
 
     def update_at_once(self, *args: Any) -> list[torch.Tensor]:
-        """Runs the handler on CPU or CUDA tensors, updating aliased operands."""
+        """Runs the handler on CPU or CUDA tensors, updating aliased operands.
+
+        Those may have any strides. An op that is told where a cache lies, by
+        `geometry`, is told it in elements from the tensor's first.
+        """
         bound = self.lowered(args)
-        call = bound.call
-        updated = [bound.operand(name) for name in call.aliases.values()]
-        if call.is_empty:
+        names = bound.call.aliases.values()
+        updated = [bound.operand(name) for name in names]
+        if bound.call.is_empty:
             return updated
+        if all(t.is_contiguous() for t in updated):
+            self._update_dense(bound, args)
+            return updated
+        in_place = "geometry" in self.arguments
+        dense = [elements_of(t) if in_place else t.contiguous() for t in updated]
+        given = dict(zip(self.arguments, args, strict=True))
+        given |= dict(zip(names, dense, strict=True))
+        args = tuple(given.values())
+        self._update_dense(self.lowered(args), args)
+        if not in_place:
+            for t, new in zip(updated, dense, strict=True):
+                t.copy_(new)
+        return updated
+
+    def _update_dense(self, bound: BoundCall, args: Sequence) -> None:
+        call = bound.call
+        updated = {name: bound.operand(name) for name in call.aliases.values()}
         platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
         if handlers.loaded(platform, call.target):
-            return call_directly(bound)
+            # The handler may write before it has read, so what it reads is set apart.
+            operands = tuple(
+                t.clone()
+                if name not in updated
+                and isinstance(t, torch.Tensor)
+                and any(_share_memory(t, other) for other in updated.values())
+                else t
+                for name, t in zip(call.names, bound.operands, strict=True)
+            )
+            call_directly(BoundCall(call, operands))
+            return
         results = self._reference(args)
         results = results if isinstance(results, tuple) else (results,)
-        for tensor, result in zip(updated, results, strict=True):
-            tensor.copy_(result)
-        return updated
+        pairs = [
+            (_bits(tensor), _bits(result))
+            for tensor, result in zip(updated.values(), results, strict=True)
+        ]
+        # Caches may lie in each other's gaps, which hold old values in these results.
+        changed = [old != new for old, new in pairs]
+        for (old, new), places in zip(pairs, changed, strict=True):
+            old.copy_(torch.where(places, new, old))
 
     def compute(
         self, args: Sequence, into: Mapping[int, torch.Tensor] | None = None
@@ -202,6 +238,10 @@ class Op:
 
     def _fake(self, *args: Any) -> Results:
         bound = self.lowered(args)
+        if self.has_donor:
+            # The argument itself, where it is the donor.
+            old = bound.operand(bound.call.aliases[0])
+            return old.new_empty_strided(old.shape, old.stride())
         return _unpack([bound.new(spec) for spec in bound.call.results])
 
     def _in_graph(self, *args: Any) -> Results:
@@ -252,9 +292,14 @@ class Op:
         return plan
 
     def _at_once(self, *args: Any) -> Results:
-        if self.has_donor and args[-1] is not None:
-            return _unpack(self.update_at_once(*args))
-        return _unpack(self.compute(args))
+        if not self.has_donor:
+            return _unpack(self.compute(args))
+        old, *rest = args
+        if rest[-1] is None:
+            new = old.new_empty_strided(old.shape, old.stride())
+            old = new.copy_(old)
+        self.update_at_once(old, *rest)
+        return old
 
 
 def _key(arg: object) -> object:
@@ -281,12 +326,30 @@ def _may_write(bound: BoundCall, i: int, t: torch.Tensor) -> bool:
         same = t.data_ptr() == operand.data_ptr() and t.nbytes == operand.nbytes
         if same and call.may_overwrite.get(i) == name:
             continue
-        if (
-            t.data_ptr() < operand.data_ptr() + operand.nbytes
-            and operand.data_ptr() < t.data_ptr() + t.nbytes
-        ):
+        if _share_memory(t, operand):
             return False
     return True
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two dense tensors may have an element in common."""
+    return (
+        a.data_ptr() < b.data_ptr() + b.nbytes
+        and b.data_ptr() < a.data_ptr() + a.nbytes
+    )
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    """The tensor as integers: NaN equals itself, and torch can compute with fp8."""
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def elements_of(t: torch.Tensor) -> torch.Tensor:
+    """All memory from the first element of `t` to its last, as one dense dimension."""
+    extent = 1 + sum(
+        (size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)
+    )
+    return t.as_strided((extent if t.numel() else 0,), (1,))
 
 
 def _unpack(results: list[torch.Tensor]) -> Results:

@@ -134,12 +134,13 @@ def locate(
     The caller then works on dense copies (reading) or on one cache at a time (writing).
     """
     in_place.check_no_alias(check.op, **{names[0]: key_cache, names[1]: value_cache})
-    key, value = in_place.locate(key_cache), in_place.locate(value_cache)
+    key = in_place.locate(key_cache, to_write=to_write)
+    value = in_place.locate(value_cache, to_write=to_write)
     if to_write:
         places = {names[0]: (key_cache, key), names[1]: (value_cache, value)}
         in_place.check_writable(check.op, places)
     if not _alike(key, value, key_cache.shape):
-        if in_place.is_value(key_cache):
+        if in_place.may_be_dense(key_cache, to_write=to_write):
             return None
         check.require(
             _usable(key.strides, key_cache.shape),

@@ -68,11 +68,8 @@ def _front(logits: torch.Tensor, *rest: torch.Tensor) -> None:
     in_place.check_writable(_check.op, {"logits": (logits, in_place.locate(logits))})
     if in_place.is_value(logits):
         in_place.update(_op, logits, *rest)
-        return
-    dense = logits.contiguous()
-    _op.update_at_once(dense, *rest, None)
-    if dense is not logits:
-        logits.copy_(dense)
+    else:
+        _op.update_at_once(logits, *rest, None)
 
 
 def _lower(

@@ -84,7 +84,7 @@ def _front(
         _check.same_device(name, cache, block_mapping=block_mapping)
     in_place.check_graph_inputs(_check.op, **caches)
     places = {
-        name: (cache, in_place.locate(cache))
+        name: (cache, in_place.locate(cache, to_write=True))
         for name, cache in caches.items()
         if cache.numel()
     }
@@ -105,7 +105,7 @@ def copy_within(
     is_value = in_place.is_value(cache)
     if geometry is None:
         _check.require(
-            is_value,
+            in_place.may_be_dense(cache, to_write=True),
             name,
             "be free of overlaps and, in a block, of more than two gaps",
             f"strides {list(strides)}",

@@ -102,11 +102,8 @@ def _front(qkv: torch.Tensor, *rest: Any) -> None:
     in_place.check_writable(_check.op, {"qkv": (qkv, in_place.locate(qkv))})
     if in_place.is_value(qkv):
         in_place.update(_op, qkv, *rest)
-        return
-    dense = qkv.contiguous()
-    _op.update_at_once(dense, *rest, None)
-    if dense is not qkv:
-        qkv.copy_(dense)
+    else:
+        _op.update_at_once(qkv, *rest, None)
 
 
 def _lower(

@@ -121,7 +121,9 @@ def _front(
     caches = {"key_cache": key_cache, "value_cache": value_cache}
     in_place.check_graph_inputs(_check.op, **caches)
     in_place.check_no_alias(_check.op, **caches)
-    located = {name: (t, in_place.locate(t)) for name, t in caches.items()}
+    located = {
+        name: (t, in_place.locate(t, to_write=True)) for name, t in caches.items()
+    }
     in_place.check_writable(_check.op, located)
     k, v = (_place(name, *found) for name, found in located.items())
     num_blocks, _, _, page_size, x = key_cache.shape
@@ -162,7 +164,10 @@ def _place(name: str, cache: torch.Tensor, located: in_place.Located) -> _Place:
     if blocks_are_dense and (strides[0] > 0 or cache.shape[0] <= 1):
         return _Place(buffer, strides[0], offset)
     _check.require(
-        in_place.is_value(cache), name, "have dense blocks", f"strides {list(strides)}"
+        in_place.may_be_dense(cache, to_write=True),
+        name,
+        "have dense blocks",
+        f"strides {list(strides)}",
     )
     return _Place(cache, dense[0], 0)  # an odd view is written as a dense value
 

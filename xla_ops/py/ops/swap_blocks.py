@@ -172,7 +172,8 @@ def _on_one_device(
     block_mapping = block_mapping.to(dst.device)
     in_place.check_no_alias(_check.op, src=src, dst=dst)
     is_value = in_place.is_value(dst)
-    source, target = in_place.locate(src), in_place.locate(dst)
+    target = in_place.locate(dst, to_write=True)
+    source = target if src is dst else in_place.locate(src)
     in_place.check_writable(_check.op, {"dst": (dst, target)})
     if _share_memory(source, target, is_value):
         if src.shape == dst.shape and _are_equal(source, target, is_value):
@@ -181,7 +182,7 @@ def _on_one_device(
         src = src.clone()  # two views of one tensor: src as it was
         source = _dense(src)
     layout = _joint_layout(src.shape, source.strides, target.strides)
-    if layout is None and not is_value:
+    if layout is None and not in_place.may_be_dense(dst, to_write=True):
         rearranged = dst.contiguous()
         _on_one_device(src.contiguous(), rearranged, block_mapping)
         dst.copy_(rearranged)
