@@ -255,7 +255,7 @@ def test_wheel_holds_every_source_of_the_package(archive):
     (top,) = [n for n in archive.namelist() if n.endswith(".dist-info/top_level.txt")]
     packages = {name.split("/")[0].removesuffix(".py") for name in held}
     assert set(archive.read(top).decode().split()) == packages
-    assert packages == {"xla_ops", "xla_ops_pjrt"}
+    assert packages == {"xla_ops", "xla_ops_pjrt", "xla_ops_vllm"}
 
 
 def test_metadata_is_valid_and_leads_to_the_project(archive):
@@ -283,6 +283,7 @@ def test_metadata_pins_the_frameworks_and_names_the_entry_points():
         ("torch_dynamo_backends", "xla_ops"): "xla_ops.programs.backend:backend",
         ("torch_xla.plugins", "CUDA"): "xla_ops_pjrt:GpuPlugin",
         ("torch_xla.plugins", "GPU"): "xla_ops_pjrt:GpuPlugin",
+        ("vllm.platform_plugins", "xla_ops"): "xla_ops_vllm:register",
     }
 
 

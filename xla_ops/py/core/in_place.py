@@ -415,7 +415,8 @@ def _geometry(
     if isinstance(t, FunctionalTensor):
         if not (is_strided or base.is_contiguous()):
             return None
-        view, whole = (_current(x) for x in (t, base))
+        assert isinstance(base, FunctionalTensor)
+        view, whole = _current(t), _current(base)
         offset = view.storage_offset() - whole.storage_offset()
         # May be symbolic, as shapes and strides may, which torch types as int.
         return from_sizes((cast(int, offset), *view.stride()), base.shape)
