@@ -248,6 +248,34 @@ def test_another_tensor_is_no_xla_tensor(function):
     torch.vmap(inside)(xla)
 
 
+def norm(cache, rows, slots):
+    torch.ops.xla_ops.rms_norm(cache, cache, rows[0, 0] + 1, 1e-6)
+
+
+@pytest.mark.parametrize("before", ["compiled", "lazy", "nothing"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("update", [write, norm])
+@SYNC
+def test_a_template_outlives_lazy_updates(update, way, sync, before):
+    """Updates give away what they overwrite, and a copy_ may wait in their graph."""
+    case = Case("lazy" if before == "nothing" else before)
+    values, rows = torch.randn(SHAPE), torch.ones(2, 2, 8)
+    template, cache, rows = case.put([values, torch.zeros(SHAPE), rows])
+    if before != "nothing":
+        case.write(cache, 1)
+    cache, wanted = WAYS[way](cache, template), values.clone()
+    for _ in range(2):
+        if sync:
+            torch_xla.sync()
+        update(cache, rows, case.slots)
+        update(wanted, rows.cpu(), case.slots.cpu())
+    more = template + 1
+    torch_xla.sync()
+    assert torch.equal(template.cpu(), values)
+    assert torch.equal(more.cpu(), values + 1)
+    assert torch.allclose(cache.cpu(), wanted)
+
+
 @pytest.mark.parametrize("name", ["compiled", "dispatched"])
 def test_a_kept_view_written_lazily_between_compiled_steps(name):
     """A step has the view computed alone, while its base waits for the same graph."""

@@ -260,10 +260,13 @@ def assign(t: torch.Tensor, value: torch.Tensor) -> None:
     torch._functionalize_replace(wrapper, torch._from_functional_tensor(new))
     torch._functionalize_commit_update(wrapper)
     torch._functionalize_sync(wrapper)
-    if t.device.type == "xla" and wrapper is t and not _is_functional_view(t):
-        # Carries the alias id over, by which the step marker donates the old buffer.
-        # Not of a view: a sync of that alone, as before a compiled step, would take the
-        # buffer away from the graph that has yet to write the view to its base.
+    if t.device.type != "xla" or wrapper is not t:
+        return
+    # Carries the alias id over, by which the step marker donates the old buffer. Not
+    # one that another tensor holds. And not that of a view: a sync of the view alone,
+    # as before a compiled step, would take the buffer away from the graph that has yet
+    # to write the view to its base.
+    if not _is_functional_view(t) and ownership.is_owner(old):
         torch.ops.aten._propagate_xla_data(old, torch._from_functional_tensor(wrapper))
 
 

@@ -54,8 +54,7 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
             lazy graph may hold the update itself too, and orders both.
     """
     held = [value for t in tensors if (value := _value(t)) is not None]
-    if finish_reads:
-        _give_data(held)
+    _give_data(held)
     if all(_is_free(holders, finish_reads) for holders in _holders(held)):
         return
     # Before a program is extracted nothing may run, but it must meet no shared buffer:
@@ -63,6 +62,12 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
     finish_reads = finish_reads and not _is_traced()
     for tensor in held:
         _protect_one(tensor, finish_reads)
+
+
+def is_owner(value: torch.Tensor) -> bool:
+    """Whether a lazy graph that updates a value of torch_xla's may take its buffer."""
+    _give_data([value])
+    return _is_free(*_holders([value]), finish_reads=False)
 
 
 def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
@@ -95,7 +100,8 @@ def separate(value: torch.Tensor) -> None:
 def _give_data(tensors: list[torch.Tensor]) -> None:
     """Has tensors that have a buffer by way of a node alone hold it themselves.
 
-    openxla's copy_ of a result into a cache leaves such a node.
+    A copy_ leaves such a node, which it shares, and with it the id by which the next
+    lazy graph would give the template's buffer away.
     """
     import torch_xla
 
@@ -112,7 +118,7 @@ def _is_free(holders: tuple[int, int], finish_reads: bool) -> bool:
     """Whether the tensor with these `BufferHolders` is its buffer's only holder."""
     data, node = holders
     if data == 0:
-        # Not computed yet; or by way of a node, and then no lazy graph gives it away.
+        # Not computed yet.
         return node <= 1 or not finish_reads
     return data == 1 + (node > 0) and (node <= 1 or not finish_reads)
 
