@@ -67,7 +67,8 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
 def is_owner(value: torch.Tensor) -> bool:
     """Whether a lazy graph that updates a value of torch_xla's may take its buffer."""
     _give_data([value])
-    return _is_free(*_holders([value]), finish_reads=False)
+    (holders,) = _holders([value])
+    return _is_free(holders, finish_reads=False)
 
 
 def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
