@@ -244,6 +244,22 @@ def test_optimised_hlo_copies_no_cache(name, hlo_dump):
             assert copies_of(shape, program) == []
 
 
+def test_a_view_that_outlives_its_step_costs_no_copy_of_the_cache(hlo_dump):
+    """A sync computes every view that is alive, but none as it was before the step."""
+    blocks = 1049
+    kv = zeros(2, blocks, *BLOCK)
+    (before,) = addresses([kv])
+    keys, slots = Path("lazy").put((torch.ones(1, HEADS, DIM), torch.tensor([16])))
+    key_cache, value_cache = kv.unbind(0)
+    xla_ops.reshape_and_cache_flash(keys, keys * 2, key_cache, value_cache, slots)
+    assert addresses([kv]) == [before]
+    programs = programs_with((2, blocks, *BLOCK), hlo_dump)
+    assert programs, "the program was not dumped"
+    for program in programs:
+        assert copies_of((2, blocks, *BLOCK), program) == []
+    assert key_cache.sum().item() == 64 and value_cache.sum().item() == 128
+
+
 def test_hlo_test_can_fail(hlo_dump):
     """The reader of the HLO does see a copy where there has to be one."""
     kv = zeros(2, 1033, *BLOCK)

@@ -25,7 +25,7 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -125,12 +125,15 @@ def _tell_of_untracked_views() -> None:
     )
 
 
-def update(op: Op, buffer: torch.Tensor, *args: object) -> None:
+def update(
+    op: Op, buffer: torch.Tensor, *args: object, views: Sequence[torch.Tensor] = ()
+) -> None:
     """Gives `buffer` the value that `op(buffer, *args, donor)` computes, in place.
 
     Args:
         op: a functional op whose first argument is aliased to its one result.
         buffer: a whole buffer, from `locate`.
+        views: what was located there.
     """
     if _compiler_is_inductor() and isinstance(buffer, FunctionalTensor):
         op.twin(buffer, *args)
@@ -143,6 +146,9 @@ def update(op: Op, buffer: torch.Tensor, *args: object) -> None:
             _collect(op, buffer)
         elif not isinstance(buffer, FunctionalTensor):
             ownership.protect([buffer], finish_reads=False)
+            assign(buffer, op(buffer, *args, None))
+            ownership.renew([view for view in views if view is not buffer])
+            return
     old = buffer if given is None else given
     assign(buffer, op(old, *args, given))
 

@@ -124,6 +124,25 @@ def _is_free(holders: tuple[int, int], finish_reads: bool) -> bool:
     return data == 1 + (node > 0) and (node <= 1 or not finish_reads)
 
 
+def renew(views: Sequence[torch.Tensor]) -> None:
+    """Has views that were not computed yet wait for what was written since.
+
+    The next sync computes all views that are alive, and a graph that needs a cache both
+    as it was and as it is holds it twice. A view that was computed is made anew when it
+    is read.
+    """
+    views = [view for view in views if torch._is_functional_tensor(view)]
+    if not views:
+        return
+    import torch_xla
+
+    values = [torch._from_functional_tensor(view) for view in views]
+    pending = torch_xla._XLAC._check_tensor_need_materialization(values)
+    for view, waits in zip(views, pending, strict=True):
+        if waits:
+            torch._functionalize_sync(view)
+
+
 def _is_free_soon(tensor: torch.Tensor, finish_reads: bool) -> bool:
     """Whether it is once the program that was started last is on its way."""
     end = time.monotonic() + _HANDOVER_S

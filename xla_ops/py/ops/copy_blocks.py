@@ -115,7 +115,7 @@ def copy_within(
         geometry = _dense_geometry(cache.shape)
     args = (buffer, block_mapping, [*geometry, offset], debug.enabled())
     if is_value:
-        in_place.update(_op, *args)
+        in_place.update(_op, *args, views=[cache])
     else:
         _op.update_at_once(*args, None)
 

@@ -133,12 +133,14 @@ def _front(
     if not in_place.is_value(key_cache):
         _both.update_at_once(key, value, k.buffer, v.buffer, *tail)
     elif k.buffer is v.buffer:
-        in_place.update(_stacked, k.buffer, key, value, *tail)
+        in_place.update(
+            _stacked, k.buffer, key, value, *tail, views=[key_cache, value_cache]
+        )
     else:
         # Two calls, not one with two results, as reshape_and_cache_flash does it.
-        for rows, place, x_of, scale in (
-            (key, k, x, k_scale),
-            (value, v, 1, v_scale),
+        for rows, cache, place, x_of, scale in (
+            (key, key_cache, k, x, k_scale),
+            (value, value_cache, v, 1, v_scale),
         ):
             in_place.update(
                 _one,
@@ -149,6 +151,7 @@ def _front(
                 kv_cache_dtype,
                 [*pages, x_of, *place[1:]],
                 debug.enabled(),
+                views=[cache],
             )
 
 

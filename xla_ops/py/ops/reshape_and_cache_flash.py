@@ -105,7 +105,7 @@ def _front(
             # An odd view is written as a dense value.
             place = paged_cache.locate_to_read(_check, one, one)
             buffer, geometry = place.key_buffer, place.geometry[:-1]
-            _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype)
+            _write_one(rows, one, buffer, geometry, slot_mapping, scale, kv_cache_dtype)
     elif not in_place.is_value(key_cache):
         buffers = (cache.key_buffer, cache.value_buffer)
         _both.update_at_once(
@@ -120,28 +120,30 @@ def _front(
             *tail,
             cache.geometry,
             debug.enabled(),
+            views=[key_cache, value_cache],
         )
     else:
         # Two calls, not one with two results: XLA pairs donated buffers with results
         # by order, and one call keeps every cache in place in some orders only.
         *shape, key_offset, value_offset = cache.geometry
-        for rows, buffer, offset, scale in (
-            (key, cache.key_buffer, key_offset, k_scale),
-            (value, cache.value_buffer, value_offset, v_scale),
+        for rows, one, buffer, offset, scale in (
+            (key, key_cache, cache.key_buffer, key_offset, k_scale),
+            (value, value_cache, cache.value_buffer, value_offset, v_scale),
         ):
             geometry = [*shape, offset]
-            _write_one(rows, buffer, geometry, slot_mapping, scale, kv_cache_dtype)
+            _write_one(rows, one, buffer, geometry, slot_mapping, scale, kv_cache_dtype)
 
 
 def _write_one(
     rows: torch.Tensor,
+    cache: torch.Tensor,
     buffer: torch.Tensor,
     geometry: list[int],
     slot_mapping: torch.Tensor,
     scale: torch.Tensor | None,
     kv_cache_dtype: str,
 ) -> None:
-    """Writes rows into the one cache that lies in `buffer`, an XLA or traced tensor."""
+    """Writes rows into a cache that lies in `buffer`, an XLA or traced tensor."""
     in_place.update(
         _one,
         buffer,
@@ -151,6 +153,7 @@ def _write_one(
         kv_cache_dtype,
         geometry,
         debug.enabled(),
+        views=[cache],
     )
 
 

@@ -195,7 +195,7 @@ def _on_one_device(
     geometry += [*layout.src, source.offset, *layout.dst, target.offset]
     args = (target.buffer, source.buffer, block_mapping, geometry, debug.enabled())
     if is_value:
-        in_place.update(_op, *args)
+        in_place.update(_op, *args, views=[dst])
     else:
         _op.update_at_once(*args, None)
 
