@@ -139,3 +139,44 @@ def test_errors(path, result, message):
     with pytest.raises(Exception) as error:
         path.run(rms_norm_into, result, *inputs())
     assert message in str(error.value)
+
+
+def add_norm_into(x, residual, weight):
+    torch.ops.xla_ops.fused_add_rms_norm(x, residual, weight, EPS)
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (
+            lambda row, x, w: rms_norm_into(row.expand(5, 24), x, w),
+            "rms_norm: result must be dense in its last dimension and free of"
+            r" overlaps, got strides \[0, 1\]",
+        ),
+        (
+            lambda row, x, w: add_norm_into(x, x, w),
+            r"fused_add_rms_norm: residual must not share memory with input, got"
+            r" shapes \[5, 24\] and \[5, 24\] of one tensor",
+        ),
+        (
+            lambda row, x, w: add_norm_into(x[1:], x[:-1], w),
+            "fused_add_rms_norm: residual must not share memory with input",
+        ),
+    ],
+    ids=["expanded", "twice", "overlapping"],
+)
+def test_no_element_is_written_twice(path, write, message):
+    x, w = inputs()
+    with pytest.raises(Exception, match=message):
+        path.run(write, torch.zeros(1, 24), x, w)
+
+
+def test_parts_of_one_tensor_are_written(path):
+    both, w = torch.randn(5, 48), torch.ones(24)
+
+    def f(both, w):
+        add_norm_into(both[:, :24], both[:, 24:], w)
+
+    _, (after, _) = path.run(f, both, w)
+    wanted = xla_ops.fused_add_rms_norm(both[:, :24], both[:, 24:], w, EPS)
+    assert same(after, torch.cat(wanted, dim=1))

@@ -366,7 +366,8 @@ def _repeats(t: torch.Tensor, place: Located) -> str:
     """How `t` holds an element twice, as far as that can be told, or ""."""
     # Dynamo's fake tensors have the strides that XLA tensors lack.
     strides = t.stride() if isinstance(t, FakeTensor) else place.strides
-    if any(n > 1 and s == 0 for n, s in zip(t.shape, strides, strict=True)):
+    repeats = any(n > 1 and s == 0 for n, s in zip(t.shape, strides, strict=True))
+    if repeats and t.numel():
         return f"strides {list(strides)}"
     if isinstance(t, FunctionalTensor):
         # An input of the graph: XLA tensors report dense strides.

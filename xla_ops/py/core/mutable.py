@@ -86,6 +86,7 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
         if _squeezed(target.shape) != _squeezed(spec.shape):
             check.shape(argument, target, spec.shape)
         check.same_device("input", bound.tensors[0], **{argument: target})
+    _check_writable(name, targets)
     given = [t for t in targets.values() if t is not None]
     if any(in_place.is_value(t) for t in (*given, *bound.tensors)):
         results = op(*args)
@@ -100,6 +101,33 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
         if results[i] is not target and target.numel():
             target.copy_(results[i].reshape(target.shape))
     return _with_targets(results, targets)
+
+
+def _check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> None:
+    """Raises ValueError where an element would be written twice."""
+    given = {argument: t for argument, t in targets.items() if t is not None}
+    num_tensors = len({id(t) for t in given.values()})
+    if num_tensors == len(given) and all(map(_is_whole, given.values())):
+        return
+    places = {
+        argument: (
+            t,
+            in_place.locate(t)
+            if t._is_view() or not in_place.is_value(t)
+            else in_place.Located(t, 0, in_place.dense_strides(t.shape)),
+        )
+        for argument, t in given.items()
+    }
+    in_place.check_writable(name, places)
+
+
+def _is_whole(t: torch.Tensor) -> bool:
+    """Whether a tensor is known to be no part of another one, at once."""
+    return (
+        type(t) in (torch.Tensor, torch.nn.Parameter)
+        and not t._is_view()
+        and t.is_contiguous()
+    )
 
 
 def _with_targets(
