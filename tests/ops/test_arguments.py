@@ -1,6 +1,7 @@
 """Numbers that are not Python's, as arguments of every public function."""
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -221,6 +222,82 @@ def test_refused_by_name(name, number, value):
     rule = f"{number.call.__name__}: {number.argument} must be {kind_of(number)}, got "
     with pytest.raises(TypeError, match=re.escape(rule)):
         number.call(Path(name), **{number.argument: value})
+
+
+@pytest.mark.parametrize("number", INTS + FLOATS, ids=str)
+def test_integers_that_do_not_fit(number):
+    """torch's own error names no rule, and float() raises OverflowError."""
+    rule = "an int of at most 63 bits, got one of" if number in INTS else "a float, got"
+    if number in FLOATS:
+        rule += " an int of"
+    text = rf"{number.call.__name__}: {number.argument} must be {rule} 2001"
+    with pytest.raises(TypeError, match=text):
+        number.call(Path("cpu"), **{number.argument: 2**2000})
+
+
+def write(op, **given):
+    rows, slots = torch.ones(2, 1, 4), torch.tensor([0, 1])
+    shapes = {
+        "reshape_and_cache": [(3, 1, 2, 2, 2), (3, 1, 4, 2)],
+        "reshape_and_cache_flash": [(3, 2, 1, 4), (3, 2, 1, 4)],
+    }
+    caches = [torch.zeros(shape) for shape in shapes[op]]
+    getattr(xla_ops, op)(rows, rows, *caches, slots, **given)
+
+
+NO_TENSORS = [
+    *(
+        (partial(write, op), f"{op}: {name} must be a tensor or None, got float")
+        for op in ("reshape_and_cache", "reshape_and_cache_flash")
+        for name in ("k_scale", "v_scale")
+    ),
+    *(
+        (
+            partial(call, Path("cpu")),
+            f"{call.__name__}: {name} must be a tensor or None, got float",
+        )
+        for call in (flash_attn_varlen, paged_attention)
+        for name in ("alibi_slopes", "sinks", "k_scale", "v_scale")
+    ),
+]
+
+
+@pytest.mark.parametrize("call, text", NO_TENSORS)
+def test_what_is_no_tensor(call, text):
+    argument = text.split()[1]
+    with pytest.raises(TypeError, match=text):
+        call(**{argument: 1.0})
+
+
+@pytest.mark.parametrize("value", [None, 8, ["fp8"]])
+@pytest.mark.parametrize(
+    "call, op",
+    [
+        (partial(write, "reshape_and_cache"), "reshape_and_cache"),
+        (partial(write, "reshape_and_cache_flash"), "reshape_and_cache_flash"),
+        (partial(convert_fp8, Path("cpu")), "convert_fp8"),
+        (partial(flash_attn_varlen, Path("cpu")), "flash_attn_varlen"),
+        (partial(paged_attention, Path("cpu")), "paged_attention"),
+    ],
+)
+def test_what_is_no_string(call, op, value):
+    text = f"{op}: kv_cache_dtype must be a str, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=text):
+        call(kv_cache_dtype=value)
+
+
+@pytest.mark.parametrize("caches", [None, 3, torch.zeros(2, 3, 4)])
+def test_caches_that_are_no_list(caches):
+    """The blocks of a tensor would be taken for caches."""
+    got = type(caches).__name__
+    text = f"copy_blocks: key_caches must be a list, got {got}"
+    with pytest.raises(TypeError, match=text):
+        xla_ops.copy_blocks(caches, caches, torch.tensor([[0, 1]]))
+    if not isinstance(caches, torch.Tensor):
+        text = f"paged_attention: kv_cache must be a tensor or two in a list, got {got}"
+        with pytest.raises(TypeError, match=text):
+            ints = (int32(9), int32([0, 1, 2]), int32(0, 9), int32(1))
+            xla_ops.paged_attention(heads(), caches, *ints, 0.5)
 
 
 @pytest.mark.parametrize("number", INTS + FLOATS + FLAGS, ids=str)

@@ -58,6 +58,19 @@ class Checker:
                 f"{self.op}: {argument} must be a tensor, got {type(value).__name__}"
             )
 
+    def optional_tensors(self, **values: Any) -> None:
+        """Checks arguments that are tensors or None."""
+        for argument, value in values.items():
+            if value is not None and not isinstance(value, torch.Tensor):
+                got = type(value).__name__
+                rule = f"{self.op}: {argument} must be a tensor or None"
+                raise TypeError(f"{rule}, got {got}")
+
+    def text(self, argument: str, value: Any) -> None:
+        if not isinstance(value, str):
+            got = type(value).__name__
+            raise TypeError(f"{self.op}: {argument} must be a str, got {got}")
+
     def dtype(
         self, argument: str, t: torch.Tensor, allowed: Sequence[torch.dtype]
     ) -> None:

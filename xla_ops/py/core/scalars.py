@@ -25,9 +25,15 @@ def integer(op: str, argument: str, value: Any) -> int:
     Raises:
         TypeError: it is none, or a tensor whose element the host does not know.
     """
-    if type(value) is int or isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt):
         return cast(int, value)  # as torch types sizes, which are symbols too
-    return _converted(op, argument, value, "an int", operator.index, torch.int64)
+    if type(value) is not int:
+        value = _converted(op, argument, value, "an int", operator.index, torch.int64)
+    # Dynamo's symbols say that they are ints, and are not to be looked at.
+    if not torch.compiler.is_dynamo_compiling() and value.bit_length() > 63:
+        got = f"one of {value.bit_length()}"
+        raise TypeError(f"{op}: {argument} must be an int of at most 63 bits, got {got}")
+    return value
 
 
 def number(op: str, argument: str, value: Any) -> float:
@@ -40,7 +46,9 @@ def number(op: str, argument: str, value: Any) -> float:
         return cast(float, value)
     if isinstance(value, torch.SymInt):
         return cast(float, torch.sym_float(value))
-    if type(value) is int:
+    if type(value) is int and (
+        torch.compiler.is_dynamo_compiling() or value.bit_length() <= 1023
+    ):
         return float(value)
     return _converted(op, argument, value, "a float", _real, torch.float64)
 
@@ -85,6 +93,8 @@ def _converted(
         raise TypeError(rule + str(value))
     try:
         return convert(value)
+    except OverflowError:
+        raise TypeError(rule + f"an int of {value.bit_length()} bits") from None
     except (TypeError, ValueError):
         raise TypeError(rule + _describe(value)) from None
 

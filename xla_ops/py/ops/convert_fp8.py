@@ -53,6 +53,7 @@ def convert_fp8(
         tensor([   3., -224.])
     """
     _check.tensor("src", src)
+    _check.text("kv_cache_dtype", kv_cache_dtype)
     if dtype is None:
         dtype = _codes(kv_cache_dtype)[0] if src.dtype in FLOAT_DTYPES else None
     if not isinstance(dtype, torch.dtype):

@@ -59,6 +59,9 @@ def copy_blocks(
     """
     _check.tensor("block_mapping", block_mapping)
     for name, caches in (("key_caches", key_caches), ("value_caches", value_caches)):
+        if not isinstance(caches, (list, tuple)):
+            got = type(caches).__name__
+            raise TypeError(f"copy_blocks: {name} must be a list, got {got}")
         for i, cache in enumerate(caches):
             _check.tensor(f"{name}[{i}]", cache)
     torch.ops.xla_ops.copy_blocks(list(key_caches), list(value_caches), block_mapping)

@@ -108,6 +108,17 @@ def flash_attn_varlen(
     """
     for name, t in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q)):
         _check.tensor(name, t)
+    _check.text("kv_cache_dtype", kv_cache_dtype)
+    _check.optional_tensors(
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        leftpad_k=leftpad_k,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
     if softmax_scale is not None:
         softmax_scale = scalars.number(_check.op, "softmax_scale", softmax_scale)
     return torch.ops.xla.flash_attn_varlen_op(

@@ -92,7 +92,17 @@ def paged_attention(
     Sources: Kwon et al., Efficient Memory Management for Large Language Model Serving
     with PagedAttention, 2023; Dao, FlashAttention-2, 2023.
     """
-    _check.tensor("query", query)
+    for name, t in (
+        ("query", query),
+        ("context_lens", context_lens),
+        ("block_tables", block_tables),
+        ("query_start_loc", query_start_loc),
+    ):
+        _check.tensor(name, t)
+    _check.text("kv_cache_dtype", kv_cache_dtype)
+    _check.optional_tensors(
+        alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale
+    )
     scale = scalars.number(_check.op, "scale", scale)
     if sliding_window is not None:
         sliding_window = scalars.integer(_check.op, "sliding_window", sliding_window)
@@ -106,6 +116,10 @@ def paged_attention(
     op = ops.paged_attention_with_lse if return_lse else ops.paged_attention
     stacked = isinstance(kv_cache, torch.Tensor)
     if not stacked:
+        if not isinstance(kv_cache, (list, tuple)):
+            got = type(kv_cache).__name__
+            rule = f"{_check.op}: kv_cache must be a tensor or two in a list"
+            raise TypeError(f"{rule}, got {got}")
         kv_cache = list(kv_cache)
     return (op.default if stacked else op.separate)(
         query,

@@ -77,6 +77,8 @@ def reshape_and_cache(
         ("slot_mapping", slot_mapping),
     ):
         _check.tensor(name, t)
+    _check.text("kv_cache_dtype", kv_cache_dtype)
+    _check.optional_tensors(k_scale=k_scale, v_scale=v_scale)
     torch.ops.xla_ops.reshape_and_cache(
         key,
         value,
