@@ -147,6 +147,23 @@ def test_views_made_outside(layout, inside, handler, backend, monkeypatch):
 
 
 @BACKENDS
+def test_views_of_another_dtype(backend):
+    def step(cache, rows, slots):
+        key_cache, value_cache = (t.view(torch.float8_e4m3fn) for t in cache)
+        xla_ops.reshape_and_cache_flash(
+            rows, 2 * rows, key_cache, value_cache, slots, "fp8"
+        )
+
+    cache = torch.arange(640).to(torch.uint8).reshape(SHAPE)
+    mine = cache.clone()
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    for _ in range(2):
+        step(cache, ROWS, SLOTS)
+        compiled(mine, ROWS, SLOTS)
+        assert torch.equal(mine, cache)
+
+
+@BACKENDS
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_columns_of_activations(where, backend):
     """Ops that know of no strides; a column is 24 elements of a row of 40."""

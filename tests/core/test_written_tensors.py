@@ -127,6 +127,22 @@ def test_meeting_tensors_are_found(data):
     assert in_place._meet(views[0], places[0], views[1], places[1]) == wanted
 
 
+@pytest.mark.parametrize("name", ["compiled", "dispatched"])
+def test_a_view_of_another_dtype_made_inside_is_refused(name):
+    def f(cache, rows, slots):
+        key_cache, value_cache = (t.view(torch.float8_e4m3fn) for t in cache)
+        xla_ops.reshape_and_cache_flash(
+            rows, rows, key_cache, value_cache, slots, "fp8"
+        )
+
+    path = Path(name)
+    args = path.put([torch.zeros((2, *SHAPE), dtype=torch.uint8), ROWS, SLOTS])
+    with pytest.raises(Exception, match="key_cache must not be a view of another dtyp"):
+        path.function(f)(*args)
+    f(*args)  # lazily it works
+    assert args[0].any().item()
+
+
 INFERENCE = """
 import warnings
 import torch, torch_xla, xla_ops
@@ -140,6 +156,15 @@ with torch.inference_mode(), warnings.catch_warnings(record=True) as caught:
         torch_xla.sync()
     separate = [torch.zeros(6, 4, 2, 8, device=device) for _ in range(2)]
     xla_ops.reshape_and_cache_flash(rows, rows, *separate, slots)
+with warnings.catch_warnings(record=True) as others:
+    warnings.simplefilter("always")
+    from xla_ops.core import in_place
+    in_place._tell_of_untracked_views.cache_clear()
+    floats = torch.zeros(2, 6, 4, 2, 8, dtype=torch.int32, device=device)
+    views = floats.view(torch.float32).unbind(0)
+    xla_ops.reshape_and_cache_flash(rows, rows, *views, slots)
+assert any("another dtype" in str(w.message) for w in others)
+assert (floats != 0).sum().item() == 64
 texts = [str(w.message) for w in caught if "xla_ops" in str(w.message)]
 assert len(texts) == 1 and "inference_mode" in texts[0], texts
 assert kv.sum().item() == 64 and separate[0].sum().item() == 32

@@ -282,3 +282,13 @@ def test_errors(path, changes, message):
     with pytest.raises(Exception) as error:
         path.run(lambda g: xla_ops.swap_blocks(**g), given | changes)
     assert "swap_blocks: " + message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["compiled", "dispatched"])
+def test_two_views_made_outside_are_refused(name):
+    """AOTAutograd would fail on an assertion of its own."""
+    path = Path(name)
+    both, mapping = path.put([cache(2, 6, 4, 8), torch.tensor([[0, 1]])])
+    src, dst = both[:, :, :2].detach().unbind(0)
+    with pytest.raises(Exception, match="swap_blocks: dst must not be a view, made out"):
+        path.function(xla_ops.swap_blocks)(src, dst, mapping)

@@ -35,6 +35,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 
 from . import ownership
+from .dtypes import dtype_name
 from .op import NAMESPACE, OPS, Op, elements_of
 from .tracing import from_sizes, node_of
 
@@ -86,6 +87,8 @@ def locate(t: torch.Tensor, *, to_write: bool = False) -> Located:
     if base is not None and base.dtype == t.dtype:
         place = _geometry(t, base, is_strided)
         if place is not None:
+            if _is_untracked_view(base):
+                _tell_of_untracked_views()
             return Located(base, place[0], place[1:])
     if is_strided and isinstance(t, FunctionalTensor):
         strides = _current(t).stride()
@@ -110,17 +113,26 @@ def _is_untracked_view(t: torch.Tensor) -> bool:
 
 def _is_functional_view(wrapper: torch.Tensor) -> bool:
     """Whether functionalization makes a tensor of its base by more than detach()."""
+    return any(name != "detach_ViewMeta" for name in _views(wrapper))
+
+
+def _is_view_of_dtype(t: FunctionalTensor) -> bool:
+    """Whether a traced tensor is a view, taken in the graph, of another dtype."""
+    return "view_dtype_ViewMeta" in _views(t.elem)
+
+
+def _views(wrapper: torch.Tensor) -> list[str]:
     views = torch._C._functionalization.get_view_meta_sequence(wrapper)
-    return any(type(view).__name__ != "detach_ViewMeta" for view in views)
+    return [type(view).__name__ for view in views]
 
 
 @functools.cache
 def _tell_of_untracked_views() -> None:
     warnings.warn(
-        "xla_ops: a view made under torch.inference_mode() of an XLA tensor is read and"
-        " written by way of copies of the whole tensor, since torch does not track what"
-        " it is a view of: use torch.no_grad(), torch.compile, or separate K and V"
-        " caches",
+        "xla_ops: a view of an XLA tensor is read and written by way of copies of the"
+        " whole tensor, since torch does not track what it is a view of where it was"
+        " made under torch.inference_mode(), by detach() of a view, or with another"
+        " dtype: use torch.no_grad(), torch.compile, or separate K and V caches",
         stacklevel=3,
     )
 
@@ -135,7 +147,12 @@ def update(
         buffer: a whole buffer, from `locate`.
         views: what was located there.
     """
-    if _compiler_is_inductor() and isinstance(buffer, FunctionalTensor):
+    if (
+        isinstance(buffer, FunctionalTensor)
+        and _compiler_is_inductor()
+        # Inductor of torch 2.9.0 reads past the end of views of another dtype.
+        and not _is_view_of_dtype(buffer)
+    ):
         op.twin(buffer, *args)
         return
     given = donor(buffer)
@@ -296,10 +313,21 @@ def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
     """Raises ValueError where two updated graph inputs are views of one tensor.
 
     AOTAutograd cannot handle that for XLA tensors, whose views carry no offset, and
-    fails on an assertion after tracing; this says what to do instead.
+    fails on an assertion after tracing; this says what to do instead. So it does for a
+    view of another dtype, which torch_xla cannot compile.
     """
     seen: dict[int, str] = {}
     for name, t in tensors.items():
+        if (
+            isinstance(t, FunctionalTensor)
+            and t.device.type == "xla"
+            and _is_view_of_dtype(t)
+        ):
+            raise ValueError(
+                f"{op}: {name} must not be a view of another dtype, made inside the"
+                f" compiled function, got {dtype_name(t.dtype)}; make it outside, or"
+                " pass an fp8 cache as the uint8 that it is"
+            )
         if not isinstance(t, FunctionalTensor) or t._is_view():
             continue
         inner = torch._from_functional_tensor(t.elem)
