@@ -83,6 +83,30 @@ def test_results_that_are_inputs_constants_or_twice_the_same(backend):
         assert (second.item(), three.item()) == (2, 3)
 
 
+@pytest.mark.parametrize("sync", [True, False], ids=["sync", "pending"])
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda t: t.to(t.device, copy=True),
+        lambda t: torch.zeros_like(t).copy_(t),
+        lambda t: t.copy_(xla(5, 7)),
+    ],
+    ids=["to", "copy_ from it", "copy_ to it"],
+)
+def test_an_input_that_shares_its_buffer_at_the_first_call(share, sync):
+    """openxla makes it a constant of the program."""
+    f, t = compiled(lambda t: t.mul_(2).sum()), xla(1, 2)
+    other = share(t)
+    if sync:
+        torch_xla.sync()
+    wanted = t.cpu()
+    for i in (2, 4, 8):
+        assert f(t).item() == i * wanted.sum()
+        assert torch.equal(t.cpu(), i * wanted)
+    if other is not t:
+        assert torch.equal(other.cpu(), wanted)
+
+
 @BACKENDS
 def test_one_tensor_as_two_inputs(backend):
     f, a, b = compiled(lambda a, b: a - 2 * b, backend), xla(3), xla(1)

@@ -14,6 +14,8 @@ the same donations, and replaces what runs around it on every call:
   before it runs, and only then is it synchronised, as openxla does.
 - Results that are one value, or an input's, come out right, and the tensors of the
   first call are not kept.
+- An input that shares its buffer with another tensor at the first call, as after
+  `snapshot.copy_(cache)`, is an input in later calls too; openxla makes it a constant.
 
 Symbolic sizes and SPMD meshes are left to openxla's own way of calling. Measurements:
 docs/in_place.md.
@@ -53,6 +55,10 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
         if program is None:
             with EXTRACTING:
                 if program is None:  # no other thread has been here
+                    # torch_xla knows inputs by their buffers, and takes one that
+                    # another tensor filled for a constant.
+                    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+                    ownership.protect(tensors, finish_reads=True)
                     program = _extract_program(modules[0], tuple(args))
                     modules.clear()
         results = program(*args)
