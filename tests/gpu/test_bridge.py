@@ -216,8 +216,8 @@ def test_what_torch_xla_does_not_know_of_an_extension_is_the_plugins(opened):
         opened.call_address(functions[5], 2, 3, 0, 0)
 
 
-def test_the_profiler_is_the_plugins_own(opened):
-    """torch_xla wants its table's size to be exact, and sets no size of arguments."""
+def test_the_profilers_table_is_as_long_as_torch_xla_wants_it(opened):
+    """It wants the size to be exact, and sets no size of arguments."""
     api, _ = opened.extensions[PROFILER]
     table = (ctypes.c_uint64 * 10).from_address(api)
     assert table[0] == 80

@@ -5,9 +5,11 @@
 // cross-host transfers (12). Of these
 //
 // - 3, 4 and 6 are padded. An error of the last two ends the process.
-// - The profiler stays as it is. Its functions are in a table of its own, whose
-//   size torch_xla compares for equality, and it leaves the size of their
-//   arguments unset: there is nothing to go by.
+// - The profiler's functions are in a table of its own, which newer plugins have
+//   made longer. torch_xla ends the process at the start of a trace unless the
+//   size is that which it knows: it gets a copy that ends there. The functions
+//   stay as they are: it leaves the size of their arguments unset, so there is
+//   nothing to go by.
 // - 5 and 12 stay as they are: they are called for execute contexts and for
 //   transfers between hosts, neither of which torch_xla uses.
 
@@ -83,6 +85,21 @@ void WrapKnown(PjrtExtension* copy, size_t size,
   (WrapIfOfType<extensions>(copy, size), ...);
 }
 
+// Shortens the profiler's table to what torch_xla 2.9.0 knows of it. A shorter
+// one stays: nothing can be put in the place of what is missing.
+void ShortenProfilerTable(PjrtExtension* copy, size_t size) {
+  constexpr size_t kSize = 10 * sizeof(void*);
+  if (copy->type != kProfilerExtension) return;
+  if (size < sizeof(PjrtExtension) + sizeof(void*)) return;
+  void** table = reinterpret_cast<void**>(copy + 1);
+  if (*table == nullptr || *static_cast<const size_t*>(*table) <= kSize) return;
+  // As the list's, never freed.
+  void* shorter = std::malloc(kSize);
+  std::memcpy(shorter, *table, kSize);
+  *static_cast<size_t*>(shorter) = kSize;
+  *table = shorter;
+}
+
 }  // namespace
 
 PjrtExtension* WrapExtensions(
@@ -97,6 +114,7 @@ PjrtExtension* WrapExtensions(
     first = copy;
     WrapKnown(copy, size,
               std::make_integer_sequence<int, std::size(kPaddedExtensions)>());
+    ShortenProfilerTable(copy, size);
   }
   return first;
 }

@@ -38,6 +38,7 @@ static_assert(sizeof(PjrtExtension) == 24);
 // Values of PjrtExtension::type, the same since version 0.59.
 enum PjrtExtensionType : int {
   kGpuCustomCallExtension = 0,  // registers FFI handlers
+  kProfilerExtension = 1,
   kStreamExtension = 3,
   kLayoutsExtension = 4,
   kMemoryDescriptionsExtension = 6,
