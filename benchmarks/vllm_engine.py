@@ -12,10 +12,13 @@ recompiled and no cache has moved.
 Parts: right; load; one (1 request of 128 + 128 tokens, ms a token); first (time to the
 first token of a prompt of 4096); r64 and r256 (64 and 256 requests of 512 + 128,
 output tokens/s); share (of a decode step of 64 requests that is not the device's);
-long (--steps decode steps, memory before and after).
+kernels (ms of each kernel in four steps, from a device trace); long (--steps decode
+steps, memory before and after); host (ms of each thing that the host does in a step).
 """
 
 import argparse
+import collections
+import gzip
 import json
 import os
 import pathlib
@@ -49,7 +52,7 @@ SHAPES = {
         vocab_size=512,
     ),
 }
-PARTS = ("right", "one", "first", "r64", "r256", "share", "long")
+PARTS = ("right", "one", "first", "r64", "r256", "share", "kernels", "long", "host")
 
 
 def parse():
@@ -87,8 +90,11 @@ def bytes_used(worker):
     return memory.bytes_used()
 
 
-def step_ms(worker, count, context):
-    """In the engine's process: ms of the program of a decode step, without a host."""
+def run_steps(worker, count, context, new, repeats):
+    """In the engine's process: ms of the program of a step, without a host.
+
+    The step is one of `count` requests that have `context` tokens with the `new` ones.
+    """
     import numpy as np
     import torch
     import torch_xla.core.xla_model as xm
@@ -100,27 +106,116 @@ def step_ms(worker, count, context):
     needed = context // size + 1
     table = np.arange(count * needed, dtype=np.int32).reshape(count, needed)
     row = np.arange(count, dtype=np.int32)
+    positions = np.tile(np.arange(context - new, context, dtype=np.int32), count)
+    pages = np.repeat(table, new, 0)[np.arange(count * new), positions // size]
     step = Step(
-        row + 10,
-        np.full((1, count), context - 1, np.int32),
+        np.arange(count * new, dtype=np.int32) % 1000 + 10,
+        positions[None],
         None,
-        np.arange(count + 1, dtype=np.int32),
+        np.arange(count + 1, dtype=np.int32) * new,
         np.full(count, context, np.int32),
-        row,
-        [(table[:, (context - 1) // size] * size + (context - 1) % size, table)],
+        (row + 1) * new - 1,
+        [(pages * size + positions % size, table)],
     )
-    layout = runner._layout(count)
+    layout = runner._layout(next(n for n in runner._buckets if n >= count * new))
     vector = torch.from_numpy(layout.pack(step)).to(runner.xla_device)
-    times = []
     with torch.inference_mode(False), torch.no_grad():
-        for _ in range(3):
-            xm.wait_device_ops()
+        xm.wait_device_ops()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = runner._run_step(vector, runner._no_previous, layout)
+        result[0].cpu()
+        return (time.perf_counter() - start) / repeats * 1e3
+
+
+def step_ms(worker, count, context):
+    """In the engine's process: ms of the program of a decode step."""
+    return min(run_steps(worker, count, context, 1, 50) for _ in range(3))
+
+
+def kernels_of_step(worker, count, context, new, repeats, folder):
+    """In the engine's process: each kernel's ms in a step, from a device trace."""
+    import torch_xla.debug.profiler as xp
+
+    run_steps(worker, count, context, new, 2)
+    xp.start_trace(folder)
+    try:
+        whole = run_steps(worker, count, context, new, repeats)
+    finally:
+        xp.stop_trace()
+    (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    devices = {
+        event["pid"]
+        for event in events
+        if event.get("name") == "process_name" and "/device:" in event["args"]["name"]
+    }
+    streams = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event.get("name") == "thread_name" and "Stream" in event["args"]["name"]
+    }
+    total = collections.Counter()
+    calls = collections.Counter()
+    for event in events:
+        if event.get("ph") != "X" or event["pid"] not in devices:
+            continue
+        if (event["pid"], event["tid"]) in streams:
+            total[event["name"]] += event["dur"] / 1e3 / repeats
+            calls[event["name"]] += 1 / repeats
+    return {
+        "step_ms": whole,
+        "device_ms": sum(total.values()),
+        "kernels": {
+            name: {"ms": ms, "calls": calls[name]} for name, ms in total.most_common(40)
+        },
+    }
+
+
+# What a step of the engine does on the host, by the method that does it.
+PHASES = {
+    "schedule": ("vllm.v1.core.sched.scheduler", "Scheduler", "schedule"),
+    "execute": ("xla_ops.vllm.runner", "XlaModelRunner", "execute_model"),
+    "prepare": ("xla_ops.vllm.runner", "XlaModelRunner", "_prepare_inputs"),
+    "program": ("xla_ops.vllm.runner", "XlaModelRunner", "_run"),
+    "sample": ("xla_ops.vllm.runner", "XlaModelRunner", "sample_tokens"),
+    "wait": ("concurrent.futures", "Future", "result"),
+    "update": ("vllm.v1.core.sched.scheduler", "Scheduler", "update_from_output"),
+    "step": ("vllm.v1.engine.core", "EngineCore", "step_with_batch_queue"),
+}
+
+
+def time_phases(worker):
+    """In the engine's process: starts to time what a step does on the host."""
+    import functools
+    import importlib
+
+    worker.phases = {name: [] for name in PHASES}
+
+    def timed(function, times):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
             start = time.perf_counter()
-            for _ in range(50):
-                result = runner._run_step(vector, runner._no_previous, layout)
-            result[0].cpu()
-            times.append((time.perf_counter() - start) / 50 * 1e3)
-    return min(times)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                times.append(time.perf_counter() - start)
+
+        return call
+
+    for name, (module, cls, method) in PHASES.items():
+        owner = getattr(importlib.import_module(module), cls)
+        setattr(owner, method, timed(getattr(owner, method), worker.phases[name]))
+
+
+def phases(worker):
+    """In the engine's process: the median of each phase, in ms."""
+    return {
+        name: {"ms": statistics.median(times) * 1e3, "calls": len(times)}
+        for name, times in worker.phases.items()
+        if times
+    }
 
 
 def ask(llm, function, *args):
@@ -250,6 +345,33 @@ def measure_share(llm, vocab, count=64):
     }
 
 
+def measure_kernels(llm):
+    """Steps of 1, 64 and 256 sequences, and of 16 prompts: what their time goes to."""
+    steps = {}
+    for name, count, context, new in (
+        ("decode_1", 1, 256, 1),
+        ("decode_64", 64, 576, 1),
+        ("decode_256", 256, 576, 1),
+        ("prefill_16x512", 16, 512, 512),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            repeats = 4 if new > 1 else 20
+            steps[name] = ask(
+                llm, kernels_of_step, count, context, new, repeats, folder
+            )
+    return steps
+
+
+def measure_host(llm, vocab):
+    """What the host does in a step of 64 and of 256 requests; timing adds to it."""
+    found = {}
+    for count in (64, 256):
+        ask(llm, time_phases)
+        generate(llm, random_prompts(count, 16, vocab, count), 128)
+        found[count] = ask(llm, phases)
+    return found
+
+
 def measure_long(llm, vocab, steps):
     """Memory over many decode steps of 8 requests."""
     length = 512
@@ -286,7 +408,7 @@ def main():
 
     def save(name, result):
         record["parts"][name] = result
-        print(f"{name}: {json.dumps(result)}", flush=True)
+        print(f"{name}: {json.dumps(result)[:3000]}", flush=True)
         (args.out / "vllm_engine.json").write_text(json.dumps(record, indent=1))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -319,6 +441,8 @@ def main():
             "r64": lambda: measure_many(llm, vocab, 64),
             "r256": lambda: measure_many(llm, vocab, 256),
             "share": lambda: measure_share(llm, vocab),
+            "kernels": lambda: measure_kernels(llm),
+            "host": lambda: measure_host(llm, vocab),
             "long": lambda: measure_long(llm, vocab, args.steps),
         }
         for name in PARTS[1:]:
