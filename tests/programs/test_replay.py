@@ -360,6 +360,22 @@ def test_tensors_of_a_call_are_not_kept():
     assert run_alone(_NOT_KEPT) == "right"
 
 
+def test_collectives_leave_nothing_behind(monkeypatch):
+    """The next lazy graph once computed those of a trace again."""
+    monkeypatch.setenv("XLA_ALWAYS_ALLREDUCE", "1")  # on one device too
+
+    def summed(x):
+        return xm.all_reduce(xm.REDUCE_SUM, x + 1)
+
+    x = xla(1.0, 2.0)
+    assert replay(summed)(x).tolist() == [2, 3]
+    lazy = summed(x)
+    hlo = torch_xla._XLAC._get_xla_tensors_hlo([lazy])
+    torch_xla.sync()
+    assert hlo.count(" all-reduce(") == 1
+    assert lazy.tolist() == [2, 3]
+
+
 def test_threads_trace_once():
     f, traces = counted(lambda x: (x * 3).exp())
     results = [None] * 4

@@ -5,6 +5,7 @@
     visible         how many GPUs are visible, asked without CUDA
     cuda_libraries  what of CUDA XLA opens, where it looks, which wheels bring it
     options         what the environment asks of the client
+    flags           XLA's own, of several processes
     check           whether plugin, driver, GPUs and kernels go together
     plugin          all of it, for torch_xla's entry point (the module xla_ops_pjrt)
 

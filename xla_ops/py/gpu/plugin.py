@@ -5,6 +5,7 @@ Tested by tests/gpu/test_entry_point.py.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from .. import _runtime
 from ..core import elf
 from ..core.errors import Problem
 from ..core.paths import bridge_path
-from . import check, discover
+from . import check, discover, flags
 
 if TYPE_CHECKING:
     from .._runtime import PluginInfo
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def open_bridge() -> str:
     """Checks this machine, has the bridge open the plugin, returns bridge_path().
 
-    Called again, it opens nothing twice.
+    Called again, it opens nothing twice. A process of several gets XLA's flags for that
+    (flags.py).
 
     Raises:
         Problem: no plugin or several, a wrong PJRT version, no driver, a GPU that the
@@ -31,6 +33,7 @@ def open_bridge() -> str:
     plugin = discover.find_plugin()
     check.check_machine(plugin)
     plugin_info(plugin)
+    flags.set_defaults(os.environ)
     _runtime.open_plugin(bridge, str(plugin))
     return bridge
 

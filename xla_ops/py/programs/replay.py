@@ -409,6 +409,10 @@ class _Traced:
                 in_place.set_value(t, value)
             _xlac._set_buffer_donation(t, False)
         self._saved.clear()
+        # Collectives of a lazy graph run in order, each after a token that the one
+        # before it has left. The next graph would compute the traced ones again.
+        for device in {str(t.device) for t in self._args} or {str(torch_xla.device())}:
+            _xlac._set_all_reduce_token(device, None)
 
 
 def _copied(value: torch.Tensor) -> torch.Tensor:
