@@ -27,7 +27,10 @@ RANKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": 
             "--xla_gpu_nccl_termination_timeout_seconds=9",
             f"--xla_gpu_nccl_termination_timeout_seconds=9 {SHARD}",
         ),
-        ("--xla_gpu_shard_autotuning_x", f"--xla_gpu_shard_autotuning_x {SHARD} {TIMEOUT}"),
+        (
+            "--xla_gpu_shard_autotuning_x",
+            f"--xla_gpu_shard_autotuning_x {SHARD} {TIMEOUT}",
+        ),
         (f"{TIMEOUT} {SHARD}", f"{TIMEOUT} {SHARD}"),
     ],
 )

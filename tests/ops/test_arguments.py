@@ -295,8 +295,8 @@ def test_caches_that_are_no_list(caches):
         xla_ops.copy_blocks(caches, caches, torch.tensor([[0, 1]]))
     if not isinstance(caches, torch.Tensor):
         text = f"paged_attention: kv_cache must be a tensor or two in a list, got {got}"
+        ints = (int32(9), int32([0, 1, 2]), int32(0, 9), int32(1))
         with pytest.raises(TypeError, match=text):
-            ints = (int32(9), int32([0, 1, 2]), int32(0, 9), int32(1))
             xla_ops.paged_attention(heads(), caches, *ints, 0.5)
 
 

@@ -290,5 +290,7 @@ def test_two_views_made_outside_are_refused(name):
     path = Path(name)
     both, mapping = path.put([cache(2, 6, 4, 8), torch.tensor([[0, 1]])])
     src, dst = both[:, :, :2].detach().unbind(0)
-    with pytest.raises(Exception, match="swap_blocks: dst must not be a view, made out"):
+    with pytest.raises(
+        Exception, match="swap_blocks: dst must not be a view, made out"
+    ):
         path.function(xla_ops.swap_blocks)(src, dst, mapping)

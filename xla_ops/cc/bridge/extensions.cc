@@ -5,7 +5,8 @@
 // cross-host transfers (12). Of these
 //
 // - 3, 4 and 6 are padded. An error of the last two ends the process.
-// - The profiler's functions are in a table of its own, which newer plugins have
+// - The profiler's functions are in a table of its own, which newer plugins
+// have
 //   made longer. torch_xla ends the process at the start of a trace unless the
 //   size is that which it knows: it gets a copy that ends there. The functions
 //   stay as they are: it leaves the size of their arguments unset, so there is

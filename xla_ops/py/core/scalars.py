@@ -32,7 +32,9 @@ def integer(op: str, argument: str, value: Any) -> int:
     # Dynamo's symbols say that they are ints, and are not to be looked at.
     if not torch.compiler.is_dynamo_compiling() and value.bit_length() > 63:
         got = f"one of {value.bit_length()}"
-        raise TypeError(f"{op}: {argument} must be an int of at most 63 bits, got {got}")
+        raise TypeError(
+            f"{op}: {argument} must be an int of at most 63 bits, got {got}"
+        )
     return value
 
 
