@@ -212,7 +212,7 @@ def run_rank(part, out):
         if rank == world - 1:
             os._exit(7)
         time.sleep(2)
-        print(f"rank {rank} waits", flush=True)
+        print("waits for the dead rank", flush=True)
         xm.all_reduce(xm.REDUCE_SUM, x + 1).cpu()
         print(f"rank {rank} got a value", flush=True)
         return
@@ -324,8 +324,11 @@ def run_part(part, out, processes):
         statuses = wait(hosts(part, out, processes, started, flags), 150)
     found = {"statuses": statuses, "seconds": time.monotonic() - start}
     if part in ("dead", "absent"):
-        found["right"] = None not in statuses and 0 not in statuses
         log = pathlib.Path(f"{out}.{part}.0.log").read_text()
+        last = "the dead rank" if part == "dead" else "the other ranks"
+        found["right"] = (
+            None not in statuses and 0 not in statuses and f"waits for {last}" in log
+        )
         found["said"] = [line[:300] for line in log.splitlines()[-6:]]
     else:
         found["ranks"] = results(out, processes)
