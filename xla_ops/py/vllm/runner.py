@@ -294,10 +294,13 @@ class XlaModelRunner(GPUModelRunner):
         self, step: Step, tokens: int, previous: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         layout = self._layout(tokens)
-        vector = torch.from_numpy(layout.pack(step)).to(self.xla_device)
+        vector = self._transfer(layout.pack(step))
         if previous is None:
             previous = self._no_previous
         return self._run_step(vector, previous, layout)
+
+    def _transfer(self, vector: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(vector).to(self.xla_device)
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> tuple:
         prepared = super()._prepare_inputs(*args, **kwargs)
