@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import xla_ops
 from support import addresses
+from xla_ops.core import in_place
 from xla_ops.programs.replay import replay
 
 
@@ -189,6 +190,30 @@ def test_caches_keep_their_buffers(way):
         assert addresses(caches) == before
     for cache, wanted in zip(caches, expected, strict=True):
         torch.testing.assert_close(cache.cpu().view(2, 8, 8), wanted)
+
+
+def test_values_of_any_op_may_overwrite_a_buffer():
+    buffers = [torch.zeros(3, 4, device=torch_xla.device()) for _ in range(3)]
+    torch_xla.sync(wait=True)
+    before = addresses(buffers)
+
+    def write(rows, place):
+        every = torch.arange(3, dtype=torch.int32, device=rows.device)
+        for i, buffer in enumerate(buffers):
+            is_place = (every == place).unsqueeze(-1)
+            in_place.overwrite(buffer, torch.where(is_place, rows[i], buffer))
+
+    write = replay(write, state=buffers)
+    read = replay(lambda: tuple(buffer * 2 for buffer in buffers), state=buffers)
+    expected = torch.zeros(3, 3, 4)
+    for place in (2, 0, 2):
+        rows = torch.randn(3, 4)
+        expected[:, place] = rows
+        place = torch.tensor([place], dtype=torch.int32).to(torch_xla.device())
+        write(rows.to(torch_xla.device()), place)
+        for got, wanted in zip(read(), expected, strict=True):
+            torch.testing.assert_close(got.cpu(), wanted * 2)
+        assert addresses(buffers) == before
 
 
 def test_a_step_takes_nothing_from_who_shares_the_cache():

@@ -160,7 +160,7 @@ def update(
         if given is not None:
             given = ownership.owned(buffer)
         elif is_collecting():
-            _collect(op, buffer)
+            _collect(op.name, buffer)
         elif not isinstance(buffer, FunctionalTensor):
             ownership.protect([buffer], finish_reads=False)
             assign(buffer, op(buffer, *args, None))
@@ -168,6 +168,21 @@ def update(
             return
     old = buffer if given is None else given
     assign(buffer, op(old, *args, given))
+
+
+def overwrite(t: torch.Tensor, value: torch.Tensor) -> None:
+    """In a replayed function: t.copy_(value), into the buffer that `t` has.
+
+    For values that no op of this package computes. A copy_ alone would leave the old
+    buffer and the new one beside each other.
+
+    Args:
+        t: one of the function's arguments or of its state, not a view.
+        value: of the same shape and dtype.
+    """
+    assert is_collecting()
+    _collect("overwrite", t)
+    assign(t, value)
 
 
 class _Collected(threading.local):
@@ -206,7 +221,7 @@ def collecting(tensors: Iterable[torch.Tensor]) -> Iterator[Iterable[torch.Tenso
         _collected.allowed, _collected.updated = None, {}
 
 
-def _collect(op: Op, buffer: torch.Tensor) -> None:
+def _collect(op: str, buffer: torch.Tensor) -> None:
     import torch_xla
 
     assert _collected.allowed is not None
@@ -218,7 +233,7 @@ def _collect(op: Op, buffer: torch.Tensor) -> None:
         return  # the program's own, or written by another op before
     if id(buffer) not in _collected.allowed:
         raise ValueError(
-            f"{op.name}: a tensor that a replayed function updates must be one of its"
+            f"{op}: a tensor that a replayed function updates must be one of its"
             f" arguments or in its state, got another of shape {list(buffer.shape)}"
         )
     xlac._set_buffer_donation(buffer, True)
