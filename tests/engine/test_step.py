@@ -17,7 +17,8 @@ def steps(draw):
     logit_rows = draw(st.integers(rows, 48))
     blocks = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     position_rows = draw(st.sampled_from([1, 3]))
-    layout = Layout(tokens, rows, logit_rows, blocks, position_rows)
+    has_adapters = draw(st.booleans())
+    layout = Layout(tokens, rows, logit_rows, blocks, position_rows, has_adapters)
     r = draw(st.integers(0, rows))
     n = draw(st.integers(r, tokens)) if r else 0
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
@@ -34,6 +35,7 @@ def steps(draw):
         numbers(r),
         numbers(r),
         [(numbers(n), numbers(r, draw(st.integers(0, b)))) for b in blocks],
+        numbers(n) if has_adapters and draw(st.booleans()) else None,
     )
     return layout, step
 
@@ -61,6 +63,11 @@ def test_what_is_packed_comes_out(given_):
     assert (fields["context_lens"][r:] == 0).all()
     assert (fields["logit_indices"][:r] == step.logit_indices).all()
     assert fields["num_seqs"] == r
+    assert ("adapter_slots" in fields) == layout.has_adapters
+    if layout.has_adapters:
+        slots = -1 if step.adapter_slots is None else step.adapter_slots
+        assert (fields["adapter_slots"][:n] == slots).all()
+        assert (fields["adapter_slots"][n:] == -1).all()
     for group, (slots, table) in enumerate(step.groups):
         assert (fields[f"slots_{group}"][:n] == slots).all()
         assert (fields[f"slots_{group}"][n:] == -1).all()

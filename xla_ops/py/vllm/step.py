@@ -28,6 +28,7 @@ class Layout:
         logit_rows: rows of which logits are computed.
         blocks: of each KV group, width of the block table.
         position_rows: 1, or 3 where positions have three axes (M-RoPE).
+        has_adapters: whether tokens may have an adapter (LoRA).
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class Layout:
     logit_rows: int
     blocks: tuple[int, ...]
     position_rows: int = 1
+    has_adapters: bool = False
 
     @functools.cached_property
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -51,6 +53,8 @@ class Layout:
         for group, blocks in enumerate(self.blocks):
             shapes[f"slots_{group}"] = (self.tokens,)
             shapes[f"block_tables_{group}"] = (self.rows, blocks)
+        if self.has_adapters:
+            shapes["adapter_slots"] = (self.tokens,)
         return shapes
 
     @functools.cached_property
@@ -59,7 +63,10 @@ class Layout:
         return sum(_size(shape) for shape in self.fields.values())
 
     def pack(self, step: Step) -> np.ndarray:
-        """Returns the vector, padded: slots by -1, `query_start_loc` by its end."""
+        """Returns the vector, padded: slots by -1, `query_start_loc` by its end.
+
+        A step without adapters may go to a program that has them.
+        """
         vector = np.zeros(self.size, np.int32)
         views = _views(vector, self.fields)
         n, r = step.token_ids.shape[0], step.context_lens.shape[0]
@@ -77,6 +84,10 @@ class Layout:
             views[f"slots_{group}"][:n] = slots
             views[f"slots_{group}"][n:] = -1
             views[f"block_tables_{group}"][:r, : table.shape[1]] = table
+        if self.has_adapters:
+            views["adapter_slots"].fill(-1)
+            if step.adapter_slots is not None:
+                views["adapter_slots"][:n] = step.adapter_slots
         return vector
 
     def unpack(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -100,6 +111,8 @@ class Step(NamedTuple):
         context_lens: [num_seqs].
         logit_indices: tokens of which logits are wanted.
         groups: of each KV group the tokens' slots and the sequences' block table.
+        adapter_slots: of each token the slot of its adapter (lora.py), -1 where it has
+            none; None: no token has one.
     """
 
     token_ids: np.ndarray
@@ -109,6 +122,7 @@ class Step(NamedTuple):
     context_lens: np.ndarray
     logit_indices: np.ndarray
     groups: Sequence[tuple[np.ndarray, np.ndarray]]
+    adapter_slots: np.ndarray | None = None
 
     @staticmethod
     def empty(groups: int, position_rows: int = 1) -> Step:
