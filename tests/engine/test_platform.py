@@ -12,7 +12,7 @@ REFUSED = {
     "tensor_parallel_size": dict(tensor_parallel_size=2),
     "pipeline_parallel_size": dict(pipeline_parallel_size=2),
     "enable_expert_parallel": dict(family="qwen3_moe", enable_expert_parallel=True),
-    "enable_lora": dict(enable_lora=True),
+    "fully_sharded_loras": dict(enable_lora=True, fully_sharded_loras=True),
     "calculate_kv_scales": dict(calculate_kv_scales=True, kv_cache_dtype="fp8"),
     "kv_cache_dtype": dict(kv_cache_dtype="fp8_inc"),
     "kv_sharing_fast_prefill": dict(kv_sharing_fast_prefill=True),
@@ -28,6 +28,11 @@ def config(family="llama", **options):
 def test_refused(name):
     with pytest.raises(NotImplementedError, match=f"xla_ops: {name} must be .+, got"):
         config(**REFUSED[name])
+
+
+def test_lora_on_several_devices_is_refused():
+    with pytest.raises(NotImplementedError, match="must be 1 with enable_lora on XLA"):
+        config(enable_lora=True, tensor_parallel_size=2)
 
 
 def test_defaults():

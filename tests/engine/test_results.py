@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.outputs import ModelRunnerOutput
@@ -35,10 +36,18 @@ def test_a_prompts_rows_are_fetched_once():
 
     hidden = Counted()
     result = StepResult(hidden, Unread(), Unread(), 6, torch.tensor([5]))
-    assert result[:6][2:4].tolist() == [2, 3]
-    assert result[:6][:6].tolist() == [0, 1, 2, 3, 4, 5]
-    assert result[:6][torch.tensor([7])].tolist() == [7]
+    assert result[:6][2:4].hidden.tolist() == [2, 3]
+    assert result[:6][:6].hidden.tolist() == [0, 1, 2, 3, 4, 5]
+    assert result[:6][:6].adapter_slots is None
     assert hidden.fetched == 1
+
+
+def test_a_prompts_rows_come_with_their_adapters():
+    hidden, slots = torch.arange(8), np.array([-1, -1, 2, 2, 0, 0])
+    result = StepResult(hidden, Unread(), Unread(), 6, torch.tensor([5]), slots)
+    rows = result[:6][1:4]
+    assert rows.hidden.tolist() == [1, 2, 3]
+    assert rows.adapter_slots.tolist() == [-1, 2, 2]
 
 
 def output(rows):

@@ -7,6 +7,7 @@ saturated ones every wrong model passes, with flat ones the right model fails.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -170,30 +171,45 @@ def save_family(family: str, folder: Path) -> Path:
     return save_checkpoint(_configs()[family], folder)
 
 
-def save_lora(checkpoint: Path, folder: Path, seed: int, rank: int = 8) -> Path:
-    """An adapter of all linear layers of the attention and MLP, in peft's format."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+def save_lora(
+    checkpoint: Path,
+    folder: Path,
+    seed: int,
+    rank: int = 8,
+    targets: Sequence[str] = LINEAR,
+) -> Path:
+    """An adapter of the layers whose names end so, in peft's format."""
     generator = torch.Generator().manual_seed(seed)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
-    targets.append("down_proj")
     tensors = {}
-    for name, weight in load_file(checkpoint / "model.safetensors").items():
-        if name.split(".")[-2] not in targets:
+    for name, weight in sorted(load_file(checkpoint / "model.safetensors").items()):
+        if name.split(".")[-2] not in targets or weight.dim() != 2:
             continue
         out_features, in_features = weight.shape
-        a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-        b = torch.randn(out_features, rank, generator=generator) / rank**0.5
+        is_embedding = "embed_tokens" in name
+        if is_embedding:
+            out_features, in_features = in_features, out_features
+        a = torch.randn(rank, in_features, generator=generator)
+        b = torch.randn(out_features, rank, generator=generator) / rank**0.5 / 2
         module = "base_model.model." + name.removesuffix(".weight")
-        tensors[module + ".lora_A.weight"] = a
-        tensors[module + ".lora_B.weight"] = b
+        if is_embedding:  # a token takes a column of A
+            tensors[module + ".lora_embedding_A"] = a / out_features**0.5
+            tensors[module + ".lora_embedding_B"] = b
+        else:
+            tensors[module + ".lora_A.weight"] = a / in_features**0.5
+            tensors[module + ".lora_B.weight"] = b
     config = dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(checkpoint),
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=2 * rank,
         lora_dropout=0.0,
         bias="none",
-        target_modules=targets,
+        target_modules=list(targets),
     )
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -207,10 +223,14 @@ def merge_lora(checkpoint: Path, adapter: Path, folder: Path) -> Path:
     scale = config["lora_alpha"] / config["r"]
     weights = load_file(checkpoint / "model.safetensors")
     lora = load_file(adapter / "adapter_model.safetensors")
-    for name in [n for n in lora if n.endswith(".lora_A.weight")]:
-        module = name.removesuffix(".lora_A.weight")
-        product = lora[module + ".lora_B.weight"] @ lora[name]
-        weights[module.removeprefix("base_model.model.") + ".weight"] += scale * product
+    for name, a in lora.items():
+        module, _, form = name.partition(".lora_")
+        if form not in ("A.weight", "embedding_A"):
+            continue
+        product = lora[f"{module}.lora_{form.replace('A', 'B')}"] @ a
+        weights[module.removeprefix("base_model.model.") + ".weight"] += scale * (
+            product.T if form == "embedding_A" else product
+        )
     copy_without_weights(checkpoint, folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -17,6 +17,7 @@ import torch_xla.core.xla_model as xm
 from tqdm import tqdm
 from vllm.attention.layer import Attention
 from vllm.config import ModelConfig
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -68,7 +69,8 @@ def move(model: torch.nn.Module, device: torch.device, *, dummy: bool = False) -
                 for name, tensor in held.items():
                     if tensor is not None:
                         held[name] = mover(tensor, bar)
-            _move_attributes(module, mover, bar)
+            if not isinstance(module, BaseLayerWithLoRA):  # it holds lora.py's stage
+                _move_attributes(module, mover, bar)
             if isinstance(module, Attention):
                 _move_attributes(module.impl, mover, bar)
     torch_xla.sync(wait=True)

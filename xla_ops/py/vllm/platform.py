@@ -172,6 +172,10 @@ class XlaPlatform(Platform):
         return "xla_ops.vllm.lora.XlaPunicaWrapper"
 
     @classmethod
+    def can_update_inplace(cls) -> bool:
+        return False  # LoRA layers then take what the wrapper returns
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         if vllm_config.model_config is None:
             return  # vLLM makes such configurations for tests
@@ -189,6 +193,12 @@ def refuse(config: VllmConfig) -> None:
     speculative = config.speculative_config
     # What is asked for; the argument that asks; what is taken.
     rules = [
+        (
+            config.lora_config is not None and parallel.tensor_parallel_size != 1,
+            "tensor_parallel_size",
+            parallel.tensor_parallel_size,
+            "1 with enable_lora",
+        ),
         (model.runner_type != "generate", "runner", model.runner_type, "generate"),
         (model.is_encoder_decoder, "model", "an encoder-decoder", "a decoder"),
         (model.has_inner_state, "model", "one with Mamba layers", "attention only"),
@@ -220,7 +230,12 @@ def refuse(config: VllmConfig) -> None:
             f"method {speculative.method}" if speculative else None,
             "None or of the method ngram",
         ),
-        (config.lora_config is not None, "enable_lora", True, "False"),
+        (
+            config.lora_config is not None and config.lora_config.fully_sharded_loras,
+            "fully_sharded_loras",
+            True,
+            "False",
+        ),
         (cache.calculate_kv_scales, "calculate_kv_scales", True, "False"),
         (
             cache.cache_dtype not in ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16")
@@ -269,6 +284,10 @@ def _update(config: VllmConfig) -> None:
     # Neither torch_xla nor the CUDA driver, which has been asked for the GPU's name,
     # survives a fork.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if config.lora_config is not None:
+        from . import preload
+
+        preload.install()
     _set_async_scheduling(config)
     _take_text_alone(config)
 

@@ -9,8 +9,9 @@ Tested by tests/engine/test_results.py.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors, ModelRunnerOutput
 
@@ -26,6 +27,7 @@ class StepResult:
         greedy: [max_logit_rows] int32, each row's token of the largest logit.
         num_tokens, num_rows: how many of them are the step's.
         logit_indices: the tensor by which vLLM will ask for the rows with logits.
+        adapter_slots: of each of the tokens, or None where none has an adapter.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class StepResult:
         greedy: torch.Tensor,
         num_tokens: int,
         logit_indices: torch.Tensor,
+        adapter_slots: np.ndarray | None = None,
     ):
         self.hidden = hidden
         self.logits = logits
@@ -42,7 +45,7 @@ class StepResult:
         self.num_tokens = num_tokens
         self.num_rows = logit_indices.shape[0]
         self.logit_indices = logit_indices
-        self._host_rows = HostRows(hidden)
+        self._host_rows = HostRows(hidden, adapter_slots)
 
     def __getitem__(self, index: Any) -> StepResult | HostRows:
         if index is self.logit_indices:
@@ -52,17 +55,26 @@ class StepResult:
         return self._host_rows
 
 
-class HostRows:
-    """Hidden states that are fetched, all at once, when one is indexed."""
+class PromptRows(NamedTuple):
+    """Hidden states of a prompt's tokens, on the host, and their adapters' slots."""
 
-    def __init__(self, hidden: torch.Tensor):
+    hidden: torch.Tensor
+    adapter_slots: np.ndarray | None
+
+
+class HostRows:
+    """Hidden states that are fetched, all at once, when some are sliced out."""
+
+    def __init__(self, hidden: torch.Tensor, adapter_slots: np.ndarray | None = None):
         self._hidden = hidden
+        self._adapter_slots = adapter_slots
         self._host: torch.Tensor | None = None
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: slice) -> PromptRows:
         if self._host is None:
             self._host = self._hidden.cpu()
-        return self._host[index]
+        slots = self._adapter_slots
+        return PromptRows(self._host[index], None if slots is None else slots[index])
 
 
 class AsyncOutput(AsyncModelRunnerOutput):

@@ -11,6 +11,7 @@ Tested by tests/engine.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from vllm.config import VllmConfig
 from vllm.forward_context import override_forward_context
 from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -33,7 +35,7 @@ from ..programs.replay import replay
 from . import host, loading
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
 from .rejection import DeviceRejectionSampler
-from .results import StepResult
+from .results import PromptRows, StepResult
 from .sampled import SampledOnDevice
 from .sampler import DeviceSampler, arrange_bitmask
 from .step import Layout, Step, buckets
@@ -68,6 +70,7 @@ class XlaModelRunner(GPUModelRunner):
         self._bitmask: np.ndarray | None = None
         self._sources: np.ndarray | None = None
         self._previous: torch.Tensor | None = None
+        self._adapter_slots: np.ndarray | None = None
 
     # What vLLM's runner asks CUDA.
 
@@ -94,10 +97,15 @@ class XlaModelRunner(GPUModelRunner):
             load.load_format = loading.DUMMY_FORMAT
         super().load_model(eep_scale_up)
         self.model_memory_usage = loading.move(self.model, self.xla_device, dummy=dummy)
+        self._adapters = None
+        if self.lora_config is not None:
+            self._adapters = self.lora_manager._adapter_manager
+            self._adapters.place(self.xla_device)
+            self.model_memory_usage += self._adapters.slots.num_bytes
         self._logits_of: Callable = self.model.compute_logits
         self.model.compute_logits = self._compute_logits
         self._prompt_logits = replay(
-            lambda rows: self._logits_of(rows).float(), state=(self.model,)
+            self._logits_of_prompt, state=(self.model, *self._adapter_buffers)
         )
         self._sampler = DeviceSampler(
             self.input_batch.vocab_size,
@@ -114,6 +122,16 @@ class XlaModelRunner(GPUModelRunner):
             self.model_memory_usage / 2**30,
             time.perf_counter() - start,
         )
+
+    @property
+    def _adapter_buffers(self) -> list[torch.Tensor]:
+        return [] if self._adapters is None else self._adapters.slots.buffers
+
+    def _adapters_of(self, slots: torch.Tensor | None) -> Any:
+        """While a program is traced: rows have the adapters of these slots."""
+        if self._adapters is None:
+            return contextlib.nullcontext()
+        return self._adapters.punica_wrapper.rows_of(slots)
 
     def _step(
         self,
@@ -144,9 +162,13 @@ class XlaModelRunner(GPUModelRunner):
             for group in range(len(layout.blocks))
         ]
         positions = step["positions"].to(torch.int64)
-        with attention_of(
-            {name: metadata[group] for name, group in groups.items()},
-            self.compilation_config.static_forward_context,
+        adapter_slots = step.get("adapter_slots")
+        with (
+            attention_of(
+                {name: metadata[group] for name, group in groups.items()},
+                self.compilation_config.static_forward_context,
+            ),
+            self._adapters_of(adapter_slots),
         ):
             hidden = self.model(
                 input_ids=token_ids,
@@ -154,8 +176,11 @@ class XlaModelRunner(GPUModelRunner):
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
-        rows = hidden[step["logit_indices"].to(torch.int64)]
-        logits = self._logits_of(rows).float()
+        indices = step["logit_indices"].to(torch.int64)
+        if adapter_slots is not None:
+            adapter_slots = adapter_slots[indices]
+        with self._adapters_of(adapter_slots):
+            logits = self._logits_of(hidden[indices]).float()
         greedy = logits.argmax(-1).to(torch.int32)
         return self._pad(greedy), logits, hidden
 
@@ -164,20 +189,41 @@ class XlaModelRunner(GPUModelRunner):
         padding = self._max_logit_rows - tokens.shape[0]
         return torch.nn.functional.pad(tokens, (0, padding))
 
+    def _logits_of_prompt(
+        self, rows: torch.Tensor, slots: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The program of a prompt's rows."""
+        with self._adapters_of(slots):
+            return self._logits_of(rows).float()
+
     def _compute_logits(
-        self, rows: StepResult | torch.Tensor
+        self, rows: StepResult | PromptRows
     ) -> StepResult | torch.Tensor:
         """model.compute_logits for vLLM's runner: of a step, or of a prompt's rows."""
         if isinstance(rows, StepResult):
             return rows
         parts = []
-        with torch.inference_mode(False), torch.no_grad():
-            for part in rows.split(_PROMPT_ROWS):
-                padding = (0, 0, 0, _PROMPT_ROWS - part.shape[0])
-                padded = torch.nn.functional.pad(part, padding)
-                logits = self._prompt_logits(padded.to(self.xla_device))
-                parts.append(logits.cpu()[: part.shape[0]])
+        for start in range(0, rows.hidden.shape[0], _PROMPT_ROWS):
+            some = slice(start, start + _PROMPT_ROWS)
+            hidden, slots = rows.hidden[some], rows.adapter_slots
+            logits = self._run_prompt(hidden, None if slots is None else slots[some])
+            parts.append(logits.cpu()[: hidden.shape[0]])
         return torch.cat(parts)
+
+    def _run_prompt(
+        self, hidden: torch.Tensor, adapter_slots: np.ndarray | None
+    ) -> torch.Tensor:
+        """Logits of at most _PROMPT_ROWS rows on the host, padded to as many."""
+        padding = (0, 0, 0, _PROMPT_ROWS - hidden.shape[0])
+        slots = None
+        with torch.inference_mode(False), torch.no_grad():
+            if self._adapters is not None:
+                slots = torch.full((_PROMPT_ROWS,), -1, dtype=torch.int32)
+                if adapter_slots is not None:
+                    slots[: len(adapter_slots)] = torch.from_numpy(adapter_slots)
+                slots = slots.to(self.xla_device)
+            padded = torch.nn.functional.pad(hidden, padding)
+            return self._prompt_logits(padded.to(self.xla_device), slots)
 
     # Caches.
 
@@ -224,14 +270,14 @@ class XlaModelRunner(GPUModelRunner):
         return caches
 
     def _make_step_program(self, caches: Mapping[str, torch.Tensor]) -> None:
-        self._layouts: dict[int, Layout] = {}
+        self._layouts: dict[tuple[int, bool], Layout] = {}
         unique = {id(cache): cache for cache in caches.values()}
         self.caches = list(unique.values())
         self._run_step = replay(
             lambda vector, previous, layout: self._step(
                 vector, previous, layout, self._groups
             ),
-            state=(self.model, *self.caches),
+            state=(self.model, *self.caches, *self._adapter_buffers),
         )
         with torch.inference_mode(False):
             self._no_previous = torch.zeros(self._max_logit_rows, dtype=torch.int32).to(
@@ -257,7 +303,8 @@ class XlaModelRunner(GPUModelRunner):
             self._blocks = (-(-self.max_model_len // block_size),)
             self._make_step_program(caches)
             step = Step.empty(1, self._position_rows)
-            _, logits, _ = self._run(step, self.max_num_tokens)
+            has_adapters = self._adapters is not None
+            _, logits, _ = self._run(step, self.max_num_tokens, has_adapters)
             self._sampler.warm_up(logits.shape[0], logits)
             torch_xla._XLAC._xla_wait_device_ops([])
             for name in caches:
@@ -278,22 +325,27 @@ class XlaModelRunner(GPUModelRunner):
         needed = min(tokens, self._most_logit_rows)
         return next(size for size in self._row_buckets if size >= needed)
 
-    def _layout(self, tokens: int) -> Layout:
-        layout = self._layouts.get(tokens)
+    def _layout(self, tokens: int, has_adapters: bool) -> Layout:
+        layout = self._layouts.get((tokens, has_adapters))
         if layout is None:
-            layout = self._layouts[tokens] = Layout(
+            layout = self._layouts[tokens, has_adapters] = Layout(
                 tokens,
                 min(tokens, self.max_num_reqs),
                 self._logit_rows(tokens),
                 self._blocks,
                 self._position_rows,
+                has_adapters,
             )
         return layout
 
     def _run(
-        self, step: Step, tokens: int, previous: torch.Tensor | None = None
+        self,
+        step: Step,
+        tokens: int,
+        has_adapters: bool,
+        previous: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layout = self._layout(tokens)
+        layout = self._layout(tokens, has_adapters)
         vector = self._transfer(layout.pack(step))
         if previous is None:
             previous = self._no_previous
@@ -306,6 +358,28 @@ class XlaModelRunner(GPUModelRunner):
         prepared = super()._prepare_inputs(*args, **kwargs)
         self._logit_indices = prepared[0]
         return prepared
+
+    @property
+    def _kinds(self) -> list[bool]:
+        """Of programs: whether a step's tokens may have adapters."""
+        if self._adapters is None:
+            return [False]
+        # vLLM's switch, for its CUDA graphs: twice the programs, and steps without an
+        # adapter cost what they cost without LoRA.
+        both = self.compilation_config.cudagraph_specialize_lora
+        return [False, True] if both else [True]
+
+    def _set_active_loras(
+        self,
+        prompt_lora_mapping: tuple[int, ...],
+        token_lora_mapping: tuple[int, ...],
+        lora_requests: set[LoRARequest],
+    ) -> None:
+        """Puts a step's adapters into slots, and notes the slot of each token."""
+        self.lora_manager.set_active_adapters(lora_requests, None)
+        assert self._adapters is not None
+        slots = self._adapters.slots_of(token_lora_mapping)
+        self._adapter_slots = slots if (slots >= 0).any() else None
 
     def _prepare_input_ids(
         self, scheduler_output: Any, total: int, cu_num_tokens: np.ndarray
@@ -345,6 +419,7 @@ class XlaModelRunner(GPUModelRunner):
             self.seq_lens.np[:r],
             self._logit_indices.numpy(),
             groups,
+            self._adapter_slots,
         )
         bucket = next(size for size in self._buckets if size >= n)
         with (
@@ -352,8 +427,13 @@ class XlaModelRunner(GPUModelRunner):
             torch.no_grad(),
             override_forward_context(None),
         ):
-            greedy, logits, hidden = self._run(step, bucket, self._previous)
-        return StepResult(hidden, logits, greedy, n, self._logit_indices)
+            has_adapters = step.adapter_slots is not None or self._kinds[0]
+            greedy, logits, hidden = self._run(
+                step, bucket, has_adapters, self._previous
+            )
+        return StepResult(
+            hidden, logits, greedy, n, self._logit_indices, step.adapter_slots
+        )
 
     # Sampling.
 
@@ -419,18 +499,19 @@ class XlaModelRunner(GPUModelRunner):
         start = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             step = Step.empty(len(self._blocks), self._position_rows)
-            total = len(self._buckets) + len(self._row_buckets) + 1
+            steps = [(n, kind) for n in self._buckets for kind in self._kinds]
+            total = len(steps) + len(self._row_buckets) + 1
             bar = tqdm(total=total, desc="Compiling programs", disable=None)
             warmed = set()
-            for tokens in self._buckets:
-                _, logits, hidden = self._run(step, tokens)
+            for tokens, has_adapters in steps:
+                _, logits, hidden = self._run(step, tokens, has_adapters)
                 bar.update()
                 if logits.shape[0] not in warmed:
                     warmed.add(logits.shape[0])
                     self._sampler.warm_up(logits.shape[0], logits)
                     bar.update()
             rows = torch.zeros(_PROMPT_ROWS, hidden.shape[1], dtype=hidden.dtype)
-            self._prompt_logits(rows.to(self.xla_device))
+            self._run_prompt(rows, None)
             bar.close()
             torch_xla._XLAC._xla_wait_device_ops([])
         logger.info(
