@@ -117,7 +117,8 @@ def run_steps(worker, count, context, new, repeats):
         (row + 1) * new - 1,
         [(pages * size + positions % size, table)],
     )
-    layout = runner._layout(next(n for n in runner._buckets if n >= count * new))
+    tokens = next(n for n in runner._buckets if n >= count * new)
+    layout = runner._layout(tokens, has_adapters=False)
     vector = torch.from_numpy(layout.pack(step)).to(runner.xla_device)
     with torch.inference_mode(False), torch.no_grad():
         xm.wait_device_ops()

@@ -1,4 +1,6 @@
-"""XLA's flags for several processes: what is added, and what stays the user's."""
+"""XLA's flags: what is added, and what stays the user's."""
+
+import os
 
 import pytest
 
@@ -54,3 +56,45 @@ def test_processes_of_spawn():
     environ = {"PJRT_LOCAL_PROCESS_RANK": "0", "PJRT_LOCAL_PROCESS_COUNT": "2"}
     flags.set_defaults(environ)
     assert environ["XLA_FLAGS"] == f"{SHARD} {TIMEOUT}"
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    path = tmp_path / "xla_cuda13" / "xla_cuda_plugin.so"
+    path.parent.mkdir()
+    path.write_bytes(b"a plugin")
+    return path
+
+
+def test_tuning_is_kept_by_plugin(tmp_path, plugin):
+    environ = {"XLA_FLAGS": "--a=1"}
+    path = flags.keep_tuning(tmp_path / "kept", plugin, environ)
+    assert path.is_dir() and path.parent == tmp_path / "kept"
+    flag = f"--xla_gpu_per_fusion_autotune_cache_dir={path}"
+    assert environ["XLA_FLAGS"] == f"--a=1 {flag}"
+    assert flags.keep_tuning(tmp_path / "kept", plugin, {}) == path
+    plugin.write_bytes(b"another plugin")
+    assert flags.keep_tuning(tmp_path / "kept", plugin, {}) != path
+
+
+def test_the_users_folder_of_tuning_stays(tmp_path, plugin):
+    given = "--xla_gpu_per_fusion_autotune_cache_dir="
+    environ = {"XLA_FLAGS": given}
+    assert flags.keep_tuning(tmp_path / "kept", plugin, environ) is None
+    assert environ == {"XLA_FLAGS": given}
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("name", ["file/below", "with space"])
+def test_without_a_folder_nothing_is_kept(tmp_path, plugin, name):
+    (tmp_path / "file").write_text("")
+    environ = {}
+    assert flags.keep_tuning(tmp_path / name, plugin, environ) is None
+    assert environ == {}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, plugin, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    environ = {}
+    assert flags.keep_tuning(tmp_path / "kept", plugin, environ) is None
+    assert environ == {}

@@ -1,4 +1,4 @@
-"""XLA's own flags that several processes need, one a GPU.
+"""XLA's own flags: those that several processes need, and a folder for its tuning.
 
 XLA reads XLA_FLAGS once, when its plugin is loaded. What the user has set there stays.
 
@@ -7,6 +7,10 @@ Tested by tests/gpu/test_flags.py.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import os
+import pathlib
 import re
 from collections.abc import Mapping, MutableMapping
 
@@ -28,21 +32,56 @@ _OF_PROCESSES = {
 }
 
 
-def defaults(environ: Mapping[str, str]) -> str | None:
-    """XLA_FLAGS with what this process needs; None where it needs nothing more."""
-    if Ranks(environ).world_size == 1:
-        return None
-    given = environ.get(VARIABLE, "")
-    missing = [
-        f"--{name}={value}"
-        for name, value in _OF_PROCESSES.items()
-        if not re.search(rf"(?:^|\s)--(?:no)?{name}(?:=|\s|$)", given)
-    ]
-    return " ".join([given, *missing]).strip() if missing else None
+_TUNING = "xla_gpu_per_fusion_autotune_cache_dir"
 
 
 def set_defaults(environ: MutableMapping[str, str]) -> None:
-    """Sets XLA_FLAGS, before XLA's plugin is loaded."""
-    flags = defaults(environ)
-    if flags is not None:
-        environ[VARIABLE] = flags
+    """Sets what this process needs, before XLA's plugin is loaded."""
+    if Ranks(environ).world_size > 1:
+        _add(environ, _OF_PROCESSES)
+
+
+def keep_tuning(
+    folder: str | os.PathLike, plugin: pathlib.Path, environ: MutableMapping[str, str]
+) -> pathlib.Path | None:
+    """Has XLA keep in a folder which kernels it found to be the fastest.
+
+    To be called before XLA's plugin is loaded. Processes may share the folder.
+
+    Args:
+        folder: gets one folder for each plugin and set of CUDA's libraries, since a
+            choice means nothing to others.
+        plugin: the plugin that will be loaded.
+
+    Returns:
+        The folder; None where the user has set one, or none can be made there.
+    """
+    libraries = sorted(
+        f"{name} {distribution.version}"
+        for distribution in importlib.metadata.distributions()
+        if (name := (distribution.metadata["Name"] or "").lower()).startswith("nvidia")
+    )
+    build = f"{plugin.parent.name} {plugin.stat().st_size}"
+    key = hashlib.sha256("\n".join([build, *libraries]).encode()).hexdigest()[:16]
+    path = pathlib.Path(folder) / key
+    if _has(environ, _TUNING) or " " in str(path):  # XLA splits its flags there
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(path, os.W_OK):
+        return None
+    _add(environ, {_TUNING: str(path)})
+    return path
+
+
+def _has(environ: Mapping[str, str], name: str) -> bool:
+    given = environ.get(VARIABLE, "")
+    return bool(re.search(rf"(?:^|\s)--(?:no)?{name}(?:=|\s|$)", given))
+
+
+def _add(environ: MutableMapping[str, str], flags: Mapping[str, str]) -> None:
+    missing = [f"--{k}={v}" for k, v in flags.items() if not _has(environ, k)]
+    if missing:
+        environ[VARIABLE] = " ".join([environ.get(VARIABLE, ""), *missing]).strip()

@@ -5,6 +5,7 @@ Tested by tests/engine.
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -16,6 +17,7 @@ from vllm.model_executor import set_random_seed
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 
+from ..gpu import discover, flags
 from . import memory
 from .platform import is_gpu
 
@@ -34,6 +36,11 @@ class XlaWorker(Worker):
         self._began = time.perf_counter()
         if is_gpu():
             memory.set_share(self.cache_config.gpu_memory_utilization)
+            flags.keep_tuning(
+                os.path.join(envs.VLLM_CACHE_ROOT, "xla_ops", "tuning"),
+                discover.find_plugin(),
+                os.environ,
+            )
         init_worker_distributed_environment(
             self.vllm_config,
             self.rank,
