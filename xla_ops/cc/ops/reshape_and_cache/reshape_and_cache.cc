@@ -82,7 +82,8 @@ ffi::Error BindSide(ffi::AnyBuffer rows, const CacheOperand& operand,
   // A dense block, as rows of page_size elements.
   const CacheGeometry geometry = {
       params->num_blocks, params->num_kv_heads, operand.block_stride,
-      params->head_dim * params->page_size, params->page_size};
+      SaturatingProduct(params->head_dim, params->page_size),
+      params->page_size};
   XLA_OPS_RETURN_IF_ERROR(CheckCacheInBounds(
       kOp, operand.name, operand.cache, geometry, params->head_dim,
       params->page_size, operand.offset_name, operand.offset));

@@ -284,6 +284,15 @@ XLA_OPS_TEST(Errors) {
   ExpectError([](Call* c) { c->attrs.num_blocks = INT64_MAX; },
               "num_blocks must give less than 2^63 slots, got "
               "9223372036854775807");
+  // A head of 2^63 elements and more.
+  for (const int64_t page_size : {int64_t{1} << 60, int64_t{1} << 61}) {
+    ExpectError(
+        [page_size](Call* c) {
+          c->attrs.num_blocks = 1;
+          c->attrs.page_size = page_size;
+        },
+        "key_cache must hold its view (offset and strides), got 192 elements");
+  }
   for (const int64_t x : {int64_t{0}, int64_t{-4}, int64_t{3}}) {
     ExpectError([x](Call* c) { c->attrs.key_x = x; },
                 "key_x must divide head_dim 8, got " + std::to_string(x));
