@@ -180,3 +180,13 @@ def test_parts_of_one_tensor_are_written(path):
     _, (after, _) = path.run(f, both, w)
     wanted = xla_ops.fused_add_rms_norm(both[:, :24], both[:, 24:], w, EPS)
     assert same(after, torch.cat(wanted, dim=1))
+
+
+def test_a_subclass_of_tensor_takes_the_result():
+    class Subclass(torch.Tensor):
+        pass
+
+    x, w = inputs()
+    result = torch.empty(24, 5).t()
+    rms_norm_into(result.as_subclass(Subclass), x, w)
+    assert same(result, xla_ops.rms_norm(x, w, EPS))

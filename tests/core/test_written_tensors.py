@@ -222,3 +222,17 @@ def test_sharded_operands_are_refused():
     """XLA would gather them whole on every device."""
     env = {**os.environ, "CPU_NUM_DEVICES": "4", "PJRT_DEVICE": "CPU"}
     subprocess.run([sys.executable, "-c", SHARDED], check=True, env=env)
+
+
+class Subclass(torch.Tensor):
+    """As vLLM's parameters are, it leaves all but its name to torch."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_subclass_of_tensor_is_written_where_it_lies(layout):
+    shape, take = LAYOUTS[layout]
+    raw, wanted = torch.zeros(shape), torch.zeros(shape)
+    write(*take(wanted), ROWS, SLOTS)
+    key_cache, value_cache = (t.as_subclass(Subclass) for t in take(raw))
+    write(key_cache, value_cache, ROWS, SLOTS)
+    assert torch.equal(raw, wanted)

@@ -37,7 +37,7 @@ from torch.fx.experimental import proxy_tensor
 from . import ownership
 from .dtypes import dtype_name
 from .op import NAMESPACE, OPS, Op, elements_of
-from .tracing import from_sizes, node_of
+from .tracing import from_sizes, is_plain, node_of
 
 
 class Located(NamedTuple):
@@ -55,7 +55,7 @@ def is_value(t: torch.Tensor) -> bool:
     CUDA tensors, whose memory is written.
     """
     return (
-        type(t) not in (torch.Tensor, torch.nn.Parameter)
+        not is_plain(t)
         or t.device.type not in ("cpu", "cuda")
         or torch._is_functional_tensor(t)
     )

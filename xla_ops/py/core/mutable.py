@@ -28,6 +28,7 @@ from . import front, in_place
 from .autocast import Rule
 from .checks import Checker
 from .op import NAMESPACE, Op
+from .tracing import is_plain
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -123,11 +124,7 @@ def _check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> No
 
 def _is_whole(t: torch.Tensor) -> bool:
     """Whether a tensor is known to be no part of another one, at once."""
-    return (
-        type(t) in (torch.Tensor, torch.nn.Parameter)
-        and not t._is_view()
-        and t.is_contiguous()
-    )
+    return is_plain(t) and not t._is_view() and t.is_contiguous()
 
 
 def _with_targets(

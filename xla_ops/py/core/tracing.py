@@ -12,6 +12,17 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 
+def is_plain(t: torch.Tensor) -> bool:
+    """Whether `t` is itself a tensor in memory: no fake one, and none that is traced.
+
+    So are a parameter, and a tensor of a subclass that leaves dispatch to torch.
+    """
+    kind = type(t)
+    return kind is torch.Tensor or (
+        kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
+
+
 def node_of(t: torch.Tensor) -> torch.fx.Node | None:
     """Returns the node of `t`'s value in the graph being traced, if any."""
     if not isinstance(t, FunctionalTensor):
