@@ -261,6 +261,11 @@ def test_too_many_gaps():
     message = "key_caches.0. must be free of overlaps and, in a block, of more than two"
     with pytest.raises(ValueError, match=message):
         xla_ops.copy_blocks([cache], [cache.clone()], PAIRS)
+    first = make((7, 4))
+    wanted = first.clone()
+    with pytest.raises(ValueError, match=message.replace("key", "value")):
+        xla_ops.copy_blocks([first], [cache], PAIRS)
+    assert torch.equal(first, wanted)  # all are checked before one is written
 
 
 def test_expanded_cache():

@@ -92,27 +92,33 @@ def _front(
         if cache.numel()
     }
     in_place.check_writable(_check.op, places)
-    for name, (cache, place) in places.items():
-        copy_within(name, cache, place, block_mapping)
+    for name, found in places.items():
+        _check.require(  # of all, before the first is written
+            can_copy_within(*found),
+            name,
+            "be free of overlaps and, in a block, of more than two gaps",
+            f"strides {list(found[1].strides)}",
+        )
+    for cache, place in places.values():
+        copy_within(cache, place, block_mapping)
+
+
+def can_copy_within(cache: torch.Tensor, place: in_place.Located) -> bool:
+    """Whether `copy_within` can write a cache of these strides where it lies."""
+    return (
+        in_place.may_be_dense(cache, to_write=True)
+        or _geometry(cache.shape, place.strides) is not None
+    )
 
 
 def copy_within(
-    name: str,
-    cache: torch.Tensor,
-    place: in_place.Located,
-    block_mapping: torch.Tensor,
+    cache: torch.Tensor, place: in_place.Located, block_mapping: torch.Tensor
 ) -> None:
     """Copies blocks inside one cache, of one element or more, after all checks."""
     buffer, offset, strides = place
     geometry = _geometry(cache.shape, strides)
     is_value = in_place.is_value(cache)
     if geometry is None:
-        _check.require(
-            in_place.may_be_dense(cache, to_write=True),
-            name,
-            "be free of overlaps and, in a block, of more than two gaps",
-            f"strides {list(strides)}",
-        )
         # An odd view: as a dense value.
         buffer, offset = cache, 0
         geometry = _dense_geometry(cache.shape)

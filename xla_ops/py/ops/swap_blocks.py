@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import autocast, debug, front, in_place
+from ..core import autocast, debug, front, in_place, tracing
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
 from ..core.hlo import Spec
 from ..core.op import NAMESPACE, Op
-from .copy_blocks import copy_within
+from .copy_blocks import can_copy_within, copy_within
 
 _check = Checker("swap_blocks")
 _DTYPES = (*FLOAT_DTYPES, *FP8_DTYPES, torch.int8, torch.uint8)
@@ -109,9 +109,8 @@ def _check_mapping(block_mapping: torch.Tensor) -> None:
 
 
 def _is_traced(*tensors: torch.Tensor) -> bool:
-    return any(
-        type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors
-    ) or bool(torch.compiler.is_compiling())
+    is_plain = all(map(tracing.is_plain, tensors))
+    return not is_plain or bool(torch.compiler.is_compiling())
 
 
 def _between_devices(
@@ -178,7 +177,12 @@ def _on_one_device(
     in_place.check_writable(_check.op, {"dst": (dst, target)})
     if _share_memory(source, target, is_value):
         if src.shape == dst.shape and _are_equal(source, target, is_value):
-            copy_within("dst", dst, target, block_mapping)
+            if can_copy_within(dst, target):
+                copy_within(dst, target, block_mapping)
+            else:
+                rearranged = dst.contiguous()
+                _on_one_device(rearranged, rearranged, block_mapping)
+                dst.copy_(rearranged)
             return
         src = src.clone()  # two views of one tensor: src as it was
         source = _dense(src)
