@@ -222,6 +222,33 @@ def test_torch_xlas_own_functions_stay_as_they_are():
     assert vars(dynamo_bridge) == before
 
 
+@pytest.mark.parametrize("step", ["_xla_warm_up_cache", "_run_cached_graph"])
+def test_an_interrupted_first_call_loses_nothing(monkeypatch, step):
+    """It flags the caches that the program overwrites: not for programs after it."""
+
+    def write(kv, rows, slots):
+        xla_ops.reshape_and_cache_flash(rows, rows, *kv.unbind(0), slots)
+
+    def interrupt(*_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    f, double = compiled(write), compiled(lambda t: t * 2)
+    values = torch.randn(2, 3, 2, 1, 4)
+    rows, slots = torch.ones(1, 1, 4), torch.tensor([0])
+    kv, rows, slots = (t.to(torch_xla.device()) for t in (values, rows, slots))
+    torch_xla.sync(wait=True)
+    monkeypatch.setattr(torch_xla._XLAC, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        f(kv, rows, slots)
+    for _ in range(2):
+        assert torch.equal(double(kv).cpu(), values * 2)
+        assert torch.equal(kv.cpu(), values)
+    f(kv, rows, slots)
+    values[:, 0, 0] = 1
+    assert torch.equal(kv.cpu(), values)
+
+
 def test_without_functionalization_values_are_copied():
     """torch_xla's XLA_DISABLE_FUNCTIONALIZATION leaves no wrapper to give a value."""
     code = """

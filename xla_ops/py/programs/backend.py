@@ -59,7 +59,7 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
                     # another tensor filled for a constant.
                     tensors = [t for t in args if isinstance(t, torch.Tensor)]
                     ownership.protect(tensors, finish_reads=True)
-                    program = _extract_program(modules[0], tuple(args))
+                    program = _extract_whole(modules[0], args, donated)
                     modules.clear()
         results = program(*args)
         if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
@@ -76,6 +76,24 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
     # AOTAutograd: takes one list.
     forward._boxed_call = True  # type: ignore[attr-defined]
     return forward
+
+
+def _extract_whole(
+    module: torch.fx.GraphModule, args: Sequence, donated: Sequence[int]
+) -> Callable:
+    """Extracts the program, and leaves module and arguments as they are.
+
+    A caller may go on after a compilation, or a first run, that failed or was
+    interrupted. Flags that were left would have the next program, whatever it does,
+    take the caches' buffers away.
+    """
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    try:
+        return _extract_program(torch.fx.GraphModule(module, graph), tuple(args))
+    finally:
+        for i in donated:
+            torch_xla._XLAC._set_buffer_donation(args[i], False)
 
 
 def _clone_copies(graph: torch.fx.Graph) -> None:
