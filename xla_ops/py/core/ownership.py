@@ -32,7 +32,7 @@ from typing import cast
 import torch
 
 from .. import _runtime
-from .tracing import node_of
+from .tracing import is_plain, node_of
 
 NAMESPACE = "xla_ops"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -55,13 +55,30 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
     """
     held = [value for t in tensors if (value := _value(t)) is not None]
     _give_data(held)
-    if all(_is_free(holders, finish_reads) for holders in _holders(held)):
+    found = _holders(held)
+    if finish_reads and any(data == 0 and node for data, node in found):
+        if not _is_traced():
+            compute_all(held[0].device)
+            found = _holders(held)
+    if all(_is_free(holders, finish_reads) for holders in found):
         return
     # Before a program is extracted nothing may run, but it must meet no shared buffer:
     # torch_xla would take an input for a constant.
     finish_reads = finish_reads and not _is_traced()
     for tensor in held:
         _protect_one(tensor, finish_reads)
+
+
+def compute_all(device: torch.device) -> None:
+    """Computes whatever is pending on a device.
+
+    The new value of a tensor by itself would be given the old one's buffer, although
+    other graphs have yet to read that.
+    """
+    import torch_xla
+
+    torch_xla._XLAC._xla_sync_live_tensors(str(device), [], True)
+    torch_xla._XLAC._xla_wait_device_ops([])
 
 
 def is_owner(value: torch.Tensor) -> bool:
@@ -81,8 +98,7 @@ def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
     if pending:
         return  # its value will have a buffer of its own
     if finish_reads:
-        xlac._xla_sync_live_tensors(str(tensor.device), [], True)
-        xlac._xla_wait_device_ops([])
+        compute_all(tensor.device)
         if _is_free(_holders([tensor])[0], finish_reads):
             return
     separate(tensor)
@@ -159,12 +175,12 @@ def _is_free_soon(tensor: torch.Tensor, finish_reads: bool) -> bool:
 
 def _value(t: torch.Tensor) -> torch.Tensor | None:
     """torch_xla's own tensor below `t`; None of a fake one, which has no buffer."""
-    if type(t) not in (torch.Tensor, torch.nn.Parameter):
+    if not is_plain(t):
         return None
     if torch._is_functional_tensor(t):
         torch._functionalize_sync(t)
         t = torch._from_functional_tensor(t)
-    return t if type(t) is torch.Tensor and t.device.type == "xla" else None
+    return t if is_plain(t) and t.device.type == "xla" else None
 
 
 def _holders(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

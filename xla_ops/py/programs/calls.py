@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch_xla
 
+from ..core import ownership
+
 # Tracing clears and runs the lazy graph of the device: one at a time.
 EXTRACTING = threading.RLock()
 # What torch_xla's _run_cached_graph says of an argument that is not computed yet.
@@ -36,11 +38,9 @@ def run_cached(
 
 
 def finish(args: Sequence[torch.Tensor]) -> None:
-    """Computes the arguments that are pending."""
+    """Computes the arguments that are pending, and all that waits beside them."""
     pending = torch_xla._XLAC._check_tensor_need_materialization(list(args))
-    torch_xla._XLAC._xla_sync_multi(
-        [t for t, is_pending in zip(args, pending, strict=True) if is_pending],
-        devices=[],
-        wait=True,
-        sync_xla_data=True,
-    )
+    for t, is_pending in zip(args, pending, strict=True):
+        if is_pending:
+            ownership.compute_all(t.device)
+            return
