@@ -107,6 +107,70 @@ def test_pending_arguments():
         assert f(xla(i) * 2).tolist() == [2 * i + 1]
 
 
+def test_a_read_that_waits_beside_an_argument():
+    def add(t):
+        t.add_(1)
+        return t * 2
+
+    f, x = replay(add), xla(1, 2)
+    f(xla(0, 0))
+    read = x.sum() + 0
+    x.mul_(10)  # in the same lazy graph, which gives the old buffer away
+    assert f(x).tolist() == [22, 42]
+    torch_xla.sync()
+    assert (read.item(), x.tolist()) == (3, [11, 21])
+
+
+def test_a_view_of_another_argument_is_another_program():
+    f, traces = counted(lambda x, y: x * 10 + y)
+    base = xla(1, 2, 3)
+    assert f(xla(1, 2), xla(3, 4)).tolist() == [13, 24]
+    assert f(base[:2], base[1:]).tolist() == [12, 23]
+    assert f(base[1:], base[:2]).tolist() == [21, 32]
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("way", [lambda t: t[:], torch.detach, lambda t: t.data[:]])
+@pytest.mark.parametrize("op", ["aten", "ours"])
+def test_an_update_that_would_show_in_another_argument_is_refused(way, op):
+    """Also where the program is there already, of tensors apart."""
+
+    def f(cache, other, mapping):
+        if op == "aten":
+            cache.add_(1)
+        else:
+            xla_ops.swap_blocks(cache, cache, mapping)
+        return other.sum()
+
+    f, mapping = replay(f), xla([0, 1], dtype=torch.int64)
+    f(xla(1, 2), xla(3, 4), mapping)
+    cache = xla(5, 6)
+    message = (
+        "replay: tensor argument 1 must not share memory with tensor argument 0, which"
+        " the function updates, got a view of it"
+    )
+    with pytest.raises(ValueError, match=message):
+        f(cache, way(cache), mapping)
+    torch_xla.sync()
+    assert cache.tolist() == [5, 6]
+    held = replay(lambda x: x.add_(1), state=[cache])
+    held(xla(1, 2))
+    with pytest.raises(ValueError, match="tensor 0 of the state must not share memory"):
+        held(way(cache))
+
+
+def test_an_argument_that_is_in_the_state_is_another_program():
+    a, b = xla(1), xla(2)
+    f = replay(lambda t: t * 10 + a, state=[a, b])
+    assert [f(t).item() for t in (a, xla(3), b, a)] == [11, 31, 21, 11]
+
+
+def test_zeros_of_either_sign_are_two_signatures():
+    f = replay(lambda x, factor: x * factor)
+    results = [f(xla(1.0), zero) for zero in (0.0, -0.0)]
+    assert [torch.signbit(r.cpu()).item() for r in results] == [False, True]
+
+
 def test_a_result_that_is_an_argument():
     def f(x):
         return x, x.clone(), x.detach(), x + 0

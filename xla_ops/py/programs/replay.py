@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -53,8 +53,9 @@ class Replay:
     def __init__(self, function: Callable, state: State = ()):
         functools.update_wrapper(self, function)
         self._function = function
-        self._state = state
+        self._state = tuple(state) if isinstance(state, Iterator) else state
         self._programs: dict[Hashable, _Program] = {}
+        self._shares: _Shares | None = None
 
     @property
     def num_programs(self) -> int:
@@ -66,7 +67,10 @@ class Replay:
             return self._function(*args, **kwargs)  # a part of another program
         leaves, form = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = (form, _signature(leaves), _aliases(tensors), _surroundings())
+        if self._shares is None:
+            self._shares = _Shares(_tensors_of(self._state))
+        shares = self._shares.of(tensors)
+        key = (form, _signature(leaves), shares, _surroundings())
         program = self._programs.get(key)
         if program is None:
             program = self._trace(key, leaves, tensors, form)
@@ -100,6 +104,7 @@ class Replay:
 
                 program = _Program(call, tensors, _tensors_of(self._state))
                 self._programs[key] = program
+                self._shares = None  # the state may have grown
         return program
 
 
@@ -160,17 +165,40 @@ def _signature(leaves: Sequence) -> tuple:
     return tuple(
         (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
         if isinstance(leaf, torch.Tensor)
-        else (type(leaf), leaf)
+        # 0.0 equals -0.0, and NaN not itself.
+        else (type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf)
         for leaf in leaves
     )
 
 
-def _aliases(tensors: list[torch.Tensor]) -> tuple | None:
-    """Which tensors are one; None where none are."""
-    ids = [id(t) for t in tensors]
-    if len(set(ids)) == len(ids):
-        return None
-    return tuple(ids.index(i) for i in ids)
+class _Shares:
+    """Tells which arguments are one tensor, or share memory as views do.
+
+    A program knows its inputs apart, whatever they share, so one that was traced for
+    tensors apart is not for a tensor and a view of it.
+    """
+
+    def __init__(self, state: Sequence[torch.Tensor]):
+        self._state = tuple(state)  # kept, so that ids and storages stay theirs
+        self._ids = {id(t): i for i, t in enumerate(state)}
+        self._storages = {_storage(t): i for i, t in enumerate(state)}
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> tuple | None:
+        """Returns what a program depends on of that; None where nothing is shared."""
+        storages = [_storage(t) for t in tensors]
+        apart = len(set(storages)) == len(storages)
+        if apart and self._storages.keys().isdisjoint(storages):
+            return None
+        ids = [id(t) for t in tensors]
+        return tuple(
+            (ids.index(i), storages.index(s), self._ids.get(i), self._storages.get(s))
+            for i, s in zip(ids, storages, strict=True)
+        )
+
+
+def _storage(t: torch.Tensor) -> int:
+    """Identifies what views, detach() and .data have in common with their tensor."""
+    return t.untyped_storage()._cdata
 
 
 def _surroundings() -> tuple:
@@ -322,6 +350,7 @@ class _Traced:
         finish(args)
         _separate(args)
         self._args = args
+        self._num_given = num_given
         self.values = [torch._from_functional_tensor(t) for t in args]
         self.ids = [_xlac._xla_get_tensor_id(t) for t in self.values]
         self.pointers = [_pointer(t) for t in self.values]
@@ -359,12 +388,30 @@ class _Traced:
             if is_pending or _pointer(value) != self.pointers[i]:
                 self.updates[i] = len(self.computed)
                 self.computed.append(value if is_pending else _copied(value))
+        self._check_shares()
         self._results: dict[int, int] = {}
         if isinstance(result, torch.Tensor):
             leaves, self.form = [result], None
         else:
             leaves, self.form = pytree.tree_flatten(result)
         self.outputs = [self._output(leaf) for leaf in leaves]
+
+    def _check_shares(self) -> None:
+        """Raises ValueError where an update would show in another argument."""
+        first: dict[int, int] = {}
+        for i, t in enumerate(self._args):
+            j = first.setdefault(_storage(t), i)
+            if self._args[j] is not t and not self.updates.keys().isdisjoint((i, j)):
+                raise ValueError(
+                    f"replay: {self._name(i)} must not share memory with"
+                    f" {self._name(j)}, which the function updates, got a view of it"
+                    " or a detach(); make that inside the function"
+                )
+
+    def _name(self, i: int) -> str:
+        if i < self._num_given:
+            return f"tensor argument {i}"
+        return f"tensor {i - self._num_given} of the state"
 
     def _output(self, leaf: object) -> Any:
         if not isinstance(leaf, torch.Tensor):
