@@ -15,6 +15,7 @@ from xla_ops.core import autocast, gradients, op
 from xla_ops.core.custom_call import CustomCall
 from xla_ops.core.hlo import Spec
 from xla_ops.core.op import OPS
+from xla_ops.programs.replay import replay
 
 INPUT = "xla_ops.rms_norm: has no gradient: input requires one; use torch.no_grad()"
 TANGENT = r"xla_ops\.rms_norm: has no gradient: input has a tangent"
@@ -373,3 +374,44 @@ def test_declared_gradient(scaled):
         x.grad = None
         compiled(x, offset.detach()).sum().backward()
         assert torch.equal(x.grad, torch.full_like(x, 3))
+
+
+STEPS = [*BACKENDS, (None, "cpu"), (None, "lazy"), ("replay", "lazy")]
+
+
+@pytest.mark.parametrize("backend, path", STEPS)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t, x: torch.ops.xla_ops.rms_norm(t, x, x[0], 1e-6),
+        lambda t, x: xla_ops.copy_blocks([t], [x], torch.ones_like(x[:1, :2]).long()),
+        lambda t, x: torch.ops.xla_ops.rms_norm(t[:2], x[:2], x[0], 1e-6),
+    ],
+    ids=["result", "list", "view"],
+)
+def test_a_backward_of_another_op_sees_what_was_written(backend, path, write):
+    """Torch keeps a tensor for the backward, and knows an old value by a count."""
+    t, x, kept = inputs(path, (4, 16), (4, 16), (4, 16), requires_grad=False)
+    weight = torch.ones_like(t).requires_grad_()
+    before, after = (weight * t).sum(), (weight * kept).sum()
+
+    def step(t, x):
+        write(t, x)
+
+    if backend == "replay":
+        step = replay(step)
+    elif backend is not None:
+        step = torch.compile(step, backend=backend)
+    with torch.no_grad():
+        step(t, x)
+    after.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()
+
+
+@pytest.mark.parametrize("path", EAGER)
+def test_tensors_of_inference_mode_are_not_counted(path):
+    with torch.inference_mode():
+        t, x = Path(path).put([torch.zeros(4, 16), torch.ones(4, 16)])
+        torch.ops.xla_ops.rms_norm(t, x, x[0], 1e-6)
+        assert torch.allclose(t, x)

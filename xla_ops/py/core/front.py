@@ -26,7 +26,8 @@ def define(
     """Defines an op in `library`'s namespace.
 
     One that writes into its arguments refuses those that ask for a derivative: torch
-    would record a value that is overwritten, or nothing.
+    would record a value that is overwritten, or nothing. And it tells torch what it
+    wrote, for the backwards of other ops that keep such a tensor.
 
     Args:
         schema: name, arguments and results in torch's schema language.
@@ -37,16 +38,20 @@ def define(
     parsed = torch._C.parse_schema(schema)
     op = parsed.name
     names = tuple(argument.name for argument in parsed.arguments)
-    writes = any(a.alias_info and a.alias_info.is_write for a in parsed.arguments)
+    written = frozenset(
+        a.name for a in parsed.arguments if a.alias_info and a.alias_info.is_write
+    )
 
     def refusing(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
         gradients.refuse(op, given)
-        return kernel(*args, **kwargs)
+        results = kernel(*args, **kwargs)
+        gradients.tell_written(value for name, value in given if name in written)
+        return results
 
     library.define(schema)
     name = schema[: schema.index("(")]
-    library.impl(name, refusing if writes else kernel, "CompositeImplicitAutograd")
+    library.impl(name, refusing if written else kernel, "CompositeImplicitAutograd")
     packet = getattr(getattr(torch.ops, library.ns), op)
     overload = getattr(packet, parsed.overload_name or "default")
     register_autocast(library, overload, autocast)

@@ -26,6 +26,8 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from .tracing import is_plain
+
 if TYPE_CHECKING:
     from .op import Op
 
@@ -112,6 +114,23 @@ def refuse(op: str, arguments: Iterable[tuple[str, object]]) -> None:
             raise RuntimeError(message(op, name))
         if forward and _is_dual(t):
             raise RuntimeError(message(op, name, _TANGENT))
+
+
+def tell_written(values: Iterable[object]) -> None:
+    """Tells torch that tensors were written, as its own in-place ops do.
+
+    A backward that keeps one then raises. While a graph is traced its compiler tells.
+
+    Args:
+        values: tensors, lists of them, and None.
+    """
+    tensors = [
+        t
+        for _, t in _tensors(("", value) for value in values)
+        if is_plain(t) and not t.is_inference()
+    ]
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
 
 
 _TANGENT = "has a tangent (forward mode)"
