@@ -196,7 +196,9 @@ POOL = 3
 INDEX = st.integers(0, POOL - 1)
 ACTION = st.one_of(
     st.tuples(st.sampled_from(sorted(WAYS)), INDEX, INDEX),
-    st.tuples(st.sampled_from(["lazy", "compiled", "dispatched"]), INDEX, st.booleans()),
+    st.tuples(
+        st.sampled_from(["lazy", "compiled", "dispatched"]), INDEX, st.booleans()
+    ),
     st.tuples(st.just("read"), INDEX),
     st.tuples(st.just("sync")),
     st.tuples(st.just("new"), INDEX),

@@ -56,10 +56,10 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
     held = [value for t in tensors if (value := _value(t)) is not None]
     _give_data(held)
     found = _holders(held)
-    if finish_reads and any(data == 0 and node for data, node in found):
-        if not _is_traced():
-            compute_all(held[0].device)
-            found = _holders(held)
+    waits = finish_reads and any(data == 0 and node for data, node in found)
+    if waits and not _is_traced():
+        compute_all(held[0].device)
+        found = _holders(held)
     if all(_is_free(holders, finish_reads) for holders in found):
         return
     # Before a program is extracted nothing may run, but it must meet no shared buffer:
