@@ -10,6 +10,7 @@ is needed and none can clash with the one inside torch_xla.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -22,6 +23,11 @@ AttributeValue = bool | int | float | str
 
 _TUPLE = 13  # PrimitiveType of tuples
 _API_VERSION_TYPED_FFI = 4
+
+# OpSharding.Type
+_TUPLE_SHARDING = 2
+_OTHER = 3
+_MANUAL_TYPE = 4
 
 
 class Spec(NamedTuple):
@@ -64,73 +70,190 @@ def encode_module(
         absent: indices of operands of no element; they are constants of the module,
             so that a call passes nothing for them.
     """
-    operand_shapes = [_array_shape(s) for s in operands]
-    result_shapes = [_array_shape(s) for s in results]
-    result_shape = (
-        result_shapes[0] if len(results) == 1 else _tuple_shape(result_shapes)
-    )
-    # XlaBuilder aborts on computation and instruction names without a ".".
-    instructions: list[bytes] = []
-    parameter_shapes: list[bytes] = []
+    body = _Body()
+    ids = []
+    operand_shapes = [_array_shape(spec) for spec in operands]
     for i, shape in enumerate(operand_shapes):
         if i in absent:
             literal = _message(8, _message(1, shape))
-            instructions.append(
-                _instruction(f"absent.{i + 1}", "constant", shape, i + 1) + literal
-            )
+            ids.append(body.add("absent", "constant", shape, literal))
+        else:
+            ids.append(body.parameter(shape))
+    result_shapes = [_array_shape(spec) for spec in results]
+    is_tuple = len(results) > 1
+    result_shape = _tuple_shape(result_shapes) if is_tuple else result_shapes[0]
+    indices = {
+        ((index,) if is_tuple else ()): operand for index, operand in aliases.items()
+    }
+    fields = _typed_call(target, ids, operand_shapes, backend_config, indices)
+    body.add("custom-call", "custom-call", result_shape, fields)
+    return body.module(target, result_shape)
+
+
+class Split(NamedTuple):
+    """How an array lies on the devices.
+
+    Attributes:
+        tiles: into how many pieces each dimension is cut; all 1: every device has the
+            whole array.
+        devices: which device has which piece, in row-major order of the pieces; where
+            there are more devices than pieces, those that share one stand together.
+    """
+
+    tiles: tuple[int, ...]
+    devices: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return all(n == 1 for n in self.tiles)
+
+    def shard(self, spec: Spec) -> Spec:
+        """Returns what one device has of an array that can be cut so."""
+        pairs = zip(spec.shape, self.tiles, strict=True)
+        return Spec(tuple(size // n for size, n in pairs), spec.dtype)
+
+
+class ShardedArray(NamedTuple):
+    """A whole array and how it lies on the devices."""
+
+    spec: Spec
+    split: Split
+
+    @property
+    def shard(self) -> Spec:
+        return self.split.shard(self.spec)
+
+
+def encode_sharded_module(
+    target: str,
+    operands: Sequence[ShardedArray],
+    results: Sequence[ShardedArray],
+    scratch: Sequence[Spec],
+    backend_config: str,
+    aliases: Mapping[int, int],
+    absent: Sequence[int] = (),
+) -> bytes:
+    """Returns an HloModuleProto that calls the handler once a device, on its shards.
+
+    Around the call the partitioner is told what it cannot know of a custom call: each
+    operand is annotated with its sharding and handed over as the device's shard
+    (SPMDFullToShardShape), the call is marked as written for one device already
+    ("manual"), and the results are put together again (SPMDShardToFullShape), which
+    moves nothing either.
+
+    Args:
+        results: those that the caller sees; more than one gives a tuple.
+        scratch: what one device's call works in, after the results.
+        The others are as in `encode_module`, attributes for one device's call.
+    """
+    body = _Body()
+    shards: list[int] = []
+    shard_shapes = [_array_shape(array.shard) for array in operands]
+    for i, (spec, split) in enumerate(operands):
+        shape, shard = _array_shape(spec), shard_shapes[i]
+        if i in absent:
+            literal = _message(8, _message(1, shape)) + _MANUAL_SHARDING
+            shards.append(body.add("absent", "constant", shape, literal))
             continue
-        n = len(parameter_shapes)
-        parameter_shapes.append(shape)
-        instructions.append(
-            _instruction(f"p{n}.{i + 1}", "parameter", shape, i + 1, parameter_number=n)
-        )
-    root_id = len(operands) + 1
-    instructions.append(
-        _custom_call(
-            root_id,
+        whole = body.parameter(shape)
+        annotated = body.marker("Sharding", shape, whole, _split(split))
+        shards.append(body.marker(_TO_SHARD, shard, annotated, _MANUAL_SHARDING))
+    local = [_array_shape(array.shard) for array in results]
+    local += [_array_shape(spec) for spec in scratch]
+    is_tuple = len(local) > 1
+    call = body.add(
+        "custom-call",
+        "custom-call",
+        _tuple_shape(local) if is_tuple else local[0],
+        _typed_call(
             target,
-            result_shape,
-            operand_shapes,
+            shards,
+            shard_shapes,
             backend_config,
             {
-                ((index,) if len(results) > 1 else ()): operand
+                ((index,) if is_tuple else ()): operand
                 for index, operand in aliases.items()
             },
         )
+        + (_tuple_sharding([_MANUAL] * len(local)) if is_tuple else _MANUAL_SHARDING),
     )
-    program_shape = b"".join(_message(1, s) for s in parameter_shapes)
-    program_shape += _message(2, result_shape)
-    program_shape += b"".join(_text(3, f"p{n}") for n in range(len(parameter_shapes)))
-    computation_id = root_id + 1
-    entry = f"main.{computation_id}"
-    computation = (
-        _text(1, entry)
-        + b"".join(_message(2, i) for i in instructions)
-        + _message(4, program_shape)
-        + _integer(5, computation_id)
-        + _integer(6, root_id)
-    )
-    return (
-        _text(1, target)
-        + _text(2, entry)
-        + _message(3, computation)
-        + _message(4, program_shape)
-        + _integer(5, 1)
-        + _integer(6, computation_id)
-    )
+    whole = []
+    for i, (spec, split) in enumerate(results):
+        one = call
+        if is_tuple:
+            element = _packed(36, [call]) + _integer(13, i) + _MANUAL_SHARDING
+            one = body.add("element", "get-tuple-element", local[i], element)
+        shape = _array_shape(spec)
+        whole.append(body.marker(_TO_WHOLE, shape, one, _split(split)))
+    result_shape = _array_shape(results[0].spec)
+    if len(results) > 1:
+        result_shape = _tuple_shape([_array_shape(array.spec) for array in results])
+        shardings = _tuple_sharding([_op_sharding(array.split) for array in results])
+        body.add("whole", "tuple", result_shape, _packed(36, whole) + shardings)
+    return body.module(target, result_shape)
 
 
-def _custom_call(
-    instruction_id: int,
+class _Body:
+    """The instructions of a module's one computation; the last one is its root."""
+
+    def __init__(self) -> None:
+        self._instructions: list[bytes] = []
+        self._parameter_shapes: list[bytes] = []
+
+    def add(self, name: str, opcode: str, shape: bytes, fields: bytes) -> int:
+        """Adds an instruction and returns its id."""
+        n = len(self._instructions) + 1
+        # XlaBuilder aborts on computation and instruction names without a ".".
+        instruction = _instruction(f"{name}.{n}", opcode, shape, n) + fields
+        self._instructions.append(instruction)
+        return n
+
+    def parameter(self, shape: bytes) -> int:
+        number = len(self._parameter_shapes)
+        self._parameter_shapes.append(shape)
+        return self.add(f"p{number}", "parameter", shape, _integer(9, number))
+
+    def marker(self, target: str, shape: bytes, operand: int, sharding: bytes) -> int:
+        """Adds a call that says something of its operand to the partitioner."""
+        fields = _text(28, target) + _packed(36, [operand]) + sharding
+        return self.add("marker", "custom-call", shape, fields)
+
+    def module(self, name: str, result_shape: bytes) -> bytes:
+        root = len(self._instructions)
+        computation_id = root + 1
+        shapes = self._parameter_shapes
+        program_shape = b"".join(_message(1, s) for s in shapes)
+        program_shape += _message(2, result_shape)
+        program_shape += b"".join(_text(3, f"p{n}") for n in range(len(shapes)))
+        entry = f"main.{computation_id}"
+        computation = (
+            _text(1, entry)
+            + b"".join(_message(2, i) for i in self._instructions)
+            + _message(4, program_shape)
+            + _integer(5, computation_id)
+            + _integer(6, root)
+        )
+        return (
+            _text(1, name)
+            + _text(2, entry)
+            + _message(3, computation)
+            + _message(4, program_shape)
+            + _integer(5, 1)
+            + _integer(6, computation_id)
+        )
+
+
+def _typed_call(
     target: str,
-    result_shape: bytes,
+    operands: Sequence[int],
     operand_shapes: Sequence[bytes],
     backend_config: str,
     aliases: Mapping[tuple[int, ...], int],
 ) -> bytes:
-    fields = (
+    """The fields that make a custom call one of the typed FFI."""
+    return (
         _text(28, target)
-        + _packed(36, range(1, len(operand_shapes) + 1))
+        + _packed(36, operands)
         + _text(43, backend_config)
         # Operands arrive in row-major order: a layout chosen elsewhere costs a copy.
         + _integer(56, 1)
@@ -141,29 +264,38 @@ def _custom_call(
         )
         + _integer(77, _API_VERSION_TYPED_FFI)
     )
+
+
+def _op_sharding(split: Split) -> bytes:
+    """Returns an OpSharding: replicated (all fields left out) or a list of tiles."""
+    if split.is_whole:
+        return b""
+    pieces = math.prod(split.tiles)
+    copies = len(split.devices) // pieces
+    tiles = split.tiles if copies == 1 else (*split.tiles, copies)
     return (
-        _instruction(
-            f"custom-call.{instruction_id}",
-            "custom-call",
-            result_shape,
-            instruction_id,
-        )
-        + fields
+        _integer(1, _OTHER)
+        + _packed(3, tiles)
+        + _packed(4, split.devices)
+        + _integer(6, copies > 1)
     )
 
 
-def _instruction(
-    name: str,
-    opcode: str,
-    shape: bytes,
-    instruction_id: int,
-    parameter_number: int = 0,
-) -> bytes:
+def _split(split: Split) -> bytes:
+    return _message(40, _op_sharding(split))
+
+
+def _tuple_sharding(parts: Sequence[bytes]) -> bytes:
+    return _message(
+        40, _integer(1, _TUPLE_SHARDING) + b"".join(_message(5, p) for p in parts)
+    )
+
+
+def _instruction(name: str, opcode: str, shape: bytes, instruction_id: int) -> bytes:
     return (
         _text(1, name)
         + _text(2, opcode)
         + _message(3, shape)
-        + _integer(9, parameter_number)
         + _integer(35, instruction_id)
     )
 
@@ -226,3 +358,12 @@ def _text(field: int, value: str) -> bytes:
 def _packed(field: int, values: Sequence[int]) -> bytes:
     payload = b"".join(_varint(v) for v in values)
     return _message(field, payload) if payload else b""
+
+
+# What XLA's partitioner knows by name.
+_TO_SHARD = "SPMDFullToShardShape"
+_TO_WHOLE = "SPMDShardToFullShape"
+
+# The sharding of what is one device's own.
+_MANUAL = _integer(1, _MANUAL_TYPE)
+_MANUAL_SHARDING = _message(40, _MANUAL)
