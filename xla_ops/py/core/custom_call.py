@@ -6,14 +6,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _runtime
-from . import handlers
+from . import handlers, sharding
 from .dtypes import primitive_type
-from .hlo import AttributeValue, Spec, encode_attributes, encode_module
+from .hlo import (
+    AttributeValue,
+    ShardedArray,
+    Spec,
+    Split,
+    encode_attributes,
+    encode_module,
+    encode_sharded_module,
+)
 
 
 class OptionalOperand(NamedTuple):
@@ -166,11 +174,13 @@ class Node(NamedTuple):
         target: name of the handler.
         computation: XLA's computation of the call.
         num_results: how many results the caller sees.
+        shardings: of those results, as torch_xla's objects, where they are sharded.
     """
 
     target: str
     computation: object
     num_results: int
+    shardings: tuple[Any, ...] = ()
 
     def add(self, operands: list[torch.Tensor]) -> list[torch.Tensor]:
         """Adds the node to the graph of its operands, the absent ones left out."""
@@ -179,7 +189,11 @@ class Node(NamedTuple):
         results = torch_xla._XLAC._xla_user_computation(
             self.target.replace(".", "::"), operands, self.computation
         )
-        return results[: self.num_results]
+        results = results[: self.num_results]
+        for result, sharding in zip(results, self.shardings, strict=False):
+            # XLA knows; this lets the calls that take the result know too.
+            torch_xla._XLAC._xla_annotate_custom_sharding(result, sharding)
+        return results
 
 
 def node_of(bound: BoundCall) -> Node:
@@ -195,6 +209,54 @@ def node_of(bound: BoundCall) -> Node:
         tuple(i for i, t in enumerate(bound.operands) if isinstance(t, Spec)),
     )
     return Node(call.target, computation, len(call.results))
+
+
+def sharded_node_of(
+    whole: BoundCall, local: CustomCall, decision: sharding.Decision
+) -> Node:
+    """Encodes a call that each device runs on its shards.
+
+    Args:
+        whole: the call on whole tensors.
+        local: what the lowering says of one device's call.
+        decision: how the operands and results lie.
+    """
+    import torch_xla.core.xla_builder as xb
+
+    call = whole.call
+    everywhere = tuple(range(sharding.num_devices()))
+    operands = [
+        ShardedArray(
+            _spec(t), decision.operands.get(name) or Split((1,), everywhere)
+        )
+        for name, t in zip(call.names, whole.operands, strict=True)
+    ]
+    results = [
+        ShardedArray(spec, split)
+        for spec, split in zip(call.results, decision.results, strict=True)
+    ]
+    for array, spec in zip(results, local.results, strict=True):
+        if array.shard != spec:
+            raise RuntimeError(
+                f"{call.target}: its rule says that a device has {array.shard} of a"
+                f" result, its lowering {spec}"
+            )
+    index = {name: i for i, name in enumerate(call.names)}
+    module = encode_sharded_module(
+        call.target,
+        operands,
+        results,
+        local.scratch,
+        encode_attributes(local.attributes),
+        {result: index[name] for result, name in local.aliases.items()},
+        [i for i, t in enumerate(whole.operands) if isinstance(t, Spec)],
+    )
+    return Node(
+        call.target,
+        xb.computation_from_module_proto(call.target, module),
+        len(call.results),
+        tuple(sharding.op_sharding(split) for split in decision.results),
+    )
 
 
 def call_in_graph(bound: BoundCall) -> list[torch.Tensor]:

@@ -10,17 +10,23 @@ custom call computes it; this module registers the kernels:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from . import gradients, handlers
+from . import gradients, handlers, sharding
 from .autocast import Rule
 from .autocast import register as register_autocast
-from .custom_call import BoundCall, CustomCall, Node, call_directly, node_of
+from .custom_call import (
+    BoundCall,
+    CustomCall,
+    Node,
+    call_directly,
+    node_of,
+    sharded_node_of,
+)
 from .hlo import Spec
 
 NAMESPACE = "xla_ops"
@@ -31,9 +37,6 @@ Results = torch.Tensor | tuple[torch.Tensor, ...]
 
 # Every declared op by name; the conformance test walks it.
 OPS: dict[str, Op] = {}
-
-# Shardings by which each device has all that the op needs.
-_WHOLE = re.compile(r"replicated|manual|maximal")
 
 # Shapes may change with every step, so an op forgets its plans at some number.
 _MAX_PLANS = 1024
@@ -69,6 +72,8 @@ class Op:
             once a signature, not once a call.
         reference: (*args) -> Tensor or tuple, the meaning in plain torch.
         autocast: what torch.autocast means for it.
+        splits: which dimensions may be split over devices, see `sharding.Rule`; None:
+            none, the op raises for sharded operands.
         gradient: how backward differentiates the op; None: it raises, see `gradients`.
         public_name: of the function that calls the op, for error texts.
         labels: what that function calls its arguments, where its names are others.
@@ -79,12 +84,16 @@ class Op:
     lower: Callable[..., CustomCall]
     reference: Callable[..., Results]
     autocast: Rule = field(kw_only=True)
+    splits: sharding.Rules | None = field(default=None, kw_only=True)
     gradient: gradients.Gradient | None = None
     public_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = field(init=False)
     overload: torch._ops.OpOverload = field(init=False, repr=False, compare=False)
     _plans: dict[tuple, Plan] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _shardings: dict[tuple, Node | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -254,31 +263,73 @@ class Op:
             plan = self._new_plan(signature, bound)
         if not handlers.available(plan.platform, plan.node.target):
             return self._reference(args)
+        node = plan.node
+        operands = [args[i] for i in plan.operands]
         if handlers.is_spmd():
-            self._check_shardings(plan, args)
-        results = plan.node.add([args[i] for i in plan.operands])
+            node = self._sharded(plan, signature, args, operands) or node
+        results = node.add(operands)
         if self.has_donor and args[-1] is not None:
             import torch_xla
 
             torch_xla._XLAC._set_buffer_donation(args[-1], True)
         return _unpack(results)
 
-    def _check_shardings(self, plan: Plan, args: Sequence) -> None:
-        """Raises ValueError for a sharded operand.
+    def _sharded(
+        self,
+        plan: Plan,
+        signature: tuple,
+        args: Sequence,
+        operands: Sequence[torch.Tensor],
+    ) -> Node | None:
+        """Returns the node for sharded operands; None where the whole call will do.
 
-        XLA would gather it whole on every device, and say nothing.
+        Raises:
+            ValueError: XLA would have to gather one whole on every device, and would
+                say nothing.
         """
-        import torch_xla
+        given = sharding.given(operands)
+        if given.is_manual:
+            return None
 
-        for i in plan.operands:
-            spec = torch_xla._XLAC._get_xla_sharding_spec(args[i])
-            if spec and not _WHOLE.search(spec):
-                raise ValueError(
-                    f"{plan.node.target.removeprefix('xla_ops.')}: {self.arguments[i]}"
-                    " must not be sharded (call the op between"
-                    " xs.enable_manual_sharding and xs.disable_manual_sharding, or"
-                    f" xs.clear_sharding it), got {spec}"
-                )
+        def unsaid() -> list[bool]:
+            return sharding.of_sharded(operands, given.specs)
+
+        if given.says_nothing and not any(unsaid()):
+            return None
+        key = (signature, given)
+        if key in self._shardings:
+            return self._shardings[key]
+        node = self._new_sharded(plan, args, given, unsaid)
+        if len(self._shardings) >= _MAX_PLANS:
+            self._shardings.clear()
+        self._shardings[key] = node
+        return node
+
+    def _new_sharded(
+        self,
+        plan: Plan,
+        args: Sequence,
+        given: sharding.Given,
+        unsaid: Callable[[], Sequence[bool]],
+    ) -> Node | None:
+        values = dict(zip(self.arguments, args, strict=True))
+        rule = self.splits(values) if callable(self.splits) else self.splits
+        whole = self.lowered(args)
+        call = sharding.Call(
+            self.public_name,
+            rule,
+            {self.arguments[i]: args[i].shape for i in plan.operands},
+            [spec.shape for spec in whole.call.results],
+            self.labels,
+        )
+        decision = sharding.decide(call, given, unsaid)
+        if decision is None:
+            return None
+        local = values | sharding.stand_ins(values, decision)
+        if rule is not None and rule.localize is not None:
+            local |= rule.localize(local, values)
+        shards = self.lowered(tuple(local.values()))
+        return sharded_node_of(whole, shards.call, decision)
 
     def _new_plan(self, signature: tuple, bound: BoundCall) -> Plan:
         names = zip(bound.call.names, bound.operands, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..core import autocast, mutable, quant, scalars
+from ..core import autocast, mutable, quant, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -421,6 +421,7 @@ def _define_alone(name: str, reference: Activation) -> Op:
         functools.partial(_lower_alone, op=name),
         reference,
         autocast=autocast.unchanged,
+        splits=sharding.ELEMENTS,
     )
     mutable.define(
         f"{name}.out(Tensor(a!) out, Tensor input) -> ()",
@@ -438,6 +439,7 @@ def _define(name: str, activate: Activation, gate: int = 0, result: str = "out")
         functools.partial(_lower, op=name),
         functools.partial(_reference, activate=activate, gate=gate),
         autocast=autocast.unchanged,
+        splits=_HALVES,
     )
     mutable.define(
         f"{name}.out(Tensor(a!) {result}, Tensor input) -> ()",
@@ -463,6 +465,9 @@ _CHECKS = {
     )
 }
 
+# A column's gate and value lie half a row apart, so a piece of a row has few pairs.
+_HALVES = sharding.Rule({"input": "... ~columns"}, ("... !columns",))
+
 _silu_and_mul = _define("silu_and_mul", _silu, result="result")
 _mul_and_silu = _define("mul_and_silu", _silu, gate=1)
 _gelu_and_mul = _define("gelu_and_mul", _gelu)
@@ -473,6 +478,7 @@ _silu_and_mul_quant = Op(
     _lower_quant,
     _reference_quant,
     autocast=autocast.float32("scale"),
+    splits=_HALVES,
 )
 
 mutable.define(
@@ -489,6 +495,7 @@ _fatrelu_and_mul = Op(
     _lower_fatrelu,
     _reference_fatrelu,
     autocast=autocast.unchanged,
+    splits=_HALVES,
 )
 _swigluoai_and_mul = Op(
     "swigluoai_and_mul_functional",
@@ -496,6 +503,7 @@ _swigluoai_and_mul = Op(
     _lower_swigluoai,
     _reference_swigluoai,
     autocast=autocast.unchanged,
+    splits=sharding.Rule({"input": "... columns*2"}, ("... columns",)),
     public_name="swigluoai_and_mul",
 )
 _gelu_new = _define_alone("gelu_new", _new)

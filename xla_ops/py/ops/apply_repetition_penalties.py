@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, front, in_place
+from ..core import autocast, front, in_place, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -120,6 +120,15 @@ _op = Op(
     _lower,
     _reference,
     autocast=_autocast,
+    splits=sharding.Rule(
+        {
+            "logits": "tokens columns",
+            "prompt_mask": "tokens columns",
+            "output_mask": "tokens columns",
+            "repetition_penalties": "tokens",
+        },
+        ("tokens columns",),
+    ),
     public_name="apply_repetition_penalties_",
 )
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from ..core import debug, handlers, paged_cache
+from ..core import debug, handlers, paged_cache, sharded_cache, sharding
 from ..core.autocast import Rule
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall, OptionalOperand
@@ -22,7 +22,8 @@ from ..core.op import Op
 from ..core.paged_cache import PagedCache
 from . import attention_reference
 
-_FLOAT_OPERANDS = ("alibi_slopes", "sinks", "k_scale", "v_scale")
+_PER_HEAD = ("alibi_slopes", "sinks")
+_FLOAT_OPERANDS = (*_PER_HEAD, "k_scale", "v_scale")
 
 
 class Names(NamedTuple):
@@ -140,7 +141,46 @@ def declare(names: Names) -> Op:
         lambda *args: _lower(names, check, Arguments(*args)),
         lambda *args: attention_reference.reference(Arguments(*args)),
         autocast=autocast("query", "key", "value"),
+        splits=lambda args: _splits(check, Arguments(**args)),
         labels=names.labels,
+    )
+
+
+def _splits(check: Checker, a: Arguments) -> sharding.Rule:
+    """Heads: a device's queries meet its keys and values, of all tokens."""
+    place = dict(zip(paged_cache.ATTRIBUTES, a.geometry, strict=True))
+    num_kv_heads, head_stride = place["num_kv_heads"], place["head_stride"]
+    operands = {
+        name: sharded_cache.layout(getattr(a, name).shape, head_stride, num_kv_heads)
+        for name in ("key", "value")
+    }
+    operands["query"] = "!tokens heads !head_dim"
+    for name in _FLOAT_OPERANDS:
+        t = getattr(a, name)
+        if t is not None and t.dim() and (t.numel() > 1 or name in _PER_HEAD):
+            operands[name] = "heads" if t.dim() == 1 else "!seqs heads"
+
+    def localize(local: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+        pieces = whole["query"].shape[1] // local["query"].shape[1]
+        shapes = {}
+        for name in ("key", "value"):
+            old, new = whole[name], local[name]
+            sharded_cache.require_split(check.op, name, old, new, pieces)
+            shapes[name] = (old.shape, new.shape)
+        new_place = {
+            name: sharded_cache.moved(
+                number, *shapes["value" if name == "value_offset" else "key"]
+            )
+            if name.endswith(("_stride", "_offset"))
+            else number
+            for name, number in place.items()
+        }
+        new_place["num_kv_heads"] = num_kv_heads // pieces
+        # A device has fewer heads to keep itself busy with: the lowering asks anew.
+        return {"geometry": list(new_place.values()), "num_splits": 0}
+
+    return sharding.Rule(
+        operands, ("!tokens heads !head_dim", "heads !tokens"), localize
     )
 
 

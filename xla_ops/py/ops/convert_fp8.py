@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, mutable, paged_cache, scalars
+from ..core import autocast, mutable, paged_cache, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -106,6 +106,7 @@ _op = Op(
     _lower,
     _reference,
     autocast=autocast.unchanged,
+    splits=sharding.Rule({"src": "... columns"}, ("... columns",)),
     public_name="convert_fp8",
 )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ..core import autocast, debug, front, in_place
+from ..core import autocast, debug, front, in_place, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
@@ -240,6 +241,24 @@ def _settle(block_mapping: torch.Tensor, num_blocks: int) -> tuple[torch.Tensor,
     return source[writer], target, final
 
 
+def _splits(args: Mapping[str, Any]) -> sharding.Rule:
+    """The dimensions inside a block, where blocks have no gaps."""
+    num_blocks, page, heads, size, block_stride, *strides, offset = args["geometry"]
+    if page * heads != 1:
+        return sharding.Rule({}, ("",))
+    words = sharded_cache.block_layout(args["cache"].shape, size)
+
+    def localize(local: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+        old, new = whole["cache"].shape, local["cache"].shape
+        inner = size // sharded_cache.shrunk(old, new)
+        stride, start = (
+            sharded_cache.moved(n, old, new) for n in (block_stride, offset)
+        )
+        return {"geometry": [num_blocks, 1, 1, inner, stride, *strides, start]}
+
+    return sharding.Rule({"cache": words}, (words,), localize)
+
+
 _op = Op(
     "copy_blocks_one",
     "(Tensor cache, Tensor block_mapping, SymInt[] geometry, bool debug,"
@@ -247,6 +266,7 @@ _op = Op(
     _lower,
     _reference,
     autocast=autocast.unchanged,
+    splits=_splits,
     public_name="copy_blocks",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, mutable, quant
+from ..core import autocast, mutable, quant, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -171,6 +171,7 @@ _static = Op(
     _lower_static,
     _reference_static,
     autocast=autocast.float32("scale"),
+    splits=sharding.ELEMENTS,
 )
 _dynamic = Op(
     "dynamic_scaled_fp8_quant",
@@ -185,6 +186,7 @@ _per_token = Op(
     _lower_per_token,
     _reference_per_token,
     autocast=autocast.float32("scale_ub"),
+    splits=sharding.rows_with_scales(1),
 )
 
 # vLLM's forms. `result` may have more rows than `input`: those stay as they are. Of a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, mutable, scalars
+from ..core import autocast, mutable, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -87,6 +87,7 @@ _op = Op(
     _lower,
     _reference,
     autocast=_autocast,
+    splits=sharding.TWO_ROWS,
     public_name="fused_add_rms_norm",
 )
 

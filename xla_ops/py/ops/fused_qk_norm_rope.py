@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..core import front, in_place, scalars
+from ..core import front, in_place, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -230,6 +230,10 @@ _op = Op(
     _lower,
     _reference,
     autocast=_autocast,
+    # Queries, keys and values lie one after the other: no piece has its own of each.
+    splits=sharding.Rule(
+        {"qkv": "tokens ~heads", "position_ids": "tokens"}, ("tokens !heads",)
+    ),
     public_name="fused_qk_norm_rope",
 )
 

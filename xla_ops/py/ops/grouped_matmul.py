@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast
+from ..core import autocast, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -98,4 +98,8 @@ _op = Op(
     _lower,
     _reference,
     autocast=autocast.like("input", "weight"),
+    splits=sharding.Rule(
+        {"input": "!rows !depth", "weight": "!groups columns !depth"},
+        ("!rows columns",),
+    ),
 )

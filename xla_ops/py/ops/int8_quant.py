@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, mutable, quant, scalars
+from ..core import autocast, mutable, quant, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -184,6 +184,7 @@ _static = Op(
     _lower_static,
     _reference_static,
     autocast=autocast.float32("scale"),
+    splits=sharding.ELEMENTS,
 )
 _dynamic = Op(
     "dynamic_scaled_int8_quant",
@@ -191,6 +192,7 @@ _dynamic = Op(
     _lower_dynamic,
     _reference_dynamic,
     autocast=autocast.unchanged,
+    splits=sharding.rows_with_scales(1),
 )
 _dynamic_azp = Op(
     "dynamic_scaled_int8_azp_quant",
@@ -198,6 +200,7 @@ _dynamic_azp = Op(
     _lower_dynamic_azp,
     _reference_dynamic_azp,
     autocast=autocast.unchanged,
+    splits=sharding.rows_with_scales(2),
     public_name="dynamic_scaled_int8_quant",
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, mutable
+from ..core import autocast, mutable, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -123,6 +123,15 @@ _op = Op(
     _lower,
     _reference,
     autocast=_autocast,
+    splits=sharding.Rule(
+        {
+            "prefix_output": "tokens heads !head_dim",
+            "prefix_lse": "heads tokens",
+            "suffix_output": "tokens heads !head_dim",
+            "suffix_lse": "heads tokens",
+        },
+        ("tokens heads !head_dim", "heads tokens"),
+    ),
 )
 
 mutable.define(

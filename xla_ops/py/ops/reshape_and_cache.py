@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from collections.abc import Mapping
+
 import torch
 
-from ..core import debug, front, in_place, paged_cache
+from ..core import debug, front, in_place, paged_cache, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
@@ -412,6 +414,22 @@ def _write(
 
 
 _COMMON = "str kv_cache_dtype, SymInt[] geometry, bool debug"
+def _splits(args: Mapping[str, Any]) -> sharding.Rule:
+    """Heads of keys, values and caches; every device sees all tokens and slots."""
+    num_blocks, page_size, x, *places = args["geometry"]
+    names = [n for n in ("key_cache", "value_cache", "kv_cache") if n in args]
+    owners = names if len(names) == len(places) // 2 else names * 2
+
+    def local(move: sharded_cache.Move, pieces: int) -> list[int]:
+        del pieces  # heads are not in the geometry
+        owner_of = [name for name in owners for _ in ("block_stride", "offset")]
+        moved = [move(n, i) for n, i in zip(owner_of, places, strict=True)]
+        return [num_blocks, page_size, x, *moved]
+
+    heads = dict.fromkeys(names, args["key"].shape[2] * page_size)
+    return sharded_cache.written_rule(_check.op, args, heads, local)
+
+
 _both = Op(
     "reshape_and_cache_both",
     "(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,"
@@ -420,6 +438,7 @@ _both = Op(
     _lower_both,
     _reference_both,
     autocast=paged_cache.cast_rows,
+    splits=_splits,
     public_name="reshape_and_cache",
 )
 _stacked = Op(
@@ -429,6 +448,7 @@ _stacked = Op(
     _lower_stacked,
     _reference_stacked,
     autocast=paged_cache.cast_rows,
+    splits=_splits,
     public_name="reshape_and_cache",
 )
 _one = Op(
@@ -438,6 +458,7 @@ _one = Op(
     _lower_one,
     _reference_one,
     autocast=paged_cache.cast_rows,
+    splits=_splits,
     public_name="reshape_and_cache",
 )
 

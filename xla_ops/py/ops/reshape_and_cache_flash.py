@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..core import debug, front, in_place, paged_cache
+from ..core import debug, front, in_place, paged_cache, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
@@ -412,6 +412,28 @@ def _reference_write(
     return flat[:-1].reshape(buffer.shape).view(buffer.dtype)
 
 
+def _splits(args: Mapping[str, Any]) -> sharding.Rule:
+    """Heads of keys, values and caches; every device sees all tokens and slots."""
+    geometry = args["geometry"]
+    num_blocks, page_size, num_kv_heads, head_dim, *strides = geometry[:7]
+    names = [n for n in ("key_cache", "value_cache", "kv_cache") if n in args]
+    # An offset for each of keys and values, or for the one that is written.
+    owners = names if len(names) == len(geometry) - 7 else names * 2
+
+    def local(move: sharded_cache.Move, pieces: int) -> list[int]:
+        return [
+            num_blocks,
+            page_size,
+            num_kv_heads // pieces,
+            head_dim,
+            *(move(names[0], stride) for stride in strides),
+            *(move(n, i) for n, i in zip(owners, geometry[7:], strict=True)),
+        ]
+
+    heads = dict.fromkeys(names, strides[2])
+    return sharded_cache.written_rule(_check.op, args, heads, local)
+
+
 _COMMON = "str kv_cache_dtype, SymInt[] geometry, bool debug"
 _both = Op(
     "reshape_and_cache_flash_both",
@@ -421,6 +443,7 @@ _both = Op(
     _lower_both,
     _reference_both,
     autocast=paged_cache.cast_rows,
+    splits=_splits,
     public_name=_check.op,
 )
 _stacked = Op(
@@ -430,6 +453,7 @@ _stacked = Op(
     _lower_stacked,
     _reference_stacked,
     autocast=paged_cache.cast_rows,
+    splits=_splits,
     public_name=_check.op,
 )
 _one = Op(
@@ -439,6 +463,7 @@ _one = Op(
     _lower_one,
     _reference_one,
     autocast=paged_cache.cast_rows,
+    splits=_splits,
     public_name=_check.op,
 )
 

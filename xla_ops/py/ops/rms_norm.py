@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, mutable, scalars
+from ..core import autocast, mutable, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -72,6 +72,7 @@ _op = Op(
     _lower,
     _reference,
     autocast=autocast.like("input", "weight"),
+    splits=sharding.ROWS,
 )
 
 # vLLM's form. The functional op has the name's default overload.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, mutable, quant, scalars
+from ..core import autocast, mutable, quant, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
@@ -261,6 +261,7 @@ _static = Op(
     lambda x, *rest: _lower_static(_static_check, x, None, *rest),
     lambda x, *rest: _reference_static(x, None, *rest),
     autocast=autocast.like("input", "weight", scales=("scale",)),
+    splits=sharding.ROWS,
 )
 _fused_static = Op(
     "fused_add_rms_norm_static_fp8_quant",
@@ -269,6 +270,7 @@ _fused_static = Op(
     lambda *args: _lower_static(_fused_check, *args),
     _reference_static,
     autocast=autocast.like("input", "residual", "weight", scales=("scale",)),
+    splits=sharding.TWO_ROWS,
 )
 _dynamic = Op(
     "rms_norm_dynamic_per_token_quant",
@@ -277,6 +279,7 @@ _dynamic = Op(
     lambda x, *rest: _lower_dynamic(x, None, *rest),
     lambda x, *rest: _reference_dynamic(x, None, *rest),
     autocast=autocast.like("input", "weight", scales=("scale_ub",)),
+    splits=sharding.rows_with_scales(1),
 )
 _fused_dynamic = Op(
     "fused_add_rms_norm_dynamic_per_token_quant",
@@ -285,6 +288,7 @@ _fused_dynamic = Op(
     _lower_dynamic,
     _reference_dynamic,
     autocast=autocast.like("input", "residual", "weight", scales=("scale_ub",)),
+    splits=sharding.rows_with_scales(1, num_rows_after=1),
     public_name="rms_norm_dynamic_per_token_quant",
 )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..core import autocast, mutable, scalars
+from ..core import autocast, mutable, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
@@ -217,6 +218,20 @@ def _reference_both(
     return _rotate(positions, query, *rest), _rotate(positions, key, *rest)
 
 
+def _splits(args: Mapping[str, Any]) -> sharding.Rule:
+    """Tokens and heads; a dimension of all heads' elements is one of heads too."""
+    positions, head_size = args["positions"], args["head_size"]
+    tokens = " ".join(["tokens", "tokens1"][: positions.dim()])
+    operands = {"positions": tokens}
+    for name in ("query", "key"):
+        if name in args:
+            flat = args[name].dim() == positions.dim() + 1
+            heads = f"heads*{head_size}" if flat else "heads !head_size"
+            operands[name] = f"{tokens} {heads}"
+    results = [operands[name] for name in ("query", "key") if name in args]
+    return sharding.Rule(operands, tuple(results))
+
+
 _both = Op(
     "rotary_embedding_both",
     "(Tensor positions, Tensor query, Tensor key, int head_size, Tensor cos_sin_cache,"
@@ -224,6 +239,7 @@ _both = Op(
     _lower_both,
     _reference_both,
     autocast=autocast.like("query", "key", "cos_sin_cache"),
+    splits=_splits,
     public_name="rotary_embedding",
 )
 _one = Op(
@@ -233,6 +249,7 @@ _one = Op(
     _lower_one,
     _rotate,
     autocast=autocast.like("query", "cos_sin_cache"),
+    splits=_splits,
     public_name="rotary_embedding",
 )
 

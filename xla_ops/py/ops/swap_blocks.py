@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from ..core import autocast, debug, front, in_place, tracing
+from ..core import autocast, debug, front, in_place, sharded_cache, sharding, tracing
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
@@ -337,6 +337,32 @@ def _reference(
     return to_flat.index_put((write,), moved).reshape(dst.shape).view(dst.dtype)
 
 
+def _splits(args: Mapping[str, Any]) -> sharding.Rule:
+    """The dimensions inside a block, where blocks have no gaps."""
+    num_src, num_dst, page, heads, size, *places = args["geometry"]
+    if page * heads != 1:
+        return sharding.Rule({}, ("",))
+    words = {
+        name: sharded_cache.block_layout(args[name].shape, size)
+        for name in ("dst", "src")
+    }
+
+    def localize(local: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+        pieces = sharded_cache.shrunk(whole["dst"].shape, local["dst"].shape)
+        sharded_cache.require_split(
+            _check.op, "src", whole["src"], local["src"], pieces
+        )
+        moved = [
+            sharded_cache.moved(n, whole[name].shape, local[name].shape)
+            for name, n in zip(["src"] * 4 + ["dst"] * 4, places, strict=True)
+        ]
+        # The strides inside a block, of which there is one run, have no meaning.
+        geometry = [num_src, num_dst, 1, 1, size // pieces, *moved]
+        return {"geometry": geometry}
+
+    return sharding.Rule(words, (words["dst"],), localize)
+
+
 _op = Op(
     "swap_blocks_functional",
     "(Tensor dst, Tensor src, Tensor block_mapping, SymInt[] geometry, bool debug,"
@@ -344,6 +370,7 @@ _op = Op(
     _lower,
     _reference,
     autocast=autocast.unchanged,
+    splits=_splits,
     public_name="swap_blocks",
 )
 
