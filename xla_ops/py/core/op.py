@@ -93,7 +93,7 @@ class Op:
     _plans: dict[tuple, Plan] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _shardings: dict[tuple, Node | None] = field(
+    _shardings: dict[tuple, tuple] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -290,28 +290,25 @@ class Op:
         given = sharding.given(operands)
         if given.is_manual:
             return None
-
-        def unsaid() -> list[bool]:
-            return sharding.of_sharded(operands, given.specs)
-
-        if given.says_nothing and not any(unsaid()):
+        if given.says_nothing and not any(
+            sharding.is_unsaid(t, "") for t in operands
+        ):
             return None
         key = (signature, given)
-        if key in self._shardings:
-            return self._shardings[key]
-        node = self._new_sharded(plan, args, given, unsaid)
-        if len(self._shardings) >= _MAX_PLANS:
-            self._shardings.clear()
-        self._shardings[key] = node
+        found = self._shardings.get(key)
+        if found is None:
+            found = self._new_sharded(plan, args, given)
+            if len(self._shardings) >= _MAX_PLANS:
+                self._shardings.clear()
+            self._shardings[key] = found
+        node, assumed = found
+        for i, error in assumed:
+            if sharding.is_unsaid(operands[i], given.specs[i]):
+                raise ValueError(error)
         return node
 
-    def _new_sharded(
-        self,
-        plan: Plan,
-        args: Sequence,
-        given: sharding.Given,
-        unsaid: Callable[[], Sequence[bool]],
-    ) -> Node | None:
+    def _new_sharded(self, plan: Plan, args: Sequence, given: sharding.Given) -> tuple:
+        """Returns the node, and of which operands what was assumed."""
         values = dict(zip(self.arguments, args, strict=True))
         rule = self.splits(values) if callable(self.splits) else self.splits
         whole = self.lowered(args)
@@ -322,14 +319,14 @@ class Op:
             [spec.shape for spec in whole.call.results],
             self.labels,
         )
-        decision = sharding.decide(call, given, unsaid)
-        if decision is None:
-            return None
+        decision = sharding.decide(call, given)
+        if not decision.is_split:
+            return None, decision.assumed
         local = values | sharding.stand_ins(values, decision)
         if rule is not None and rule.localize is not None:
             local |= rule.localize(local, values)
         shards = self.lowered(tuple(local.values()))
-        return sharded_node_of(whole, shards.call, decision)
+        return sharded_node_of(whole, shards.call, decision), decision.assumed
 
     def _new_plan(self, signature: tuple, bound: BoundCall) -> Plan:
         names = zip(bound.call.names, bound.operands, strict=True)

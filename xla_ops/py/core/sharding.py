@@ -335,36 +335,43 @@ class Given(NamedTuple):
 def given(tensors: Sequence[torch.Tensor]) -> Given:
     import torch_xla
 
-    specs = torch_xla._XLAC._get_xla_sharding_specs(tensors)
+    specs = torch_xla._XLAC._get_xla_sharding_specs(list(tensors))
     return Given(tuple(specs), _declared.get())
 
 
-def of_sharded(tensors: Sequence[torch.Tensor], specs: Sequence[str]) -> list[bool]:
-    """Tells which tensors are computed from sharded ones, and say no sharding."""
+def signature(tensors: Sequence[torch.Tensor]) -> tuple:
+    """Returns what a program of these tensors depends on that shapes do not say."""
+    specs, declared = given(tensors)
+    return tuple(map(parse, specs)), declared
+
+
+def is_unsaid(t: torch.Tensor, spec: str) -> bool:
+    """Whether a tensor is computed from sharded ones, and says no sharding."""
     import torch_xla
 
     xlac = torch_xla._XLAC
-    pending = xlac._check_tensor_need_materialization(list(tensors))
-    found = []
-    for t, spec, is_pending in zip(tensors, specs, pending, strict=True):
-        leaves = []
-        if is_pending and not spec:
-            _, leaves = xlac._get_tensors_xla_device_data_node([t], [])
-            leaves = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        found.append(any(map(parse, xlac._get_xla_sharding_specs(leaves))))
-    return found
+    if spec or not xlac._check_tensor_need_materialization([t])[0]:
+        return False
+    _, inputs = xlac._get_tensors_xla_device_data_node([t])
+    inputs = [value for value in inputs if isinstance(value, torch.Tensor)]
+    return any(map(parse, xlac._get_xla_sharding_specs(inputs)))
 
 
 class Decision(NamedTuple):
     """How a call is split.
 
     Attributes:
+        is_split: whether at all.
         operands: argument -> how it lies.
         results: how each result lies.
+        assumed: operands that were taken as whole in some dimension, by index, and the
+            error where one of them is computed from sharded tensors and says nothing.
     """
 
+    is_split: bool
     operands: Mapping[str, Split]
     results: tuple[Split, ...]
+    assumed: tuple[tuple[int, str], ...]
 
 
 def stand_ins(
@@ -402,18 +409,11 @@ class Call(NamedTuple):
         return ValueError(f"{self.op}: {label} must {rule}, got {got}")
 
 
-def decide(
-    call: Call, given: Given, unsaid: Callable[[], Sequence[bool]]
-) -> Decision | None:
-    """Decides how a call is split; None: not at all.
-
-    Args:
-        unsaid: () -> for each operand, whether it comes of sharded tensors and does
-            not say how it is split.
+def decide(call: Call, given: Given) -> Decision:
+    """Decides how a call is split.
 
     Raises:
-        ValueError: an operand is split as the op's rule does not allow, or nobody says
-            how one is.
+        ValueError: an operand is split as the op's rule does not allow.
     """
     declared = dict(given.declared.pieces) if given.declared else {}
     rule = call.rule or Rule({}, ())
@@ -422,38 +422,56 @@ def decide(
         for name, shape in call.operands.items()
     }
     bound = _bind(call, layouts, given.specs, declared)
-    known = set(bound) | set(declared)
-    free = {
-        name: dim.name
-        for name, layout in layouts.items()
-        for dim in layout
-        if dim.must_be_said and dim.name not in known and dim.units > 1
-    }
-    if free or (call.rule is None and not declared):
-        _check_said(call, free, unsaid)
-    # What `sharding` declares is for all that has a dimension of that name.
+    assumed = _assumed(call, layouts, {*bound, *declared})
+    # What is declared is so of all that has a dimension of that name.
     for name, layout in layouts.items():
         for i, dim in enumerate(layout):
             pieces = declared.get(dim.name)
-            if pieces is None:
+            if pieces is None or dim.units <= 1:
                 continue
-            if dim.may_split:
-                bound.setdefault(dim.name, pieces)
-            elif dim.units > 1:
-                rule_text = f"be whole in dimension {i}{dim.called}"
-                raise call.fail(name, rule_text, f"{dim.name} split by sharding()")
+            if not dim.may_split:
+                got = f"{dim.name} split by xla_ops.sharding"
+                raise call.fail(name, f"be whole in dimension {i}{dim.called}", got)
+            bound.setdefault(dim.name, pieces)
     if not bound:
-        return None
-    return Decision(
-        {
-            name: _split(call, name, layout, call.operands[name], bound)
-            for name, layout in layouts.items()
-        },
-        tuple(
-            _split(call, "result", _layout(words, shape), shape, bound)
-            for words, shape in zip(rule.results, call.results, strict=True)
-        ),
+        return Decision(False, {}, (), assumed)
+    operands = {
+        name: _split(call, name, layout, call.operands[name], bound)
+        for name, layout in layouts.items()
+    }
+    results = tuple(
+        _split(call, "result", _layout(words, tuple(shape)), shape, bound)
+        for words, shape in zip(rule.results, call.results, strict=True)
     )
+    return Decision(True, operands, results, assumed)
+
+
+def _assumed(
+    call: Call, layouts: Mapping[str, tuple[_Dim, ...]], known: set[str]
+) -> tuple[tuple[int, str], ...]:
+    """Returns operands of which it is not known whether they are split, see there."""
+    found = []
+    for i, (name, layout) in enumerate(layouts.items()):
+        free = [
+            dim.name
+            for dim in layout
+            if dim.must_be_said and dim.name not in known and dim.units > 1
+        ]
+        if call.rule is None and call.operands[name].numel() > 1:
+            remedy = "be known to be whole: xs.mark_sharding it as replicated"
+        elif free:
+            names = ", ".join(f"{n}=..." for n in NAMES if n in free)
+            remedy = "say how it is split: " + (
+                f"call the op in `with xla_ops.sharding(mesh, {names})`, or"
+                " xs.mark_sharding it"
+                if names
+                else "xs.mark_sharding it"
+            )
+        else:
+            continue
+        error = call.fail(name, remedy, "a value computed from sharded tensors")
+        found.append((i, str(error)))
+    return tuple(found)
 
 
 def _bind(
@@ -493,29 +511,6 @@ def _bind(
     return bound
 
 
-def _check_said(
-    call: Call, free: Mapping[str, str], unsaid: Callable[[], Sequence[bool]]
-) -> None:
-    """Raises where nobody says how an operand is split that may be."""
-    for name, is_unsaid in zip(call.operands, unsaid(), strict=True):
-        if not is_unsaid:
-            continue
-        if name in free:
-            dims = free[name]
-            raise call.fail(
-                name,
-                "say how it is split: call the op in `with"
-                f" xla_ops.sharding(mesh, {dims}=...)`, or xs.mark_sharding it",
-                "a value computed from sharded tensors",
-            )
-        if call.rule is None:
-            raise call.fail(
-                name,
-                "be whole on each device: xs.mark_sharding it as replicated",
-                "a value computed from sharded tensors",
-            )
-
-
 @functools.lru_cache(maxsize=1024)
 def _layout(words: str | None, shape: Sequence[int]) -> tuple[_Dim, ...]:
     """Takes a layout apart."""
@@ -524,9 +519,10 @@ def _layout(words: str | None, shape: Sequence[int]) -> tuple[_Dim, ...]:
     if not shape:
         return ()
     names = words.split()
-    if names and names[0] == "...":
+    if names[0].endswith("..."):
+        mark = names[0][:-3]
         leading = len(shape) - len(names) + 1
-        names[:1] = [f"tokens{i or ''}" for i in range(leading)]
+        names[:1] = [f"{mark}tokens{i or ''}" for i in range(leading)]
     dims = []
     for word, size in zip(names, shape, strict=True):
         name, _, unit = word.lstrip("!~").partition("*")

@@ -179,6 +179,8 @@ _dynamic = Op(
     _lower_dynamic,
     _reference_dynamic,
     autocast=autocast.unchanged,
+    # One scale for all elements.
+    splits=sharding.Rule({"input": "~... ~columns"}, ("!... !columns", "!one")),
 )
 _per_token = Op(
     "dynamic_per_token_scaled_fp8_quant",

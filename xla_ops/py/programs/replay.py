@@ -39,7 +39,7 @@ import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
 from torch_xla._dynamo import dynamo_bridge
 
-from ..core import gradients, in_place, ownership
+from ..core import gradients, in_place, ownership, sharding
 from . import kept
 from .calls import EXTRACTING, finish, run_cached
 
@@ -71,6 +71,9 @@ class Replay:
             self._shares = _Shares(_tensors_of(self._state))
         shares = self._shares.of(tensors)
         key = (form, _signature(leaves), shares, _surroundings())
+        if xr.is_spmd():
+            # How the state is split too: `_Program` is of all of it.
+            key += sharding.signature((*tensors, *_tensors_of(self._state)))
         program = self._programs.get(key)
         if program is None:
             program = self._trace(key, leaves, tensors, form)
@@ -213,11 +216,6 @@ def _surroundings() -> tuple:
 
 
 def _check(leaves: Sequence) -> None:
-    if xr.is_spmd():
-        raise ValueError(
-            "replay: tensors must not be sharded, got SPMD: use torch.compile with"
-            ' backend="openxla"'
-        )
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             continue
@@ -501,8 +499,15 @@ def _separate(args: Sequence[torch.Tensor]) -> None:
 
 
 def _pointer(value: torch.Tensor) -> int:
-    """Address of the buffer of a tensor that has been computed; 0 of an empty one."""
-    return _xlac._unsafe_buffer_pointer(value) if value.numel() else 0
+    """What tells the buffer of a tensor that has been computed from all others.
+
+    0 of an empty one.
+    """
+    if not value.numel():
+        return 0
+    if xr.is_spmd():  # a buffer on each device
+        return _xlac._get_tensors_handle([value])[0]
+    return _xlac._unsafe_buffer_pointer(value)
 
 
 def _inputs(traced: _Traced, args: Sequence[torch.Tensor]) -> Callable:
