@@ -1,0 +1,213 @@
+"""KV caches whose heads are split stay where they are, and stay split."""
+
+import pytest
+import torch
+import torch_xla
+from shard_addresses import shard_addresses
+from sharded import compiled, put, run, spec_of, tiles_of
+from torch.utils import _pytree as pytree
+
+import xla_ops
+
+WAYS = ("lazy", "openxla", "xla_ops", "replay")
+HEADS, KV_HEADS, HEAD_DIM, NUM_BLOCKS, PAGE, CONTEXT = 8, 4, 16, 32, 8, 20
+NUM_SEQS = 3
+
+
+def make(dtype=torch.float32):
+    """New rows, and where they go: the last token of each sequence."""
+    table = torch.randperm(NUM_BLOCKS)[: NUM_SEQS * 3].view(NUM_SEQS, 3).int()
+    last = CONTEXT - 1
+    slots = table[:, last // PAGE].long() * PAGE + last % PAGE
+    return {
+        "q": torch.randn(NUM_SEQS, HEADS, HEAD_DIM, dtype=dtype),
+        "k": torch.randn(NUM_SEQS, KV_HEADS, HEAD_DIM, dtype=dtype),
+        "v": torch.randn(NUM_SEQS, KV_HEADS, HEAD_DIM, dtype=dtype),
+        "slots": slots,
+        "table": table,
+        "lens": torch.full((NUM_SEQS,), CONTEXT, dtype=torch.int32),
+        "starts": torch.arange(NUM_SEQS + 1, dtype=torch.int32),
+        "num_seqs": torch.tensor([NUM_SEQS], dtype=torch.int32),
+    }
+
+
+def step(caches, rows, scale=HEAD_DIM**-0.5):
+    """Writes rows to every cache and attends to it."""
+    outs = []
+    for cache in caches:
+        pair = cache.unbind(0) if isinstance(cache, torch.Tensor) else cache
+        xla_ops.reshape_and_cache_flash(rows["k"], rows["v"], *pair, rows["slots"])
+        outs.append(
+            xla_ops.paged_attention(
+                rows["q"],
+                cache,
+                rows["lens"],
+                rows["table"],
+                rows["starts"],
+                rows["num_seqs"],
+                scale,
+            )
+        )
+    return outs
+
+
+def flat(caches):
+    return [t for c in caches for t in ([c] if isinstance(c, torch.Tensor) else c)]
+
+
+def put_heads(t, mesh):
+    """A cache on the device, [..., heads, head_dim], its heads split."""
+    return put(t, mesh, (*[None] * (t.dim() - 2), "tp", None))
+
+
+def stacked():
+    return torch.randn(2, NUM_BLOCKS, PAGE, KV_HEADS, HEAD_DIM)
+
+
+def separate():
+    return [torch.randn(NUM_BLOCKS, PAGE, KV_HEADS, HEAD_DIM) for _ in range(2)]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("make_cache", [stacked, separate])
+def test_eight_layers_in_place(how, make_cache, mesh, hlo_dump):
+    """Values, addresses on each device, shardings, and nothing between devices."""
+    caches, rows = [make_cache() for _ in range(8)], make()
+    own = pytree.tree_map(torch.clone, caches)
+    # A program of its own: torch_xla would take another test's from its cache.
+    scale = 1 / (WAYS.index(how) + 2)
+    expected = step(own, rows, scale)
+    on_xla = pytree.tree_map(lambda t: put_heads(t, mesh), caches)
+    moved = {name: put(t) for name, t in rows.items()}
+    before = shard_addresses(flat(on_xla))
+    shardings = [spec_of(t) for t in flat(on_xla)]
+    function = run(how, step)
+    with compiled(hlo_dump) as programs:
+        outs = function(on_xla, moved, scale)
+    for _ in range(3):
+        function(on_xla, moved, scale)
+        torch_xla.sync(wait=True)
+    if how != "openxla":  # torch_xla's copy_ of a sharded result copies each shard
+        assert shard_addresses(flat(on_xla)) == before
+    assert [spec_of(t) for t in flat(on_xla)] == shardings
+    assert programs.texts
+    assert not programs.collectives
+    assert not programs.count("copy")
+    for out, wanted in zip(outs, expected, strict=True):
+        assert tiles_of(out) == [1, 4, 1]
+        torch.testing.assert_close(out.cpu(), wanted)
+    for t, wanted in zip(flat(on_xla), flat(own), strict=True):
+        assert torch.equal(t.cpu(), wanted)
+
+
+@pytest.mark.parametrize("how", ["lazy", "xla_ops", "replay"])
+def test_a_thousand_steps(how, mesh):
+    """Each writes other rows; at the end all is as on one device, and where it was."""
+    cache, rows = stacked(), make()
+    slots = torch.randint(NUM_BLOCKS * PAGE, (1000, NUM_SEQS))
+    scale = torch.randn(1000)
+
+    def write(cache, k, v, slots, scale):
+        pair = cache.unbind(0)
+        xla_ops.reshape_and_cache_flash(k * scale, v + scale, *pair, slots)
+
+    own = cache.clone()
+    for i in range(1000):
+        write(own, rows["k"], rows["v"], slots[i], scale[i])
+    on_xla = put_heads(cache, mesh)
+    before, spec = shard_addresses([on_xla]), spec_of(on_xla)
+    k, v = put(rows["k"]), put(rows["v"])
+    moved = [(put(s), put(x)) for s, x in zip(slots, scale, strict=True)]
+    torch_xla.sync()
+    function = run(how, write)
+    for inputs in moved:
+        function(on_xla, k, v, *inputs)
+        # A step that takes longer than 50 ms to start, on a busy machine, would have
+        # the next one make a copy.
+        torch_xla.sync(wait=True)
+    assert spec_of(on_xla) == spec
+    assert shard_addresses([on_xla]) == before
+    assert torch.equal(on_xla.cpu(), own)
+
+
+@pytest.mark.parametrize("how", ["lazy", "xla_ops", "replay"])
+@pytest.mark.parametrize("layout", ["HND", "blocks_first", "packed"])
+def test_layouts(how, layout, mesh):
+    """Heads in other places of the buffer; strides and offsets are a shard's."""
+    rows = make()
+    shape = {
+        "HND": (2, NUM_BLOCKS, KV_HEADS, PAGE, HEAD_DIM),
+        "blocks_first": (NUM_BLOCKS, 2, PAGE, KV_HEADS, HEAD_DIM),
+        "packed": (2, NUM_BLOCKS, PAGE, KV_HEADS * HEAD_DIM),
+    }[layout]
+    heads = {"HND": 2, "blocks_first": 3, "packed": 3}[layout]
+    cache = torch.randn(shape)
+
+    def views(cache):
+        if layout == "HND":
+            return [t.transpose(1, 2) for t in cache.unbind(0)]
+        if layout == "blocks_first":
+            return cache.unbind(1)
+        return [t.view(NUM_BLOCKS, PAGE, KV_HEADS, HEAD_DIM) for t in cache.unbind(0)]
+
+    def both(cache, rows):
+        return step([views(cache)], rows)[0]
+
+    own = cache.clone()
+    expected = both(own, rows)
+    on_xla = put(cache, mesh, tuple("tp" if i == heads else None for i in range(cache.dim())))
+    before = shard_addresses([on_xla])
+    out = run(how, both)(on_xla, {name: put(t) for name, t in rows.items()})
+    torch_xla.sync(wait=True)
+    torch.testing.assert_close(out.cpu(), expected)
+    assert torch.equal(on_xla.cpu(), own)
+    assert shard_addresses([on_xla]) == before
+    assert tiles_of(on_xla)[heads] == 4
+
+
+def test_reshape_and_cache(mesh, hlo_dump):
+    """vLLM's older layout: [num_blocks, heads, head_dim / x, page_size, x]."""
+    x = 4
+    rows = make()
+    key_cache = torch.randn(NUM_BLOCKS, KV_HEADS, HEAD_DIM // x, PAGE, x)
+    value_cache = torch.randn(NUM_BLOCKS, KV_HEADS, HEAD_DIM, PAGE)
+    own = [key_cache.clone(), value_cache.clone()]
+    xla_ops.reshape_and_cache(rows["k"], rows["v"], *own, rows["slots"])
+    on_xla = [
+        put(t, mesh, (None, "tp", *[None] * (t.dim() - 2)))
+        for t in (key_cache, value_cache)
+    ]
+    before = shard_addresses(on_xla)
+    with compiled(hlo_dump) as programs:
+        xla_ops.reshape_and_cache(
+            put(rows["k"]), put(rows["v"]), *on_xla, put(rows["slots"])
+        )
+    assert programs.texts
+    assert not programs.collectives
+    assert shard_addresses(on_xla) == before
+    for t, wanted in zip(on_xla, own, strict=True):
+        assert torch.equal(t.cpu(), wanted)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_copy_and_swap_blocks(view, mesh, hlo_dump):
+    """Blocks are moved by each device for its heads."""
+    pairs = torch.tensor([[0, 3], [5, 1], [2, 7]])
+    caches = [stacked() for _ in range(4)] if view else separate() + separate()
+    own = [c.clone() for c in caches]
+
+    def move(caches):
+        k, v, other, _ = [c[1] if view else c for c in caches]
+        xla_ops.copy_blocks([k], [v], pairs.to(k.device))
+        xla_ops.swap_blocks(k, other, pairs.to(k.device))
+
+    move(own)
+    on_xla = [put_heads(c, mesh) for c in caches]
+    before = shard_addresses(on_xla)
+    with compiled(hlo_dump) as programs:
+        move(on_xla)
+    assert programs.texts
+    assert not programs.collectives
+    assert shard_addresses(on_xla) == before
+    for t, wanted in zip(on_xla, own, strict=True):
+        assert torch.equal(t.cpu(), wanted)
