@@ -87,6 +87,35 @@ def hlo_dump() -> pathlib.Path:
 
 
 @pytest.fixture
+def spmd():
+    """torch_xla's SPMD over four CPU devices, from here to the end of the process."""
+    import torch_xla.runtime as xr
+
+    os.environ.setdefault("CPU_NUM_DEVICES", "4")
+    xr.use_spmd()
+    count = xr.global_runtime_device_count()
+    if count != 4:
+        pytest.fail(f"CPU_NUM_DEVICES must be 4 from the start, got {count} devices")
+
+
+@pytest.fixture
+def mesh(spmd):
+    return _mesh((4,), ("tp",))
+
+
+@pytest.fixture
+def grid(spmd):
+    return _mesh((2, 2), ("dp", "tp"))
+
+
+def _mesh(shape, axes):
+    import numpy as np
+    from torch_xla.distributed import spmd
+
+    return spmd.Mesh(np.arange(4), shape, axes)
+
+
+@pytest.fixture
 def debug_mode():
     import xla_ops
 

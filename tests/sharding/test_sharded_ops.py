@@ -5,9 +5,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from sharded import compiled, put, run, tiles_of
 
 import xla_ops
+from sharded import compiled, put, run, tiles_of
 from xla_ops.core.op import OPS
 
 OP = torch.ops.xla_ops
@@ -134,7 +134,13 @@ def cases():
         "rotary_embedding": (
             lambda p, q, k, c: xla_ops.rotary_embedding(p, q, k, DIM, c),
             (positions(), q, k, table),
-            {(0, 0): (0, 0), (1, 0): (0, 0), (1, 1): (1, 1), (2, 0): (0, 0), (2, 1): (1, 1)},
+            {
+                (0, 0): (0, 0),
+                (1, 0): (0, 0),
+                (1, 1): (1, 1),
+                (2, 0): (0, 0),
+                (2, 1): (1, 1),
+            },
         ),
         "rotary_embedding of heads": (
             lambda p, q, c: xla_ops.rotary_embedding(p, q, None, DIM, c)[0],
@@ -193,7 +199,11 @@ _WITH_CACHES = {
     "paged_attention",
     "copy_blocks_one",
     "swap_blocks_functional",
-    *(f"reshape_and_cache{f}_{n}" for f in ("", "_flash") for n in ("both", "one", "stacked")),
+    *(
+        f"reshape_and_cache{f}_{n}"
+        for f in ("", "_flash")
+        for n in ("both", "one", "stacked")
+    ),
 }
 
 
@@ -201,7 +211,10 @@ def test_every_op_says_what_may_be_split():
     """And every one is tried here."""
     assert not [name for name, op in OPS.items() if op.splits is None]
     tried = {op.public_name for name, op in OPS.items() if name not in _WITH_CACHES}
-    tried |= {"dynamic_scaled_int8_azp_quant", "fused_add_rms_norm_dynamic_per_token_quant"}
+    tried |= {
+        "dynamic_scaled_int8_azp_quant",
+        "fused_add_rms_norm_dynamic_per_token_quant",
+    }
     assert tried == {name.partition(" ")[0] for name in NAMES}
 
 
@@ -248,18 +261,17 @@ def test_each_dimension(name, mesh, hlo_dump):
 
 
 @hypothesis.given(
-    st.sampled_from([n for n in NAMES if len(cases()[n][2]) > 1]),
-    st.data(),
-    st.sampled_from(["lazy", "openxla", "xla_ops", "replay"]),
-    st.random_module(),
+    name=st.sampled_from([n for n in NAMES if len(cases()[n][2]) > 1]),
+    data=st.data(),
+    how=st.sampled_from(["lazy", "openxla", "xla_ops", "replay"]),
+    seed=st.random_module(),
 )
-@hypothesis.settings(max_examples=40)
-def test_two_axes(name, data, how, _):
+@hypothesis.settings(
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_two_axes(grid, name, data, how, seed):
     """Two operands or dimensions at once, over a grid: right, or refused by name."""
-    import numpy as np
-    from torch_xla.distributed import spmd as xs
-
-    grid = xs.Mesh(np.arange(4), (2, 2), ("dp", "tp"))
     function, tensors, allowed = cases()[name]
     expected = as_tuple(function(*tensors))
     specs = [[None] * t.dim() for t in tensors]
@@ -300,10 +312,25 @@ def test_heads_that_cannot_be_shared_out(heads, kv_heads, split_operand, named, 
         xla_ops.flash_attn_varlen(*given, starts, starts, TOKENS, TOKENS)
 
 
+def test_manual_mode_is_left_alone(mesh):
+    """Between enable_ and disable_manual_sharding, operands are shards already."""
+    from torch_xla.distributed import spmd as xs
+
+    x, w = floats(TOKENS, 32), floats(32)
+    shard = xs.enable_manual_sharding(put(x), ("tp", None), mesh=mesh).global_tensor
+    weight = xs.enable_manual_sharding(put(w), (None,), mesh=mesh).global_tensor
+    result = xla_ops.rms_norm(shard, weight)
+    assert result.shape == (TOKENS // 4, 32)
+    whole = xs.disable_manual_sharding(result, ("tp", None), x.shape, mesh=mesh)
+    close(whole.global_tensor.cpu(), xla_ops.rms_norm(x, w))
+
+
 def test_operands_split_in_two_ways(mesh, grid):
     x = put(floats(TOKENS, 32), mesh, ("tp", None))
     r = put(floats(TOKENS, 32), grid, ("dp", None))
-    with pytest.raises(ValueError, match="residual must be split in tokens as input is"):
+    with pytest.raises(
+        ValueError, match="residual must be split in tokens as input is"
+    ):
         xla_ops.fused_add_rms_norm(x, r, put(floats(32)))
 
 

@@ -1,13 +1,13 @@
-"""A decoder's blocks, tensor parallel as users write it: mark_sharding on the weights."""
+"""A decoder's blocks, tensor parallel as users write it: mark_sharding on weights."""
 
 import pytest
 import torch
 import torch_xla
-from shard_addresses import shard_addresses
-from sharded import compiled, put, run, tiles_of
 from torch.utils import _pytree as pytree
 
 import xla_ops
+from shard_addresses import shard_addresses
+from sharded import compiled, put, run, tiles_of
 
 LAYERS, SEQS, HEADS, KV_HEADS, DIM = 3, 4, 8, 4, 16
 HIDDEN, INNER, NUM_BLOCKS, PAGE, CONTEXT = 64, 96, 32, 8, 21
@@ -145,9 +145,7 @@ def test_data_parallel_norms_move_nothing(grid, hlo_dump):
         compiled(hlo_dump) as programs,
         xla_ops.sharding(grid, tokens="dp", columns="tp"),
     ):
-        out = block(
-            put(x, grid, ("dp", None)), put(w), put(up, grid, (None, "tp"))
-        )
+        out = block(put(x, grid, ("dp", None)), put(w), put(up, grid, (None, "tp")))
     assert programs.texts
     assert not programs.collectives
     assert tiles_of(out) == [2, 2]

@@ -190,9 +190,9 @@ class Node(NamedTuple):
             self.target.replace(".", "::"), operands, self.computation
         )
         results = results[: self.num_results]
-        for result, sharding in zip(results, self.shardings, strict=False):
+        for result, how in zip(results, self.shardings, strict=False):
             # XLA knows; this lets the calls that take the result know too.
-            torch_xla._XLAC._xla_annotate_custom_sharding(result, sharding)
+            torch_xla._XLAC._xla_annotate_custom_sharding(result, how)
         return results
 
 
@@ -226,9 +226,7 @@ def sharded_node_of(
     call = whole.call
     everywhere = tuple(range(sharding.num_devices()))
     operands = [
-        ShardedArray(
-            _spec(t), decision.operands.get(name) or Split((1,), everywhere)
-        )
+        ShardedArray(_spec(t), decision.operands.get(name) or Split((1,), everywhere))
         for name, t in zip(call.names, whole.operands, strict=True)
     ]
     results = [

@@ -290,9 +290,7 @@ class Op:
         given = sharding.given(operands)
         if given.is_manual:
             return None
-        if given.says_nothing and not any(
-            sharding.is_unsaid(t, "") for t in operands
-        ):
+        if given.says_nothing and not any(sharding.is_unsaid(t, "") for t in operands):
             return None
         key = (signature, given)
         found = self._shardings.get(key)

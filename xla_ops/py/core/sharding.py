@@ -84,7 +84,8 @@ def rows_with_scales(num_scales: int, num_rows_after: int = 0) -> Rules:
     def rule(args: Mapping[str, Any]) -> Rule:
         *leading, _ = args["input"].shape
         inner = [f"!tokens{i}" for i in range(1, len(leading))]
-        rows = " ".join(["tokens", *inner][: len(leading)] + ["!hidden"])
+        first = ["tokens"] if leading else []
+        rows = " ".join([*first, *inner, "!hidden"])
         scales = f"tokens*{math.prod(leading[1:])} !one" if leading else "!rows !one"
         return Rule(
             {"input": rows, "residual": rows, "weight": "!hidden"},
@@ -374,9 +375,7 @@ class Decision(NamedTuple):
     assumed: tuple[tuple[int, str], ...]
 
 
-def stand_ins(
-    args: Mapping[str, Any], decision: Decision
-) -> dict[str, torch.Tensor]:
+def stand_ins(args: Mapping[str, Any], decision: Decision) -> dict[str, torch.Tensor]:
     """Returns fake tensors of one device's shapes for the operands that are split."""
     fakes = {}
     with FakeTensorMode():
@@ -552,6 +551,8 @@ def _split(
     if found is None:
         names = [d.name for d, p in zip(layout, dims, strict=True) if p is not None]
         raise call.fail(
-            name, "be split over another mesh axis in each dimension", " and ".join(names)
+            name,
+            "be split over another mesh axis in each dimension",
+            " and ".join(names),
         )
     return found

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -414,6 +413,8 @@ def _write(
 
 
 _COMMON = "str kv_cache_dtype, SymInt[] geometry, bool debug"
+
+
 def _splits(args: Mapping[str, Any]) -> sharding.Rule:
     """Heads of keys, values and caches; every device sees all tokens and slots."""
     num_blocks, page_size, x, *places = args["geometry"]
