@@ -77,9 +77,7 @@ def attend(
     xs.mark_sharding(lses, mesh, (None, "cp", None))
     states = zip(outs.unbind(0), lses.unbind(0), strict=True)
     with xla_ops.sharding(mesh, tokens=None, heads="cp"):
-        return functools.reduce(
-            lambda a, b: xla_ops.merge_attn_states(*a, *b), states
-        )
+        return functools.reduce(lambda a, b: xla_ops.merge_attn_states(*a, *b), states)
 
 
 def example(num_parts: int) -> tuple[torch.Tensor, ...]:
@@ -103,7 +101,7 @@ def on_one_device(
     num_parts, num_seqs, _ = tables.shape
     first = torch.arange(num_parts, dtype=torch.int32) * (cache.shape[1] // num_parts)
     table = (tables + first[:, None, None]).transpose(0, 1).reshape(num_seqs, -1)
-    return xla_ops.paged_attention(
+    out, lse = xla_ops.paged_attention(
         query,
         cache,
         lens.sum(0).int(),
@@ -113,6 +111,7 @@ def on_one_device(
         query.shape[-1] ** -0.5,
         return_lse=True,
     )
+    return out, lse
 
 
 def main() -> None:

@@ -124,8 +124,9 @@ def _register():
 @functools.cache
 def _computation(spec: str, operand: hlo.Spec):
     count = sharding.num_devices()
-    pieces = sharding.parse(spec) or (None,) * len(operand.shape)
-    whole = hlo.ShardedArray(operand, sharding.split(pieces))
+    split = sharding.split(sharding.parse(spec) or (None,) * len(operand.shape))
+    assert split is not None
+    whole = hlo.ShardedArray(operand, split)
     one_each = hlo.Split((count,), tuple(range(count)))
     result = hlo.ShardedArray(hlo.Spec((count,), torch.int64), one_each)
     module = hlo.encode_sharded_module(_TARGET, [whole], [result], [], "{}", {})

@@ -1,10 +1,11 @@
 """examples/context_parallel: right, and as cheap as it says."""
 
-import attend
 import numpy as np
 import torch
-from sharded import compiled, put, tiles_of
 from torch_xla.distributed import spmd as xs
+
+import attend
+from sharded import compiled, put, tiles_of
 
 
 def test_attention_to_parts_of_a_context(spmd, hlo_dump):

@@ -6,9 +6,9 @@ import torch_xla
 from torch.utils import _pytree as pytree
 
 import xla_ops
-from xla_ops.core import ownership
 from shard_addresses import shard_addresses
 from sharded import compiled, put, run, spec_of, tiles_of
+from xla_ops.core import ownership
 
 WAYS = ("lazy", "openxla", "xla_ops", "replay")
 HEADS, KV_HEADS, HEAD_DIM, NUM_BLOCKS, PAGE, CONTEXT = 8, 4, 16, 32, 8, 20

@@ -112,7 +112,7 @@ def test_one_all_reduce_a_pair(how, mesh, hlo_dump):
 
 
 def test_queries_that_say_nothing_follow_the_cache(mesh, hlo_dump):
-    """Without `sharding`: a column-parallel product goes where the cache's heads are."""
+    """A column-parallel product goes where the cache's heads are, undeclared."""
     w, b = make_layer(), make_batch()
     cache = torch.randn(2, NUM_BLOCKS, PAGE, KV_HEADS, DIM)
 

@@ -82,9 +82,7 @@ def encode_module(
     result_shapes = [_array_shape(spec) for spec in results]
     is_tuple = len(results) > 1
     result_shape = _tuple_shape(result_shapes) if is_tuple else result_shapes[0]
-    indices = {
-        ((index,) if is_tuple else ()): operand for index, operand in aliases.items()
-    }
+    indices = _alias_indices(aliases, is_tuple)
     fields = _typed_call(target, ids, operand_shapes, backend_config, indices)
     body.add("custom-call", "custom-call", result_shape, fields)
     return body.module(target, result_shape)
@@ -170,26 +168,23 @@ def encode_sharded_module(
             shards,
             shard_shapes,
             backend_config,
-            {
-                ((index,) if is_tuple else ()): operand
-                for index, operand in aliases.items()
-            },
+            _alias_indices(aliases, is_tuple),
         )
         + (_tuple_sharding([_MANUAL] * len(local)) if is_tuple else _MANUAL_SHARDING),
     )
-    whole = []
+    wholes = []
     for i, (spec, split) in enumerate(results):
         one = call
         if is_tuple:
             element = _packed(36, [call]) + _integer(13, i) + _MANUAL_SHARDING
             one = body.add("element", "get-tuple-element", local[i], element)
         shape = _array_shape(spec)
-        whole.append(body.marker(_TO_WHOLE, shape, one, _split(split)))
+        wholes.append(body.marker(_TO_WHOLE, shape, one, _split(split)))
     result_shape = _array_shape(results[0].spec)
     if len(results) > 1:
         result_shape = _tuple_shape([_array_shape(array.spec) for array in results])
         shardings = _tuple_sharding([_op_sharding(array.split) for array in results])
-        body.add("whole", "tuple", result_shape, _packed(36, whole) + shardings)
+        body.add("whole", "tuple", result_shape, _packed(36, wholes) + shardings)
     return body.module(target, result_shape)
 
 
@@ -241,6 +236,15 @@ class _Body:
             + _integer(5, 1)
             + _integer(6, computation_id)
         )
+
+
+def _alias_indices(
+    aliases: Mapping[int, int], is_tuple: bool
+) -> dict[tuple[int, ...], int]:
+    """Result index, as XLA names a part of the call's result -> operand."""
+    return {
+        ((index,) if is_tuple else ()): operand for index, operand in aliases.items()
+    }
 
 
 def _typed_call(

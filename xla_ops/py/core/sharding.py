@@ -180,7 +180,7 @@ def _pieces_of_axis(
         if isinstance(one, str):
             index = (mesh.axis_names or ()).index(one) if _has_axis(mesh, one) else -1
         if not isinstance(index, int) or not 0 <= index < len(mesh.mesh_shape):
-            known = mesh.axis_names or tuple(range(len(mesh.mesh_shape)))
+            known: tuple = mesh.axis_names or tuple(range(len(mesh.mesh_shape)))
             raise ValueError(f"sharding: {name} must be one of {known}, got {one!r}")
         indices.append(index)
     devices = mesh.get_logical_mesh()

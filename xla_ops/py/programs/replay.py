@@ -70,10 +70,9 @@ class Replay:
         if self._shares is None:
             self._shares = _Shares(_tensors_of(self._state))
         shares = self._shares.of(tensors)
-        key = (form, _signature(leaves), shares, _surroundings())
+        key: Hashable = (form, _signature(leaves), shares, _surroundings())
         if xr.is_spmd():
-            # How the state is split too: `_Program` is of all of it.
-            key += sharding.signature((*tensors, *_tensors_of(self._state)))
+            key = (key, sharding.signature(tensors))
         program = self._programs.get(key)
         if program is None:
             program = self._trace(key, leaves, tensors, form)
@@ -125,7 +124,8 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
             it updates by an op of this package, such as a KV cache, keeps its buffer.
         state: tensors and modules that the function uses or updates without being
             given them, such as a model and its caches. They may get new values between
-            calls; a module's parameters must stay the same objects.
+            calls; a module's parameters must stay the same objects, and what is split
+            over devices stay split as it was.
 
     Returns:
         A callable; as a decorator without arguments too.
