@@ -92,7 +92,8 @@ def spmd():
     import torch_xla.runtime as xr
 
     os.environ.setdefault("CPU_NUM_DEVICES", "4")
-    xr.use_spmd()
+    if not xr.is_spmd():
+        xr.use_spmd()
     count = xr.global_runtime_device_count()
     if count != 4:
         pytest.fail(f"CPU_NUM_DEVICES must be 4 from the start, got {count} devices")

@@ -325,6 +325,23 @@ def test_manual_mode_is_left_alone(mesh):
     close(whole.global_tensor.cpu(), xla_ops.rms_norm(x, w))
 
 
+def test_what_mark_sharding_returns_is_refused(mesh):
+    """It is not the tensor; and a KV cache of it could not be written."""
+    from torch_xla.distributed import spmd as xs
+
+    x = xs.mark_sharding(put(floats(TOKENS, 32)), mesh, ("tp", None))
+    message = "input must be the tensor that was given to xs.mark_sharding"
+    with pytest.raises(ValueError, match=f"rms_norm: {message}"):
+        xla_ops.rms_norm(x, put(floats(32)))
+    xla_ops.rms_norm(x.global_tensor, put(floats(32)))
+    spec = (None, None, "tp", None)
+    caches = [xs.mark_sharding(put(floats(4, 4, 4, 8)), mesh, spec) for _ in "kv"]
+    rows, slots = put(floats(2, 4, 8)), put(torch.tensor([0, 5]))
+    message = "reshape_and_cache_flash: key_cache must be the tensor that was given"
+    with pytest.raises(ValueError, match=message):
+        xla_ops.reshape_and_cache_flash(rows, rows, *caches, slots)
+
+
 def test_operands_split_in_two_ways(mesh, grid):
     x = put(floats(TOKENS, 32), mesh, ("tp", None))
     r = put(floats(TOKENS, 32), grid, ("dp", None))

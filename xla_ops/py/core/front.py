@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import gradients
+from . import gradients, sharding
 from .autocast import Rule
 from .autocast import register as register_autocast
 
@@ -44,6 +44,7 @@ def define(
 
     def refusing(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
+        sharding.refuse_wrapped(op, given)
         gradients.refuse(op, given)
         results = kernel(*args, **kwargs)
         gradients.tell_written(value for name, value in given if name in written)

@@ -287,6 +287,8 @@ class Op:
             ValueError: XLA would have to gather one whole on every device, and would
                 say nothing.
         """
+        names = [self.arguments[i] for i in plan.operands]
+        sharding.check_unwrapped(self.public_name, names, operands)
         given = sharding.given(operands)
         if given.is_manual:
             return None

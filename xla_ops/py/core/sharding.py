@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -331,6 +331,33 @@ class Given(NamedTuple):
     @property
     def says_nothing(self) -> bool:
         return self.declared is None and not any(map(parse, self.specs))
+
+
+def refuse_wrapped(op: str, args: Iterable[tuple[str, object]]) -> None:
+    """Raises ValueError for what xs.mark_sharding returns: a tensor around a tensor.
+
+    Torch takes ops apart below it where torch_xla's tensors cannot be written.
+    """
+    for name, value in args:
+        # Its module is there only where torch_xla is, and is slow to import.
+        if type(value).__name__ == "XLAShardedTensor":
+            raise _wrapped(op, name)
+
+
+def _wrapped(op: str, name: str) -> ValueError:
+    return ValueError(
+        f"{op}: {name} must be the tensor that was given to xs.mark_sharding, got the"
+        " XLAShardedTensor that it returned: pass its global_tensor"
+    )
+
+
+def check_unwrapped(
+    op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]
+) -> None:
+    """The same in the kernel for XLA, which gets what was around such a tensor."""
+    for name, t in zip(names, tensors, strict=True):
+        if torch._is_functional_tensor(t):
+            raise _wrapped(op, name)
 
 
 def given(tensors: Sequence[torch.Tensor]) -> Given:
