@@ -162,6 +162,7 @@ def test_layouts(how, layout, mesh):
     before = shard_addresses([on_xla])
     out = run(how, both)(on_xla, {name: put(t) for name, t in rows.items()})
     torch_xla.sync(wait=True)
+    torch_xla.sync(wait=True)
     torch.testing.assert_close(out.cpu(), expected)
     assert torch.equal(on_xla.cpu(), own)
     assert shard_addresses([on_xla]) == before
@@ -214,3 +215,82 @@ def test_copy_and_swap_blocks(view, mesh, hlo_dump):
     assert shard_addresses(on_xla) == before
     for t, wanted in zip(on_xla, own, strict=True):
         assert torch.equal(t.cpu(), wanted)
+
+
+@pytest.mark.parametrize("how", ["lazy", "xla_ops"])
+def test_fp8_cache_with_scales_sinks_and_slopes(how, mesh, hlo_dump):
+    """What belongs to heads goes with them; scales for all stay whole."""
+    rows, sinks = make(torch.bfloat16), torch.randn(HEADS)
+    slopes = torch.rand(HEADS)
+    scales = torch.rand(NUM_SEQS, KV_HEADS) + 0.5
+    cache = torch.randn(2, NUM_BLOCKS, PAGE, KV_HEADS, HEAD_DIM)
+    cache = cache.to(torch.float8_e4m3fn).view(torch.uint8)
+    written = torch.tensor([0.5])
+
+    def attend(cache, rows, sinks, slopes, scales, written):
+        pair = cache.unbind(0)
+        given = (rows["k"], rows["v"], *pair, rows["slots"], "fp8", written, written)
+        xla_ops.reshape_and_cache_flash(*given)
+        batch = (rows["lens"], rows["table"], rows["starts"], rows["num_seqs"])
+        return xla_ops.paged_attention(
+            rows["q"],
+            cache,
+            *batch,
+            0.25,
+            sliding_window=9,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            kv_cache_dtype="fp8",
+            k_scale=scales,
+            v_scale=scales,
+            return_lse=True,
+        )
+
+    own = cache.clone()
+    expected, expected_lse = attend(own, rows, sinks, slopes, scales, written)
+    on_xla = put_heads(cache, mesh)
+    before = shard_addresses([on_xla])
+    moved = {name: put(t) for name, t in rows.items()}
+    split_sinks = put(sinks, mesh, ("tp",))
+    rest = [put(t) for t in (slopes, scales, written)]
+    with compiled(hlo_dump) as programs:
+        out, lse = run(how, attend)(on_xla, moved, split_sinks, *rest)
+    assert not programs.collectives
+    assert tiles_of(lse) == [4, 1]
+    torch.testing.assert_close(out.cpu(), expected)
+    torch.testing.assert_close(lse.cpu(), expected_lse)
+    assert torch.equal(on_xla.cpu(), own)
+    assert shard_addresses([on_xla]) == before
+
+
+@pytest.mark.parametrize(
+    "dim, message",
+    [
+        (1, "key_cache must be whole in dimension 0; split it in heads"),
+        (2, "key_cache must be whole in dimension 1; split it in heads"),
+        (4, "key_cache must be whole in dimension 3; split it in heads"),
+    ],
+)
+def test_caches_split_elsewhere(dim, message, mesh):
+    """Blocks, offsets in a page and head_dim; by the name of the cache."""
+    rows = {name: put(t) for name, t in make().items()}
+    spec = tuple("tp" if i + 1 == dim else None for i in range(4))
+    pair = [put(t, mesh, spec) for t in separate()]
+    with pytest.raises(ValueError, match=message):
+        xla_ops.reshape_and_cache_flash(rows["k"], rows["v"], *pair, rows["slots"])
+    batch = (rows["lens"], rows["table"], rows["starts"], rows["num_seqs"])
+    with pytest.raises(ValueError, match=f"paged_attention: {message}"):
+        xla_ops.paged_attention(rows["q"], pair, *batch, 0.25)
+
+
+def test_heads_without_a_dimension_of_their_own(mesh):
+    """Keys and values in one row: no piece of it has the heads of both."""
+    qkv = put(torch.randn(NUM_SEQS, (HEADS + 2 * KV_HEADS) * HEAD_DIM))
+    q, k, v = qkv.split([HEADS * HEAD_DIM, *[KV_HEADS * HEAD_DIM] * 2], -1)
+    starts = put(torch.arange(NUM_SEQS + 1, dtype=torch.int32))
+    query = put(torch.randn(NUM_SEQS, HEADS, HEAD_DIM), mesh, (None, "tp", None))
+    del q
+    key, value = (t.unflatten(-1, (KV_HEADS, HEAD_DIM)) for t in (k, v))
+    message = "must have a dimension of heads alone where heads are split"
+    with pytest.raises(ValueError, match=f"flash_attn_varlen: k {message}"):
+        xla_ops.flash_attn_varlen(query, key, value, starts, starts, 1, 1)

@@ -97,6 +97,7 @@ def test_any_mesh_will_do(spmd, data):
         ("", ()),
         ("{replicated}", ()),
         ("{maximal device=0}", ()),
+        ("{unknown}", ()),
         ("{devices=[2,2]<=[4]}", ((0, 0, 1, 1), (0, 1, 0, 1))),
         ("{devices=[2,2]<=[2,2]T(1,0)}", ((0, 1, 0, 1), (0, 0, 1, 1))),
         ("{devices=[1,2,2]<=[4] last_tile_dim_replicate}", (None, (0, 0, 1, 1))),

@@ -216,7 +216,7 @@ _TILES = re.compile(
     r"(?:<=\[(?P<iota>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?|(?P<list>[\d,]+))"
     r"(?P<last> last_tile_dim_replicate)?\}"
 )
-_WHOLE = re.compile(r"\{(replicated|maximal device=\d+)\}")
+_WHOLE = re.compile(r"\{(replicated|unknown|maximal device=\d+)\}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -364,7 +364,8 @@ def given(tensors: Sequence[torch.Tensor]) -> Given:
     import torch_xla
 
     specs = torch_xla._XLAC._get_xla_sharding_specs(list(tensors))
-    return Given(tuple(specs), _declared.get())
+    said = tuple("" if spec == "{unknown}" else spec for spec in specs)
+    return Given(said, _declared.get())
 
 
 def signature(tensors: Sequence[torch.Tensor]) -> tuple:

@@ -141,12 +141,12 @@ def declare(names: Names) -> Op:
         lambda *args: _lower(names, check, Arguments(*args)),
         lambda *args: attention_reference.reference(Arguments(*args)),
         autocast=autocast("query", "key", "value"),
-        splits=lambda args: _splits(check, Arguments(**args)),
+        splits=lambda args: _splits(names, Arguments(**args)),
         labels=names.labels,
     )
 
 
-def _splits(check: Checker, a: Arguments) -> sharding.Rule:
+def _splits(names: Names, a: Arguments) -> sharding.Rule:
     """Heads: a device's queries meet its keys and values, of all tokens."""
     place = dict(zip(paged_cache.ATTRIBUTES, a.geometry, strict=True))
     num_kv_heads, head_stride = place["num_kv_heads"], place["head_stride"]
@@ -165,7 +165,8 @@ def _splits(check: Checker, a: Arguments) -> sharding.Rule:
         shapes = {}
         for name in ("key", "value"):
             old, new = whole[name], local[name]
-            sharded_cache.require_split(check.op, name, old, new, pieces)
+            label = names.labels[name]
+            sharded_cache.require_split(names.op, label, old, new, pieces)
             shapes[name] = (old.shape, new.shape)
         new_place = {
             name: sharded_cache.moved(
