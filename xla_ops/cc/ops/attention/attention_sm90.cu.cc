@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "xla_ops/cc/device/kernel_list.h"
-#include "xla_ops/cc/device/per_device.h"
+#include "xla_ops/cc/device/tensor_map.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_sm90.cuh"
 
@@ -36,28 +36,6 @@ cudaError_t WithKernel(PaddedHeadDim, DType dtype, bool all_panels, F&& f) {
     if (all_panels) return with(std::true_type{});
   }
   return with(std::false_type{});
-}
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, null where it has none; libcuda is not linked.
-cudaError_t GetEncodeTiled(EncodeTiled* encode) {
-  static PerDevice<EncodeTiled> found;
-  return found.Get(
-      [](EncodeTiled* result) {
-        *result = nullptr;
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult status;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion(
-            "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-            &status);
-        if (error != cudaSuccess) return error;
-        if (status == cudaDriverEntryPointSuccess) {
-          *result = reinterpret_cast<EncodeTiled>(function);
-        }
-        return cudaSuccess;
-      },
-      encode);
 }
 
 // Bytes from one index of a dimension to the next; a dimension of size one
