@@ -98,6 +98,7 @@ cudaError_t Launch(cudaStream_t stream, const GroupedMatmulParams& params,
   args.input = static_cast<const T*>(params.input);
   args.weight = static_cast<const T*>(params.weight);
   args.group_offsets = params.group_offsets;
+  args.bias = static_cast<const T*>(params.bias);
   args.out = static_cast<T*>(params.out);
   args.num_rows = params.num_rows;
   args.num_columns = static_cast<int>(params.num_columns);

@@ -34,7 +34,8 @@ struct GroupedMatmulParams {
   int64_t num_groups;            // E
   const void* input;             // [M, K]
   const void* weight;            // [E, N, K]
-  const int32_t* group_offsets;  // [E + 1]
+  const int32_t* group_offsets;  // [E + 1]; null: one group of all rows
+  const void* bias;              // [N], added to every row; or null
   void* out;                     // [M, N]
 };
 

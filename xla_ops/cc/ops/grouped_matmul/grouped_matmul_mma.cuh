@@ -122,8 +122,8 @@ __device__ __forceinline__ void StoreTile(
 #pragma unroll
       for (int n = 0; n < Shape::kColumnTiles; ++n) {
         const int column = first_column + 8 * n;
-        const float low = sums[m][n][2 * half];
-        const float high = sums[m][n][2 * half + 1];
+        const float low = sums[m][n][2 * half] + BiasAt(args, column);
+        const float high = sums[m][n][2 * half + 1] + BiasAt(args, column + 1);
         if (pairs) {
           if (column < args.num_columns) {
             *reinterpret_cast<uint32_t*>(out + column) = PackPair<T>(low, high);

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kGroupedSimtThreads)
       for (int c = 0; c < kColumns; ++c) {
         const int out_column = tile.first_column + column + 16 * c;
         if (out_column < args.num_columns) {
-          out[out_column] = FromFloat<T>(sums[r][c]);
+          out[out_column] = FromFloat<T>(sums[r][c] + BiasAt(args, out_column));
         }
       }
     }

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/reduce.cuh"
 
 namespace xla_ops {
@@ -24,13 +25,22 @@ template <typename T>
 struct GroupedMatmulArgs {
   const T* input;                // [num_rows, depth]
   const T* weight;               // [num_groups, num_columns, depth]
-  const int32_t* group_offsets;  // [num_groups + 1]
+  const int32_t* group_offsets;  // [num_groups + 1]; null: all rows
+  const T* bias;                 // [num_columns], or null
   T* out;                        // [num_rows, num_columns]
   int64_t num_rows;
   int num_columns;
   int depth;
   int num_groups;
 };
+
+template <typename T>
+__device__ __forceinline__ float BiasAt(const GroupedMatmulArgs<T>& args,
+                                        int column) {
+  return args.bias == nullptr || column >= args.num_columns
+             ? 0.0f
+             : ToFloat(args.bias[column]);
+}
 
 struct GroupedTile {
   int group;
@@ -51,7 +61,7 @@ class GroupedTiles {
         num_rows_(static_cast<int>(args.num_rows < INT32_MAX ? args.num_rows
                                                              : INT32_MAX)),
         column_tiles_((args.num_columns + kTileColumns - 1) / kTileColumns) {
-    first_row_ = Clamp(offsets_[0], 0);
+    first_row_ = Clamp(Offset(0), 0);
     end_row_ = first_row_;
     LoadGroups(0);
   }
@@ -85,6 +95,11 @@ class GroupedTiles {
   __device__ int EndRow() const { return end_row_; }
 
  private:
+  // Without offsets there is one group, of all rows.
+  __device__ int Offset(int group) const {
+    if (offsets_ != nullptr) return offsets_[group];
+    return group == 0 ? 0 : num_rows_;
+  }
   __device__ int Clamp(int value, int low) const {
     return max(low, min(value, num_rows_));
   }
@@ -100,7 +115,7 @@ class GroupedTiles {
     const int before = end_row_;
     // A group beyond the last is empty. Offsets that do not ascend are held to
     // the highest before them.
-    int end = Clamp(group < num_groups_ ? offsets_[group + 1] : before, before);
+    int end = Clamp(group < num_groups_ ? Offset(group + 1) : before, before);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(kFullWarp, end, step);
