@@ -301,6 +301,11 @@ def cases() -> dict[str, Case]:
             ),
             weight,
         ),
+        "linear": (
+            x.linear,
+            dict(input=randn(4, 16, dtype=HALF), weight=randn(8, 16), bias=randn(8)),
+            dict.fromkeys(("weight", "bias"), HALF),
+        ),
         "merge_attn_states": (x.merge_attn_states, merge, merged),
         "merge_attn_states.out": (
             f(lambda: o().merge_attn_states.out, "output"),

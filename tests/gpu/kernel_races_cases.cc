@@ -44,6 +44,7 @@ std::vector<Case> Cases::TakeAll() {
     AddQkNormRope(dtype);
     AddMerges(dtype);
     AddGroups(dtype);
+    AddLinears(dtype);
     AddPenalties(dtype);
     AddWrites(dtype);
     AddFirstLayoutWrites(dtype);
@@ -287,6 +288,26 @@ void Cases::AddGroups(DType dtype) {
          Random(dtype, {groups, s.columns, s.depth}),
          TestTensor(kS32, {groups + 1}, s.offsets)},
         {{dtype, {s.rows, s.columns}}});
+  }
+}
+
+// linear: few rows, for the Hopper kernel with splits and without, with rings
+// that go round; many rows, and rows that are not aligned, for the others.
+void Cases::AddLinears(DType dtype) {
+  struct Shape {
+    int64_t rows, columns, depth, plan;
+    bool bias;
+  };
+  for (const Shape& s :
+       {Shape{1, 200, 264, 0, false}, Shape{20, 333, 1096, 0, true},
+        Shape{64, 200, 520, 136 + (2 << 12) + (2 << 16), true},
+        Shape{128, 72, 64, 72 + (4 << 12), false}, Shape{140, 72, 64, 0, true},
+        Shape{9, 33, 61, 0, true}}) {
+    Add("linear", NameOf(dtype) + " " + NameOf({s.rows, s.columns, s.depth}),
+        {Random(dtype, {s.rows, s.depth}), Random(dtype, {s.columns, s.depth}),
+         s.bias ? Random(dtype, {s.columns}) : Absent(dtype)},
+        {{dtype, {s.rows, s.columns}}},
+        [plan = s.plan](CallFrame* frame) { frame->AddAttr("plan", plan); });
   }
 }
 

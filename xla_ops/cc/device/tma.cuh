@@ -84,6 +84,32 @@ __device__ __forceinline__ void CopyBox(const CUtensorMap* map,
       : "memory");
 }
 
+// How long what a copy reads should stay in the L2 cache, for CopyBox: first
+// to go, as what is read once, or as usual.
+__device__ __forceinline__ uint64_t MakeCachePolicy(bool evict_first) {
+  uint64_t policy;
+  if (evict_first) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n"
+                 : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n"
+                 : "=l"(policy));
+  }
+  return policy;
+}
+
+// The same of a matrix, whose inner coordinate is c0.
+__device__ __forceinline__ void CopyBox(const CUtensorMap* map,
+                                        uint64_t* barrier, uint32_t target,
+                                        int c0, int c1, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile"
+      ".mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], "
+      "[%2], %5;\n" ::"r"(target),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "l"(policy)
+      : "memory");
+}
+
 // Barrier `id` (1 to 15) of the block: SyncNamed waits until `threads`
 // threads have called either.
 __device__ __forceinline__ void SyncNamed(int id, int threads) {

@@ -112,6 +112,70 @@ __device__ __forceinline__ void FenceRegisters(
 // SS, both operands in shared memory: d (+)= A B^T for A 64 x 16 and B N x 16,
 // N = 2 * size of d.
 template <typename T>
+__device__ __forceinline__ void WgmmaSS(float (&d)[4], uint64_t a, uint64_t b,
+                                        bool add) {
+#define XLA_OPS_WGMMA(type)                                      \
+  asm volatile(                                                  \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"                \
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type \
+      " {%0, %1, %2, %3}, "                                      \
+      "%4, %5, p, 1, 1, 0, 0;\n}\n"                              \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])           \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
+}
+
+template <typename T>
+__device__ __forceinline__ void WgmmaSS(float (&d)[8], uint64_t a, uint64_t b,
+                                        bool add) {
+#define XLA_OPS_WGMMA(type)                                       \
+  asm volatile(                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                \
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type \
+      " {%0, %1, %2, %3, %4, %5, %6, %7}, "                       \
+      "%8, %9, p, 1, 1, 0, 0;\n}\n"                               \
+      : XLA_OPS_OUT8(0)                                           \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
+}
+
+template <typename T>
+__device__ __forceinline__ void WgmmaSS(float (&d)[16], uint64_t a, uint64_t b,
+                                        bool add) {
+#define XLA_OPS_WGMMA(type)                                       \
+  asm volatile(                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                        \
+      " %8, %9, %10, %11, %12, %13, %14, %15}, "                  \
+      "%16, %17, p, 1, 1, 0, 0;\n}\n"                             \
+      : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8)                          \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
+}
+
+template <typename T>
+__device__ __forceinline__ void WgmmaSS(float (&d)[32], uint64_t a, uint64_t b,
+                                        bool add) {
+#define XLA_OPS_WGMMA(type)                                                  \
+  asm volatile(                                                              \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                           \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type            \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, "                                   \
+      " %8, %9, %10, %11, %12, %13, %14, %15, "                              \
+      " %16, %17, %18, %19, %20, %21, %22, %23, "                            \
+      " %24, %25, %26, %27, %28, %29, %30, %31}, "                           \
+      "%32, %33, p, 1, 1, 0, 0;\n}\n"                                        \
+      : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24) \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+  XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
+#undef XLA_OPS_WGMMA
+}
+
+template <typename T>
 __device__ __forceinline__ void WgmmaSS(float (&d)[40], uint64_t a, uint64_t b,
                                         bool add) {
 #define XLA_OPS_WGMMA(type)                                                   \

@@ -25,6 +25,7 @@ from .fused_add_rms_norm import fused_add_rms_norm
 from .fused_qk_norm_rope import fused_qk_norm_rope
 from .grouped_matmul import grouped_matmul
 from .int8_quant import dynamic_scaled_int8_quant, static_scaled_int8_quant
+from .linear import linear
 from .merge_attn_states import merge_attn_states
 from .paged_attention import paged_attention
 from .reshape_and_cache import reshape_and_cache
@@ -56,6 +57,7 @@ __all__ = [
     "gelu_quick",
     "gelu_tanh_and_mul",
     "grouped_matmul",
+    "linear",
     "merge_attn_states",
     "mul_and_silu",
     "paged_attention",

@@ -1,0 +1,62 @@
+// Clusters of blocks and each other's shared memory, on compute capability
+// 9.0a. PTX ISA, "barrier.cluster", "mapa" and "ld". A launch without clusters
+// is one of clusters of one block.
+
+#ifndef XLA_OPS_CC_DEVICE_CLUSTER_CUH_
+#define XLA_OPS_CC_DEVICE_CLUSTER_CUH_
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/wgmma.cuh"
+
+namespace xla_ops {
+
+#if XLA_OPS_HAS_WGMMA
+
+__device__ __forceinline__ int ClusterRank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+__device__ __forceinline__ int ClusterRanks() {
+  uint32_t ranks;
+  asm("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(ranks));
+  return static_cast<int>(ranks);
+}
+
+// Waits for all threads of the cluster, whose writes to shared memory can be
+// seen after it.
+__device__ __forceinline__ void SyncCluster() {
+  __syncwarp();  // the instructions are for whole warps
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+
+// The address in the cluster's shared memory of what lies at `address` of
+// this block's own, in that of `rank`.
+__device__ __forceinline__ uint32_t MapToRank(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n"
+      : "=r"(mapped)
+      : "r"(address), "r"(rank));
+  return mapped;
+}
+
+// Reads four floats, aligned to 16 bytes.
+__device__ __forceinline__ void LoadFromCluster(uint32_t address,
+                                                float* values) {
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]),
+                 "=f"(values[3])
+               : "r"(address)
+               : "memory");
+}
+
+#endif  // XLA_OPS_HAS_WGMMA
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_DEVICE_CLUSTER_CUH_
