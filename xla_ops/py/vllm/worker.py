@@ -53,7 +53,8 @@ class XlaWorker(Worker):
         set_random_seed(self.model_config.seed)
         if init_workspace_manager is not None:
             init_workspace_manager(torch.device("cpu"), 1)
-        from . import layers, lora, moe, quantization  # noqa: F401, tell vLLM of layers
+        # They tell vLLM of layers.
+        from . import layers, linear, lora, moe, quantization  # noqa: F401
         from .runner import XlaModelRunner
 
         self.model_runner = XlaModelRunner(self.vllm_config, self.device)
