@@ -44,7 +44,7 @@ def _apply(
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    weight = layer.weight.data
+    weight: torch.Tensor = layer.weight.data  # type: ignore[assignment]
     num_rows = x.shape[:-1].numel()
     if num_rows > _max_rows(x.dtype) or weight.dtype != x.dtype:
         return F.linear(x, weight, bias)
