@@ -35,6 +35,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch_xla._dynamo import dynamo_bridge
 
 from ..core import in_place, ownership
+from ..core.interrupts import Uninterrupted
 from .calls import EXTRACTING, run_cached
 
 
@@ -61,16 +62,17 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
                     ownership.protect(tensors, finish_reads=True)
                     program = _extract_whole(modules[0], args, donated)
                     modules.clear()
-        results = program(*args)
-        if isinstance(results, torch.Tensor):  # openxla's way of calling, one result
-            results = (results,)
-        if updated and not updates:
-            updates.extend(
-                (i, argument, _update(args, argument, results, i))
-                for i, argument in enumerate(updated)
-            )
-        for i, argument, update in updates:
-            update(args[argument], results[i])
+        with Uninterrupted():
+            results = program(*args)
+            if isinstance(results, torch.Tensor):  # openxla's way of calling
+                results = (results,)
+            if updated and not updates:
+                updates.extend(
+                    (i, argument, _update(args, argument, results, i))
+                    for i, argument in enumerate(updated)
+                )
+            for i, argument, update in updates:
+                update(args[argument], results[i])
         return results[len(updated) :]
 
     # AOTAutograd: takes one list.

@@ -39,7 +39,7 @@ import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
 from torch_xla._dynamo import dynamo_bridge
 
-from ..core import gradients, in_place, ownership, sharding
+from ..core import gradients, in_place, interrupts, ownership, sharding
 from . import kept
 from .calls import EXTRACTING, finish, run_cached
 
@@ -272,9 +272,10 @@ class _Program:
         args = (*tensors, *self._state)
         if self._donated:
             ownership.protect([args[i] for i in self._donated], finish_reads=True)
-        results = self._run(tensors, args)
-        for argument, result in self._updates:
-            in_place.adopt(args[argument], results[result])
+        with interrupts.Uninterrupted():
+            results = self._run(tensors, args)
+            for argument, result in self._updates:
+                in_place.adopt(args[argument], results[result])
         gradients.tell_written([args[argument] for argument, _ in self._updates])
         outputs = [output.take(results, args) for output in self._outputs]
         if self._form is None:

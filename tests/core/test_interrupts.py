@@ -1,0 +1,149 @@
+"""Ctrl-C in the middle of a step: it ends after the step, and nothing is lost."""
+
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+import torch_xla
+
+import xla_ops
+from support import addresses
+from xla_ops.core import in_place
+from xla_ops.core.interrupts import Uninterrupted
+from xla_ops.programs.replay import replay
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_it_waits_for_the_end():
+    done = []
+
+    def work():
+        with Uninterrupted():
+            interrupt()
+            done.append("went on")
+            interrupt()  # twice is once
+            done.append("to the end")
+        done.append("not beyond")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["went on", "to the end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_passes_and_the_handler_is_put_back():
+    def work():
+        with Uninterrupted():
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        work()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_one_within_another():
+    done = []
+
+    def inner():
+        with Uninterrupted():
+            interrupt()
+
+    def outer():
+        with Uninterrupted():
+            inner()
+            done.append("the outer one too")
+
+    with pytest.raises(KeyboardInterrupt):
+        outer()
+    assert done == ["the outer one too"]
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_handlers_that_are_not_pythons_stay(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with Uninterrupted():
+            assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_have_nothing_to_wait_for():
+    errors = []
+
+    def work():
+        try:
+            with Uninterrupted():
+                assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        except BaseException as error:  # noqa: BLE001 - told below
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+@pytest.mark.parametrize("how", ["replay", "xla_ops"])
+@pytest.mark.parametrize("where", ["after the program", "between two caches"])
+def test_no_cache_is_lost(how, where, monkeypatch):
+    device = torch_xla.device()
+    caches = [torch.zeros(4, 2, 2, 8, device=device) for _ in range(4)]
+    rows, slots = torch.ones(2, 2, 8).to(device), torch.tensor([0, 5]).to(device)
+
+    def write(rows, slots, *caches):
+        for key, value in zip(caches[::2], caches[1::2], strict=True):
+            xla_ops.reshape_and_cache_flash(rows, 2 * rows, key, value, slots)
+        return rows + 1
+
+    step = replay(write) if how == "replay" else torch.compile(write, backend=how)
+    adopt, calls = in_place.adopt, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == (1 if where == "after the program" else 3):
+            interrupt()
+        adopt(*args)
+
+    with torch.no_grad():
+        for _ in range(3):
+            step(rows, slots, *caches)
+        torch_xla.sync(wait=True)
+        before = addresses(caches)
+        if how == "replay":
+            monkeypatch.setattr(in_place, "adopt", interrupted)
+        else:
+            profile_until_program_returns(where)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                step(3 * rows, slots, *caches)
+        finally:
+            sys.setprofile(None)
+        monkeypatch.undo()
+        assert [c.sum().item() for c in caches] == [96, 192, 96, 192]
+        step(rows, slots, *caches)
+        assert [c.sum().item() for c in caches] == [32, 64, 32, 64]
+    assert addresses(caches) == before
+
+
+def profile_until_program_returns(where: str) -> None:
+    """Interrupts when torch_xla's call returns, or a little later."""
+    left = 0 if where == "after the program" else 8
+    seen = False
+
+    def profile(frame, event, function):
+        nonlocal left, seen
+        seen |= event == "c_return" and function.__name__ == "_run_cached_graph"
+        if seen and event == "c_return":
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                interrupt()
+
+    sys.setprofile(profile)
