@@ -157,6 +157,11 @@ def cases():
             (floats(8, 32), floats(4, 16, 32), torch.tensor([0, 2, 4, 6, 8]).int()),
             {(1, 1): (1,)},
         ),
+        "linear": (
+            xla_ops.linear,
+            (floats(TOKENS, 32), floats(16, 32), floats(16)),
+            {(0, 0): (0,), (1, 0): (1,), (2, 0): (1,)},
+        ),
         "convert_fp8": (
             lambda x: OP.convert_fp8_functional(x, 0.5, "fp8", torch.uint8),
             rows[:1],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast
+from ..core import autocast, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
@@ -89,4 +89,12 @@ _op = Op(
     _lower,
     _reference,
     autocast=autocast.like("input", "weight", "bias"),
+    splits=sharding.Rule(
+        {
+            "input": "tokens !depth",
+            "weight": "columns !depth",
+            "bias": "columns",
+        },
+        ("tokens columns",),
+    ),
 )
