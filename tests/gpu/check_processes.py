@@ -199,6 +199,7 @@ def run_rank(part, out):
     import torch_xla.distributed.xla_backend
     import torch_xla.runtime as xr
 
+    print("waits for the other ranks", flush=True)
     dist.init_process_group("xla", init_method="xla://")
     rank, world = xr.global_ordinal(), xr.world_size()
     found = {"rank": rank, "world": world}
@@ -235,6 +236,18 @@ def command(part, out):
     return [sys.executable, __file__, "--rank-of", part, "--out", str(out)]
 
 
+def start(arguments, log, environ=None):
+    """Starts a process, and what it starts, in a group of its own."""
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            arguments,
+            start_new_session=True,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environ or {})},
+        )
+
+
 def wait(processes, seconds):
     """Exit statuses; None of those that had to be killed after `seconds`."""
     end = time.monotonic() + seconds
@@ -254,13 +267,10 @@ def hosts(part, out, processes, started, environ):
     """Starts ranks that are each alone on their host, with a GPU of their own."""
     port = str(free_port())
     return [
-        subprocess.Popen(
+        start(
             command(part, out),
-            start_new_session=True,
-            stdout=open(f"{out}.{part}.{rank}.log", "w"),
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
+            f"{out}.{part}.{rank}.log",
+            {
                 **environ,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
@@ -299,9 +309,9 @@ def is_right(rank_results):
 
 
 def run_part(part, out, processes):
-    start = time.monotonic()
+    began = time.monotonic()
     if part == "torchrun":
-        launcher = subprocess.Popen(
+        launcher = start(
             [
                 sys.executable,
                 "-m",
@@ -310,9 +320,7 @@ def run_part(part, out, processes):
                 f"--master_port={free_port()}",
                 *command(part, out)[1:],
             ],
-            start_new_session=True,
-            stdout=open(f"{out}.torchrun.log", "w"),  # noqa: SIM115
-            stderr=subprocess.STDOUT,
+            f"{out}.torchrun.log",
         )
         statuses = wait([launcher], 240)
     elif part == "two_hosts":
@@ -322,7 +330,7 @@ def run_part(part, out, processes):
         flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
         started = processes - (part == "absent")
         statuses = wait(hosts(part, out, processes, started, flags), 150)
-    found = {"statuses": statuses, "seconds": time.monotonic() - start}
+    found = {"statuses": statuses, "seconds": time.monotonic() - began}
     if part in ("dead", "absent"):
         log = pathlib.Path(f"{out}.{part}.0.log").read_text()
         last = "the dead rank" if part == "dead" else "the other ranks"
