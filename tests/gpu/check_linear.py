@@ -19,14 +19,13 @@ import itertools
 import json
 import sys
 import time
-import traceback
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_ops
-from kernel_cases import DTYPES, F16, ROUNDING, poison
+from kernel_cases import DTYPES, F16, ROUNDING, poison, run_cases
 
 # Columns and depth.
 SHAPES = {
@@ -217,15 +216,8 @@ def main():
     rows_list = [int(rows) for rows in options.rows.split(",")]
     platform = "cpu" if options.cpu else "cuda"
     results = {"archs": jax_ops.register(options.lib_dir, platform)}
-    results |= jax_ops.describe_device() | {"cases": 0, "failures": []}
-    for i, case in enumerate(cases(options.quick)):
-        results["cases"] += 1
-        try:
-            check(np.random.default_rng(i), **case)
-        except Exception:  # noqa: BLE001 - reported, and the exit status
-            text = f"{case}: {traceback.format_exc()}"
-            print("FAIL", text[:800], flush=True)
-            results["failures"].append(text)
+    results |= jax_ops.describe_device()
+    results |= run_cases(check, cases(options.quick))
     print(results["cases"], "cases,", len(results["failures"]), "failures", flush=True)
     if options.time:
         results["timings"] = list(timings(shapes, rows_list, not options.no_xla))

@@ -5,6 +5,8 @@ compares with a float64 reference; it raises AssertionError, or returns what is
 worth reporting.
 """
 
+import traceback
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -22,6 +24,20 @@ ROUNDING = {F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}
 def poison(shape, dtype):
     """Leaves NaNs in memory that the next result of that size may reuse."""
     jax.block_until_ready(jax.device_put(np.full(shape, np.nan, dtype)))
+
+
+def run_cases(check, cases):
+    """Calls check(generator, **case) of each; returns how many, and what failed."""
+    results = {"cases": 0, "failures": []}
+    for i, case in enumerate(cases):
+        results["cases"] += 1
+        try:
+            check(np.random.default_rng(i), **case)
+        except Exception:  # noqa: BLE001 - reported, and the exit status
+            text = f"{case}: {traceback.format_exc()}"
+            print("FAIL", text[:800], flush=True)
+            results["failures"].append(text)
+    return results
 
 
 def check_rms_norm(rng, dtype, tokens, hidden):
