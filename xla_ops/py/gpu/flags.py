@@ -56,6 +56,8 @@ def keep_tuning(
     Returns:
         The folder; None where the user has set one, or none can be made there.
     """
+    if _has(environ, _TUNING):
+        return None
     libraries = sorted(
         f"{name} {distribution.version}"
         for distribution in importlib.metadata.distributions()
@@ -64,7 +66,7 @@ def keep_tuning(
     build = f"{plugin.parent.name} {plugin.stat().st_size}"
     key = hashlib.sha256("\n".join([build, *libraries]).encode()).hexdigest()[:16]
     path = pathlib.Path(folder) / key
-    if _has(environ, _TUNING) or " " in str(path):  # XLA splits its flags there
+    if " " in str(path):  # XLA splits its flags there
         return None
     try:
         path.mkdir(parents=True, exist_ok=True)
