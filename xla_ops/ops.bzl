@@ -24,6 +24,7 @@ OPS = [
     "activation",
     "apply_repetition_penalties",
     "attention",
+    "attention_backward",
     "copy_blocks",
     "fp8_quant",
     "fused_add_rms_norm",
@@ -37,6 +38,11 @@ OPS = [
     "rms_norm_quant",
     "rotary_embedding",
 ]
+
+# Ops whose handlers and kernels use another op's NAME.cc and headers.
+_USES = {
+    "attention_backward": "attention",
+}
 
 # The end of a file's name, and what the file is for.
 _KINDS = {
@@ -94,6 +100,14 @@ def xla_custom_call_libraries(name):
     for path in native.glob([folder + "*"]):
         kind = source_kind(name, path[len(folder):])
         sources.setdefault(kind, []).append(path)
+    if name in _USES:
+        used = _USES[name]
+        for kind, files in {
+            "header": native.glob([used + "/*.h"]),
+            "device_header": native.glob([used + "/*.cuh"]),
+            "shared": ["%s/%s.cc" % (used, used)],
+        }.items():
+            sources.setdefault(kind, []).extend(files)
     headers = sources.get("header", [])
     shared = sources.get("shared", [])
     native.cc_library(

@@ -102,7 +102,7 @@ ffi::Error BindInt32(const AttentionNames& names, const char* argument,
 }
 
 // The tables of a batch whose keys lie in pages.
-ffi::Error BindPaged(const AttentionNames& names, const AttentionOperands& in,
+ffi::Error BindPaged(const AttentionNames& names, const AttentionInputs& in,
                      AttentionParams* params) {
   XLA_OPS_RETURN_IF_ERROR(BindInt32(names, names.seqused_k, in.seqused_k,
                                     {"max_num_seqs"}, &params->seqused_k));
@@ -130,8 +130,7 @@ ffi::Error BindPaged(const AttentionNames& names, const AttentionOperands& in,
 
 // The tables of a batch whose keys lie in rows, one sequence after another.
 ffi::Error BindContiguous(const AttentionNames& names,
-                          const AttentionOperands& in,
-                          AttentionParams* params) {
+                          const AttentionInputs& in, AttentionParams* params) {
   XLA_OPS_RETURN_IF_ERROR(BindInt32(names, names.cu_seqlens_q, in.cu_seqlens_q,
                                     {"max_num_seqs + 1"},
                                     &params->cu_seqlens_q));
@@ -157,8 +156,8 @@ ffi::Error BindContiguous(const AttentionNames& names,
                      "where paged is false");
 }
 
-ffi::Error BindSequences(const AttentionNames& names,
-                         const AttentionOperands& in, AttentionParams* params) {
+ffi::Error BindSequences(const AttentionNames& names, const AttentionInputs& in,
+                         AttentionParams* params) {
   XLA_OPS_RETURN_IF_ERROR(params->paged ? BindPaged(names, in, params)
                                         : BindContiguous(names, in, params));
   if (IsAbsent(in.num_seqs)) return ffi::Error::Success();
@@ -170,7 +169,7 @@ ffi::Error BindSequences(const AttentionNames& names,
 }
 
 ffi::Error BindLogitOperands(const AttentionNames& names,
-                             const AttentionOperands& in,
+                             const AttentionInputs& in,
                              AttentionParams* params) {
   if (!IsAbsent(in.alibi_slopes)) {
     XLA_OPS_RETURN_IF_ERROR(
@@ -278,30 +277,37 @@ ffi::Error BindResults(const AttentionNames& names, AttentionOperands operands,
 
 }  // namespace
 
-ffi::Error MakeAttentionParams(const AttentionNames& names,
-                               const AttentionOperands& operands,
+ffi::Error BindAttentionInputs(const AttentionNames& names,
+                               const AttentionInputs& inputs,
                                const AttentionAttrs& attrs,
                                AttentionParams* params) {
   *params = AttentionParams{};
   params->op = names.id;
-  XLA_OPS_RETURN_IF_ERROR(BindQuery(names, operands.query, params));
+  XLA_OPS_RETURN_IF_ERROR(BindQuery(names, inputs.query, params));
   const CacheGeometry geometry = {attrs.num_blocks, attrs.page_size,
                                   attrs.block_stride, attrs.page_stride,
                                   attrs.head_stride};
   XLA_OPS_RETURN_IF_ERROR(BindGeometry(names, attrs, geometry, params));
   XLA_OPS_RETURN_IF_ERROR(
-      BindCache(names, names.key, operands.key, "key_offset", attrs.key_offset,
+      BindCache(names, names.key, inputs.key, "key_offset", attrs.key_offset,
                 geometry, attrs.kv_cache_dtype, params, &params->key));
   XLA_OPS_RETURN_IF_ERROR(BindCache(
-      names, names.value, operands.value, "value_offset", attrs.value_offset,
+      names, names.value, inputs.value, "value_offset", attrs.value_offset,
       geometry, attrs.kv_cache_dtype, params, &params->value));
-  XLA_OPS_RETURN_IF_ERROR(BindSequences(names, operands, params));
-  XLA_OPS_RETURN_IF_ERROR(BindLogitOperands(names, operands, params));
-  XLA_OPS_RETURN_IF_ERROR(BindScale(names, "k_scale", operands.k_scale, 0,
-                                    params, &params->k_scale));
-  XLA_OPS_RETURN_IF_ERROR(BindScale(names, "v_scale", operands.v_scale, 1,
-                                    params, &params->v_scale));
-  XLA_OPS_RETURN_IF_ERROR(BindScalars(names, attrs, params));
+  XLA_OPS_RETURN_IF_ERROR(BindSequences(names, inputs, params));
+  XLA_OPS_RETURN_IF_ERROR(BindLogitOperands(names, inputs, params));
+  XLA_OPS_RETURN_IF_ERROR(
+      BindScale(names, "k_scale", inputs.k_scale, 0, params, &params->k_scale));
+  XLA_OPS_RETURN_IF_ERROR(
+      BindScale(names, "v_scale", inputs.v_scale, 1, params, &params->v_scale));
+  return BindScalars(names, attrs, params);
+}
+
+ffi::Error MakeAttentionParams(const AttentionNames& names,
+                               const AttentionOperands& operands,
+                               const AttentionAttrs& attrs,
+                               AttentionParams* params) {
+  XLA_OPS_RETURN_IF_ERROR(BindAttentionInputs(names, operands, attrs, params));
   return BindResults(names, operands, params);
 }
 

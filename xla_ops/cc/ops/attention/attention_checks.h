@@ -108,7 +108,7 @@ inline const AttentionNames& NamesOf(AttentionOp op) {
 }
 
 // In the order of the binding.
-struct AttentionOperands {
+struct AttentionInputs {
   xla::ffi::AnyBuffer query;
   xla::ffi::AnyBuffer key;
   xla::ffi::AnyBuffer value;
@@ -122,6 +122,10 @@ struct AttentionOperands {
   xla::ffi::AnyBuffer sinks;
   xla::ffi::AnyBuffer k_scale;
   xla::ffi::AnyBuffer v_scale;
+};
+
+// In the order of the binding.
+struct AttentionOperands : AttentionInputs {
   xla::ffi::Result<xla::ffi::AnyBuffer> out;
   xla::ffi::Result<xla::ffi::AnyBuffer> lse;
   xla::ffi::Result<xla::ffi::AnyBuffer> workspace;
@@ -170,6 +174,13 @@ inline auto AttentionBinding() {
       .Attrs<AttentionAttrs>();
 }
 
+// All of MakeAttentionParams but the results: for an op on the same batch
+// (attention_backward). Sets all of `params` but out, lse and workspace.
+xla::ffi::Error BindAttentionInputs(const AttentionNames& names,
+                                    const AttentionInputs& inputs,
+                                    const AttentionAttrs& attrs,
+                                    AttentionParams* params);
+
 // Reads no buffer. The key and value pointers of `params` are moved to the
 // view's first element. An empty query (no token or no head) is success: the
 // handler has nothing to do then. An empty cache or no sequence is success
@@ -194,8 +205,10 @@ xla::ffi::Error MakeAttention(
     const AttentionAttrs& attrs, AttentionParams* params) {
   return MakeAttentionParams(
       kNames,
-      {query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
-       leftpad_k, num_seqs, alibi_slopes, sinks, k_scale, v_scale, out, lse,
+      {{query, key, value, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+        leftpad_k, num_seqs, alibi_slopes, sinks, k_scale, v_scale},
+       out,
+       lse,
        workspace},
       attrs, params);
 }
