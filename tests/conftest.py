@@ -132,12 +132,12 @@ def lowered(monkeypatch):
     from xla_ops.ops import attention
 
     calls = []
-    lower = attention._lower
+    lower = attention.lower
 
     def record(*args):
         calls.append(lower(*args))
         return calls[-1]
 
-    monkeypatch.setattr(attention, "_lower", record)
+    monkeypatch.setattr(attention, "lower", record)
     OPS["flash_attn_varlen"]._plans.clear()  # what was lowered before
     return calls

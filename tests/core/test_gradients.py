@@ -115,10 +115,13 @@ def test_no_result_is_used(path):
 
 @pytest.mark.parametrize("path", EAGER)
 def test_the_public_names_of_attention(path):
-    (q,) = inputs(path, (4, 2, 8))
-    ends = Path(path).put(int32(0, 4))
-    out, _ = xla_ops.flash_attn_varlen(q, q.detach(), q.detach(), ends, ends, 4, 4)
-    with pytest.raises(RuntimeError, match=r"flash_attn_varlen: .* q requires one"):
+    """Of what it has no gradient for: a cache."""
+    (q, kv) = inputs(path, (4, 2, 8), (2, 1, 4, 2, 8))
+    ends, table = Path(path).put((int32(0, 4), int32([0]).reshape(1, 1)))
+    out, _ = xla_ops.flash_attn_varlen(
+        q.detach(), kv[0], kv[1], ends, ends, 4, 4, block_table=table
+    )
+    with pytest.raises(RuntimeError, match=r"flash_attn_varlen: .* k requires one"):
         out.sum().backward()
 
 

@@ -21,6 +21,7 @@ ONE = torch.ones(1)
 WRITE = ("auto", GEOMETRY)
 
 GATED = torch.randn(3, 16)
+QUERY, KEYS = torch.randn(5, 4, 16), torch.randn(9, 2, 16)
 
 # One legal call of each op.
 SAMPLES = {
@@ -121,6 +122,21 @@ SAMPLES = {
         *(int32(0, 2, 5), int32(0, 4, 9), int32(4, 3), None, int32(1, 0), None),
         *(torch.ones(2, 4) / 8, torch.randn(4), None, None),
         *(0.25, -1, 0, 5.0, "auto", 2, [1, 9, 2, 16, 0, 32, 16, 0, 0], False),
+    ),
+    "paged_attention_backward": (
+        *(torch.randn(5, 4, 16), QUERY, CACHE, CACHE.clone()),
+        *(torch.randn(5, 4, 16), torch.randn(4, 5) + 3, None),
+        *(int32(0, 5), None, int32(5), int32([0, 1]), None, int32(1)),
+        *(None, torch.randn(4), None, None),
+        *(0.25, 3, 0, 0.0, "auto", [*GEOMETRY, 0], False, True, False, True),
+    ),
+    "flash_attn_varlen_backward": (
+        *(torch.randn(5, 4, 16), QUERY, KEYS, KEYS + 1),
+        *(torch.randn(5, 4, 16), torch.randn(4, 5) + 3, torch.randn(4, 5)),
+        *(int32(0, 2, 5), int32(0, 4, 9), int32(4, 3), None, int32(1, 0), None),
+        *(torch.ones(2, 4) / 8, torch.randn(4), None, None),
+        *(0.25, -1, 0, 5.0, "auto", [1, 9, 2, 16, 0, 32, 16, 0, 0]),
+        *(True, True, True, True),
     ),
 }
 

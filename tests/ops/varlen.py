@@ -53,11 +53,12 @@ def attend(query, keys, values, query_lens, dtype, options):
             visible &= token >= position - left
         if right >= 0:
             visible &= token <= position + right
-        logits = logits.masked_fill(~visible, -torch.inf)
+        seen = visible.any(-1)[:, None]
+        # Rows that see nothing keep numbers, so that they have derivatives, of zero.
+        logits = logits.masked_fill(~visible & seen, -torch.inf)
         if sinks is not None:
             sink = sinks.to(dtype)[:, None, None].expand(-1, query_lens[s], 1)
             logits = torch.cat([logits, sink], -1)
-        seen = visible.any(-1)[:, None]
         weights = logits.softmax(-1)[..., : len(k)]
         mixed = torch.einsum("hij,jhd->ihd", weights, v)
         out[rows] = torch.where(seen[..., None], mixed, 0)

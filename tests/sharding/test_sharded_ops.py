@@ -36,6 +36,26 @@ def attention(**more):
     return call, [q, k, v, starts, *more.values()]
 
 
+def attention_gradient():
+    """Of flash_attn_varlen, all that it has."""
+    starts = torch.tensor([0, 3, TOKENS], dtype=torch.int32)
+    q, k, v = (floats(TOKENS, n, DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
+    sinks = floats(HEADS)
+    with torch.no_grad():
+        out, lse = xla_ops.flash_attn_varlen(q, k, v, starts, starts, 5, 5, sinks=sinks)
+    geometry = [1, TOKENS, KV_HEADS, DIM, 0, KV_HEADS * DIM, DIM, 0, 0]
+
+    def call(grad_out, q, k, v, out, lse, grad_lse, starts, sinks):
+        return OP.flash_attn_varlen_backward(
+            *(grad_out, q, k, v, out, lse, grad_lse, starts, starts),
+            *(None, None, None, None, None, sinks, None, None),
+            *(DIM**-0.5, -1, -1, 0.0, "auto", geometry, False, True, True, True),
+        )
+
+    grads = floats(TOKENS, HEADS, DIM), floats(HEADS, TOKENS)
+    return call, [grads[0], q, k, v, out, lse, grads[1], starts, sinks]
+
+
 # name -> (function of tensors, tensors), the (operand, dimension)s that may be split
 # and, for each, how the results are: which dimension of each; None: whole.
 def cases():
@@ -186,6 +206,13 @@ def cases():
             {(0, 0): (0,), (4, 0): (0,)},
         ),
         "flash_attn_varlen": (*attention(), heads),
+        "flash_attn_varlen differentiated": (
+            *attention_gradient(),
+            dict.fromkeys(
+                ((0, 1), (1, 1), (2, 1), (3, 1), (4, 1)) + ((5, 0), (6, 0), (8, 0)),
+                (1, 1, 1, 0),
+            ),
+        ),
         "flash_attn_varlen with sinks": (
             *attention(sinks=floats(HEADS)),
             heads | {(4, 0): (1, 0)},
@@ -202,6 +229,7 @@ NAMES = list(cases())
 # Tested by test_sharded_caches.py, their keys and values being in caches.
 _WITH_CACHES = {
     "paged_attention",
+    "paged_attention_backward",
     "copy_blocks_one",
     "swap_blocks_functional",
     *(

@@ -176,13 +176,16 @@ def locate_to_read(
     return dense(key_cache, value_cache) if cache is None else cache
 
 
-def locate_rows(keys: torch.Tensor, values: torch.Tensor) -> PagedCache:
+def locate_rows(
+    keys: torch.Tensor, values: torch.Tensor, *, dense: bool = False
+) -> PagedCache:
     """Takes keys and values [num_kv_tokens, num_kv_heads, head_dim] as one page each.
 
-    Views of one packed projection are located in it. Odd strides cost a copy.
+    Views of one packed projection are located in it, unless they are asked for as
+    dense values. Odd strides cost a copy.
     """
     key, value = in_place.locate(keys), in_place.locate(values)
-    if not _alike(key, value, keys.shape):
+    if dense or not _alike(key, value, keys.shape):
         strides = in_place.dense_strides(keys.shape)
         key = in_place.Located(keys.contiguous(), 0, strides)
         value = in_place.Located(values.contiguous(), 0, strides)

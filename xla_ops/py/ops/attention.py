@@ -17,13 +17,14 @@ from ..core.autocast import Rule
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.gradients import Gradient
 from ..core.hlo import Spec
 from ..core.op import Op
 from ..core.paged_cache import PagedCache
 from . import attention_reference
 
 _PER_HEAD = ("alibi_slopes", "sinks")
-_FLOAT_OPERANDS = (*_PER_HEAD, "k_scale", "v_scale")
+FLOAT_OPERANDS = (*_PER_HEAD, "k_scale", "v_scale")
 
 
 class Names(NamedTuple):
@@ -128,25 +129,30 @@ _SCHEMA_TYPES = {
 }
 
 
-def declare(names: Names) -> Op:
-    """Declares the functional op torch.ops.xla_ops.<names.op>."""
-    schema = ", ".join(
+def schema(arguments: type) -> str:
+    """The arguments of a functional op, in torch's schema language."""
+    return ", ".join(
         f"{_SCHEMA_TYPES[hint]} {name}"
-        for name, hint in get_type_hints(Arguments).items()
+        for name, hint in get_type_hints(arguments).items()
     )
+
+
+def declare(names: Names, gradient: Gradient) -> Op:
+    """Declares the functional op torch.ops.xla_ops.<names.op>."""
     check = Checker(names.op)
     return Op(
         names.op,
-        f"({schema}) -> (Tensor out, Tensor lse)",
-        lambda *args: _lower(names, check, Arguments(*args)),
+        f"({schema(Arguments)}) -> (Tensor out, Tensor lse)",
+        lambda *args: lower(names, check, Arguments(*args)),
         lambda *args: attention_reference.reference(Arguments(*args)),
         autocast=autocast("query", "key", "value"),
-        splits=lambda args: _splits(names, Arguments(**args)),
+        splits=lambda args: splits(names, Arguments(**args)),
+        gradient=gradient,
         labels=names.labels,
     )
 
 
-def _splits(names: Names, a: Arguments) -> sharding.Rule:
+def splits(names: Names, a: Arguments) -> sharding.Rule:
     """Heads: a device's queries meet its keys and values, of all tokens."""
     place = dict(zip(paged_cache.ATTRIBUTES, a.geometry, strict=True))
     num_kv_heads, head_stride = place["num_kv_heads"], place["head_stride"]
@@ -155,7 +161,7 @@ def _splits(names: Names, a: Arguments) -> sharding.Rule:
         for name in ("key", "value")
     }
     operands["query"] = "!tokens heads !head_dim"
-    for name in _FLOAT_OPERANDS:
+    for name in FLOAT_OPERANDS:
         t = getattr(a, name)
         if t is not None and t.dim() and (t.numel() > 1 or name in _PER_HEAD):
             operands[name] = "heads" if t.dim() == 1 else "!seqs heads"
@@ -196,7 +202,7 @@ def autocast(query: str, key: str, value: str) -> Rule:
     def rule(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
         keys = args[key] if isinstance(args[key], torch.Tensor) else args[key][0]
         is_paged = any(args.get(f"block_table{s}") is not None for s in ("", "s"))
-        new = dict.fromkeys(_FLOAT_OPERANDS, torch.float32)
+        new = dict.fromkeys(FLOAT_OPERANDS, torch.float32)
         if args.get("out") is not None:
             dtype = args["out"].dtype
         if args.get("kv_cache_dtype", "auto") != "auto":
@@ -218,9 +224,21 @@ def check_head_dim(
         check.require(False, names.key, f"have head_dim {head_dim}", key.shape[-1])
 
 
+def locate_rows(keys: torch.Tensor, values: torch.Tensor) -> PagedCache:
+    """Locates contiguous keys and values where they lie.
+
+    But for a gradient, which is as dense as they are: it takes them as dense values, by
+    a copy where they are views.
+    """
+    is_asked = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+    return paged_cache.locate_rows(keys, values, dense=is_asked)
+
+
 def arguments(
     check: Checker,
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     cache: PagedCache,
     batch: Batch,
     features: Features,
@@ -232,6 +250,7 @@ def arguments(
     """Returns the functional op's arguments.
 
     Args:
+        key, value: what `cache` was located of.
         longest: how many KV tokens a sequence has at most, as far as the host knows.
         The others are as in attention.h.
     """
@@ -240,8 +259,8 @@ def arguments(
         features = features._replace(k_scale=None, v_scale=None)
     return Arguments(
         query=query,
-        key=cache.key_buffer,
-        value=cache.value_buffer,
+        key=_asking_like(key, cache.key_buffer),
+        value=_asking_like(value, cache.value_buffer),
         **batch._asdict(),
         alibi_slopes=_as_float32(check, "alibi_slopes", features.alibi_slopes),
         sinks=_as_float32(check, "sinks", features.sinks),
@@ -256,6 +275,14 @@ def arguments(
         geometry=cache.geometry,
         debug=debug.enabled(),
     )
+
+
+def _asking_like(view: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """`buffer`, without the gradient that it asks for where its view does not.
+
+    A view is also what detach() gives.
+    """
+    return buffer.detach() if buffer.requires_grad > view.requires_grad else buffer
 
 
 class Plan(NamedTuple):
@@ -324,7 +351,8 @@ def _as_float32(
     return t.float()
 
 
-def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
+def lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
+    """Checks the arguments and returns the call that they make."""
     check.dtype(names.query, a.query, FLOAT_DTYPES)
     check.rank(names.query, a.query, "[num_tokens, num_heads, head_dim]")
     num_tokens, num_heads, head_dim = a.query.shape
@@ -373,7 +401,7 @@ def _lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
             "key",
             "value",
             *(OptionalOperand(name, torch.int32) for name in Batch._fields),
-            *(OptionalOperand(name, torch.float32) for name in _FLOAT_OPERANDS),
+            *(OptionalOperand(name, torch.float32) for name in FLOAT_OPERANDS),
         ),
         (Spec.of(a.query), Spec((num_heads, num_tokens), torch.float32)),
         {
@@ -418,7 +446,7 @@ def _check_features(
         if t is not None:
             shape = [max_num_seqs, num_kv_heads]
             _check_scale(check, name, t, shape, a.kv_cache_dtype)
-    floats = {name: getattr(a, name) for name in _FLOAT_OPERANDS}
+    floats = {name: getattr(a, name) for name in FLOAT_OPERANDS}
     check.same_device(
         names.query, a.query, **{names.key: a.key, names.value: a.value}, **floats
     )

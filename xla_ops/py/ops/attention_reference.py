@@ -24,20 +24,39 @@ from ..core import paged_cache
 
 if TYPE_CHECKING:
     from .attention import Arguments, Batch
+    from .attention_backward import Arguments as BackwardArguments
 
 # In how many parts the tiles of a paged batch are worked on, for less memory.
 _PARTS = 4
 
 
 def reference(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, _ = a.query.shape
+    work = prepare(a)
+    if work is None:
+        out = torch.zeros_like(a.query)
+        return out, out.new_full((num_heads, num_tokens), torch.inf, dtype=torch.float)
+    attend = work.softmax.attend
+    if work.pages is not None:
+        out, lse = work.by_tiles(lambda tile: attend(*tile))
+    else:
+        out, lse = (t[0] for t in attend(*work.all_at_once()))
+    out = out * of_rows(a.v_scale, work.sequence)
+    seen = work.exists[:, None, None, None] & (lse != torch.inf)
+    out = torch.where(seen, out, 0.0).to(a.query.dtype).reshape(a.query.shape)
+    lse = torch.where(seen, lse, torch.inf).reshape(num_tokens, num_heads)
+    return out, lse.t().contiguous()
+
+
+def prepare(a: Arguments | BackwardArguments) -> Work | None:
+    """What the op and its gradient start from; None where no row sees anything."""
     num_tokens, num_heads, head_dim = a.query.shape
     num_blocks, page_size, num_kv_heads, _, *strides, key_offset, value_offset = (
         a.geometry
     )
     num_kv = page_size * (1 if a.block_table is None else a.block_table.shape[1])
     if 0 in (num_tokens, a.cu_seqlens_q.shape[0] - 1, num_blocks, num_kv):
-        out = torch.zeros_like(a.query)
-        return out, out.new_full((num_heads, num_tokens), torch.inf, dtype=torch.float)
+        return None
     sequences = _sequences(a.batch, num_tokens, num_kv)
     sequence, exists = _owners(sequences, num_tokens, a.num_seqs)
     heads = (num_kv_heads, num_heads // num_kv_heads)
@@ -54,23 +73,23 @@ def reference(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
         slopes = slopes.expand(a.cu_seqlens_q.shape[0] - 1, num_heads)[sequence]
         slopes = slopes.reshape(num_tokens, *heads)
     grouped = a.query.float().reshape(num_tokens, *heads, head_dim)
-    scaled = grouped * (a.scale * _of_rows(a.k_scale, sequence))
-    rows = _Rows(scaled, low, high, position, slopes)
-    keys = _Buffer(a.key, head_dim, strides, key_offset, a.kv_cache_dtype)
-    values = _Buffer(a.value, head_dim, strides, value_offset, a.kv_cache_dtype)
-    sinks = None if a.sinks is None else a.sinks.reshape(*heads, 1)
-    softmax = _Softmax(sinks, a.soft_cap)
+    factor = a.scale * of_rows(a.k_scale, sequence)
+    rows = _Rows(grouped * factor, low, high, position, slopes)
+    pages = None
     if a.block_table is not None:
         pages = _Pages(a.block_table, num_blocks, page_size)
-        out, lse = _paged(softmax, rows, sequence, sequences, keys, values, pages)
-    else:
-        first = sequences.first[sequence]
-        out, lse = _contiguous(softmax, rows, first, keys, values, num_kv)
-    out = out * _of_rows(a.v_scale, sequence)
-    seen = exists[:, None, None, None] & (lse != torch.inf)
-    out = torch.where(seen, out, 0.0).to(a.query.dtype).reshape(a.query.shape)
-    lse = torch.where(seen, lse, torch.inf).reshape(num_tokens, num_heads)
-    return out, lse.t().contiguous()
+    return Work(
+        _Softmax(None if a.sinks is None else a.sinks.reshape(*heads, 1), a.soft_cap),
+        rows,
+        sequence,
+        exists,
+        sequences,
+        _Buffer(a.key, head_dim, strides, key_offset, a.kv_cache_dtype),
+        _Buffer(a.value, head_dim, strides, value_offset, a.kv_cache_dtype),
+        pages,
+        num_kv,
+        factor,
+    )
 
 
 class _Sequences(NamedTuple):
@@ -155,9 +174,7 @@ def _owners(
     return sequence, exists & (row >= sequences.start[sequence])
 
 
-def _of_rows(
-    scale: torch.Tensor | None, sequence: torch.Tensor
-) -> torch.Tensor | float:
+def of_rows(scale: torch.Tensor | None, sequence: torch.Tensor) -> torch.Tensor | float:
     """A KV scale, [1] or [max_num_seqs, num_kv_heads], as it multiplies rows."""
     if scale is None:
         return 1.0
@@ -211,6 +228,31 @@ class _Softmax(NamedTuple):
     sinks: torch.Tensor | None
     soft_cap: float
 
+    def logits(
+        self,
+        rows: _Rows,
+        keys: torch.Tensor,
+        token: torch.Tensor,
+        exists: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Returns logits of `attend`'s arguments, -inf where a key is not seen.
+
+        And the derivative of each by what it was before the cap. Both are
+        [batches, rows, KV heads, query heads of one, num_kv].
+        """
+        visible = (token >= rows.low[..., None]) & (token < rows.high[..., None])
+        if exists is not None:
+            visible = visible & exists
+        logits = by_kv_head(rows.query, keys.permute(0, 2, 3, 1))
+        slope: torch.Tensor | float = 1.0
+        if self.soft_cap:
+            part = torch.tanh(logits / self.soft_cap)
+            logits, slope = self.soft_cap * part, 1 - part * part
+        if rows.slopes is not None:
+            distance = (rows.position[..., None] - token).abs()[:, :, None, None]
+            logits = logits - rows.slopes[..., None] * distance
+        return torch.where(visible[:, :, None, None], logits, -torch.inf), slope
+
     def attend(
         self,
         rows: _Rows,
@@ -232,17 +274,7 @@ class _Softmax(NamedTuple):
             out [batches, rows, num_kv_heads, query heads of each, head_dim], and lse
             with 1 for head_dim, +inf where a row sees nothing; float32.
         """
-        visible = (token >= rows.low[..., None]) & (token < rows.high[..., None])
-        if exists is not None:
-            visible = visible & exists
-        # [batches, rows, KV heads, query heads of one, num_kv] from here on.
-        logits = _by_kv_head(rows.query, keys.permute(0, 2, 3, 1))
-        if self.soft_cap:
-            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
-        if rows.slopes is not None:
-            distance = (rows.position[..., None] - token).abs()[:, :, None, None]
-            logits = logits - rows.slopes[..., None] * distance
-        logits = torch.where(visible[:, :, None, None], logits, -torch.inf)
+        logits, _ = self.logits(rows, keys, token, exists)
         largest = logits.amax(-1, keepdim=True)
         # torch_xla's amax gives the lowest number where there is none but -inf.
         seen = ~(largest <= torch.finfo(torch.float32).min)
@@ -254,28 +286,7 @@ class _Softmax(NamedTuple):
         if self.sinks is not None:
             total = total + torch.exp(self.sinks - largest)
         lse = torch.where(seen, torch.log(total) + largest, torch.inf)
-        return _mix(weights, values.transpose(1, 2)) / total, lse
-
-
-def _contiguous(
-    softmax: _Softmax,
-    rows: _Rows,
-    first: torch.Tensor,
-    keys: _Buffer,
-    values: _Buffer,
-    num_kv: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of all rows to all keys at once."""
-    slot = torch.arange(num_kv, device=first.device)
-    num_kv_heads = rows.query.shape[1]
-    block = torch.zeros_like(slot)
-    out, lse = softmax.attend(
-        rows.each(lambda t: t[None]),
-        keys.take(block, slot, num_kv_heads)[None],
-        values.take(block, slot, num_kv_heads)[None],
-        (slot - first[:, None])[None],
-    )
-    return out[0], lse[0]
+        return mix(weights, values.transpose(1, 2)) / total, lse
 
 
 class _Pages(NamedTuple):
@@ -286,80 +297,131 @@ class _Pages(NamedTuple):
     page_size: int
 
 
-def _paged(
-    softmax: _Softmax,
-    rows: _Rows,
-    sequence: torch.Tensor,
-    sequences: _Sequences,
-    keys: _Buffer,
-    values: _Buffer,
-    pages: _Pages,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of tiles of rows, each of one sequence, to that sequence's pages."""
-    block_table, num_blocks, page_size = pages
-    num_tokens, num_kv_heads = rows.query.shape[:2]
-    max_num_seqs, device = block_table.shape[0], block_table.device
-    # A tile is as many rows as a sequence has on average. So there are at most two
-    # tiles a sequence, with at most three times the rows.
-    size = (num_tokens + max_num_seqs - 1) // max_num_seqs
-    num_tiles = (num_tokens + max_num_seqs * (size - 1)) // size
-    num_parts = min(_PARTS, max_num_seqs)
-    step = (num_tiles + num_parts - 1) // num_parts
+class Meeting(NamedTuple):
+    """Batches of rows and the keys that they meet: arguments of `_Softmax.attend`."""
 
-    tiles_of = (sequences.end - sequences.start + size - 1) // size
-    after = torch.cumsum(tiles_of, 0)
-    before = after - tiles_of
-    tile = torch.arange(num_parts * step, device=device)
-    owner = (tile[:, None] >= after).sum(1).clamp(max=max_num_seqs - 1)
-    row = sequences.start[owner] + (tile - before[owner]) * size
-    row = row[:, None] + torch.arange(size, device=device)
-    inside = row < sequences.end[owner][:, None]
-    row = row.clamp(max=num_tokens - 1)
-    tiles = rows.each(lambda t: t[row])
-    tiles = tiles._replace(high=torch.where(inside, tiles.high, 0))
+    rows: _Rows
+    keys: torch.Tensor
+    values: torch.Tensor
+    token: torch.Tensor
+    exists: torch.Tensor | None = None
 
-    block = block_table[owner].long()
-    exists = (block >= 0) & (block < num_blocks)
-    block = torch.where(exists, block, 0)[:, :, None]
-    page = torch.arange(page_size, device=device)
-    exists = exists.repeat_interleave(page_size, 1)[:, None]
-    token = torch.arange(exists.shape[2], device=device)
-    outs, lses = [], []
-    for start in range(0, num_parts * step, step):
-        part = slice(start, start + step)
-        out, lse = softmax.attend(
-            tiles.each(operator.itemgetter(part)),
-            keys.take(block[part], page, num_kv_heads).flatten(1, 2),
-            values.take(block[part], page, num_kv_heads).flatten(1, 2),
-            token,
-            exists[part],
+
+class Work(NamedTuple):
+    """A batch, prepared.
+
+    Attributes:
+        rows: [num_tokens].
+        sequence, exists: of each row, which it belongs to and whether to any.
+        pages: None where keys are contiguous.
+        num_kv: how many tokens a sequence has at most, or contiguous keys' rows.
+        factor: what q.k is multiplied by, of each row.
+    """
+
+    softmax: _Softmax
+    rows: _Rows
+    sequence: torch.Tensor
+    exists: torch.Tensor
+    sequences: _Sequences
+    keys: _Buffer
+    values: _Buffer
+    pages: _Pages | None
+    num_kv: int
+    factor: torch.Tensor | float
+
+    def all_at_once(self) -> Meeting:
+        """All rows and all contiguous keys, a batch of one."""
+        first = self.sequences.first[self.sequence]
+        slot = torch.arange(self.num_kv, device=first.device)
+        num_kv_heads = self.rows.query.shape[1]
+        block = torch.zeros_like(slot)
+        return Meeting(
+            self.rows.each(lambda t: t[None]),
+            self.keys.take(block, slot, num_kv_heads)[None],
+            self.values.take(block, slot, num_kv_heads)[None],
+            (slot - first[:, None])[None],
         )
-        outs.append(out)
-        lses.append(lse)
 
-    # Where each row is in the tiles; anywhere, if it belongs to no sequence.
-    at = torch.arange(num_tokens, device=device) - sequences.start[sequence]
-    at = (before[sequence] * size + at).clamp(0, num_parts * step * size - 1)
-    return torch.cat(outs).flatten(0, 1)[at], torch.cat(lses).flatten(0, 1)[at]
+    def by_tiles(
+        self,
+        compute: Callable[..., tuple[torch.Tensor, ...]],
+        *more: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Calls `compute` on tiles of rows, each of one sequence, and its pages.
+
+        Args:
+            compute: (Meeting, *more) -> results [tiles, rows, ...].
+            more: tensors [num_tokens, ...], of which it gets the tiles' rows.
+
+        Returns:
+            The results, [num_tokens, ...].
+        """
+        assert self.pages is not None
+        block_table, num_blocks, page_size = self.pages
+        num_tokens, num_kv_heads = self.rows.query.shape[:2]
+        max_num_seqs, device = block_table.shape[0], block_table.device
+        sequence, sequences = self.sequence, self.sequences
+        # A tile is as many rows as a sequence has on average. So there are at most two
+        # tiles a sequence, with at most three times the rows.
+        size = (num_tokens + max_num_seqs - 1) // max_num_seqs
+        num_tiles = (num_tokens + max_num_seqs * (size - 1)) // size
+        num_parts = min(_PARTS, max_num_seqs)
+        step = (num_tiles + num_parts - 1) // num_parts
+
+        tiles_of = (sequences.end - sequences.start + size - 1) // size
+        after = torch.cumsum(tiles_of, 0)
+        before = after - tiles_of
+        tile = torch.arange(num_parts * step, device=device)
+        owner = (tile[:, None] >= after).sum(1).clamp(max=max_num_seqs - 1)
+        row = sequences.start[owner] + (tile - before[owner]) * size
+        row = row[:, None] + torch.arange(size, device=device)
+        inside = row < sequences.end[owner][:, None]
+        row = row.clamp(max=num_tokens - 1)
+        tiles = self.rows.each(lambda t: t[row])
+        tiles = tiles._replace(high=torch.where(inside, tiles.high, 0))
+        more = tuple(t[row] for t in more)
+
+        block = block_table[owner].long()
+        exists = (block >= 0) & (block < num_blocks)
+        block = torch.where(exists, block, 0)[:, :, None]
+        page = torch.arange(page_size, device=device)
+        exists = exists.repeat_interleave(page_size, 1)[:, None]
+        token = torch.arange(exists.shape[2], device=device)
+        parts = []
+        for start in range(0, num_parts * step, step):
+            part = slice(start, start + step)
+            meeting = Meeting(
+                tiles.each(operator.itemgetter(part)),
+                self.keys.take(block[part], page, num_kv_heads).flatten(1, 2),
+                self.values.take(block[part], page, num_kv_heads).flatten(1, 2),
+                token,
+                exists[part],
+            )
+            parts.append(compute(meeting, *(t[part] for t in more)))
+
+        # Where each row is in the tiles; anywhere, if it belongs to no sequence.
+        at = torch.arange(num_tokens, device=device) - sequences.start[sequence]
+        at = (before[sequence] * size + at).clamp(0, num_parts * step * size - 1)
+        return [torch.cat(ts).flatten(0, 1)[at] for ts in zip(*parts, strict=True)]
 
 
-def _mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The weighted sums of values, where a weight of 0 keeps NaN and infinity out.
 
     Another sequence's values are among them, and what no token of this one holds.
     """
     finite = values.isfinite()
-    sums = _by_kv_head(weights, torch.where(finite, values, 0.0))
+    sums = by_kv_head(weights, torch.where(finite, values, 0.0))
     some = (weights != 0).float()
     infinities = torch.where(values.isinf(), values.sign(), 0.0)
-    up = _by_kv_head(some, infinities)  # less those down
-    odd = _by_kv_head(some, (~finite).float())
+    up = by_kv_head(some, infinities)  # less those down
+    odd = by_kv_head(some, (~finite).float())
     nan = torch.full_like(sums, torch.nan)
     signed = torch.where(up == odd, torch.inf, torch.where(up == -odd, -torch.inf, nan))
     return torch.where(odd > 0, signed, sums)
 
 
-def _by_kv_head(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+def by_kv_head(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """[batches, rows, KV heads, group, n] times [batches, KV heads, n, m].
 
     torch_xla's matmul keeps to set_mat_mul_precision(); its einsum does not.

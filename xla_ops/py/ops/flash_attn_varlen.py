@@ -9,7 +9,7 @@ import torch
 from ..core import front, mutable, paged_cache, scalars
 from ..core.checks import Checker
 from ..core.op import NAMESPACE
-from . import attention
+from . import attention, attention_backward
 
 _NAMES = attention.Names(
     op="flash_attn_varlen",
@@ -179,7 +179,7 @@ def _arguments(
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         _check.require(bound >= 0, name, "be at least 0", bound)
     if block_table is None:
-        cache = paged_cache.locate_rows(k, v)
+        cache = attention.locate_rows(k, v)
         longest = attention.smaller(max_seqlen_k, k.shape[0])
     else:
         cache = paged_cache.locate_to_read(_check, k, v, names)
@@ -201,6 +201,8 @@ def _arguments(
     return attention.arguments(
         _check,
         q,
+        k,
+        v,
         cache,
         batch,
         attention.Features(**features),
@@ -259,7 +261,7 @@ def _front_out(
     return mutable.apply(_NAMES.op, update)
 
 
-_op = attention.declare(_NAMES)
+_op = attention.declare(_NAMES, attention_backward.declare(_NAMES))
 _autocast = attention.autocast(_NAMES.query, _NAMES.key, _NAMES.value)
 
 _library = torch.library.Library("xla", "FRAGMENT")

@@ -9,7 +9,7 @@ import torch
 
 from ..core import front, paged_cache, scalars
 from ..core.checks import Checker
-from . import attention
+from . import attention, attention_backward
 
 _NAMES = attention.Names(
     op="paged_attention",
@@ -200,6 +200,8 @@ def _attend(
         *attention.arguments(
             _check,
             query,
+            key_cache,
+            value_cache,
             cache,
             attention.Batch(
                 query_start_loc,
@@ -217,7 +219,7 @@ def _attend(
     )
 
 
-_op = attention.declare(_NAMES)
+_op = attention.declare(_NAMES, attention_backward.declare(_NAMES))
 
 _TAIL = (
     "Tensor context_lens, Tensor block_tables, Tensor query_start_loc,"
