@@ -1,4 +1,4 @@
-// Cases of attention.
+// Cases of attention and its gradient.
 
 #include <algorithm>
 #include <cstdint>
@@ -8,6 +8,7 @@
 
 #include "tests/gpu/kernel_races_cases.h"
 #include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention_backward/attention_backward.h"
 
 namespace xla_ops {
 namespace {
@@ -108,36 +109,73 @@ void Cases::AddAttention(DType dtype, int64_t head_dim, const Batch& batch,
   const std::string detail = NameOf(dtype) + " " + std::to_string(head_dim) +
                              " " + batch.name + ", " + v.name;
   const TestTensor scale = Scalar(0.1);
-  Add(paged ? "paged_attention" : "flash_attn_varlen", detail,
-      {Random(dtype, query), Random(kv_dtype, cache), Random(kv_dtype, cache),
-       cu_seqlens_q, paged ? Absent(kS32) : cu_seqlens_k,
-       paged ? seqused_k : Absent(kS32), paged ? block_table : Absent(kS32),
-       !paged && v.extras ? leftpad_k : Absent(kS32),
-       TestTensor(kS32, {1}, {static_cast<double>(num_seqs)}),
-       v.extras ? Random(kF32, {kHeads}, 0.1) : Absent(kF32),
-       v.extras ? Random(kF32, {kHeads}) : Absent(kF32),
-       fp8 ? scale : Absent(kF32), fp8 ? scale : Absent(kF32)},
+  const std::vector<TestTensor> keys = {Random(kv_dtype, cache),
+                                        Random(kv_dtype, cache)};
+  const std::vector<TestTensor> rest = {
+      cu_seqlens_q,
+      paged ? Absent(kS32) : cu_seqlens_k,
+      paged ? seqused_k : Absent(kS32),
+      paged ? block_table : Absent(kS32),
+      !paged && v.extras ? leftpad_k : Absent(kS32),
+      TestTensor(kS32, {1}, {static_cast<double>(num_seqs)}),
+      v.extras ? Random(kF32, {kHeads}, 0.1) : Absent(kF32),
+      v.extras ? Random(kF32, {kHeads}) : Absent(kF32),
+      fp8 ? scale : Absent(kF32),
+      fp8 ? scale : Absent(kF32)};
+  const auto with = [&](std::vector<TestTensor> args) {
+    args.insert(args.end(), rest.begin(), rest.end());
+    return args;
+  };
+  const auto add_attrs = [=](CallFrame* frame) {
+    const int64_t row = kKvHeads * head_dim;
+    frame->AddAttr("scale", 0.125f)
+        .AddAttr("window_left", v.window_left)
+        .AddAttr("window_right", v.window_right)
+        .AddAttr("soft_cap", v.soft_cap)
+        .AddAttr("kv_cache_dtype", v.kv_cache_dtype)
+        .AddAttr("paged", paged)
+        .AddAttr("num_kv_heads", kKvHeads)
+        .AddAttr("num_blocks", num_blocks)
+        .AddAttr("page_size", page_size)
+        .AddAttr("block_stride", page_size * row)
+        .AddAttr("page_stride", row)
+        .AddAttr("head_stride", head_dim)
+        .AddAttr("key_offset", int64_t{0})
+        .AddAttr("value_offset", int64_t{0});
+  };
+  const std::string op = paged ? "paged_attention" : "flash_attn_varlen";
+  const Dims of_rows = {kHeads, num_tokens};
+  Add(op, detail, with({Random(dtype, query), keys[0], keys[1]}),
       {{dtype, query},
-       {kF32, {kHeads, num_tokens}},
+       {kF32, of_rows},
        {kU8, {workspace}, -1, /*scratch=*/true}},
       [=](CallFrame* frame) {
-        const int64_t row = kKvHeads * head_dim;
-        frame->AddAttr("scale", 0.125f)
-            .AddAttr("window_left", v.window_left)
-            .AddAttr("window_right", v.window_right)
-            .AddAttr("soft_cap", v.soft_cap)
-            .AddAttr("kv_cache_dtype", v.kv_cache_dtype)
-            .AddAttr("paged", paged)
-            .AddAttr("num_splits", v.num_splits)
-            .AddAttr("num_kv_heads", kKvHeads)
-            .AddAttr("num_blocks", num_blocks)
-            .AddAttr("page_size", page_size)
-            .AddAttr("block_stride", page_size * row)
-            .AddAttr("page_stride", row)
-            .AddAttr("head_stride", head_dim)
-            .AddAttr("key_offset", int64_t{0})
-            .AddAttr("value_offset", int64_t{0})
-            .AddAttr("debug", false);
+        add_attrs(frame);
+        frame->AddAttr("num_splits", v.num_splits).AddAttr("debug", false);
+      });
+  if (v.num_splits > 1) return;
+
+  const bool wants_dkv = !paged && !fp8;
+  const Dims none = {0};
+  const Dims rows = {num_kv_tokens, kKvHeads, head_dim};
+  const int64_t backward_workspace = AttentionBackwardWorkspaceBytes(
+      num_tokens, kHeads, head_dim, max_num_seqs);
+  Add(op + "_backward", detail,
+      with({Random(dtype, query), Random(dtype, query), keys[0], keys[1],
+            Random(dtype, query), Random(kF32, of_rows),
+            v.extras ? Random(kF32, of_rows) : Absent(kF32)}),
+      {{dtype, query},
+       {dtype, wants_dkv ? rows : none},
+       {dtype, wants_dkv ? rows : none},
+       {kF32, v.extras ? Dims{kHeads} : none},
+       {kU8, {backward_workspace}, -1, /*scratch=*/true}},
+      [=](CallFrame* frame) {
+        add_attrs(frame);
+        // Of the others no two runs need agree.
+        frame->AddAttr("deterministic", true)
+            .AddAttr("wants_dq", true)
+            .AddAttr("wants_dkv", wants_dkv)
+            .AddAttr("wants_dsinks", v.extras);
       });
 }
 

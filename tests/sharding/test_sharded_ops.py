@@ -209,8 +209,7 @@ def cases():
         "flash_attn_varlen differentiated": (
             *attention_gradient(),
             dict.fromkeys(
-                ((0, 1), (1, 1), (2, 1), (3, 1), (4, 1)) + ((5, 0), (6, 0), (8, 0)),
-                (1, 1, 1, 0),
+                [*((i, 1) for i in range(5)), (5, 0), (6, 0), (8, 0)], (1, 1, 1, 0)
             ),
         ),
         "flash_attn_varlen with sinks": (
