@@ -191,6 +191,39 @@ def test_paths_agree(name):
     assert all(same(got[n], wanted[n]) for n in wanted)
 
 
+def test_symbolic_sizes():
+    """Compiled once, it serves other numbers of tokens."""
+    graphs = []
+    backend = torch._dynamo.lookup_backend("aot_eager")
+
+    def counting(graph, examples):
+        graphs.append(graph)
+        return backend(graph, examples)
+
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    compiled = torch.compile(
+        lambda a: xla_ops.flash_attn_varlen(
+            *(a[n] for n in names), 64, 64, is_causal=True
+        ),
+        backend=counting,
+        fullgraph=True,
+    )
+
+    def call_compiled(arguments):
+        for n in "qkv":
+            torch._dynamo.mark_dynamic(arguments[n], 0)
+        return compiled(arguments)
+
+    cpu = Path("cpu")
+    for lens in (([3, 4], [5, 9]), ([5, 4], [5, 12])):
+        batch = contiguous(*lens, 4, 2, 32, torch.float32)
+        grads = cotangents(batch)
+        got = gradients(cpu, batch.arguments, grads, "qkv", call_compiled)
+        wanted = gradients(cpu, {**batch.arguments, "is_causal": True}, grads, "qkv")
+        assert all(torch.equal(got[n], wanted[n]) for n in "qkv")
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("name", ["cpu", "lazy"])
 def test_autocast(name):
     """Gradients of the arguments as they were, by way of the autocast dtype."""

@@ -263,6 +263,29 @@ def test_fp8_cache_with_scales_sinks_and_slopes(how, mesh, hlo_dump):
     assert shard_addresses([on_xla]) == before
 
 
+def test_gradient_of_queries(mesh, hlo_dump):
+    """Over a cache whose heads are split."""
+    rows, sinks = make(), torch.randn(HEADS)
+    cache, grad = stacked(), torch.randn(NUM_SEQS, HEADS, HEAD_DIM)
+
+    def gradients(cache, rows, sinks, grad):
+        query, sinks = (t.detach().requires_grad_() for t in (rows["q"], sinks))
+        batch = (rows["lens"], rows["table"], rows["starts"], rows["num_seqs"])
+        with torch.enable_grad():
+            out = xla_ops.paged_attention(query, cache, *batch, 0.25, sinks=sinks)
+            return torch.autograd.grad(out, (query, sinks), grad)
+
+    expected = gradients(cache, rows, sinks, grad)
+    moved = {name: put(t) for name, t in rows.items()}
+    given = (put_heads(cache, mesh), moved, put(sinks), put(grad))
+    with compiled(hlo_dump) as programs:
+        dq, dsinks = gradients(*given)
+    assert not programs.collectives
+    assert (tiles_of(dq), tiles_of(dsinks)) == ([1, 4, 1], [4])
+    torch.testing.assert_close(dq.cpu(), expected[0])
+    torch.testing.assert_close(dsinks.cpu(), expected[1])
+
+
 @pytest.mark.parametrize(
     "dim, message",
     [

@@ -64,6 +64,11 @@ def flash_attn_varlen(
     Under torch.autocast, q, k and v are cast to the autocast dtype. Pages and fp8 keys
     and values are never cast; over pages of another dtype, q is cast to theirs.
 
+    Gradients: of q, sinks, and contiguous k and v in q's dtype, of both results. Where
+    k or v asks for one, views of a packed tensor are copied. Pages, fp8 keys and
+    values, scales and slopes have none: a backward that needs it raises. Under
+    torch.use_deterministic_algorithms(True) every run gives the same bits.
+
     Args:
         q: [total_q, num_heads, head_dim], float32, float16 or bfloat16; head_dim a
             multiple of 8 up to 256.

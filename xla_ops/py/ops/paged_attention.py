@@ -58,6 +58,10 @@ def paged_attention(
     Under torch.autocast, query is cast to the cache's dtype or, with an fp8 cache, to
     the autocast dtype. The cache is never cast.
 
+    Gradients: of query and sinks, of both results. The cache, scales and slopes have
+    none: a backward that needs it raises. Under
+    torch.use_deterministic_algorithms(True) every run gives the same bits.
+
     Args:
         query: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; head_dim
             a multiple of 8 up to 256.
