@@ -105,7 +105,7 @@ def xla_custom_call_libraries(name):
         for kind, files in {
             "header": native.glob([used + "/*.h"]),
             "device_header": native.glob([used + "/*.cuh"]),
-            "shared": ["%s/%s.cc" % (used, used)],
+            "shared": ["%s/%s.cc" % (used, used)] + native.glob([used + "/*_shared.cc"]),
         }.items():
             sources.setdefault(kind, []).extend(files)
     headers = sources.get("header", [])

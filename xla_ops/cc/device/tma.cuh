@@ -110,6 +110,28 @@ __device__ __forceinline__ void CopyBox(const CUtensorMap* map,
       : "memory");
 }
 
+// Starts to add floats of shared memory, a multiple of 16 bytes, to as many in
+// global memory. Sums of several blocks come about in any order.
+__device__ __forceinline__ void AddBytes(float* target, uint32_t source,
+                                         int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
+      "[%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;\n" ::"l"(__cvta_generic_to_global(target)),
+      "r"(source), "r"(bytes)
+      : "memory");
+}
+
+// Waits until what this thread's AddBytes read may be overwritten.
+__device__ __forceinline__ void WaitForAddsToRead() {
+  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+}
+
+// Waits until this thread's AddBytes are done.
+__device__ __forceinline__ void WaitForAdds() {
+  asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory");
+}
+
 // Barrier `id` (1 to 15) of the block: SyncNamed waits until `threads`
 // threads have called either.
 __device__ __forceinline__ void SyncNamed(int id, int threads) {

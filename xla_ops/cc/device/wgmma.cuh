@@ -110,7 +110,8 @@ __device__ __forceinline__ void FenceRegisters(
   }
 
 // SS, both operands in shared memory: d (+)= A B^T for A 64 x 16 and B N x 16,
-// N = 2 * size of d.
+// N = 2 * size of d. kRowsA, kRowsB: that operand's rows are the summed
+// dimension, so that A is 16 x 64, or B 16 x N.
 template <typename T>
 __device__ __forceinline__ void WgmmaSS(float (&d)[4], uint64_t a, uint64_t b,
                                         bool add) {
@@ -157,7 +158,7 @@ __device__ __forceinline__ void WgmmaSS(float (&d)[16], uint64_t a, uint64_t b,
 #undef XLA_OPS_WGMMA
 }
 
-template <typename T>
+template <typename T, bool kRowsA = false, bool kRowsB = false>
 __device__ __forceinline__ void WgmmaSS(float (&d)[32], uint64_t a, uint64_t b,
                                         bool add) {
 #define XLA_OPS_WGMMA(type)                                                  \
@@ -168,9 +169,10 @@ __device__ __forceinline__ void WgmmaSS(float (&d)[32], uint64_t a, uint64_t b,
       " %8, %9, %10, %11, %12, %13, %14, %15, "                              \
       " %16, %17, %18, %19, %20, %21, %22, %23, "                            \
       " %24, %25, %26, %27, %28, %29, %30, %31}, "                           \
-      "%32, %33, p, 1, 1, 0, 0;\n}\n"                                        \
+      "%32, %33, p, 1, 1, %35, %36;\n}\n"                                    \
       : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24) \
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)),                          \
+        "n"(static_cast<int>(kRowsA)), "n"(static_cast<int>(kRowsB)))
   XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
 #undef XLA_OPS_WGMMA
 }
@@ -195,7 +197,7 @@ __device__ __forceinline__ void WgmmaSS(float (&d)[40], uint64_t a, uint64_t b,
 #undef XLA_OPS_WGMMA
 }
 
-template <typename T>
+template <typename T, bool kRowsA = false, bool kRowsB = false>
 __device__ __forceinline__ void WgmmaSS(float (&d)[64], uint64_t a, uint64_t b,
                                         bool add) {
 #define XLA_OPS_WGMMA(type)                                                    \
@@ -210,10 +212,11 @@ __device__ __forceinline__ void WgmmaSS(float (&d)[64], uint64_t a, uint64_t b,
       " %40, %41, %42, %43, %44, %45, %46, %47, "                              \
       " %48, %49, %50, %51, %52, %53, %54, %55, "                              \
       " %56, %57, %58, %59, %60, %61, %62, %63}, "                             \
-      "%64, %65, p, 1, 1, 0, 0;\n}\n"                                          \
+      "%64, %65, p, 1, 1, %67, %68;\n}\n"                                      \
       : XLA_OPS_OUT8(0), XLA_OPS_OUT8(8), XLA_OPS_OUT8(16), XLA_OPS_OUT8(24),  \
         XLA_OPS_OUT8(32), XLA_OPS_OUT8(40), XLA_OPS_OUT8(48), XLA_OPS_OUT8(56) \
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)),                            \
+        "n"(static_cast<int>(kRowsA)), "n"(static_cast<int>(kRowsB)))
   XLA_OPS_FOR_TYPE(T, XLA_OPS_WGMMA)
 #undef XLA_OPS_WGMMA
 }

@@ -92,33 +92,42 @@ inline int64_t NumKvTokens(const AttentionBackwardParams& params) {
   return params.batch.page_size;
 }
 
-// What the CUDA kernels may take in `workspace`, aligned to 256 bytes:
-//   flags        [256 bytes], such as a tile scheduler's counter
-//   lse, delta   fp32 [2, num_heads, padded], padded: num_tokens rounded up to
-//                a multiple of 128
-//   turns        s32 [num_tokens / 64 + max_num_seqs, num_heads]: whose turn it
-//                is to add to a tile of dq, where that has to be in order
-//   dq           fp32 [num_tokens, num_heads, head_dim]
-// each rounded up to 256 bytes.
-constexpr int64_t kAttentionBackwardRowPadding = 128;
-constexpr int64_t kAttentionBackwardLeastTileRows = 64;
+// What the CUDA kernels take of `workspace`, each rounded up to 256 bytes:
+//   segments     s32 [4, max_num_seqs + 2]
+//   tiles        s32 [2, max_num_seqs + 3]
+//   lse, delta   fp32 [2, num_heads, rows]
+//   dq           fp32 [num_heads, rows, padded head_dim], where blocks add to
+//                it
+// in which rows are those of the query's tiles, each of one sequence: at most
+// num_tokens / kBackwardTileRows + max_num_seqs + 2 tiles of that many, and no
+// more than there are tokens.
+constexpr int64_t kBackwardTileRows = 128;
+
+// The smallest head_dim of those kernels that holds this one.
+constexpr int64_t BackwardPaddedHeadDim(int64_t head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+
+constexpr int64_t BackwardMaxTiles(int64_t num_rows, int64_t max_num_seqs,
+                                   int64_t tile_rows) {
+  const int64_t tiles = num_rows / tile_rows + max_num_seqs + 2;
+  return tiles < num_rows ? tiles : num_rows;
+}
+
+constexpr int64_t BackwardAligned(int64_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
 
 constexpr int64_t AttentionBackwardWorkspaceBytes(int64_t num_tokens,
                                                   int64_t num_heads,
                                                   int64_t head_dim,
                                                   int64_t max_num_seqs) {
-  constexpr int64_t kAlign = 256;
-  const auto aligned = [](int64_t bytes) {
-    return (bytes + kAlign - 1) / kAlign * kAlign;
-  };
-  const int64_t padded = (num_tokens + kAttentionBackwardRowPadding - 1) /
-                         kAttentionBackwardRowPadding *
-                         kAttentionBackwardRowPadding;
-  const int64_t tiles =
-      num_tokens / kAttentionBackwardLeastTileRows + max_num_seqs;
-  return kAlign + aligned(2 * num_heads * padded * 4) +
-         aligned(tiles * num_heads * 4) +
-         aligned(num_tokens * num_heads * head_dim * 4);
+  const int64_t rows =
+      num_heads * kBackwardTileRows *
+      BackwardMaxTiles(num_tokens, max_num_seqs, kBackwardTileRows);
+  return BackwardAligned(16 * (max_num_seqs + 2)) +
+         BackwardAligned(8 * (max_num_seqs + 3)) + BackwardAligned(8 * rows) +
+         BackwardAligned(4 * rows * BackwardPaddedHeadDim(head_dim));
 }
 
 }  // namespace xla_ops

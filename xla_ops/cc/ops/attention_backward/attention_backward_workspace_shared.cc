@@ -33,13 +33,11 @@ const char* MakeAttentionBackwardPlan(
   }
   // An upper bound of what AttentionBackwardWorkspaceBytes computes.
   int64_t rows;
-  int64_t bytes;
-  if (__builtin_add_overflow(request.num_tokens, request.max_num_seqs, &rows) ||
-      __builtin_add_overflow(rows, kAttentionBackwardRowPadding, &rows) ||
-      __builtin_mul_overflow(rows, request.num_heads, &rows) ||
-      __builtin_add_overflow(rows, 256, &rows) ||
-      __builtin_add_overflow(request.head_dim, 4, &bytes) ||
-      __builtin_mul_overflow(bytes, 4, &bytes) ||
+  int64_t bytes = 4 * (BackwardPaddedHeadDim(request.head_dim) + 4);
+  if (__builtin_add_overflow(request.max_num_seqs, 8, &rows) ||
+      __builtin_mul_overflow(rows, kBackwardTileRows, &rows) ||
+      __builtin_add_overflow(rows, request.num_tokens, &rows) ||
+      __builtin_mul_overflow(rows, request.num_heads + 1, &rows) ||
       __builtin_mul_overflow(rows, bytes, &bytes)) {
     return "the workspace must have less than 2^63 bytes";
   }
