@@ -37,7 +37,6 @@ __global__ void __launch_bounds__(kDeltaThreads)
   const int lane = threadIdx.x % kLanes;
   const T* grad = static_cast<const T*>(args.grad_out);
   const T* out = static_cast<const T*>(args.out);
-#pragma unroll 4
   for (int row = threadIdx.x / kLanes; row < kQueryRows;
        row += kDeltaThreads / kLanes) {
     float lse = CUDART_INF_F;
