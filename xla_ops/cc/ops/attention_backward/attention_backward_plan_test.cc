@@ -29,11 +29,12 @@ Answer Ask(const XlaOpsAttentionBackwardRequest& request,
 }
 
 XLA_OPS_TEST(Bytes) {
-  // 100 tokens are padded to 128; there are at most 1 + 3 tiles of 64.
-  const int64_t wanted = 256 + 2 * 4 * 128 * 4 + 256 + 100 * 4 * 64 * 4;
+  // No more than 0 + 3 + 2 tiles of 128 rows.
+  const int64_t rows = 4 * 5 * 128;
+  const int64_t wanted = 256 + 256 + 2 * 4 * rows + 4 * 64 * rows;
   EXPECT_EQ(AttentionBackwardWorkspaceBytes(100, 4, 64, 3), wanted);
   EXPECT_EQ(Ask(Request()).bytes, wanted);
-  EXPECT_EQ(AttentionBackwardWorkspaceBytes(0, 0, 64, 0), 256);
+  EXPECT_EQ(AttentionBackwardWorkspaceBytes(0, 0, 64, 0), 512);
 }
 
 XLA_OPS_TEST(TheCpuTakesNone) {
