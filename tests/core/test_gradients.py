@@ -17,8 +17,11 @@ from xla_ops.core.hlo import Spec
 from xla_ops.core.op import OPS
 from xla_ops.programs.replay import replay
 
-INPUT = "xla_ops.rms_norm: has no gradient: input requires one; use torch.no_grad()"
-TANGENT = r"xla_ops\.rms_norm: has no gradient: input has a tangent"
+INPUT = (
+    "xla_ops.rms_norm_backward: has no gradient: input requires one; use"
+    " torch.no_grad()"
+)
+TANGENT = r"xla_ops\.rms_norm(_backward)?: has no gradient: input has a tangent"
 EAGER = ["cpu", "lazy"]
 BACKENDS = [
     ("openxla", "lazy"),
@@ -41,7 +44,9 @@ def _grad_mode():
 
 
 def norm(x, w):
-    return xla_ops.rms_norm(x, w)
+    """An op that has no gradient, and looks like one that has."""
+    ones = torch.ones_like(x)
+    return torch.ops.xla_ops.rms_norm_backward_input(ones, x, w, None, 1e-6)
 
 
 def inputs(path, *shapes, requires_grad=True):
@@ -130,6 +135,11 @@ def test_double_backward(path):
     x, w = inputs(path)
     with pytest.raises(RuntimeError, match=INPUT):
         torch.autograd.grad(norm(x, w).sum(), x, create_graph=True)
+    y = xla_ops.rms_norm(x, w).square().sum()
+    (g,) = torch.autograd.grad(y, x, create_graph=True)
+    assert g.requires_grad
+    with pytest.raises(RuntimeError, match="rms_norm_backward: has no gradient: grad"):
+        g.sum().backward()
     (g,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=INPUT):
         norm(g, w.detach()).sum().backward()
@@ -274,7 +284,7 @@ def test_fronts_refuse_nothing_without_grad_mode():
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             torch.ops.xla_ops.rms_norm(result, x, w, 1e-6)
-        assert torch.equal(result, norm(x, w))
+        assert torch.equal(result, xla_ops.rms_norm(x, w))
         result.zero_()
 
 

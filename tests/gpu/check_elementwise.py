@@ -513,8 +513,8 @@ def cases(quick):
         yield check_cache_write, case
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(cases=cases, description=__doc__):
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--lib-dir", required=True)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--quick", action="store_true")

@@ -2,6 +2,7 @@
 
 #include "tests/gpu/kernel_races_cases.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -97,6 +98,13 @@ void Cases::AddRows(DType dtype) {
     const TestTensor scale = Scalar(0.02);
 
     Add("rms_norm", detail, {x(), weight()}, {like_x}, eps);
+    for (const TestTensor& added : {TestTensor(dtype, {0}), x()}) {
+      const std::string kind = added.size() == 0 ? "" : " added";
+      Add("rms_norm_backward", detail + kind, {x(), x(), weight(), added},
+          {like_x, {kF32, {std::min<int64_t>(rows, 40), shape[1]}}}, eps);
+      Add("rms_norm_backward_input", detail + kind, {x(), x(), weight(), added},
+          {like_x}, eps);
+    }
     Add("fused_add_rms_norm", detail, {x(), x(), weight()}, {like_x, like_x},
         eps);
     Add("fused_add_rms_norm", detail + " in place", {x(), x(), weight()},

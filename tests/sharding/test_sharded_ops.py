@@ -78,6 +78,22 @@ def cases():
             (floats(4, 8, 32), floats(32)),
             {(0, 0): (0,), (0, 1): (1,)},
         ),
+        "rms_norm_backward": (
+            # As many parts as there are rows: each is one row's.
+            lambda *a: OP.rms_norm_backward(*a, 1e-6, [TOKENS]),
+            (rows[0], floats(TOKENS, 32), rows[1], floats(TOKENS, 32)),
+            {(i, 0): (0, 0) for i in (0, 1, 3)},
+        ),
+        "rms_norm_backward of 3 dimensions": (
+            lambda g, x, w: OP.rms_norm_backward(g, x, w, None, 1e-6, [4, 8]),
+            (floats(4, 8, 32), floats(4, 8, 32), floats(32)),
+            {(i, d): (d, d) for i in range(2) for d in range(2)},
+        ),
+        "rms_norm_backward of input": (
+            lambda g, x, w: OP.rms_norm_backward_input(g, x, w, None, 1e-6),
+            (rows[0], floats(TOKENS, 32), rows[1]),
+            {(0, 0): (0,), (1, 0): (0,)},
+        ),
         "fused_add_rms_norm": (
             lambda x, r, w: OP.fused_add_rms_norm_functional(x, r, w, 1e-6),
             (rows[0], floats(TOKENS, 32), rows[1]),

@@ -56,7 +56,7 @@ class Backward(NamedTuple):
         wanted: the arguments whose gradients are asked for.
     """
 
-    args: Mapping[str, object]
+    args: Mapping[str, Any]
     results: Mapping[int, torch.Tensor]
     grads: tuple[torch.Tensor | None, ...]
     wanted: tuple[str, ...]
