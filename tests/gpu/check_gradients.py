@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the kernels of gradients against numpy: the norms'.
+"""Checks the kernels of gradients against numpy: norms and activations.
 
     check_gradients.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
@@ -7,12 +7,13 @@ Options and needs are those of check_elementwise.py.
 """
 
 import itertools
+import math
 import sys
 
 import numpy as np
 
 from check_elementwise import call, main
-from kernel_cases import BF16, F32, ROUNDING, rms_norm_cases
+from kernel_cases import BF16, DTYPES, F32, ROUNDING, rms_norm_cases
 
 
 def drawn(rng, shape, dtype, scale=1.0):
@@ -57,7 +58,79 @@ def check_rms_norm(rng, dtype, tokens, hidden, parts, added):
     assert_close(alone, want, bound)
 
 
-def cases(quick):
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def swish(x, beta):
+    s = sigmoid(beta * x)
+    return x * s, s + beta * x * s * (1 - s)
+
+
+def gelu(x):
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    share = 0.5 * (1 + erf(x / math.sqrt(2)))
+    return x * share, share + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def gelu_tanh(x):
+    scale = math.sqrt(2 / math.pi)
+    t = np.tanh(scale * (x + 0.044715 * x**3))
+    slope = scale * (1 + 3 * 0.044715 * x * x)
+    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope
+
+
+def fatrelu(x):
+    return np.where(x > 0.5, x, 0), (x > 0.5).astype(np.float64)
+
+
+# Each activation's value and slope.
+ACTIVATIONS = {
+    "silu_and_mul": lambda x: swish(x, 1),
+    "mul_and_silu": lambda x: swish(x, 1),
+    "gelu_and_mul": gelu,
+    "gelu_tanh_and_mul": gelu_tanh,
+    "fatrelu_and_mul": fatrelu,
+    "swigluoai_and_mul": lambda x: swish(x, 1.702),
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_quick": lambda x: swish(x, 1.702),
+}
+LIMIT = np.float32(3)
+
+
+def check_activation(rng, name, dtype, tokens, size):
+    is_gated = name.endswith(("_and_mul", "_and_silu"))
+    x = drawn(rng, (tokens, size * (1 + is_gated)), dtype, 3)
+    g = drawn(rng, (tokens, size), dtype)
+    attributes = {"threshold": np.float32(0.5), "alpha": np.float32(1.702)}
+    attributes |= {"limit": LIMIT, "activation": name}
+    (got,) = call("activation_backward", [x], g, x, **attributes)
+    got, g, x = (np.asarray(t).astype(np.float64) for t in (got, g, x))
+    if not is_gated:
+        pairs = [(got, g * ACTIVATIONS[name](x)[1])]
+        size_of = np.abs(g) * (1 + np.abs(x))
+    elif name == "swigluoai_and_mul":
+        a, b = x[:, ::2], x[:, 1::2]
+        value, slope = ACTIVATIONS[name](np.minimum(a, LIMIT))
+        da = np.where(a > LIMIT, 0, g * (np.clip(b, -LIMIT, LIMIT) + 1) * slope)
+        db = np.where(np.abs(b) > LIMIT, 0, g * value)
+        pairs = [(got[:, ::2], da), (got[:, 1::2], db)]
+        size_of = np.abs(g) * (1 + np.abs(a)) * (1 + np.abs(b))
+    else:
+        halves = [x[:, :size], x[:, size:]]
+        parts = [got[:, :size], got[:, size:]]
+        first = 1 if name == "mul_and_silu" else 0
+        value, slope = ACTIVATIONS[name](halves[first])
+        pairs = [(parts[first], g * halves[1 - first] * slope)]
+        pairs += [(parts[1 - first], g * value)]
+        size_of = np.abs(g) * (1 + np.abs(halves[0])) * (1 + np.abs(halves[1]))
+    for part, want in pairs:
+        bound = ROUNDING[dtype] * np.abs(want) + 2.0**-19 * size_of + 2.0**-24
+        assert_close(part, want, bound)
+
+
+def norm_cases(quick):
     for i, (_, case) in enumerate(rms_norm_cases(quick)):
         rows = max(1, min(case["tokens"], 480))
         for parts, added in itertools.product({rows, 1 + i % 7}, (False, True)):
@@ -65,6 +138,20 @@ def cases(quick):
     if not quick:
         large = {"dtype": BF16, "tokens": 16384, "hidden": 4096, "parts": 480}
         yield check_rms_norm, large | {"added": False}
+
+
+def activation_cases(quick):
+    sizes = [(1, 1), (3, 7), (5, 40)]
+    if not quick:
+        sizes += [(0, 8), (3, 0), (1, 14336), (300, 257), (5000, 96), (2000, 4096)]
+    for name, dtype, (tokens, size) in itertools.product(ACTIVATIONS, DTYPES, sizes):
+        case = {"name": name, "dtype": dtype, "tokens": tokens, "size": size}
+        yield check_activation, case
+
+
+def cases(quick):
+    yield from norm_cases(quick)
+    yield from activation_cases(quick)
 
 
 if __name__ == "__main__":

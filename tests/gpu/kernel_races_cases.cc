@@ -160,6 +160,20 @@ void Cases::AddActivations(DType dtype) {
         [](CallFrame* frame) {
           frame->AddAttr("alpha", 1.702f).AddAttr("limit", 7.0f);
         });
+    for (const char* name : {"silu_and_mul", "gelu_tanh_and_mul",
+                             "swigluoai_and_mul", "gelu_quick"}) {
+      const bool is_gated = name != std::string_view("gelu_quick");
+      TestTensor input = is_gated ? x() : Random(dtype, shape, 3.0);
+      const Result like_input = {dtype, input.dims()};
+      Add("activation_backward", detail + " " + name,
+          {Random(dtype, shape), std::move(input)}, {like_input},
+          [name](CallFrame* frame) {
+            frame->AddAttr("activation", name)
+                .AddAttr("threshold", 0.5f)
+                .AddAttr("alpha", 1.702f)
+                .AddAttr("limit", 7.0f);
+          });
+    }
     for (const char* target : {"gelu_new", "gelu_fast", "gelu_quick"}) {
       Add(target, detail, {Random(dtype, shape, 3.0)}, {{dtype, shape}});
       Add(target, detail + " in place", {Random(dtype, shape, 3.0)},

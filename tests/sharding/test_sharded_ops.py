@@ -164,6 +164,21 @@ def cases():
             {(0, 0): (0,)},
         ),
         "swigluoai_and_mul": (xla_ops.swigluoai_and_mul, rows[:1], columns),
+        "activation_backward": (
+            lambda g, x: OP.activation_backward(g, x, "silu_and_mul", 0, 0, 0),
+            (floats(TOKENS, 16), rows[0]),
+            {(0, 0): (0,), (1, 0): (0,)},
+        ),
+        "activation_backward of pairs": (
+            lambda g, x: OP.activation_backward(g, x, "swigluoai_and_mul", 0, 1, 7),
+            (floats(TOKENS, 16), rows[0]),
+            {(i, d): (d,) for i in range(2) for d in range(2)},
+        ),
+        "activation_backward without a gate": (
+            lambda g, x: OP.activation_backward(g, x, "gelu_new", 0, 0, 0),
+            (floats(TOKENS, 32), rows[0]),
+            {(i, d): (d,) for i in range(2) for d in range(2)},
+        ),
         "gelu_new": (xla_ops.gelu_new, rows[:1], columns),
         "gelu_fast": (xla_ops.gelu_fast, rows[:1], columns),
         "gelu_quick": (xla_ops.gelu_quick, rows[:1], columns),

@@ -26,6 +26,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from . import sharding
 from .tracing import is_plain
 
 if TYPE_CHECKING:
@@ -193,6 +194,8 @@ class _Tracked(_SingleLevelFunction):
             *(results[i] for i in gradient.keeps_results),
         )
         ctx.op, ctx.gradient = op, gradient
+        # A backward may run after the forward's `with`, and on another thread.
+        ctx.declared = sharding.declared()
         ctx.args = {
             name: value
             for name, value in named.items()
@@ -214,14 +217,14 @@ class _Tracked(_SingleLevelFunction):
             return (None,) * (1 + len(op.arguments))
         saved = ctx.saved_tensors
         num_args = len(gradient.keeps)
-        found = gradient.compute(
-            Backward(
-                {**ctx.args, **dict(zip(gradient.keeps, saved, strict=False))},
-                dict(zip(gradient.keeps_results, saved[num_args:], strict=True)),
-                grads,
-                wanted,
-            )
+        given_back = Backward(
+            {**ctx.args, **dict(zip(gradient.keeps, saved, strict=False))},
+            dict(zip(gradient.keeps_results, saved[num_args:], strict=True)),
+            grads,
+            wanted,
         )
+        with sharding.declaring(ctx.declared):
+            found = gradient.compute(given_back)
         missing = {
             name: torch.ops.xla_ops.no_gradient.default(
                 given, op.public_name, op.labels.get(name, name), *ctx.specs[name]

@@ -160,7 +160,19 @@ def sharding(
         for name, axis in given.items()
         if axis is not _UNSET
     )
-    token = _declared.set(_Declared(pieces))
+    with declaring(_Declared(pieces)):
+        yield
+
+
+def declared() -> Any:
+    """What `sharding` declares now; for `declaring`."""
+    return _declared.get()
+
+
+@contextmanager
+def declaring(what: Any) -> Iterator[None]:
+    """Declares it again: where a backward runs, on another thread, say."""
+    token = _declared.set(what)
     try:
         yield
     finally:
