@@ -105,10 +105,19 @@ def test_results_require_a_gradient_where_torch_has_one_for_the_dtype(path):
 @pytest.mark.parametrize("path", EAGER)
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_result_is_used(path, used):
+    x, w = inputs(path)
+    ones = torch.ones_like(x)
+    # Of an op without a gradient.
+    args = (ones, x, w, None, 1e-6, [1])
+    result = torch.ops.xla_ops.rms_norm_backward(*args)[used]
+    with pytest.raises(RuntimeError, match=INPUT):
+        result.sum().backward()
+    # And one with: nothing depends on the rest.
     x, residual, w = inputs(path, (4, 16), (4, 16), (16,))
     result = xla_ops.fused_add_rms_norm(x, residual, w)[used]
-    with pytest.raises(RuntimeError, match="xla_ops.fused_add_rms_norm: has no grad"):
-        result.sum().backward()
+    result.sum().backward()
+    assert torch.equal(x.grad, residual.grad)
+    assert (w.grad == 0).all() == (used == 1)
 
 
 @pytest.mark.parametrize("path", EAGER)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks the kernels of gradients against numpy: norms and activations.
+"""Checks the kernels of gradients against numpy: norms, activations
+and merge_attn_states.
 
     check_gradients.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
@@ -130,6 +131,37 @@ def check_activation(rng, name, dtype, tokens, size):
         assert_close(part, want, bound)
 
 
+def check_merge(rng, dtype, tokens, heads, head_dim, has_lse):
+    p, s, g = (drawn(rng, (tokens, heads, head_dim), dtype) for _ in "psg")
+    pl, sl, gl = (drawn(rng, (heads, tokens), F32, 4) for _ in "psg")
+    pl[0, 0], sl[-1, -1] = np.inf, -np.inf
+    if tokens * heads > 1:
+        p[0, 0], s[-1, -1] = np.nan, np.nan
+    results = [p, pl, p, pl]
+    lse = gl if has_lse else np.zeros(0, F32)
+    got = call("merge_attn_states_backward", results, g, lse, p, pl, s, sl)
+    p64, s64, g64 = (np.nan_to_num(t.astype(np.float64)) for t in (p, s, g))
+    wp, ws = (
+        np.exp(np.where(x == np.inf, -np.inf, x).astype(np.float64)) for x in (pl, sl)
+    )
+    empty = wp + ws == 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wp, ws = (
+            np.where(empty, 1.0, wp / (wp + ws)),
+            np.where(empty, 0.0, ws / (wp + ws)),
+        )
+    change = (g64 * (p64 - s64)).sum(-1).T
+    size = (np.abs(g64) * (np.abs(p64) + np.abs(s64))).sum(-1).T
+    lse = np.where(empty, 0.0, gl) * has_lse
+    for out, w in ((got[0], wp), (got[2], ws)):
+        want = w.T[..., None] * g64
+        bound = (ROUNDING[dtype] + 2.0**-20) * np.abs(want) + 2.0**-24
+        assert_close(out, want, bound)
+    bound = 2.0**-19 * (size + np.abs(lse)) + 2.0**-24
+    assert_close(got[1], wp * ws * change + wp * lse, bound)
+    assert_close(got[3], ws * lse - wp * ws * change, bound)
+
+
 def norm_cases(quick):
     for i, (_, case) in enumerate(rms_norm_cases(quick)):
         rows = max(1, min(case["tokens"], 480))
@@ -149,9 +181,22 @@ def activation_cases(quick):
         yield check_activation, case
 
 
+def merge_cases(quick):
+    sizes = [(2, 3, 7), (5, 2, 64)]
+    if not quick:
+        sizes += [(1, 1, 1), (17, 5, 40), (900, 8, 128), (3, 1, 4096), (9, 2, 1000)]
+        sizes += [(7, 3, 255), (2, 1, 33)]
+    for dtype, has_lse, (tokens, heads, dim) in itertools.product(
+        DTYPES, (True, False), sizes
+    ):
+        case = {"tokens": tokens, "heads": heads, "head_dim": dim}
+        yield check_merge, case | {"dtype": dtype, "has_lse": has_lse}
+
+
 def cases(quick):
     yield from norm_cases(quick)
     yield from activation_cases(quick)
+    yield from merge_cases(quick)
 
 
 if __name__ == "__main__":

@@ -268,6 +268,10 @@ void Cases::AddMerges(DType dtype) {
         {Random(dtype, shape), Random(kF32, lse, 4.0), Random(dtype, shape),
          Random(kF32, lse, 4.0)},
         {{dtype, shape}, {kF32, lse}});
+    Add("merge_attn_states_backward", NameOf(dtype) + " " + NameOf(shape),
+        {Random(dtype, shape), Random(kF32, lse), Random(dtype, shape),
+         Random(kF32, lse, 4.0), Random(dtype, shape), Random(kF32, lse, 4.0)},
+        {{dtype, shape}, {kF32, lse}, {dtype, shape}, {kF32, lse}});
   }
 }
 

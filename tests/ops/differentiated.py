@@ -34,7 +34,11 @@ def gradients_of(
     with torch.enable_grad():
         results = path.function(function)(*leaves)
     results = results if isinstance(results, tuple) else (results,)
-    used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+    used = [
+        (r, g)
+        for r, g in zip(results, grads, strict=True)
+        if g is not None and r.requires_grad  # all of an op's do, not all of torch's
+    ]
     found = torch.autograd.grad(
         [r for r, _ in used], [leaves[i] for i in wanted], [g for _, g in used]
     )

@@ -78,6 +78,11 @@ SAMPLES = {
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),
     ),
+    "merge_attn_states_backward": (
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
+    ),
     "rotary_embedding_both": (
         *(torch.arange(3)[None], torch.randn(1, 3, 64), torch.randn(1, 3, 32), 16),
         *(torch.randn(4, 8), True),

@@ -203,6 +203,11 @@ def cases():
             (outs, lse, floats(TOKENS, HEADS, DIM), lse + 0.5),
             merged | {(i + 2, d): how for (i, d), how in merged.items()},
         ),
+        "merge_attn_states_backward": (
+            OP.merge_attn_states_backward,
+            (outs, lse, floats(TOKENS, HEADS, DIM), lse + 1, outs + 1, lse + 0.5),
+            {(i + n, d): how * 2 for n in (0, 2, 4) for (i, d), how in merged.items()},
+        ),
         "grouped_matmul": (
             xla_ops.grouped_matmul,
             (floats(8, 32), floats(4, 16, 32), torch.tensor([0, 2, 4, 6, 8]).int()),

@@ -55,12 +55,20 @@ class Backward(NamedTuple):
         results: those of the op's results that it keeps, by index.
         grads: of each result; None where nothing depends on it.
         wanted: the arguments whose gradients are asked for.
+        specs: shape and dtype of each argument that is a tensor, kept or not.
     """
 
     args: Mapping[str, Any]
     results: Mapping[int, torch.Tensor]
     grads: tuple[torch.Tensor | None, ...]
     wanted: tuple[str, ...]
+    specs: Mapping[str, tuple[torch.Size, torch.dtype]]
+
+    def zeros(self, name: str) -> torch.Tensor:
+        """The gradient of an argument on which nothing depends that is used."""
+        given = next(grad for grad in self.grads if grad is not None)
+        shape, dtype = self.specs[name]
+        return given.new_zeros(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,7 @@ class _Tracked(_SingleLevelFunction):
             dict(zip(gradient.keeps_results, saved[num_args:], strict=True)),
             grads,
             wanted,
+            ctx.specs,
         )
         with sharding.declaring(ctx.declared):
             found = gradient.compute(given_back)
