@@ -26,7 +26,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from . import sharding
+from . import sharded_gradients, sharding
 from .tracing import is_plain
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ class _Tracked(_SingleLevelFunction):
         ctx.op, ctx.gradient = op, gradient
         # A backward may run after the forward's `with`, and on another thread.
         ctx.declared = sharding.declared()
+        ctx.splits = sharded_gradients.specs_of(results)
         ctx.args = {
             name: value
             for name, value in named.items()
@@ -223,6 +224,8 @@ class _Tracked(_SingleLevelFunction):
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
             return (None,) * (1 + len(op.arguments))
+        if any(ctx.splits):
+            sharded_gradients.split_alike(grads, ctx.splits)
         saved = ctx.saved_tensors
         num_args = len(gradient.keeps)
         given_back = Backward(
