@@ -137,7 +137,7 @@ def check(folder: str | Path, config: ModelConfig) -> dict[str, list[Stored]]:
                 where = Stored(path, tuple(part.get_shape()), part.get_dtype())
                 stored.setdefault(name, []).append(where)
     with torch.device("meta"):
-        wanted = _unpacked(Decoder(config, max_len=1).state_dict())
+        wanted = unpacked(Decoder(config, max_len=1).state_dict())
     if config.tie_word_embeddings and HEAD in stored:
         wanted[HEAD] = wanted[EMBEDDING]
     if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
@@ -241,7 +241,7 @@ def load(
         config = _tie(weights, config)
     with torch.device("meta"):
         decoder = Decoder(config, max_len, ops)
-    decoder.load_state_dict(_packed(weights), assign=True)
+    decoder.load_state_dict(packed(weights), assign=True)
     decoder.cos_sin_cache = decoder.cos_sin_cache.to(dtype)
     return decoder.requires_grad_(False).eval().to(device)
 
@@ -279,7 +279,7 @@ def _tie(weights: dict[str, torch.Tensor], config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names tensors as checkpoints do, and takes packed ones apart."""
     found = {}
     for name, tensor in tensors.items():
@@ -290,8 +290,8 @@ def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `_unpacked`."""
+def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The opposite of `unpacked`."""
     whole = {parts[0]: (name, parts) for name, parts in PACKED.items()}
     rest = {part for parts in PACKED.values() for part in parts[1:]}
     found = {}
