@@ -1,0 +1,60 @@
+"""Kernels from outside this package as XLA calls: the public surface for them.
+
+Ways to bring a kernel, from the least work to the most (docs/extend.md):
+
+    torch_op          an operator that torch has, by its name
+    register_library  handlers in C++ or CUDA, built against the headers of this wheel
+
+and what declares an op on top of a handler, as the ops of this package are declared:
+`Op`, `CustomCall`, `mutable`, the checks, rules of autocast, gradients and sharding.
+
+What is named here changes only with `API_VERSION`, which the headers and so the op
+libraries built against them carry too. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..core import autocast as autocast
+    from ..core import mutable as mutable
+    from ..core.checks import Checker as Checker
+    from ..core.custom_call import CustomCall as CustomCall
+    from ..core.custom_call import OptionalOperand as OptionalOperand
+    from ..core.gradients import Backward as Backward
+    from ..core.gradients import Gradient as Gradient
+    from ..core.hlo import Spec as Spec
+    from ..core.op import Op as Op
+    from ..core.sharding import Rule as ShardingRule  # noqa: F401
+
+# Public name -> the module of this package, and the name there; "" is the module.
+_PLACES = {
+    "Backward": ("core.gradients", "Backward"),
+    "Checker": ("core.checks", "Checker"),
+    "CustomCall": ("core.custom_call", "CustomCall"),
+    "Gradient": ("core.gradients", "Gradient"),
+    "Op": ("core.op", "Op"),
+    "OptionalOperand": ("core.custom_call", "OptionalOperand"),
+    "ShardingRule": ("core.sharding", "Rule"),
+    "Spec": ("core.hlo", "Spec"),
+    "autocast": ("core.autocast", ""),
+    "mutable": ("core.mutable", ""),
+}
+
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place, attribute = _PLACES[name]
+    module = importlib.import_module(f"..{place}", __name__)
+    value = getattr(module, attribute) if attribute else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
