@@ -191,7 +191,23 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
     assert {"xla_ops/py.typed", "xla_ops/_runtime.pyi"} <= set(archive.namelist())
     # Neither tests nor sources of C++.
     suffixes = {pathlib.PurePath(n).suffix for n in archive.namelist()}
-    assert not suffixes & {".cc", ".h", ".cuh", ".pyc"}
+    assert not suffixes & {".cc", ".pyc"}
+
+
+def test_wheel_holds_the_headers_that_op_libraries_are_built_against(archive):
+    held = {name for name in archive.namelist() if name.endswith((".h", ".cuh"))}
+    ours = {name for name in held if name.startswith("xla_ops/include/xla_ops/cc/")}
+    assert {path.rpartition("/")[0] for path in ours} == {
+        "xla_ops/include/xla_ops/cc/core",
+        "xla_ops/include/xla_ops/cc/device",
+    }
+    xla = {"api.h", "c_api.h", "ffi.h"}
+    assert held - ours == {f"xla_ops/include/xla/ffi/api/{name}" for name in xla}
+    # No header asks for one that is not there.
+    for name in held:
+        text = archive.read(name).decode()
+        for asked in re.findall(r'^#include "(.+)"', text, re.MULTILINE):
+            assert f"xla_ops/include/{asked}" in held, f"{name} includes {asked}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -199,7 +215,7 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
 def test_op_library_exports_its_table_and_handler_alone(archive, op, platform):
     names = exported(elf(archive, f"xla_ops/lib/libxla_ops_{op}_{platform}.so"))
     assert {name for name in names if not name.startswith("xla_ops_")} == set()
-    assert "xla_ops_handlers" in names
+    assert {"xla_ops_handlers", "xla_ops_api_version"} <= names
     assert any(name.endswith(f"_{platform}") for name in names)
     for name in ("xla_ops_cuda_archs", "xla_ops_cuda_version"):
         assert (name in names) == (platform == "cuda")
@@ -249,7 +265,7 @@ def test_wheel_holds_every_source_of_the_package(archive):
     held = {
         name
         for name in archive.namelist()
-        if ".dist-info/" not in name and not name.endswith(".so")
+        if ".dist-info/" not in name and not name.endswith((".so", ".h", ".cuh"))
     }
     assert held == expected
     (top,) = [n for n in archive.namelist() if n.endswith(".dist-info/top_level.txt")]

@@ -13,9 +13,10 @@ from ._runtime import __name__ as _extension  # noqa: F401
 from . import ops
 from .core.debug import set_debug
 from .core.sharding import sharding
+from .extend.library import include_dir
 from .ops import *  # noqa: F403
 from .version import __version__
 
 # In the form that type checkers read.
-__all__ = ["__version__", "set_debug", "sharding"]
+__all__ = ["__version__", "include_dir", "set_debug", "sharding"]
 __all__ += ops.__all__

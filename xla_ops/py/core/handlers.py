@@ -20,7 +20,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import torch
 
@@ -95,9 +95,18 @@ class _Platform:
                 self.broken[path.name] = str(error)
                 continue
             self.libraries.add(path)
-            self.loaded |= {target for target, kind in handlers if kind == self.name}
-            self.retry_at["register"] = 0.0
+            self._add({target for target, kind in handlers if kind == self.name})
         self.retry_at["load"] = _next_try(bool(self.broken))
+
+    def add(self, targets: frozenset[str]) -> None:
+        """Adds targets of a library that was loaded."""
+        with self.lock:
+            self._add(targets)
+
+    def _add(self, targets: Set[str]) -> None:
+        if not targets <= self.loaded:
+            self.loaded |= targets
+            self.retry_at["register"] = 0.0
 
     def _register(self) -> None:
         self.unregistrable, self.refused = "", {}
@@ -150,6 +159,28 @@ def load(platform: str) -> frozenset[str]:
         be loaded has none; `unavailable_reason` tells why.
     """
     return _platforms[platform].load()
+
+
+def register(path: str) -> dict[str, frozenset[str]]:
+    """Loads an op library of any folder, for every platform that it has handlers for.
+
+    Returns:
+        Its targets by platform.
+
+    Raises:
+        OSError: it cannot be loaded, is no op library, or has a target that another
+            library has.
+    """
+    for state in _platforms.values():
+        state.load()  # the package's own come first, whoever is asked for first
+    found = _runtime.load_library(path)
+    targets = {
+        platform: frozenset(target for target, kind in found if kind == platform)
+        for platform in _platforms
+    }
+    for platform, state in _platforms.items():
+        state.add(targets[platform])
+    return targets
 
 
 def is_spmd() -> bool:

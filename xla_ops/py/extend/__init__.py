@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     from ..core.hlo import Spec as Spec
     from ..core.op import Op as Op
     from ..core.sharding import Rule as ShardingRule  # noqa: F401
+    from .library import API_VERSION as API_VERSION
+    from .library import include_dir as include_dir
+    from .library import register_library as register_library
 
 # Public name -> the module of this package, and the name there; "" is the module.
 _PLACES = {
+    "API_VERSION": ("extend.library", "API_VERSION"),
     "Backward": ("core.gradients", "Backward"),
     "Checker": ("core.checks", "Checker"),
     "CustomCall": ("core.custom_call", "CustomCall"),
@@ -40,7 +44,9 @@ _PLACES = {
     "ShardingRule": ("core.sharding", "Rule"),
     "Spec": ("core.hlo", "Spec"),
     "autocast": ("core.autocast", ""),
+    "include_dir": ("extend.library", "include_dir"),
     "mutable": ("core.mutable", ""),
+    "register_library": ("extend.library", "register_library"),
 }
 
 __all__ = list(_PLACES)
