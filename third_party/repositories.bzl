@@ -11,6 +11,7 @@ hashes in requirements.lock; each installs one section of that file:
     @xla_ops_ffi      headers of XLA's foreign function interface
     @elftools         pyelftools, with which wheels are packed
     @pybind11         headers of pybind11
+    @torch_headers    headers of torch
     @cuda13           nvcc with CUDA's headers and static runtime
     @cuda12           clang with those of CUDA 12, for compute capability 7.0
 
@@ -30,6 +31,7 @@ SECTIONS = [
     "elftools",
     "pybind11",
     "ffi",
+    "torch_headers",
     "cuda13",
     "cuda12",
     "chat_model",
@@ -83,6 +85,17 @@ def xla_ops_repositories():
         build_file = "//third_party:pybind11.BUILD",
         keep = ["pybind11/include"],
         requirements = "@xla_ops_pins//:pybind11.txt",
+    )
+    pip_wheels(
+        name = "torch_headers",
+        build_file = "//third_party:torch.BUILD",
+        keep = ["torch/include"],
+        requirements = "@xla_ops_pins//:torch_headers.txt",
+        target = [
+            "--implementation=cp",
+            "--python-version=3.11",
+            "--platform=manylinux_2_28_aarch64",
+        ],
     )
     pip_wheels(
         name = "cuda13",

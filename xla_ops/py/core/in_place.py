@@ -170,6 +170,28 @@ def update(
     assign(buffer, op(old, *args, given))
 
 
+def prepare(
+    op: str, buffers: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """What a functional op takes that is to update several XLA tensors in one call.
+
+    Returns:
+        Their old values, and of each the donor, as `update` has it; `assign` the
+        results afterwards. A view has none: its base is made anew around it.
+    """
+    old, donors = list(buffers), [donor(t) for t in buffers]
+    for i, given in enumerate(donors):
+        if given is not None:
+            old[i] = donors[i] = ownership.owned(given)
+    whole = [t for t in buffers if not t._is_view()]
+    if is_collecting():
+        for t in whole:
+            _collect(op, t)
+    elif not any(isinstance(t, FunctionalTensor) for t in buffers):
+        ownership.protect(whole, finish_reads=False)
+    return old, donors
+
+
 def overwrite(t: torch.Tensor, value: torch.Tensor) -> None:
     """In a replayed function: t.copy_(value), into the buffer that `t` has.
 

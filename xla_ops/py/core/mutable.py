@@ -87,7 +87,7 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
         if _squeezed(target.shape) != _squeezed(spec.shape):
             check.shape(argument, target, spec.shape)
         check.same_device("input", bound.tensors[0], **{argument: target})
-    _check_writable(name, targets)
+    check_writable(name, targets)
     given = [t for t in targets.values() if t is not None]
     if any(in_place.is_value(t) for t in (*given, *bound.tensors)):
         results = op(*args)
@@ -104,7 +104,7 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
     return _with_targets(results, targets)
 
 
-def _check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> None:
+def check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> None:
     """Raises ValueError where an element would be written twice."""
     given = {argument: t for argument, t in targets.items() if t is not None}
     num_tensors = len({id(t) for t in given.values()})

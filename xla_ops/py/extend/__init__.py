@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .library import API_VERSION as API_VERSION
     from .library import include_dir as include_dir
     from .library import register_library as register_library
+    from .torch_op import torch_op as torch_op
 
 # Public name -> the module of this package, and the name there; "" is the module.
 _PLACES = {
@@ -47,6 +48,7 @@ _PLACES = {
     "include_dir": ("extend.library", "include_dir"),
     "mutable": ("core.mutable", ""),
     "register_library": ("extend.library", "register_library"),
+    "torch_op": ("extend.torch_op", "torch_op"),
 }
 
 __all__ = list(_PLACES)
