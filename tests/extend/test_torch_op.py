@@ -226,6 +226,22 @@ def _two(result, x):
     return [result, x.new_empty(())]
 
 
+def test_values_that_python_holds_for_equal_are_told_apart(ab):
+    """1, 1.0 and True; 0.0 and -0.0; a tensor twice, and two tensors."""
+    f, a = torch_op("aten::mul.Scalar"), xla(ab[0].int())[0]
+    dtypes = [f(a, value).dtype for value in (1, 1.0, True)]
+    assert dtypes == [torch.int32, torch.float32, torch.int32]
+    g = torch_op("aten::copysign.Scalar")
+    for value in (0.0, -0.0):
+        result = g(xla(ab[0])[0], value).cpu()
+        assert same(result, torch.copysign(ab[0], value))
+    add = torch_op("aten::add.out")
+    for other in (0, 1):
+        x = xla(*ab)
+        add(x[0], x[other], out=x[0])
+        assert same(x[0].cpu(), ab[0] + ab[other])
+
+
 def test_foreach_writes_a_list(ab):
     tensors = xla(*ab)
     torch_op("aten::_foreach_add_.Scalar")(tensors, 2.5)

@@ -210,11 +210,14 @@ class Frame {
  private:
   at::Tensor Wrap(ffi::AnyBuffer buffer) const {
     const auto dims = buffer.dimensions();
-    return at::from_blob(buffer.untyped_data(),
-                         at::IntArrayRef(dims.begin(), dims.size()),
-                         at::TensorOptions()
-                             .dtype(ToScalarType(buffer.element_type()))
-                             .device(device_));
+    const at::IntArrayRef sizes(dims.begin(), dims.size());
+    // Without a target device torch would ask CUDA where the pointer lies.
+    return at::for_blob(buffer.untyped_data(), sizes)
+        .options(at::TensorOptions()
+                     .dtype(ToScalarType(buffer.element_type()))
+                     .device(device_))
+        .target_device(device_)
+        .make_tensor();
   }
 
   ffi::RemainingArgs args_;

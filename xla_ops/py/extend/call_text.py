@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,19 +43,41 @@ _MEMORY_FORMATS = {
 _LISTS = {"int": "I", "float": "F", "bool": "B", "str": "S"}
 
 
+# Where a tensor lies: which argument it is, and which element of that if it is a list.
+Place = tuple[int, int | None]
+
+
+class Operand(NamedTuple):
+    name: str
+    place: Place
+
+
+class Target(NamedTuple):
+    """A tensor that the operator writes.
+
+    Attributes:
+        label: what it is called in error texts.
+        place: of it.
+        operand: the operand that it is; None: the operator only writes it.
+    """
+
+    label: str
+    place: Place
+    operand: int | None
+
+
 class Arguments:
     """The arguments of one call, as they are added.
 
     Attributes:
-        operands: name and tensor of each.
-        targets: what the operator writes, in the order of results: name, tensor and
-            which operand it is; None: the operator only writes it.
+        operands: the tensors that the operator reads.
+        targets: those that it writes, in the order of results.
         labels: what an operand of a list is called in error texts.
     """
 
     def __init__(self, check: Checker, arguments: list[Any]):
-        self.operands: list[tuple[str, torch.Tensor]] = []
-        self.targets: list[tuple[str, torch.Tensor, int | None]] = []
+        self.operands: list[Operand] = []
+        self.targets: list[Target] = []
         self.labels: dict[str, str] = {}
         self._check = check
         self._places: list[list[int]] = []  # of each argument, the results it is
@@ -77,7 +99,7 @@ class Arguments:
         if value is None:
             self._items.append("n")
         elif kind == "Tensor":
-            self._tensor(name, name, value, is_written, is_output)
+            self._tensor(name, name, None, value, is_written, is_output)
         elif kind in ("List[Tensor]", "List[Optional[Tensor]]"):
             self._items.append(f"{'T' if kind == 'List[Tensor]' else 'O'}{len(value)}")
             for i, t in enumerate(value):
@@ -88,7 +110,7 @@ class Arguments:
                     while unique in self._names:
                         unique += "_"
                     label = f"{name}[{i}]"
-                    self._tensor(unique, label, t, is_written, is_output)
+                    self._tensor(unique, label, i, t, is_written, is_output)
         elif kind.startswith("List["):
             inner = kind.removeprefix("List[").removesuffix("]")
             if inner not in _LISTS:
@@ -99,7 +121,13 @@ class Arguments:
             self._items.append(self._item(name, kind, value))
 
     def _tensor(
-        self, name: str, label: str, t: Any, is_written: bool, is_output: bool
+        self,
+        name: str,
+        label: str,
+        element: int | None,
+        t: Any,
+        is_written: bool,
+        is_output: bool,
     ) -> None:
         self._check.tensor(label, t)
         if t.dtype not in _DTYPES.values():
@@ -107,17 +135,18 @@ class Arguments:
             self._check.require(False, label, f"be one of {names}", dtype_name(t.dtype))
         if label != name:
             self.labels[name] = label
+        place = (len(self._places) - 1, element)
         result = len(self.targets)
         if is_written:
             self._places[-1].append(result)
         if is_output:
-            self.targets.append((label, t, None))
+            self.targets.append(Target(label, place, None))
             self._items.append(f"r{result}")
             return
         operand = len(self.operands)
-        self.operands.append((name, t))
+        self.operands.append(Operand(name, place))
         if is_written:
-            self.targets.append((label, t, operand))
+            self.targets.append(Target(label, place, operand))
             self._items.append(f"a{operand},{result}")
         else:
             self._items.append(f"t{operand}")
@@ -154,19 +183,12 @@ class Arguments:
         """Makes outputs operands where there is none: XLA needs a tensor to start."""
         if self.operands:
             return
-        outputs = [target for target in self.targets if target[2] is None]
-        self._check.require(bool(outputs), "arguments", "hold an XLA tensor", "none")
-        for number, (label, t, _) in enumerate(self.targets):
-            name = label.replace("[", "_").replace("]", "")
-            self.operands.append((name, t))
-            self.targets[number] = (label, t, number)
+        self._check.require(bool(self.targets), "arguments", "hold a tensor", "none")
+        for number, target in enumerate(self.targets):
+            name = target.label.replace("[", "_").replace("]", "")
+            self.operands.append(Operand(name, target.place))
+            self.targets[number] = target._replace(operand=number)
             self._items[self._items.index(f"r{number}")] = f"a{number},{number}"
-
-    def key(self) -> tuple:
-        """What a meta kernel's answer depends on."""
-        tensors = [t for _, t in self.operands] + [t for _, t, _ in self.targets]
-        specs = ((tuple(map(int, t.shape)), t.dtype) for t in tensors)
-        return (" ".join(self._items), *specs)
 
     def results_of(self, place: int) -> list[int]:
         """The results that an argument is, which the operator writes."""

@@ -22,7 +22,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -35,15 +35,16 @@ from ..core.errors import Problem
 from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
 from ..core.op import NAMESPACE, Op
-from .call_text import Arguments, result_specs, result_text
+from ..core.tracing import is_plain
+from .call_text import Arguments, Place, Target, result_specs, result_text
 from .library import register_library
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _check = Checker("torch_op")
 _DISPATCH_KEYS = {handlers.HOST: "CPU", handlers.CUDA: "CUDA"}
 
-# What a call's meta kernel said may be asked for again.
-_MAX_SHAPES = 1024
+# As many as an `Op` keeps.
+_MAX_PLANS = 1024
 
 
 def torch_op(
@@ -153,6 +154,24 @@ class _Call(Op):
         return results
 
 
+class _Plan(NamedTuple):
+    """What is done for every call of one signature.
+
+    Attributes:
+        op: that runs.
+        texts: of the call, and of its results' shapes.
+        operands: where each lies in the arguments.
+        targets: what the operator writes; the first results are theirs.
+        returned: for each return the number of the result, or several of a list.
+    """
+
+    op: _Call
+    texts: tuple[str, str]
+    operands: tuple[Place, ...]
+    targets: tuple[Target, ...]
+    returned: tuple
+
+
 class _Operator:
     """One operator of torch: its front, and its calls."""
 
@@ -192,7 +211,7 @@ class _Operator:
             name,
         )
         self._calls: dict[tuple, _Call] = {}
-        self._shapes: dict[tuple, tuple] = {}
+        self._plans: dict[tuple, _Plan] = {}
         self._platforms: set[str] = set()
 
     def _aliased(self, returned: Any) -> int:
@@ -224,14 +243,26 @@ class _Operator:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         values = self._values(args, kwargs)
-        tensors = [t for v in values for t in _tensors(v)]
-        if not any(t.device.type == "xla" for t in tensors):
+        devices = {t.device.type for value in values for t in _tensors(value)}
+        if "xla" not in devices:
             return self.overload(*args, **kwargs)
+        if len(devices) > 1:
+            self._refuse_other_devices(values)
+        key = _signature(values)
+        plan = None if key is None else self._plans.get(key)
+        if plan is None:
+            plan = self._new_plan(values)
+            if key is not None:
+                if len(self._plans) >= _MAX_PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan
+        return self._on_xla(plan, values)
+
+    def _refuse_other_devices(self, values: list) -> None:
         for name, value in zip(self.names, values, strict=True):
             for t in _tensors(value):
                 rule = "be on an XLA device, as other arguments are"
                 self.check.require(t.device.type == "xla", name, rule, t.device)
-        return self._on_xla(values)
 
     def _values(self, args: tuple, kwargs: dict) -> list:
         """All arguments, in the schema's order; torch leaves defaults out."""
@@ -246,7 +277,7 @@ class _Operator:
                 values.append(next(positional, a.default_value))
         return values
 
-    def _on_xla(self, values: list) -> Any:
+    def _new_plan(self, values: list) -> _Plan:
         self._require_kernel(handlers.xla_platform())
         taken = Arguments(self.check, self.arguments)
         for a, value, is_written, is_output in zip(
@@ -254,29 +285,47 @@ class _Operator:
         ):
             taken.add(a, value, is_written, is_output)
         taken.require_operand()
-        targets = [t for _, t, _ in taken.targets]
         returned, specs = self._returned(values, taken)
-        results = [Spec(tuple(map(int, t.shape)), t.dtype) for t in targets] + specs
+        updated = [
+            Spec(tuple(map(int, t.shape)), t.dtype)
+            for t in (_at(values, target.place) for target in taken.targets)
+        ]
+        results = updated + specs
         text = taken.text(self.name, returned)
-        op = self._call(taken, len(results))
-        _remember(text, dict(zip(self.names, values, strict=True)))
+        if self.gradient is not None:
+            _remember(text, dict(zip(self.names, values, strict=True)))
+        return _Plan(
+            self._call(taken, len(results)),
+            (text, result_text(results)),
+            tuple(operand.place for operand in taken.operands),
+            tuple(taken.targets),
+            returned,
+        )
 
-        named = {name: t for name, t, _ in taken.targets}
+    def _on_xla(self, plan: _Plan, values: list) -> Any:
+        operands = [_at(values, place) for place in plan.operands]
+        if not plan.targets:
+            computed = plan.op(*operands, *plan.texts)
+            computed = list(computed) if isinstance(computed, tuple) else [computed]
+            return _structured(plan.returned, computed)
+        targets = [_at(values, target.place) for target in plan.targets]
+        named = {
+            t.label: tensor for t, tensor in zip(plan.targets, targets, strict=True)
+        }
         mutable.check_writable(self.name, named)
         in_place.check_graph_inputs(self.name, **named)
-        aliased = [t for _, t, operand in taken.targets if operand is not None]
+        places = [t.operand for t in plan.targets if t.operand is not None]
+        aliased = [operands[place] for place in places]
         old, donors = in_place.prepare(self.name, aliased)
-        operands = [t for _, t in taken.operands]
-        places = [operand for _, _, operand in taken.targets if operand is not None]
         for place, t in zip(places, old, strict=True):
             operands[place] = t
-        computed = op(*operands, text, result_text(results), *donors)
+        computed = plan.op(*operands, *plan.texts, *donors)
         computed = list(computed) if isinstance(computed, tuple) else [computed]
         for target, value in zip(targets, computed, strict=False):
             if target.numel():
                 in_place.assign(target, value)
         ownership.renew([t for t in aliased if t._is_view()])
-        return self._structured(returned, computed, taken)
+        return _structured(plan.returned, targets + computed[len(targets) :])
 
     def _require_kernel(self, platform: str) -> None:
         if platform in self._platforms:
@@ -312,21 +361,14 @@ class _Operator:
         if all(place >= 0 for place in self.returned):
             entries = tuple(self._entry(place, taken) for place in self.returned)
             return entries, []
-        key = taken.key()
-        found = self._shapes.get(key)
-        if found is None:
-            if len(self._shapes) >= _MAX_SHAPES:
-                self._shapes.clear()
-            found = self._shapes[key] = self._ask_meta(values, taken)
-        entries, specs = found
-        return entries, list(specs)
+        return self._ask_meta(values, taken)
 
     def _entry(self, place: int, taken: Arguments) -> Any:
         """The results that an argument, which is returned, is."""
         numbers = taken.results_of(place)
         return numbers if taken.is_list(place) else numbers[0]
 
-    def _ask_meta(self, values: list, taken: Arguments) -> tuple:
+    def _ask_meta(self, values: list, taken: Arguments) -> tuple[tuple, list[Spec]]:
         with _disable_current_modes(), torch.no_grad():
             stand_ins: dict[int, torch.Tensor] = {}
             args = [_to_meta(value, stand_ins) for value in values]
@@ -347,8 +389,8 @@ class _Operator:
             rule = f"return {len(self.returned)} values"
             self.check.require(False, "meta", rule, len(answers))
         known = {
-            id(stand_ins[id(t)]): number
-            for number, (_, t, _) in enumerate(taken.targets)
+            id(stand_ins[id(_at(values, target.place))]): number
+            for number, target in enumerate(taken.targets)
         }
         specs: list[Spec] = []
 
@@ -372,14 +414,14 @@ class _Operator:
             "be False for an operator that returns tensors of its own",
             self.name,
         )
-        return tuple(entries), tuple(specs)
+        return tuple(entries), specs
 
     def _call(self, taken: Arguments, num_results: int) -> _Call:
-        names = tuple(name for name, _ in taken.operands)
+        names = tuple(operand.name for operand in taken.operands)
         aliases = {
-            number: names[operand]
-            for number, (_, _, operand) in enumerate(taken.targets)
-            if operand is not None
+            number: names[target.operand]
+            for number, target in enumerate(taken.targets)
+            if target.operand is not None
         }
         key = (names, tuple(aliases.items()), num_results)
         op = self._calls.get(key)
@@ -432,16 +474,41 @@ class _Operator:
             num_donors=len(donors),
         )
 
-    def _structured(self, returned: tuple, computed: list, taken: Arguments) -> Any:
-        """The front's results: targets themselves, and what is new."""
-        tensors = [t for _, t, _ in taken.targets] + computed[len(taken.targets) :]
-        found = [
-            [tensors[n] for n in entry] if isinstance(entry, list) else tensors[entry]
-            for entry in returned
-        ]
-        if not found:
-            return None
-        return found[0] if len(found) == 1 else tuple(found)
+
+def _structured(returned: tuple, tensors: list[torch.Tensor]) -> Any:
+    """What the front returns, of all results."""
+    found = [
+        [tensors[n] for n in entry] if isinstance(entry, list) else tensors[entry]
+        for entry in returned
+    ]
+    if not found:
+        return None
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def _at(values: list, place: Place) -> torch.Tensor:
+    argument, element = place
+    value = values[argument]
+    return value if element is None else value[element]
+
+
+def _signature(values: list) -> tuple | None:
+    """What a plan depends on; None in a trace, where sizes may be symbols."""
+    found: list[Any] = []
+    seen: dict[int, int] = {}  # which tensors are the same one
+    for value in values:
+        is_list = isinstance(value, (list, tuple))
+        for v in value if is_list else (value,):
+            if isinstance(v, torch.Tensor):
+                if not is_plain(v):
+                    return None
+                found += v.shape, v.dtype, seen.setdefault(id(v), len(seen))
+            elif isinstance(v, float):
+                found.append(v.hex())
+            else:
+                found += type(v), v  # 1, 1.0 and True are the same key
+        found.append(len(value) if is_list else None)
+    return tuple(found)
 
 
 def _is_written(argument: Any) -> bool:
