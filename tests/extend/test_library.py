@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,6 +163,19 @@ def test_headers_say_the_version_that_the_package_checks():
     assert xla_ops.include_dir() == extend.include_dir()
     header = extend.include_dir() / "xla_ops" / "cc" / "core" / "registry.h"
     assert f"#define XLA_OPS_API_VERSION {VERSION}\n" in header.read_text()
+
+
+def test_modules_do_not_hide_the_functions_they_are_named_after():
+    code = """
+import importlib, types
+from xla_ops import extend
+for name in extend.__all__:
+    place, attribute = extend._PLACES[name]
+    importlib.import_module(f"xla_ops.{place}")
+    is_module = isinstance(getattr(extend, name), types.ModuleType)
+    assert is_module == (not attribute), name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names_are_there_and_no_others():

@@ -15,6 +15,8 @@ libraries built against them carry too. Nothing is imported before it is asked f
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +54,17 @@ _PLACES = {
 }
 
 __all__ = list(_PLACES)
+
+
+class _Package(types.ModuleType):
+    """Keeps a module of this package from hiding the function it is named after."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PLACES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
