@@ -141,7 +141,7 @@ def test_handlers_and_declarations_agree():
         for name, args in SAMPLES.items()
     }
     assert handlers.load(handlers.HOST) == wanted
-    cuda = handlers.load(handlers.CUDA)
+    cuda = handlers.load(handlers.CUDA) - {"xla_ops.launch_kernel"}  # of users' ops
     assert cuda in (wanted, frozenset()), "a CUDA build has them all, a CPU build none"
 
 

@@ -190,6 +190,8 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
     }
     expected.add("xla_ops/lib/libxla_ops_pjrt.so")
     expected.add("xla_ops/lib/libxla_ops_torch_op.so")
+    if "cuda" in PLATFORMS:
+        expected.add("xla_ops/lib/libxla_ops_launch_kernel_cuda.so")
     binaries = {name for name in archive.namelist() if name.endswith(".so")}
     (extension,) = [name for name in binaries if "/_runtime." in name]
     assert f"cpython-{python_tag(wheel)[2:]}" in extension
