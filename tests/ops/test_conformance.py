@@ -11,7 +11,7 @@ import xla_ops
 from support import Path, int32
 from xla_ops.core import handlers
 from xla_ops.core.custom_call import call_directly
-from xla_ops.core.op import OPS
+from xla_ops.core.op import OPS, Op
 
 GEOMETRY = [3, 4, 2, 16, 128, 32, 16, 0]
 ROWS = torch.ones(5, 2, 16)
@@ -131,7 +131,8 @@ def numbers(t):
 
 
 def test_every_op_has_a_sample():
-    assert set(SAMPLES) == set(OPS)
+    # Other tests, if this process has run them, have declared ops of users.
+    assert set(SAMPLES) == {name for name, op in OPS.items() if type(op) is Op}
 
 
 def test_handlers_and_declarations_agree():

@@ -34,7 +34,8 @@ def extra(cuda: int) -> dict[str, Requirement]:
 
 
 def test_extra_holds_the_plugin_and_every_wheel_that_it_needs(tool, cuda):
-    assert set(extra(cuda)) == tool.wheels(cuda) | {f"jax-cuda{cuda}-pjrt"}
+    others = {f"jax-cuda{cuda}-pjrt", "cuda-bindings"}
+    assert set(extra(cuda)) == tool.wheels(cuda) | others
 
 
 def test_extra_is_bounded_on_both_sides(cuda):
@@ -55,9 +56,10 @@ def test_extra_accepts_what_torch_pins(cuda):
     asked = extra(cuda)
     for name in asked.keys() & pins.keys():
         assert asked[name].specifier.contains(pins[name]), (asked[name], pins[name])
-    # All but the plugin and the compiler are there already, with CUDA 12.
+    # All but these are there already, with CUDA 12.
     if cuda == 12:
         assert asked.keys() - pins.keys() == {
+            "cuda-bindings",
             "jax-cuda12-pjrt",
             "nvidia-cuda-nvcc-cu12",
         }

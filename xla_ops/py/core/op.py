@@ -186,7 +186,7 @@ class Op:
         call = bound.call
         updated = {name: bound.operand(name) for name in call.aliases.values()}
         platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
-        if handlers.loaded(platform, call.target):
+        if self._runs(platform, call.target, at_once=True):
             # The handler may write before it has read, so what it reads is set apart.
             operands = tuple(
                 t.clone()
@@ -229,7 +229,7 @@ class Op:
         if call.is_empty:
             return bound.untouched()
         platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
-        if not handlers.loaded(platform, call.target):
+        if not self._runs(platform, call.target, at_once=True):
             results = self._reference(args)
             return list(results) if isinstance(results, tuple) else [results]
         # A functional op must not touch its arguments.
@@ -241,6 +241,11 @@ class Op:
         bound = BoundCall(call, operands)
         direct = {i: t for i, t in (into or {}).items() if _may_write(bound, i, t)}
         return call_directly(bound, direct)
+
+    def _runs(self, platform: str, target: str, *, at_once: bool) -> bool:
+        """Whether a handler computes a call; where not, the reference does."""
+        ask = handlers.loaded if at_once else handlers.available
+        return ask(platform, target)
 
     def _reference(self, args: Sequence) -> Results:
         return self.reference(*(args[:-1] if self.has_donor else args))
@@ -261,7 +266,7 @@ class Op:
             if bound.call.is_empty:
                 return _unpack(bound.untouched())
             plan = self._new_plan(signature, bound)
-        if not handlers.available(plan.platform, plan.node.target):
+        if not self._runs(plan.platform, plan.node.target, at_once=False):
             return self._reference(args)
         node = plan.node
         operands = [args[i] for i in plan.operands]

@@ -3,6 +3,7 @@
 Ways to bring a kernel, from the least work to the most (docs/extend.md):
 
     torch_op          an operator that torch has, by its name
+    cuda_kernel       CUDA C++, as text
     register_library  handlers in C++ or CUDA, built against the headers of this wheel
 
 and what declares an op on top of a handler, as the ops of this package are declared:
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from .library import include_dir as include_dir
     from .library import register_library as register_library
     from .torch_op import torch_op as torch_op
+    from .cuda_kernels import cuda_kernel as cuda_kernel
+    from .launch import Given as Given
+    from .launch import ceil_div as ceil_div
 
 # Public name -> the module of this package, and the name there; "" is the module.
 _PLACES = {
@@ -41,6 +45,7 @@ _PLACES = {
     "Backward": ("core.gradients", "Backward"),
     "Checker": ("core.checks", "Checker"),
     "CustomCall": ("core.custom_call", "CustomCall"),
+    "Given": ("extend.launch", "Given"),
     "Gradient": ("core.gradients", "Gradient"),
     "Op": ("core.op", "Op"),
     "OptionalOperand": ("core.custom_call", "OptionalOperand"),
@@ -48,6 +53,8 @@ _PLACES = {
     "Spec": ("core.hlo", "Spec"),
     "autocast": ("core.autocast", ""),
     "include_dir": ("extend.library", "include_dir"),
+    "ceil_div": ("extend.launch", "ceil_div"),
+    "cuda_kernel": ("extend.cuda_kernels", "cuda_kernel"),
     "mutable": ("core.mutable", ""),
     "register_library": ("extend.library", "register_library"),
     "torch_op": ("extend.torch_op", "torch_op"),
