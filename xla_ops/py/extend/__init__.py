@@ -4,6 +4,7 @@ Ways to bring a kernel, from the least work to the most (docs/extend.md):
 
     torch_op          an operator that torch has, by its name
     cuda_kernel       CUDA C++, as text
+    triton_kernel     a function by triton.jit
     register_library  handlers in C++ or CUDA, built against the headers of this wheel
 
 and what declares an op on top of a handler, as the ops of this package are declared:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .cuda_kernels import cuda_kernel as cuda_kernel
     from .launch import Given as Given
     from .launch import ceil_div as ceil_div
+    from .triton_kernels import triton_kernel as triton_kernel
 
 # Public name -> the module of this package, and the name there; "" is the module.
 _PLACES = {
@@ -55,6 +57,7 @@ _PLACES = {
     "include_dir": ("extend.library", "include_dir"),
     "ceil_div": ("extend.launch", "ceil_div"),
     "cuda_kernel": ("extend.cuda_kernels", "cuda_kernel"),
+    "triton_kernel": ("extend.triton_kernels", "triton_kernel"),
     "mutable": ("core.mutable", ""),
     "register_library": ("extend.library", "register_library"),
     "torch_op": ("extend.torch_op", "torch_op"),

@@ -170,7 +170,11 @@ class _CudaKernel(Kernel):
             )
 
     def launch(
-        self, args: Sequence[Any], results: Sequence[Given], machine: Machine
+        self,
+        args: Sequence[Any],
+        results: Sequence[Given],
+        num_values: int,
+        machine: Machine,
     ) -> Launch:
         grid, block, cluster, shared_bytes = self._sizes(args)
         most = launch.most_shared_bytes(machine)

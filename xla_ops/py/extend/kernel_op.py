@@ -51,9 +51,18 @@ class Kernel:
         raise NotImplementedError
 
     def launch(
-        self, args: Sequence[Any], results: Sequence[Given], machine: Machine
+        self,
+        args: Sequence[Any],
+        results: Sequence[Given],
+        num_values: int,
+        machine: Machine,
     ) -> Launch:
-        """Compiles the kernel for a call that was checked."""
+        """Compiles the kernel for a call that was checked.
+
+        Args:
+            num_values: how many tensors the call gives: the new values of those that it
+                writes, and then `results`.
+        """
         raise NotImplementedError
 
 
@@ -324,7 +333,7 @@ class _Declaration(NamedTuple):
         self.kernel.check_call(given, results)
         if _shapes_only.on or platform != handlers.CUDA:
             return call
-        launched = self.kernel.launch(given, results, launch.machine())
+        launched = self.kernel.launch(given, results, self.num_values, launch.machine())
         launch.add_code(launched.code)
         return CustomCall(
             TARGET,
