@@ -4,7 +4,7 @@
 // Captured into CUDA graphs like the handlers of the ops: it does nothing but
 // launch, and the initialize stage has loaded the code before.
 //
-// Tested by launch_test.cc.
+// Tested by launch_test.cc and, on a GPU, by tests/gpu/check_user_kernels.py.
 
 #include <cstddef>
 #include <cstdint>

@@ -1,6 +1,7 @@
 """CUDA C++ text as an op.
 
-Tested by tests/extend/test_cuda_kernel.py.
+Tested by tests/extend/test_cuda_kernel.py and, on a GPU, by
+tests/gpu/check_user_kernels.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A process whose torch has no CUDA has XLA's context all the same: memory and eve
 asked of the driver, through NVIDIA's own bindings (cuda-bindings), and the kernels are
 launched by the launcher itself.
 
-Tested, with a driver of fakes, by tests/extend/test_timing.py.
+Tested, with a driver of fakes, by tests/extend/test_timing.py and, on a GPU, by
+tests/gpu/check_user_kernels.py.
 """
 
 from __future__ import annotations

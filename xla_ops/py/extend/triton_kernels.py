@@ -3,7 +3,8 @@
 Triton compiles it, for a GPU that need not be there, and the launcher of users' kernels
 launches it; Triton's own launcher and torch's CUDA are not used.
 
-Tested by tests/extend/test_triton_kernel.py.
+Tested by tests/extend/test_triton_kernel.py and, on a GPU, by
+tests/gpu/check_user_kernels.py.
 """
 
 from __future__ import annotations
