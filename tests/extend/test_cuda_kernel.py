@@ -1,5 +1,7 @@
 """A user's CUDA kernel on every path to it; on a CPU by its reference."""
 
+import doctest
+
 import pytest
 import torch
 import torch_xla
@@ -10,6 +12,7 @@ from user_kernels import make_both, make_scale, make_scale_in_place, op_of
 from xla_ops.core.gradients import Gradient
 from xla_ops.core.op import OPS
 from xla_ops.core.sharding import Rule
+from xla_ops.extend import cuda_kernels
 from xla_ops.extend.cuda_kernels import pointed_types
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*its reference function runs")
@@ -194,6 +197,14 @@ def test_ops_are_there_by_name():
     assert name in OPS
     got = getattr(torch.ops.xla_ops, name)(torch.ones(2), 3.0)
     assert torch.equal(got, torch.full((2,), 3.0))
+
+
+def test_example_of_the_docstring():
+    found = doctest.DocTestFinder(recurse=False).find(
+        cuda_kernels.cuda_kernel, globs={"torch": torch, **vars(xla_ops.extend)}
+    )
+    result = doctest.DocTestRunner().run(found[0])
+    assert result.attempted == 2 and result.failed == 0
 
 
 def test_name_and_source():

@@ -16,9 +16,10 @@ memcheck (compute-sanitizer on op tests); kernels, elementwise, grouped_matmul a
 linear (the kernels alone, under JAX); compiled_update (torch.compile of CUDA tensors,
 timed); user_kernels (xla_ops.extend, timed); large (arrays past 2^31 elements); table
 (ms per step against cache size); ways (examples/in_place, compared). With
---kernel-races, the program that `bazel build //tests/gpu:kernel_races` makes: races (it alone, with
-graph capture) and races_TOOL for each tool of compute-sanitizer. `tests` stands for all
-test files. Up to --jobs parts share the GPU, but for large and what is timed.
+--kernel-races, the program that `bazel build //tests/gpu:kernel_races` makes: races (it
+alone, with graph capture) and races_TOOL for each tool of compute-sanitizer. `tests`
+stands for all test files. Up to --jobs parts share the GPU, but for large and what is
+timed.
 """
 
 import argparse
