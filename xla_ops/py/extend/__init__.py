@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from ..core.hlo import Spec as Spec
     from ..core.op import Op as Op
     from ..core.sharding import Rule as ShardingRule  # noqa: F401
+    from .cuda_kernels import cuda_kernel as cuda_kernel
+    from .launch import Given as Given
+    from .launch import ceil_div as ceil_div
     from .library import API_VERSION as API_VERSION
     from .library import include_dir as include_dir
     from .library import register_library as register_library
     from .torch_op import torch_op as torch_op
-    from .cuda_kernels import cuda_kernel as cuda_kernel
-    from .launch import Given as Given
-    from .launch import ceil_div as ceil_div
     from .triton_kernels import triton_kernel as triton_kernel
 
 # Public name -> the module of this package, and the name there; "" is the module.
