@@ -199,6 +199,27 @@ def test_ops_are_there_by_name():
     assert torch.equal(got, torch.full((2,), 3.0))
 
 
+@pytest.mark.parametrize(
+    "argument, names",
+    [
+        ("grid", "x, a"),
+        ("block", "x, a"),
+        ("results", "x, a"),
+        ("shared_bytes", "x, a"),
+        ("reference", "x, a"),
+        ("parameters", "x, a, result0"),
+    ],
+)
+def test_functions_take_the_schemas_arguments(argument, names):
+    given = {"grid": 1, "block": 1, argument: lambda one: 1}
+    count = len(names.split(", "))
+    rule = rf"take {count} arguments \({names}\), got a function of \(one\)"
+    with pytest.raises(ValueError, match=f"^scale: {argument} must {rule}"):
+        xla_ops.extend.cuda_kernel(
+            "__global__", "scale", "(Tensor x, float a) -> Tensor", **given
+        )
+
+
 def test_example_of_the_docstring():
     found = doctest.DocTestFinder(recurse=False).find(
         cuda_kernels.cuda_kernel, globs={"torch": torch, **vars(xla_ops.extend)}

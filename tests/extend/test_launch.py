@@ -59,6 +59,7 @@ def test_parameters_are_packed_by_the_kernels_types(kind, value, word):
         ),
         ("u32", None, "be a number, as the kernel has u32, got None"),
         ("b8[12]", 1, r"be a buffer, an int, a float or a double .*, got b8\[12\]"),
+        ("u64", Given((2,), torch.int8), "be one of the arguments or results, got .*"),
         ("u64", "text", "be a buffer, a number or None, got 'text'"),
     ],
 )

@@ -290,6 +290,17 @@ def test_too_many_warps(num_warps):
         make_add(num_warps=num_warps)(x, x, 1.0)
 
 
+def test_grid_takes_the_constants_too():
+    rule = r"take 4 arguments \(x, y, a, meta\), got a function of \(x, y, a\)"
+    with pytest.raises(ValueError, match=f"^add: grid must {rule}"):
+        triton_kernel(
+            user_triton.add_kernel,
+            "(Tensor x, Tensor y, float a) -> Tensor",
+            grid=lambda x, y, a: 1,
+            name="add",
+        )
+
+
 def test_functions_that_are_no_kernels():
     rule = "fn must be a function by triton.jit, or by triton.autotune over one"
     with pytest.raises(ValueError, match=rf"^pre_hook: {rule}, got function"):

@@ -120,9 +120,20 @@ def cuda_kernel(
     if not isinstance(source, str) or "__global__" not in source:
         got = f"{type(source).__name__} without one"
         raise ValueError(f"{name}: source must have a __global__ function, got {got}")
-    signature = kernel_op.parse(name, schema)
+    check, signature = Checker(name), kernel_op.parse(name, schema)
+    names = signature.names
+    for argument, value, taken in (
+        ("kernel", kernel, names),
+        ("grid", grid, names),
+        ("block", block, names),
+        ("shared_bytes", shared_bytes, names),
+        ("results", results, names),
+        ("parameters", parameters, names + signature.result_names),
+        ("reference", reference, names),
+    ):
+        kernel_op.check_takes(check, argument, value, taken)
     declared = _CudaKernel(
-        Checker(name),
+        check,
         results,
         source,
         kernel,

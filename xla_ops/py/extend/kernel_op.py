@@ -12,6 +12,7 @@ Tested by tests/extend/test_launch.py and tests/extend/test_cuda_kernel.py.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,15 @@ class Signature(NamedTuple):
     num_results: int
 
     @property
+    def names(self) -> list[str]:
+        """Of the arguments."""
+        return [a.name for a in self.arguments]
+
+    @property
+    def result_names(self) -> list[str]:
+        return [f"result{i}" for i in range(self.num_results)]
+
+    @property
     def written(self) -> tuple[Argument, ...]:
         return tuple(a for a in self.arguments if a.is_written)
 
@@ -122,6 +132,23 @@ def parse(op: str, schema: str) -> Signature:
     computes = bool(kinds or signature.written)
     check.require(computes, "schema", "return or write a Tensor", schema)
     return signature
+
+
+def check_takes(
+    check: Checker, argument: str, value: Any, names: Sequence[str]
+) -> None:
+    """Checks, where `value` is a function, that it takes arguments of these names."""
+    if not callable(value):
+        return
+    try:
+        signature = inspect.signature(value)
+    except ValueError:
+        return  # a function of C that does not say
+    try:
+        signature.bind(*names)
+    except TypeError:
+        rule = f"take {len(names)} arguments ({', '.join(names)})"
+        check.require(False, argument, rule, f"a function of {signature}")
 
 
 class _ShapesOnly(threading.local):

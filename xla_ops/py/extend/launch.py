@@ -237,6 +237,8 @@ def pack(check: Checker, argument: str, kind: str, value: Any) -> str:
         )
         if value is None:
             return "null"
+        rule = "be one of the arguments or results"
+        check.require(value.position >= 0, argument, rule, "another Given")
         return f"{'r' if value.is_result else 'a'}{value.position}"
     is_number = isinstance(value, int | float)
     check.require(is_number, argument, "be a buffer, a number or None", repr(value))

@@ -114,6 +114,15 @@ def triton_kernel(
     options = {"num_warps": num_warps, "num_stages": num_stages, "num_ctas": num_ctas}
     choices = [_Choice.of(config) for config in given] or [_Choice({}, options)]
     signature = kernel_op.parse(label, schema)
+    names = signature.names
+    for argument, value, taken in (
+        ("grid", grid, [*names, "meta"]),
+        ("constants", constants, names),
+        ("results", results, names),
+        ("parameters", parameters, names + signature.result_names),
+        ("reference", reference, names),
+    ):
+        kernel_op.check_takes(check, argument, value, taken)
     kernel = _TritonKernel(
         check, results, jit, grid, parameters, constants or {}, tuple(choices)
     )
