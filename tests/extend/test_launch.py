@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import user_kernels
+import xla_ops
 from user_kernels import make_both, make_scale, make_scale_in_place, op_of, pretend_gpu
 from xla_ops.core.checks import Checker
 from xla_ops.core.errors import Problem
@@ -185,6 +186,7 @@ def test_what_the_launcher_is_told(monkeypatch):
         "cluster": "1 1 1",
         "shared_bytes": 0,
         "alignment": 1,
+        "guarded": "",
         "parameters": "a0 v0000003f r0 v58020000",
     }
     assert call.operands == ("x",) and not call.aliases
@@ -219,6 +221,38 @@ def test_results_come_after_what_is_written(monkeypatch):
     assert [tuple(spec.shape) for spec in call.results] == [(2,), (3,), (4,)]
     assert call.results[2].dtype == torch.float64
     assert call.attributes["parameters"] == "a0 a2 a1 r2"
+
+
+def test_debug_mode_has_results_computed_between_guards(monkeypatch, debug_mode):
+    pretend_gpu(monkeypatch)
+    make_both()
+    x = torch.ones(5, 100, dtype=torch.float16)
+    call = op_of("both").lowered((x, x)).call
+    assert call.attributes["guarded"] == "0:2 1:3"
+    assert [tuple(spec.shape) for spec in call.scratch] == [(1512,), (1512,)]
+    assert call.attributes["parameters"].split()[2:4] == ["r0", "r1"]
+    # What is written lies where it lies.
+    make_scale_in_place()
+    call = op_of("scale_").lowered((torch.ones(600), 0.5, None)).call
+    assert call.attributes["guarded"] == "" and call.scratch == ()
+
+
+def test_debug_mode_makes_plans_of_its_own():
+    scale = make_scale()
+    op, x = op_of("scale"), torch.ones(3, device="xla")
+    scale(x)
+    (first,) = op._plans.values()
+    xla_ops.set_debug(True)
+    try:
+        scale(x)
+    finally:
+        xla_ops.set_debug(False)
+    (second,) = op._plans.values()
+    assert second is not first
+    scale(x)
+    (third,) = op._plans.values()
+    scale(x)
+    assert list(op._plans.values()) == [third] and third is not second
 
 
 @pytest.mark.parametrize(

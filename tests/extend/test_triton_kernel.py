@@ -95,6 +95,7 @@ def test_what_the_launcher_is_told(monkeypatch):
         "cluster": "1 1 1",
         "shared_bytes": 0,
         "alignment": 16,
+        "guarded": "",
         # Behind the kernel's own stand scratch memory, its own and the profiler's.
         "parameters": f"a0 a1 r0 v58020000 v0000003f {SCRATCH}",
     }

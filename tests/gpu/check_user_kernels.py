@@ -203,14 +203,41 @@ def check_errors(how, cpu=False):
     raises("few: block must have at most 64 threads", registers, x)
 
 
+def check_guards(how, cpu=False):
+    """Debug mode tells of writes outside; once, since the error is of the program."""
+    if how != "lazy":
+        return
+    wild = xla_ops.extend.cuda_kernel(
+        "__global__ void wild(float* out) { out[threadIdx.x] = 1; }", "wild",
+        "(Tensor x) -> Tensor", parameters=lambda x, out: (out,), grid=1, block=33,
+        reference=torch.ones_like)  # fmt: skip
+    xla_ops.set_debug(True)
+    try:
+        x = torch.ones(32, device="xla")
+        close(cases.scale(x, 2.0).cpu(), torch.full((32,), 2.0))
+        if not cpu:
+            text = "got 4 bytes changed behind its end, the first at 0"
+            raises(text, lambda: wild(x).cpu())
+    finally:
+        xla_ops.set_debug(False)
+
+
+def save(results, options):
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump(results, file, indent=1)
+
+
 def checks(options):
     found = [check_functional, check_dtypes, check_numbers, check_shared_memory]
     found += [check_clusters, check_several_written, check_in_place, check_views]
     if not options.no_triton:
         found += [check_triton_add, check_triton_softmax, check_triton_product]
         found += [check_triton_in_place]
-    found += [check_errors]
-    results = {"cases": 0, "failures": []}
+    return found
+
+
+def run_checks(found, options, results):
     for check in found:
         for how in BACKENDS:
             results["cases"] += 1
@@ -229,7 +256,7 @@ def checks(options):
             else:
                 took = time.time() - start
                 print(f"ok   {check.__name__} {how} {took:.1f} s", flush=True)
-    return results
+            save(results, options)  # an error of a program may end the process
 
 
 # ---------------------------------------------------------------- time
@@ -397,14 +424,14 @@ def main():
     if options.measure:
         measure(options)
         return 0
-    results = checks(options)
+    results = {"cases": 0, "failures": []}
+    run_checks(checks(options), options, results)
     if not options.cpu:
         results |= launch.machine()._asdict()
         if not options.no_time:
             results["timings"] = timings(options)
-    if options.out:
-        with open(options.out, "w") as file:
-            json.dump(results, file, indent=1)
+    run_checks([check_errors, check_guards], options, results)
+    save(results, options)
     print(results["cases"], "cases,", len(results["failures"]), "failures")
     if "timings" in results:
         show(results["timings"])

@@ -42,6 +42,11 @@ Found* Find() {
   Look(handle, "cuKernelGetAttribute", &driver.kernel_attribute, found);
   Look(handle, "cuKernelSetAttribute", &driver.set_kernel_attribute, found);
   Look(handle, "cuLaunchKernelEx", &driver.launch, found);
+  Look(handle, "cuMemsetD8Async", &driver.fill, found);
+  Look(handle, "cuMemcpyDtoDAsync_v2", &driver.copy, found);
+  Look(handle, "cuMemcpyDtoH_v2", &driver.copy_to_host, found);
+  Look(handle, "cuStreamSynchronize", &driver.synchronize, found);
+  Look(handle, "cuStreamIsCapturing", &driver.is_capturing, found);
   driver.kernel_parameter = reinterpret_cast<decltype(driver.kernel_parameter)>(
       dlsym(handle, "cuKernelGetParamInfo"));
   if (!found->error.empty()) return found;

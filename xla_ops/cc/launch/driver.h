@@ -12,6 +12,7 @@
 #define XLA_OPS_CC_LAUNCH_DRIVER_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace xla_ops {
@@ -66,6 +67,12 @@ struct CuDriver {
                                    CuDevice);
   CuResult (*launch)(const CuLaunchConfig*, void* kernel, void** parameters,
                      void** extra);
+  // For guarded results alone; addresses are the device's.
+  CuResult (*fill)(uint64_t to, unsigned char value, size_t size, void* stream);
+  CuResult (*copy)(uint64_t to, uint64_t from, size_t size, void* stream);
+  CuResult (*copy_to_host)(void* to, uint64_t from, size_t size);
+  CuResult (*synchronize)(void* stream);
+  CuResult (*is_capturing)(void* stream, int* status);  // 0: it is not
   // Since CUDA 12.4; null before.
   CuResult (*kernel_parameter)(void* kernel, size_t index, size_t* offset,
                                size_t* size);

@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "xla_ops/cc/core/error.h"
 
@@ -90,9 +91,114 @@ bool ReadValue(std::string_view digits, uint64_t* value, size_t* size) {
   return true;
 }
 
+// A result that is computed elsewhere, with bytes around it that tell whether
+// the kernel wrote there.
+struct Guarded {
+  int64_t result;
+  uint64_t address;  // of the result
+  uint64_t start;    // of the scratch
+  size_t size;       // of the result, in bytes
+};
+
+constexpr unsigned char kGuard = 0xA5;
+
+ffi::Error ReadGuarded(const LaunchAttributes& call, ffi::RemainingRets results,
+                       std::vector<Guarded>* guarded) {
+  std::string_view rest = call.guarded;
+  while (!rest.empty()) {
+    const std::string_view word = TakeWord(&rest);
+    const size_t colon = std::min(word.find(':'), word.size());
+    const std::string_view behind =
+        word.substr(std::min(colon + 1, word.size()));
+    const int64_t count = static_cast<int64_t>(results.size());
+    int64_t result = -1;
+    int64_t scratch = -1;
+    bool fits = ReadNumber(word.substr(0, colon), &result) &&
+                ReadNumber(behind, &scratch) && result >= 0 && result < count &&
+                scratch >= 0 && scratch < count;
+    if (fits) {
+      const ffi::AnyBuffer to = **results.get<ffi::AnyBuffer>(result);
+      const ffi::AnyBuffer in = **results.get<ffi::AnyBuffer>(scratch);
+      fits = in.size_bytes() == to.size_bytes() + 2 * kGuardBytes;
+      guarded->push_back({result, reinterpret_cast<uint64_t>(to.untyped_data()),
+                          reinterpret_cast<uint64_t>(in.untyped_data()),
+                          to.size_bytes()});
+    }
+    if (!fits) {
+      return MustError(call.op, "guarded",
+                       "name a result and a scratch that is larger by two "
+                       "guards",
+                       word);
+    }
+  }
+  return ffi::Error::Success();
+}
+
+CuResult FillGuards(const CuDriver& driver, void* stream,
+                    const std::vector<Guarded>& guarded) {
+  for (const Guarded& one : guarded) {
+    const CuResult result =
+        driver.fill(one.start, kGuard, one.size + 2 * kGuardBytes, stream);
+    if (result != 0) return result;
+  }
+  return 0;
+}
+
+// How many of the guard's bytes at `address` are no longer as they were, and
+// which is the first.
+CuResult CountChanged(const CuDriver& driver, uint64_t address, int64_t* count,
+                      int64_t* first) {
+  unsigned char bytes[kGuardBytes];
+  const CuResult result = driver.copy_to_host(bytes, address, kGuardBytes);
+  *count = 0;
+  for (int64_t i = kGuardBytes - 1; i >= 0 && result == 0; --i) {
+    if (bytes[i] == kGuard) continue;
+    ++*count;
+    *first = i;
+  }
+  return result;
+}
+
+// Waits for the kernel, as only debug mode may, unless the call is being
+// captured.
+ffi::Error CheckGuards(const CuDriver& driver, const LaunchAttributes& call,
+                       void* stream, const std::vector<Guarded>& guarded) {
+  int status = 0;
+  CuResult result = 0;
+  for (const Guarded& one : guarded) {
+    if (result != 0) break;
+    result =
+        driver.copy(one.address, one.start + kGuardBytes, one.size, stream);
+  }
+  if (result == 0) result = driver.is_capturing(stream, &status);
+  if (result == 0 && status != 0) return ffi::Error::Success();
+  if (result == 0) result = driver.synchronize(stream);
+  for (const Guarded& one : guarded) {
+    for (const bool behind : {false, true}) {
+      const uint64_t offset = behind ? kGuardBytes + one.size : 0;
+      int64_t count = 0;
+      int64_t first = 0;
+      if (result == 0) {
+        result = CountChanged(driver, one.start + offset, &count, &first);
+      }
+      if (result != 0) {
+        return Failure(call, "CUDA failed: " + CuErrorText(driver, result));
+      }
+      if (count == 0) continue;
+      const int64_t distance = behind ? first : first - kGuardBytes;
+      return MustError(call.op, "kernel",
+                       "write inside result " + std::to_string(one.result),
+                       std::to_string(count) + " bytes changed " +
+                           (behind ? "behind its end" : "before its start") +
+                           ", the first at " + std::to_string(distance));
+    }
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error ReadBuffer(const LaunchAttributes& call, std::string_view word,
                       ffi::RemainingArgs operands, ffi::RemainingRets results,
-                      uint64_t* address) {
+                      const std::vector<Guarded>& guarded, uint64_t* address) {
   int64_t index = -1;
   const bool is_number = ReadNumber(word.substr(1), &index) && index >= 0;
   void* data = nullptr;
@@ -109,6 +215,11 @@ ffi::Error ReadBuffer(const LaunchAttributes& call, std::string_view word,
     return MustError(call.op, "parameters", rule, word);
   }
   *address = reinterpret_cast<uint64_t>(data);
+  for (const Guarded& one : guarded) {
+    if (word[0] == 'r' && index == one.result) {
+      *address = one.start + kGuardBytes;
+    }
+  }
   if (call.alignment > 1 &&
       *address % static_cast<uint64_t>(call.alignment) != 0) {
     return MustError(
@@ -123,7 +234,9 @@ ffi::Error ReadBuffer(const LaunchAttributes& call, std::string_view word,
 
 ffi::Error ReadParameters(const LaunchAttributes& call,
                           ffi::RemainingArgs operands,
-                          ffi::RemainingRets results, Parameters* parameters) {
+                          ffi::RemainingRets results,
+                          const std::vector<Guarded>& guarded,
+                          Parameters* parameters) {
   std::string_view rest = call.parameters;
   while (!rest.empty()) {
     const int i = parameters->count;
@@ -143,7 +256,8 @@ ffi::Error ReadParameters(const LaunchAttributes& call,
         return MustError(call.op, "parameters", "have one space between words",
                          "'" + std::string(call.parameters) + "'");
       }
-      XLA_OPS_RETURN_IF_ERROR(ReadBuffer(call, word, operands, results, value));
+      XLA_OPS_RETURN_IF_ERROR(
+          ReadBuffer(call, word, operands, results, guarded, value));
     }
     parameters->pointers[i] = value;
     ++parameters->count;
@@ -231,7 +345,10 @@ ffi::Error LaunchUserKernel(const CuDriver& driver, CodeTable& table,
   }
   // Filled as far as `count` says; it is large.
   Parameters parameters;
-  XLA_OPS_RETURN_IF_ERROR(ReadParameters(call, operands, results, &parameters));
+  std::vector<Guarded> guarded;
+  XLA_OPS_RETURN_IF_ERROR(ReadGuarded(call, results, &guarded));
+  XLA_OPS_RETURN_IF_ERROR(
+      ReadParameters(call, operands, results, guarded, &parameters));
   XLA_OPS_RETURN_IF_ERROR(CheckParameters(call, *kernel, parameters));
   config.shared_bytes = static_cast<unsigned>(call.shared_bytes);
   config.stream = stream;
@@ -242,10 +359,16 @@ ffi::Error LaunchUserKernel(const CuDriver& driver, CodeTable& table,
     config.attributes = &attribute;
     config.num_attributes = 1;
   }
-  const CuResult result =
-      driver.launch(&config, kernel->handle(), parameters.pointers, nullptr);
-  if (result == 0) return ffi::Error::Success();
-  return Failure(call, "CUDA launch failed: " + CuErrorText(driver, result));
+  CuResult result = FillGuards(driver, stream, guarded);
+  if (result == 0) {
+    result =
+        driver.launch(&config, kernel->handle(), parameters.pointers, nullptr);
+  }
+  if (result != 0) {
+    return Failure(call, "CUDA launch failed: " + CuErrorText(driver, result));
+  }
+  if (guarded.empty()) return ffi::Error::Success();
+  return CheckGuards(driver, call, stream, guarded);
 }
 
 }  // namespace xla_ops

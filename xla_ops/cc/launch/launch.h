@@ -11,6 +11,10 @@
 //   cluster       "x y z", blocks; "1 1 1": no clusters
 //   shared_bytes  i64: dynamic shared memory of a block
 //   alignment     i64: of every buffer, in bytes, since the code relies on it
+//   guarded       "" but in debug mode: a word for each result that is computed
+//   in
+//                 a scratch result, "1:3", which has kGuardBytes more before
+//                 and behind. Where they changed the call fails.
 //   parameters    what the kernel is given, in its order, a word each:
 //                   a2          operand 2
 //                   r0          result 0
@@ -32,6 +36,8 @@
 
 namespace xla_ops {
 
+inline constexpr int64_t kGuardBytes = 256;
+
 struct LaunchAttributes {
   std::string_view op;
   std::string_view kernel;
@@ -42,6 +48,7 @@ struct LaunchAttributes {
   std::string_view cluster;
   int64_t shared_bytes = 0;
   int64_t alignment = 1;
+  std::string_view guarded;
   std::string_view parameters;
 };
 

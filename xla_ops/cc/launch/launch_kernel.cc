@@ -35,6 +35,7 @@ auto LaunchBinding() {
       .template Attr<std::string_view>("cluster")
       .template Attr<int64_t>("shared_bytes")
       .template Attr<int64_t>("alignment")
+      .template Attr<std::string_view>("guarded")
       .template Attr<std::string_view>("parameters");
 }
 
@@ -42,7 +43,7 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets,
                       std::string_view op, std::string_view kernel,
                       std::string_view code, int64_t code_bytes,
                       std::string_view, std::string_view, std::string_view,
-                      int64_t, int64_t, std::string_view) {
+                      int64_t, int64_t, std::string_view, std::string_view) {
   std::string error;
   const CuDriver* driver = FindCuDriver(&error);
   if (driver == nullptr) {
@@ -61,8 +62,8 @@ ffi::Error Launch(ffi::RemainingArgs operands, ffi::RemainingRets results,
                   std::string_view code, int64_t code_bytes,
                   std::string_view grid, std::string_view block,
                   std::string_view cluster, int64_t shared_bytes,
-                  int64_t alignment, std::string_view parameters,
-                  void* stream) {
+                  int64_t alignment, std::string_view guarded,
+                  std::string_view parameters, void* stream) {
   std::string error;
   const CuDriver* driver = FindCuDriver(&error);
   if (driver == nullptr) {
@@ -70,7 +71,7 @@ ffi::Error Launch(ffi::RemainingArgs operands, ffi::RemainingRets results,
   }
   return LaunchUserKernel(*driver, CodeTable::Get(),
                           {op, kernel, code, code_bytes, grid, block, cluster,
-                           shared_bytes, alignment, parameters},
+                           shared_bytes, alignment, guarded, parameters},
                           stream, operands, results);
 }
 

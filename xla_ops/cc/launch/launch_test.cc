@@ -44,6 +44,10 @@ struct Fake {
   unsigned cluster[3] = {};
   void* launched = nullptr;
   std::vector<std::string> given;  // the bytes of each parameter
+  int capturing = 0;
+  int synchronized = 0;
+  // What the kernel does to the result that it is given.
+  void (*kernel)(char* result) = nullptr;
 };
 
 Fake* fake = nullptr;
@@ -132,7 +136,31 @@ CuDriver FakeDriver() {
         config->attributes->id == kCuLaunchAttributeClusterDimension) {
       std::memcpy(fake->cluster, config->attributes->value, 12);
     }
+    if (fake->kernel != nullptr) {
+      fake->kernel(*static_cast<char**>(parameters[1]));
+    }
     return extra == nullptr ? 0 : 1;
+  };
+  driver.fill = [](uint64_t to, unsigned char value, size_t size, void*) {
+    std::memset(reinterpret_cast<void*>(to), value, size);
+    return 0;
+  };
+  driver.copy = [](uint64_t to, uint64_t from, size_t size, void*) {
+    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from),
+                size);
+    return 0;
+  };
+  driver.copy_to_host = [](void* to, uint64_t from, size_t size) {
+    std::memcpy(to, reinterpret_cast<void*>(from), size);
+    return 0;
+  };
+  driver.synchronize = [](void*) {
+    ++fake->synchronized;
+    return 0;
+  };
+  driver.is_capturing = [](void*, int* status) {
+    *status = fake->capturing;
+    return 0;
   };
   return driver;
 }
@@ -146,11 +174,13 @@ ffi::Error TestLaunch(ffi::RemainingArgs operands, ffi::RemainingRets results,
                       std::string_view kernel, int64_t code_bytes,
                       std::string_view grid, std::string_view block,
                       std::string_view cluster, int64_t shared_bytes,
-                      int64_t alignment, std::string_view parameters) {
-  return LaunchUserKernel(driver, *table,
-                          {"scale", kernel, "digest", code_bytes, grid, block,
-                           cluster, shared_bytes, alignment, parameters},
-                          kStream, operands, results);
+                      int64_t alignment, std::string_view guarded,
+                      std::string_view parameters) {
+  return LaunchUserKernel(
+      driver, *table,
+      {"scale", kernel, "digest", code_bytes, grid, block, cluster,
+       shared_bytes, alignment, guarded, parameters},
+      kStream, operands, results);
 }
 
 XLA_FFI_DEFINE_HANDLER(test_handler, TestLaunch,
@@ -164,6 +194,7 @@ XLA_FFI_DEFINE_HANDLER(test_handler, TestLaunch,
                            .Attr<std::string_view>("cluster")
                            .Attr<int64_t>("shared_bytes")
                            .Attr<int64_t>("alignment")
+                           .Attr<std::string_view>("guarded")
                            .Attr<std::string_view>("parameters"));
 
 // A call that is right; tests spoil one part of it.
@@ -175,6 +206,8 @@ struct Call {
   const char* cluster = "1 1 1";
   int64_t shared_bytes = 0;
   int64_t alignment = 1;
+  const char* guarded = "";
+  std::string scratch = "";  // a second result, if it has a byte
   std::string parameters = "a0 r0 v0000003f v0700000000000000";
   char* operand = reinterpret_cast<char*>(0x1000);
   char* result = reinterpret_cast<char*>(0x2010);
@@ -186,7 +219,11 @@ struct Call {
     frame.AddAttr("kernel", kernel).AddAttr("code_bytes", code_bytes);
     frame.AddAttr("grid", grid).AddAttr("block", block);
     frame.AddAttr("cluster", cluster).AddAttr("shared_bytes", shared_bytes);
-    frame.AddAttr("alignment", alignment);
+    frame.AddAttr("alignment", alignment).AddAttr("guarded", guarded);
+    if (!scratch.empty()) {
+      frame.AddResult(const_cast<char*>(scratch.data()), XLA_FFI_DataType_U8,
+                      {static_cast<int64_t>(scratch.size())});
+    }
     frame.AddAttr("parameters", parameters.c_str());
     return frame.Call(test_handler).message;
   }
@@ -317,6 +354,67 @@ XLA_OPS_TEST(ChecksAlignmentThatCodeReliesOn) {
             "is 4 off");
   call.alignment = 1;
   EXPECT_EQ(call.Run(), "");
+}
+
+// A call whose one result, of 28 bytes, is computed between guards.
+struct GuardedCall : Call {
+  GuardedCall() {
+    result = memory;
+    scratch.assign(28 + 2 * kGuardBytes, 0);
+    guarded = "0:1";
+  }
+  char memory[28] = {};
+};
+
+XLA_OPS_TEST(GuardedResultIsComputedElsewhereAndCopied) {
+  World world;
+  fake->kernel = [](char* result) { std::memset(result, 'x', 28); };
+  GuardedCall call;
+  EXPECT_EQ(call.Run(), "");
+  EXPECT_EQ(std::string(call.memory, 28), std::string(28, 'x'));
+  EXPECT_EQ(fake->synchronized, 1);
+  fake->kernel = nullptr;
+  EXPECT_EQ(Call().Run(), "");
+  EXPECT_EQ(fake->synchronized, 1);
+}
+
+XLA_OPS_TEST(GuardsTellOfWritesOutside) {
+  World world;
+  fake->kernel = [](char* result) { std::memset(result, 0, 28 + 4); };
+  EXPECT_EQ(GuardedCall().Run(),
+            "scale: kernel must write inside result 0, got 4 bytes changed "
+            "behind its end, the first at 0");
+  fake->kernel = [](char* result) { result[-8] = result[28 + 255] = 0; };
+  EXPECT_EQ(GuardedCall().Run(),
+            "scale: kernel must write inside result 0, got 1 bytes changed "
+            "before its start, the first at -8");
+  fake->kernel = [](char* result) { result[28 + 255] = 0; };
+  EXPECT_EQ(GuardedCall().Run(),
+            "scale: kernel must write inside result 0, got 1 bytes changed "
+            "behind its end, the first at 255");
+}
+
+XLA_OPS_TEST(GuardsDoNotWaitInACapture) {
+  World world;
+  fake->capturing = 1;
+  fake->kernel = [](char* result) { std::memset(result, 'x', 28 + 4); };
+  GuardedCall call;
+  EXPECT_EQ(call.Run(), "");
+  EXPECT_EQ(std::string(call.memory, 28), std::string(28, 'x'));
+  EXPECT_EQ(fake->synchronized, 0);
+}
+
+XLA_OPS_TEST(RefusesGuardsThatDoNotFit) {
+  World world;
+  for (const char* word : {"0:0", "0:2", "1", "x:1", ":", "0:"}) {
+    GuardedCall call;
+    call.guarded = word;
+    EXPECT_EQ(call.Run(),
+              "scale: guarded must name a result and a scratch that is larger "
+              "by two guards, got " +
+                  std::string(word));
+  }
+  EXPECT_TRUE(fake->launched == nullptr);
 }
 
 XLA_OPS_TEST(TakesAsManyThreadsAsTheKernelHasRegistersFor) {

@@ -16,12 +16,21 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from ..core import autocast, front, gradients, handlers, in_place, mutable, scalars
+from ..core import (
+    autocast,
+    debug,
+    front,
+    gradients,
+    handlers,
+    in_place,
+    mutable,
+    scalars,
+)
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import dtype_name, primitive_type
@@ -170,6 +179,17 @@ def _only_shapes() -> Iterator[None]:
 @dataclass(frozen=True)
 class KernelOp(Op):
     """An op whose handler is the launcher, on a GPU alone."""
+
+    # The mode that the plans are of: calls of the other are other calls.
+    _modes: set[bool] = field(default_factory=set, init=False, compare=False)
+
+    def _in_graph(self, *args: Any) -> Results:
+        mode = debug.enabled()
+        if mode not in self._modes:
+            self._plans.clear()
+            self._modes.clear()
+            self._modes.add(mode)
+        return super()._in_graph(*args)
 
     def _runs(self, platform: str, target: str, *, at_once: bool) -> bool:
         if platform == handlers.CUDA:
@@ -362,13 +382,17 @@ class _Declaration(NamedTuple):
             return call
         launched = self.kernel.launch(given, results, self.num_values, launch.machine())
         launch.add_code(launched.code)
+        attributes, scratch = launch.encode(check, launched), launched.scratch
+        if debug.enabled():
+            more, attributes["guarded"] = launch.guards(launched, results)
+            scratch += more
         return CustomCall(
             TARGET,
             tuple(tensors),
             specs,
-            launch.encode(check, launched),
+            attributes,
             aliases=aliases,
-            scratch=launched.scratch,
+            scratch=scratch,
         )
 
     def _no_reference(self) -> Problem:

@@ -45,6 +45,9 @@ _SHARED_BYTES = {
 }
 _MOST_SHARED_BYTES = 232448
 
+# On each side of a result, in debug mode.
+_GUARD_BYTES = 256
+
 
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up: how many blocks of b elements hold a."""
@@ -206,11 +209,29 @@ def encode(check: Checker, launch: Launch) -> dict[str, Any]:
         "cluster": " ".join(map(str, launch.cluster)),
         "shared_bytes": launch.shared_bytes,
         "alignment": launch.alignment,
+        "guarded": "",
         "parameters": " ".join(
             pack(check, f"parameter {i}", kind, value)
             for i, (kind, value) in enumerate(zip(types, given, strict=True))
         ),
     }
+
+
+def guards(launch: Launch, results: Sequence[Given]) -> tuple[tuple[Spec, ...], str]:
+    """What debug mode adds to a call: each result is computed between guards.
+
+    Returns:
+        Scratch, behind the launch's own, and the attribute `guarded`.
+    """
+    scratch: list[Spec] = []
+    words = []
+    for g in results:
+        size = g.numel() * g.element_size()
+        if size:
+            position = results[-1].position + 1 + len(launch.scratch) + len(scratch)
+            words.append(f"{g.position}:{position}")
+            scratch.append(Spec((size + 2 * _GUARD_BYTES,), torch.uint8))
+    return tuple(scratch), " ".join(words)
 
 
 def _shown(value: Any) -> str:
