@@ -155,7 +155,9 @@ class MLP(nn.Module):
         super().__init__()
         self.ops = ops
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=config.mlp_bias)
+        self.gate_up_proj: nn.Module = nn.Linear(
+            hidden, 2 * inner, bias=config.mlp_bias
+        )
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

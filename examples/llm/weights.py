@@ -31,6 +31,7 @@ from files import (
     read_json,
 )
 from model import PACKED, Decoder
+from parallel import OneDevice
 
 # Stored by old checkpoints, but computed from the config.
 DERIVED = "rotary_emb.inv_freq"
@@ -208,6 +209,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     ops: str = "all",
+    parallel: OneDevice | None = None,
 ) -> Decoder:
     """Builds the decoder and fills it.
 
@@ -218,6 +220,7 @@ def load(
       dtype: to compute in; stored weights are converted.
       device: to put the weights on.
       ops: the Decoder's.
+      parallel: how the weights lie on several devices; default: on one.
 
     Raises:
       CheckpointError: `check` does, before anything is read; or a weight is stored
@@ -243,7 +246,8 @@ def load(
         decoder = Decoder(config, max_len, ops)
     decoder.load_state_dict(_packed(weights), assign=True)
     decoder.cos_sin_cache = decoder.cos_sin_cache.to(dtype)
-    return decoder.requires_grad_(False).eval().to(device)
+    decoder.requires_grad_(False).eval()
+    return (parallel or OneDevice()).place(decoder, device)
 
 
 def _converted(weight: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
