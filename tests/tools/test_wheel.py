@@ -24,6 +24,7 @@ from support import setting
 FOLDER = setting("XLA_OPS_TEST_WHEELS", "the folder bazel-bin/xla_ops/wheel")
 WHEELS = sorted(pathlib.Path(FOLDER).glob("*.whl"))
 OPS = setting("XLA_OPS_TEST_OPS", "the ops in the wheel").split(",")
+HOST_OPS = setting("XLA_OPS_TEST_HOST_OPS", "those for the CPU alone").split(",")
 # The architectures that the build was asked for; empty without CUDA.
 LIST = setting("XLA_OPS_TEST_ARCHS", "the file bazel-bin/third_party/cuda/archs.txt")
 ARCHS = pathlib.Path(LIST).read_text()
@@ -182,6 +183,7 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
         for op in OPS
         for platform in PLATFORMS
     }
+    expected |= {f"xla_ops/lib/libxla_ops_{op}_cpu.so" for op in HOST_OPS}
     expected.add("xla_ops/lib/libxla_ops_pjrt.so")
     binaries = {name for name in archive.namelist() if name.endswith(".so")}
     (extension,) = [name for name in binaries if "/_runtime." in name]
