@@ -165,7 +165,7 @@ class Engine:
             decoder.model.embed_tokens.weight.dtype,
             self.device,
             self.parallel.place_cache,
-            self.parallel.size,
+            self.parallel.cache_parts,
         )
         # Dynamo compiles one function for 8 sets of inputs and then gives up: make
         # room for this engine's shapes beside those of others in the process.

@@ -5,12 +5,14 @@ SPDX-License-Identifier: Apache-2.0
     python examples/llm/generate.py --prompt "Pip the mouse" --prompt "One day"
     python examples/llm/generate.py --device gpu --model DIR --prompt "..."
     python examples/llm/generate.py --device gpu --tensor-parallel 2 --model DIR
+    torchrun --nproc_per_node 2 examples/llm/generate.py --device gpu --model DIR
 
 DIR is a Hugging Face checkpoint folder of a Llama, Mistral, Qwen2 or Qwen3. Without
 --model it is the small one beside this file, which train_tiny.py made.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import statistics
@@ -18,7 +20,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -67,9 +68,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--tensor-parallel",
         type=integer(1),
-        default=1,
         metavar="N",
-        help="devices that have a part of the model each (default: 1)",
+        help="devices that have a part of the model each (default: 1, or the processes "
+        "that torchrun has started)",
     )
     add("--temperature", type=float, default=0.0, help="0: greedy (default)")
     add("--top-p", type=float, metavar="P", help="with a temperature; default: 1")
@@ -105,6 +106,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.model:
         parser.error("argument --model: must name a folder, got ''")
     args.model = Path(os.path.expanduser(args.model))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.tensor_parallel is None:
+        args.tensor_parallel = num_processes
+    elif num_processes not in (1, args.tensor_parallel):
+        parser.error(
+            "argument --tensor-parallel: must be the number of processes, "
+            f"{num_processes}, got {args.tensor_parallel}"
+        )
+    args.has_ranks = num_processes > 1
+    if args.has_ranks and args.backend not in (None, "replay"):
+        parser.error(
+            f"argument --backend: must be replay under torchrun, got {args.backend}"
+        )
     if args.backend is None:
         # With openxla, torch_xla copies each sharded cache once a step.
         args.backend = "openxla" if args.tensor_parallel == 1 else "replay"
@@ -143,7 +157,7 @@ def run(args: argparse.Namespace, dump: Path) -> None:
     import weights
     from engine import Engine
     from kv_cache import round_up
-    from parallel import OneDevice, Sharded
+    from parallel import OneDevice, Ranks, Sharded
     from sampling import Sampling
 
     sampling = Sampling(args.temperature, **sampling_options(args))
@@ -170,7 +184,9 @@ def run(args: argparse.Namespace, dump: Path) -> None:
 
     try:
         parallel = OneDevice()
-        if args.tensor_parallel > 1:
+        if args.has_ranks:
+            parallel = Ranks(config)
+        elif args.tensor_parallel > 1:
             parallel = Sharded(args.tensor_parallel, config)
         device = torch_xla.device()
     except RuntimeError as error:  # no plugin, no driver, ...: it says what to do
@@ -267,7 +283,7 @@ def report(engine, device, compile_s: float, programs: list[Program]) -> None:
     stats, cache = engine.stats, engine.cache
     steps = len(stats.prefill_s) + len(stats.decode_s)
     seconds = sum(stats.prefill_s) + sum(stats.decode_s)
-    elsewhere = engine.parallel.size > 1  # where no addresses are told
+    elsewhere = not cache.addresses()  # where none are told
     in_program = cache.nbytes_each * max(
         p.cache_copies + elsewhere * p.caches_elsewhere for p in programs
     )
@@ -297,8 +313,10 @@ def report(engine, device, compile_s: float, programs: list[Program]) -> None:
         "xla_ops custom calls": f"{min(calls)} to {max(calls)} a step",
         "recompilations after warm-up": stats.compilations,
     }
-    if elsewhere:
-        rows["cache"] += f", in {engine.parallel.size} parts"
+    if engine.parallel.size > 1:
+        whole = elsewhere  # of SPMD: one tensor for all devices
+        size = engine.parallel.size
+        rows["cache"] += f", in {size} parts" if whole else f", of {size} processes one"
         moves = programs[0].collectives
         rows["moves between devices"] = (
             ", ".join(f"{count} {name}" for name, count in sorted(moves.items()))
@@ -320,7 +338,7 @@ def device_and_plugin(device) -> tuple[str, str]:
     return f"{device}, GPU, {name}", f"xla_ops bridge over {found}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Shows what is said about a checkpoint as a line of its own."""
     with warnings.catch_warnings():
@@ -340,9 +358,16 @@ def plain_warnings() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump, plain_warnings():
-        start_xla(args.device, args.tensor_parallel, Path(dump))
+        start_xla(
+            args.device, 1 if args.has_ranks else args.tensor_parallel, Path(dump)
+        )
         try:
-            run(args, Path(dump))
+            with contextlib.ExitStack() as stack:
+                if int(os.environ.get("RANK", "0")) > 0:  # the first one speaks for all
+                    nowhere = stack.enter_context(open(os.devnull, "w"))
+                    stack.enter_context(contextlib.redirect_stdout(nowhere))
+                    stack.enter_context(contextlib.redirect_stderr(nowhere))
+                run(args, Path(dump))
         except (ValueError, MemoryError) as error:
             fail(error)
         except RuntimeError as error:

@@ -68,7 +68,11 @@ def instructions(hlo: str) -> list[str]:
 def collectives(hlo: str) -> Counter:
     """The instructions of a module that move data between devices, by name."""
     names = (name.removesuffix("-start") for name in instructions(hlo))
-    return Counter(name for name in names if name in COLLECTIVES)
+    found = Counter(name for name in names if name in COLLECTIVES)
+    # What stands for them between processes on the CPU.
+    for gathers in re.findall(r'"xla_ops.host_collective".*?gathers = (\w+)', hlo):
+        found["all-gather" if gathers == "true" else "all-reduce"] += 1
+    return found
 
 
 def inputs_elsewhere(shape: str, hlo: str) -> int:

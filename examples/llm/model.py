@@ -10,7 +10,7 @@ gate_up_proj alone holds two of theirs (`PACKED`).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -117,7 +117,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.o_proj: nn.Module = nn.Linear(
+            q_size, config.hidden_size, bias=config.o_bias
+        )
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
@@ -158,7 +160,7 @@ class MLP(nn.Module):
         self.gate_up_proj: nn.Module = nn.Linear(
             hidden, 2 * inner, bias=config.mlp_bias
         )
-        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.down_proj: nn.Module = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
@@ -198,6 +200,8 @@ class Decoder(nn.Module):
     """
 
     cos_sin_cache: torch.Tensor
+    # (part of the logits, dim) -> all, where several processes have parts of the head.
+    gather_logits: Callable = staticmethod(lambda logits, dim: logits)
 
     def __init__(self, config: ModelConfig, max_len: int, ops: str = "all"):
         super().__init__()
@@ -239,7 +243,7 @@ class Decoder(nn.Module):
         x, _ = self._norm(self.model.norm, x[last], residual[last])
         embedding = self.model.embed_tokens.weight
         head = embedding if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(x, head).float()
+        return self.gather_logits(F.linear(x, head).float(), -1)
 
     def _norm(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None):
         if residual is None:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: one decoder over several devices of this process.
+"""Tensor parallelism: one decoder over several devices.
 
 SPDX-License-Identifier: Apache-2.0
 
@@ -7,15 +7,21 @@ pair by its columns, so by heads and by inner features, the second by its rows. 
 computes with its heads and features alone, and a layer adds up what the devices have
 twice, by an all-reduce of the hidden state. Embedding and head are split by the
 vocabulary, where the number of devices divides it, and whole on each device elsewhere.
-torch_xla's SPMD keeps the model's code that of one device: `Sharded` marks the tensors,
-and tells the ops what lazy tensors do not say (docs/several_gpus.md).
+
+Two ways (docs/several_gpus.md). torch_xla's SPMD has one process for all devices and
+keeps the model's code that of one device: `Sharded` marks the tensors, and tells the
+ops what lazy tensors do not say. Or each device has a process, which torchrun starts:
+`Ranks` loads this process's part of the weights, and adds up where SPMD would.
 """
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torch_xla.runtime as xr
 from torch import nn
@@ -24,6 +30,7 @@ from torch_xla.distributed import spmd as xs
 import xla_ops
 from config import ModelConfig
 from model import MLP, Attention, Decoder
+from xla_ops.programs import processes
 
 AXIS = "tp"
 ROWS, COLUMNS = (AXIS, None), (None, AXIS)  # of weights [out, in]
@@ -36,9 +43,25 @@ SPLITS = {
 
 
 class OneDevice:
-    """No parallelism: what `Sharded` does, for one device."""
+    """No parallelism: what the others do, for one device.
+
+    Attributes:
+      size: how many devices work on the model.
+      cache_parts: into how many parts a cache of this process is split.
+    """
 
     size = 1
+    cache_parts = 1
+
+    def part_of_config(self, config: ModelConfig) -> ModelConfig:
+        """The sizes of the part of the model that this process has."""
+        return config
+
+    def part_of_weight(
+        self, name: str, weight: torch.Tensor, config: ModelConfig
+    ) -> torch.Tensor:
+        """This process's part of a weight, by its name in the checkpoint."""
+        return weight
 
     def place(self, decoder: Decoder, device: torch.device) -> Decoder:
         """Moves the weights to the device."""
@@ -52,6 +75,13 @@ class OneDevice:
     def step(self) -> Iterator[None]:
         """Around each step."""
         yield
+
+
+def _check_divides(size: int, name: str, count: int) -> None:
+    if count % size:
+        raise ValueError(
+            f"--tensor-parallel must divide {name} of config.json, {count}, got {size}"
+        )
 
 
 class Sharded(OneDevice):
@@ -69,23 +99,16 @@ class Sharded(OneDevice):
     """
 
     def __init__(self, size: int, config: ModelConfig):
-        for name, count in (
-            ("num_attention_heads", config.num_heads),
-            ("num_key_value_heads", config.num_kv_heads),
-            ("intermediate_size", config.intermediate_size),
-        ):
-            if count % size:
-                raise ValueError(
-                    f"--tensor-parallel must divide {name} of config.json, {count}, "
-                    f"got {size}"
-                )
+        _check_divides(size, "num_attention_heads", config.num_heads)
+        _check_divides(size, "num_key_value_heads", config.num_kv_heads)
+        _check_divides(size, "intermediate_size", config.intermediate_size)
         xr.use_spmd()
         found = xr.global_runtime_device_count()
         if found != size:
             raise ValueError(
                 f"--tensor-parallel must be the number of devices, {found}, got {size}"
             )
-        self.size = size
+        self.size = self.cache_parts = size
         self.mesh = xs.Mesh(np.arange(size), (size,), (AXIS,))
 
     def place(self, decoder: Decoder, device: torch.device) -> Decoder:
@@ -161,3 +184,112 @@ class HeadNorm(nn.Module):
         exact = x.float()
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return (exact * scale * self.weight.float()).to(x.dtype)
+
+
+class Ranks(OneDevice):
+    """A process a device: this one has a part of every weight and cache.
+
+    Make it before the first XLA tensor, in each process that torchrun has started.
+    Steps have to be replayed.
+
+    Args:
+      config: of the whole model.
+
+    Raises:
+      ValueError: the processes do not divide the heads or features; KV heads may be
+        fewer than processes, which then have the same.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.size = int(os.environ["WORLD_SIZE"])
+        rank = int(os.environ["RANK"])
+        _check_divides(self.size, "num_attention_heads", config.num_heads)
+        if config.num_kv_heads < self.size and self.size % config.num_kv_heads == 0:
+            self._kv_part = rank * config.num_kv_heads // self.size, config.num_kv_heads
+        else:
+            _check_divides(self.size, "num_key_value_heads", config.num_kv_heads)
+            self._kv_part = rank, self.size
+        _check_divides(self.size, "intermediate_size", config.intermediate_size)
+        self._part = rank, self.size
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        world = dist.group.WORLD
+        assert world is not None
+        self.group = processes.join(world)
+
+    def part_of_config(self, config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(
+            config,
+            num_heads=config.num_heads // self.size,
+            num_kv_heads=config.num_kv_heads // self._kv_part[1],
+            intermediate_size=config.intermediate_size // self.size,
+            vocab_size=config.vocab_size // self._vocabulary_parts(config),
+        )
+
+    def _vocabulary_parts(self, config: ModelConfig) -> int:
+        return 1 if config.vocab_size % self.size else self.size
+
+    def part_of_weight(
+        self, name: str, weight: torch.Tensor, config: ModelConfig
+    ) -> torch.Tensor:
+        *_, module, kind = name.split(".")
+        part, dim = self._part, 0
+        if module in ("k_proj", "v_proj"):
+            part = self._kv_part
+        elif module in ("o_proj", "down_proj"):
+            dim = 1
+        elif module in ("embed_tokens", "lm_head"):
+            part = (part[0], self._vocabulary_parts(config))
+        elif module not in ("q_proj", "gate_proj", "up_proj"):
+            return weight
+        index, count = part
+        if count == 1 or (dim == 1 and kind == "bias"):
+            return weight
+        return weight.chunk(count, dim)[index].clone()
+
+    def place(self, decoder: Decoder, device: torch.device) -> Decoder:
+        for module in decoder.modules():
+            for name in ("o_proj", "down_proj"):
+                if isinstance(product := getattr(module, name, None), nn.Linear):
+                    setattr(module, name, Summed(product, self.group))
+        body = decoder.model
+        rows = body.embed_tokens.weight.shape[0]
+        if rows < decoder.config.vocab_size:
+            part = PartOfEmbedding(body.embed_tokens.weight, self.group)
+            body.embed_tokens = part  # type: ignore[assignment]
+            decoder.gather_logits = self.group.all_gather
+        forward = decoder.forward
+
+        def in_order(*args):
+            with self.group.in_order():
+                return forward(*args)
+
+        decoder.forward = in_order  # type: ignore[method-assign]
+        return decoder.to(device)
+
+
+class Summed(nn.Module):
+    """A linear layer of which each process has some of the inputs."""
+
+    def __init__(self, part: nn.Linear, group: processes.Group):
+        super().__init__()
+        self.weight, self.bias, self.group = part.weight, part.bias, group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.group.all_reduce(F.linear(x, self.weight))
+        return total if self.bias is None else total + self.bias
+
+
+class PartOfEmbedding(nn.Module):
+    """An embedding of which each process has some of the tokens."""
+
+    def __init__(self, weight: torch.Tensor, group: processes.Group):
+        super().__init__()
+        self.weight, self.group = weight, group
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        rows = self.weight.shape[0]
+        own = token_ids - self.group.rank * rows
+        is_own = (own >= 0) & (own < rows)
+        part = F.embedding(own.clamp(0, rows - 1), self.weight)
+        return self.group.all_reduce(torch.where(is_own[:, None], part, 0.0))

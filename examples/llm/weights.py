@@ -226,6 +226,7 @@ def load(
       CheckpointError: `check` does, before anything is read; or a weight is stored
         twice with different values, or too large for `dtype`.
     """
+    parallel = parallel or OneDevice()
     stored = check(folder, config)
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(Path(folder)):
@@ -234,6 +235,7 @@ def load(
                 if name not in stored:
                     continue
                 weight = _converted(file.get_tensor(name), dtype, name)
+                weight = parallel.part_of_weight(name, weight, config)
                 if name in weights and not torch.equal(weight, weights[name]):
                     places = " and ".join(str(where.path) for where in stored[name])
                     raise CheckpointError(
@@ -243,11 +245,13 @@ def load(
     if config.tie_word_embeddings:
         config = _tie(weights, config)
     with torch.device("meta"):
-        decoder = Decoder(config, max_len, ops)
+        decoder = Decoder(parallel.part_of_config(config), max_len, ops)
+    # A token is one of the whole vocabulary.
+    decoder.config = dataclasses.replace(decoder.config, vocab_size=config.vocab_size)
     decoder.load_state_dict(_packed(weights), assign=True)
     decoder.cos_sin_cache = decoder.cos_sin_cache.to(dtype)
     decoder.requires_grad_(False).eval()
-    return (parallel or OneDevice()).place(decoder, device)
+    return parallel.place(decoder, device)
 
 
 def _converted(weight: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

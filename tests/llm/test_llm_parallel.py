@@ -1,7 +1,8 @@
 """Holds the example's tensor parallelism over two CPU devices to transformers, and what
-moves between devices to two all-reduces a layer."""
+moves between devices to two all-reduces a layer; likewise over processes."""
 
 import os
+import sys
 
 os.environ.setdefault("CPU_NUM_DEVICES", "2")
 
@@ -10,6 +11,7 @@ import torch_xla
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from checkpoints import (
+    LLM,
     NEW_TOKENS,
     PROMPTS,
     make_checkpoint,
@@ -17,7 +19,7 @@ from checkpoints import (
     reference,
     tiny_checkpoint,
 )
-from command import command_error, run_generate
+from command import command_error, run, run_generate
 from config import ModelConfig
 from hlo import inputs_elsewhere, step_programs
 from parallel import Sharded
@@ -105,6 +107,11 @@ def test_sampling(tmp_path):
     assert engine.generate(PROMPTS, NEW_TOKENS, likeliest) == expected
 
 
+def answer(done) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout[done.stdout.index("> ") : done.stdout.index("device:")]
+
+
 def test_command_line(tmp_path):
     """As one device writes."""
     folder = tiny_checkpoint(
@@ -113,13 +120,7 @@ def test_command_line(tmp_path):
     arguments = ["--model", folder, "--prompt", "One day", "--max-new-tokens", "12"]
     # torch_xla notes in the environment that this process is one of SPMD.
     one = run_generate(*arguments, CPU_NUM_DEVICES="1", XLA_USE_SPMD="0")
-    assert one.returncode == 0, one.stderr
     four = run_generate(*arguments, "--tensor-parallel", "4", XLA_USE_SPMD="0")
-    assert four.returncode == 0, four.stderr
-
-    def answer(done):
-        return done.stdout[done.stdout.index("> ") : done.stdout.index("device:")]
-
     assert answer(four) == answer(one)
     report = reported(four.stdout)
     assert report["cache"].endswith(", in 4 parts")
@@ -128,6 +129,48 @@ def test_command_line(tmp_path):
     copied = report["cache bytes copied per step"]
     assert copied.startswith("0 (optimised HLO of"), copied
     assert "moves between devices" not in reported(one.stdout)
+
+
+def torchrun(size, *arguments):
+    program = [*(sys.executable, "-m", "torch.distributed.run"), "--standalone"]
+    return run(
+        *(*program, "--nproc_per_node", size, LLM / "generate.py", *arguments),
+        XLA_USE_SPMD="0",
+        CPU_NUM_DEVICES="1",
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # One KV head, which both processes have.
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2),
+    ],
+)
+def test_processes(changes, tmp_path):
+    folder = tiny_checkpoint(tmp_path, **changes)
+    prompts = ["--prompt", "One day", "--prompt", "Pip the mouse could not"]
+    arguments = ["--model", folder, *prompts, "--max-new-tokens", "12"]
+    one = run_generate(*arguments, CPU_NUM_DEVICES="1", XLA_USE_SPMD="0")
+    two = torchrun(2, *arguments)
+    assert answer(two) == answer(one)
+    report = reported(two.stdout)
+    assert report["cache"].endswith(", of 2 processes one")
+    sums = 2 * changes.get("num_hidden_layers", 1) + 1
+    moves = report["moves between devices"]
+    assert moves == f"1 all-gather, {sums} all-reduce a step"
+    assert report["cache bytes copied per step"].startswith("0 (addresses")
+    assert report["recompilations after warm-up"] == "0"
+
+
+def test_processes_refuse(tmp_path):
+    two = torchrun(2, "--tensor-parallel", 3)
+    assert two.returncode != 0
+    said = "argument --tensor-parallel: must be the number of processes, 2, got 3"
+    assert said in two.stderr
+    two = torchrun(2, "--backend", "openxla")
+    assert "--backend: must be replay under torchrun, got openxla" in two.stderr
 
 
 @pytest.mark.parametrize(

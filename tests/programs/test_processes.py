@@ -12,6 +12,7 @@ import pytest
 RANK = """
 import json, os, sys, time
 import torch, torch.distributed as dist, torch_xla
+import torch_xla.debug.metrics as met
 from xla_ops.programs import processes
 from xla_ops.programs.replay import replay
 
@@ -20,7 +21,8 @@ group = processes.join(dist.group.WORLD)
 rank, size = dist.get_rank(), dist.get_world_size()
 device = torch_xla.device()
 {body}
-print(json.dumps({{"rank": rank, **found}}), flush=True)
+# At once, or the ranks' lines would mix.
+os.write(1, (json.dumps({{"rank": rank, **found}}) + "\\n").encode())
 os._exit(0)
 """
 
@@ -71,6 +73,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             right = all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
             case = f"{{name}} {{dtype}}"
             found[case] = found.get(case, True) and right
+compiled = met.counter_value("UncachedCompile")
+for function in (both, group.all_reduce):
+    replayed = replay(function)
+    replayed(x)
+    torch_xla.sync(wait=True)
+found["left"] = met.counter_value("UncachedCompile") - compiled
 big = torch.full((3 << 19,), float(rank + 1)).to(device)  # several slots
 found["big"] = bool((group.all_reduce(big).cpu() == size * (size + 1) / 2).all())
 found["files"] = [f for f in os.listdir("/dev/shm") if f.startswith("xla_ops_group_")]
@@ -83,6 +91,7 @@ def test_values(size, tmp_path):
     assert [row["rank"] for row in rows] == list(range(size)), err
     for row in rows:
         assert row.pop("files") == []
+        assert row.pop("left") == 1  # that of all_reduce, and nothing of its trace
         assert all(v for k, v in row.items() if k != "rank"), row
 
 

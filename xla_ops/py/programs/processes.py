@@ -60,7 +60,7 @@ class Group:
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        """Around a program's function: its collectives run in the order of the text.
+        """Inside a program's function: its collectives run in the order of the text.
 
         Those that need no other's result might otherwise run in another order on
         another process, and wait for each other for ever.
@@ -116,6 +116,9 @@ class HostGroup(Group):
             (fd, rank, size, _SLOT_BYTES, timeout_ms),
             1,
         )
+        # Within in_order alone: what a program's trace has left would be computed again
+        # by the next graph.
+        self._is_ordered = False
         self._last: torch.Tensor | None = None
         self._calls = 0
 
@@ -130,12 +133,12 @@ class HostGroup(Group):
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        before = self._last, self._calls
-        self._last, self._calls = None, 0
+        before = self._is_ordered, self._last, self._calls
+        self._is_ordered, self._last, self._calls = True, None, 0
         try:
             yield
         finally:
-            self._last, self._calls = before
+            self._is_ordered, self._last, self._calls = before
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return self._call(x, gathers=False)
@@ -148,8 +151,9 @@ class HostGroup(Group):
     def _call(self, x: torch.Tensor, *, gathers: bool) -> torch.Tensor:
         op = torch.ops.xla_ops.host_collective
         out = op(x, self._last, self._group, self.size, self._calls, gathers)
-        self._last = out
-        self._calls += 1
+        if self._is_ordered:
+            self._last = out
+            self._calls += 1
         return out
 
 

@@ -74,7 +74,7 @@ def start() -> None:
 
 
 def in_order() -> contextlib.AbstractContextManager[Any]:
-    """Around the function of a program, see `processes.Group.in_order`."""
+    """Inside the function of a program, see `processes.Group.in_order`."""
     communicator = get_tp_group().device_communicator
     if communicator is None:
         return contextlib.nullcontext()
