@@ -11,7 +11,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 import xla_ops
 from support import Path, int32
-from xla_ops.core import autocast, gradients, op
+from xla_ops.core import autocast, autograd, gradients, op
 from xla_ops.core.custom_call import CustomCall
 from xla_ops.core.hlo import Spec
 from xla_ops.core.op import OPS
@@ -315,11 +315,11 @@ def test_cache_is_written_with_keys_of_a_layer(backend, path):
 def test_inference_goes_past_autograd(path, monkeypatch):
     """No kernel in Python runs where nothing asks for a gradient."""
     x, w = inputs(path)
-    assert not gradients.is_untracked((x, w, 1e-6))
+    assert not autograd.is_untracked((x, w, 1e-6))
     with torch.no_grad():
-        assert gradients.is_untracked((x, w, 1e-6))
-    assert gradients.is_untracked((x.detach(), [1, 2], None, "auto", w.detach()))
-    assert not vmap(lambda x: torch.tensor(gradients.is_untracked((x,))))(x).any()
+        assert autograd.is_untracked((x, w, 1e-6))
+    assert autograd.is_untracked((x.detach(), [1, 2], None, "auto", w.detach()))
+    assert not vmap(lambda x: torch.tensor(autograd.is_untracked((x,))))(x).any()
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from .dtypes import FLOAT_DTYPES, dtype_name
+from .lazy import torch
 
 
 def float32(value: float) -> float:

@@ -22,11 +22,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-import torch
-
 from .. import _runtime
 from . import elf, environment, paths
 from .errors import Problem, warn_user
+from .lazy import torch
 
 HOST = "Host"
 CUDA = "CUDA"

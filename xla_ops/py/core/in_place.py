@@ -27,7 +27,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -37,15 +37,8 @@ from torch.fx.experimental import proxy_tensor
 from . import ownership
 from .dtypes import dtype_name
 from .op import NAMESPACE, OPS, Op, elements_of
+from .places import Located, dense_strides
 from .tracing import from_sizes, is_plain, node_of
-
-
-class Located(NamedTuple):
-    """Where a tensor lies: `buffer` and, in elements, offset and strides in it."""
-
-    buffer: torch.Tensor
-    offset: int
-    strides: tuple[int, ...]
 
 
 def is_value(t: torch.Tensor) -> bool:
@@ -491,13 +484,3 @@ def _current(t: FunctionalTensor) -> torch.Tensor:
     """The traced tensor below `t`, made anew if its base was written since."""
     torch._functionalize_sync(t.elem)
     return torch._from_functional_tensor(t.elem)
-
-
-def dense_strides(shape: torch.Size) -> tuple[int, ...]:
-    """Returns the strides of a row-major tensor of `shape`."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))

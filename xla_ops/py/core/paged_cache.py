@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
-from . import in_place
 from .checks import Checker
+from .foreign import Foreign
+from .lazy import in_place, torch
+from .places import Located, dense_strides
 
 
 class PagedCache(NamedTuple):
@@ -159,9 +159,9 @@ def locate(
 
 def dense(key_cache: torch.Tensor, value_cache: torch.Tensor) -> PagedCache:
     """Takes the caches as dense values, without looking for a buffer below them."""
-    strides = in_place.dense_strides(key_cache.shape)
-    key = in_place.Located(key_cache, 0, strides)
-    value = in_place.Located(value_cache, 0, strides)
+    strides = dense_strides(key_cache.shape)
+    key = Located(key_cache, 0, strides)
+    value = Located(value_cache, 0, strides)
     return _cache(key, value, key_cache.shape, strides)
 
 
@@ -172,6 +172,9 @@ def locate_to_read(
     names: Names = NAMES,
 ) -> PagedCache:
     """Locates both caches, or takes them as dense values where that cannot be done."""
+    if isinstance(key_cache, Foreign) and isinstance(value_cache, Foreign):
+        key, value = key_cache.locate(), value_cache.locate()
+        return _cache(key, value, key_cache.shape, key.strides)
     cache = locate(check, key_cache, value_cache, names)
     return dense(key_cache, value_cache) if cache is None else cache
 
@@ -181,18 +184,21 @@ def locate_rows(keys: torch.Tensor, values: torch.Tensor) -> PagedCache:
 
     Views of one packed projection are located in it. Odd strides cost a copy.
     """
-    key, value = in_place.locate(keys), in_place.locate(values)
+    if isinstance(keys, Foreign) and isinstance(values, Foreign):
+        key, value = keys.locate(), values.locate()
+    else:
+        key, value = in_place.locate(keys), in_place.locate(values)
     if not _alike(key, value, keys.shape):
-        strides = in_place.dense_strides(keys.shape)
-        key = in_place.Located(keys.contiguous(), 0, strides)
-        value = in_place.Located(values.contiguous(), 0, strides)
+        strides = dense_strides(keys.shape)
+        key = Located(keys.contiguous(), 0, strides)
+        value = Located(values.contiguous(), 0, strides)
     # A stride from one block to the next has no meaning.
     return _cache(key, value, (1, *keys.shape), (0, *key.strides))
 
 
 def _cache(
-    key: in_place.Located,
-    value: in_place.Located,
+    key: Located,
+    value: Located,
     shape: Sequence[int],
     strides: Sequence[int],
 ) -> PagedCache:
@@ -213,7 +219,7 @@ def _cache(
     )
 
 
-def _alike(key: in_place.Located, value: in_place.Located, shape: torch.Size) -> bool:
+def _alike(key: Located, value: Located, shape: torch.Size) -> bool:
     """Whether one set of strides does for both, and the kernels can take it.
 
     The stride of a dimension of one element has no meaning, and torch none to prefer.

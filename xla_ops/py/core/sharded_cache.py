@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from .in_place import dense_strides
+from .lazy import torch
+from .places import dense_strides
 from .sharding import Rule
 
 # Of a whole tensor or of a shard.

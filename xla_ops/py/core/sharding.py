@@ -23,10 +23,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from .hlo import Spec, Split
+from .lazy import torch
 
 if TYPE_CHECKING:
     from torch_xla.distributed.spmd import Mesh
@@ -405,6 +403,8 @@ class Decision(NamedTuple):
 
 def stand_ins(args: Mapping[str, Any], decision: Decision) -> dict[str, torch.Tensor]:
     """Returns fake tensors of one device's shapes for the operands that are split."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     fakes = {}
     with FakeTensorMode():
         for name, how in decision.operands.items():

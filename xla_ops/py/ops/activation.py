@@ -8,12 +8,11 @@ import functools
 import math
 from collections.abc import Callable
 
-import torch
-
 from ..core import autocast, mutable, quant, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..core import autocast, front, in_place, sharding
+from ..core import autocast, front, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
+from ..core.lazy import in_place, torch
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("apply_repetition_penalties_")
@@ -132,9 +131,8 @@ _op = Op(
     public_name="apply_repetition_penalties_",
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     "apply_repetition_penalties_(Tensor(a!) logits, Tensor prompt_mask,"
     " Tensor output_mask, Tensor repetition_penalties) -> ()",
     _front,

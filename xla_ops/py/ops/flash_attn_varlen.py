@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..core import front, mutable, paged_cache, scalars
 from ..core.checks import Checker
+from ..core.lazy import torch
 from ..core.op import NAMESPACE
 from . import attention
 
@@ -262,9 +261,8 @@ def _front_out(
 _op = attention.declare(_NAMES)
 _autocast = attention.autocast(_NAMES.query, _NAMES.key, _NAMES.value)
 
-_library = torch.library.Library("xla", "FRAGMENT")
 front.define(
-    _library,
+    "xla",
     "flash_attn_varlen_op(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
     " Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
     " float? softmax_scale=None, bool is_causal=False, SymInt window_left=-1,"
@@ -275,9 +273,8 @@ front.define(
     autocast=_autocast,
 )
 
-_out_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _out_library,
+    NAMESPACE,
     "flash_attn_varlen.out(Tensor q, Tensor k, Tensor v, Tensor(a!)? out,"
     " Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k,"
     " Tensor? block_table, Tensor? alibi_slopes, int max_seqlen_q, int max_seqlen_k,"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ..core import front, in_place, scalars, sharding
+from ..core import front, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
+from ..core.lazy import in_place, torch
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("fused_qk_norm_rope")
@@ -237,9 +236,8 @@ _op = Op(
     public_name="fused_qk_norm_rope",
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     f"fused_qk_norm_rope(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
     _front,
     autocast=_autocast,

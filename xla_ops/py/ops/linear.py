@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("linear")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from ..core import front, paged_cache, scalars
 from ..core.checks import Checker
+from ..core.lazy import torch
 from . import attention
 
 _NAMES = attention.Names(
@@ -224,7 +223,6 @@ _TAIL = (
     " Tensor num_seqs, float scale, int? sliding_window=None,"
     f" float? soft_cap=None, *, {attention.FEATURES_SCHEMA})"
 )
-_library = torch.library.Library("xla_gpu", "FRAGMENT")
 _FORMS: tuple[tuple[str, Callable, str], ...] = (
     ("paged_attention", _front_out, "Tensor"),
     ("paged_attention_with_lse", _front, "(Tensor out, Tensor lse)"),
@@ -232,7 +230,7 @@ _FORMS: tuple[tuple[str, Callable, str], ...] = (
 for _name, _kernel, _results in _FORMS:
     for _overload, _type in (("", "Tensor"), (".separate", "Tensor[]")):
         front.define(
-            _library,
+            "xla_gpu",
             f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}",
             _kernel,
             autocast=attention.autocast("query", "kv_cache", "kv_cache"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from ..core import debug, front, in_place, paged_cache, sharded_cache, sharding
+from ..core import debug, front, paged_cache, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import AttributeValue, Spec
+from ..core.lazy import in_place, torch
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("reshape_and_cache_flash")
@@ -467,9 +466,8 @@ _one = Op(
     public_name=_check.op,
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype,"
     " Tensor? k_scale, Tensor? v_scale) -> ()",

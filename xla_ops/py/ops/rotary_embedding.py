@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..core import autocast, mutable, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("rotary_embedding")
