@@ -52,8 +52,8 @@ def test_says_what_is_missing_where_torch_is():
         except ImportError as error:
             print(error)
         from xla_ops.core.hlo import torch
-        from xla_ops.core.mutable import in_place
-        for ask in (lambda: torch.zeros, lambda: in_place.update):
+        from xla_ops.core.in_place import tracing
+        for ask in (lambda: torch.zeros, lambda: tracing.node_of):
             try:
                 ask()
             except RuntimeError as error:
@@ -63,7 +63,7 @@ def test_says_what_is_missing_where_torch_is():
     assert out.splitlines() == [
         "import of torch halted; None in sys.modules",
         "torch.zeros must not be asked for where xla_ops runs without torch",
-        "xla_ops.core.in_place must not be used without torch",
+        "xla_ops.core.tracing must not be used without torch",
     ]
 
 

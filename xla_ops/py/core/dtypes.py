@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from .lazy import torch
 
 # dtype -> (XLA PrimitiveType, XLA_FFI_DataType). The FFI's C header and
@@ -23,14 +21,17 @@ _PRIMITIVE_TYPE = {
     "float8_e4m3fn": 20,
 }
 
+# By what `torch` has now; torch may come later (`lazy`), and then the name tells.
+_BY_DTYPE = {getattr(torch, name): n for name, n in _PRIMITIVE_TYPE.items()}
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-@functools.cache
 def primitive_type(dtype: torch.dtype) -> int:
     """Returns the number of `dtype` in HLO protos and in the FFI."""
-    return _PRIMITIVE_TYPE[dtype_name(dtype)]
+    number = _BY_DTYPE.get(dtype)
+    return _PRIMITIVE_TYPE[dtype_name(dtype)] if number is None else number
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,20 +2,21 @@
 
 Functions that take tensors check them by shape, dtype and device and hand them to an
 op. So they do for arrays that are wrapped in one of these, and the op then makes a call
-of that framework (`Op.foreign`).
+of that framework (`Op.framework`).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .places import Located
 
 
-class Foreign(ABC):
+class Foreign:
     """What checks, lowerings and fronts ask of a tensor.
+
+    A plain class, since Dynamo traces the checks that ask whether something is one.
 
     Attributes:
         shape: as a tuple.
@@ -26,6 +27,7 @@ class Foreign(ABC):
     shape: tuple[int, ...]
     dtype: Any
     device: Any
+    requires_grad = False  # for all that torch knows
 
     def dim(self) -> int:
         return len(self.shape)
@@ -36,9 +38,13 @@ class Foreign(ABC):
             count *= size
         return count
 
-    @abstractmethod
+    def become(self, value: Any) -> None:
+        """Takes the value of `value`, in place of being written."""
+        raise NotImplementedError
+
     def locate(self) -> Located:
         """The array that holds this one, and where in it this one lies."""
+        raise NotImplementedError
 
 
 class Framework(Protocol):

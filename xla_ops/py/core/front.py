@@ -6,6 +6,7 @@ and on plain tensors alike, with the tensors that the user passed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,10 @@ from . import lazy, op, sharding
 from .autocast import Rule
 from .autocast import register as register_autocast
 from .lazy import autograd, torch
+
+# Which of its arguments a front writes, by its name.
+WRITTEN: dict[str, tuple[str, ...]] = {}
+_WRITTEN = re.compile(r"\(\w+!\)\S* (\w+)")
 
 
 def define(
@@ -34,6 +39,7 @@ def define(
             defaults, so it must repeat the schema's defaults.
         autocast: what torch.autocast means for it.
     """
+    WRITTEN[schema[: schema.index("(")]] = tuple(_WRITTEN.findall(schema))
     lazy.when_torch(lambda: _define(namespace, schema, kernel, autocast))
 
 

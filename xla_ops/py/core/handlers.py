@@ -243,6 +243,11 @@ def loaded(platform: str, target: str) -> bool:
     return False
 
 
+def libraries(platform: str) -> list[pathlib.Path]:
+    """Returns the libraries that are loaded."""
+    return sorted(_platforms[platform].libraries)
+
+
 def require(platform: str, target: str) -> None:
     """Raises Problem with the reason where `target` cannot be called directly."""
     state = _platforms[platform]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch as torch
 
     from . import autograd as autograd
-    from . import in_place as in_place
+    from . import ownership as ownership
     from . import tracing as tracing
 
 _PACKAGE = __package__.rpartition(".")[0]
@@ -86,7 +86,7 @@ def attach() -> None:
 
 
 if not TYPE_CHECKING:
-    for _name in ("autograd", "in_place", "tracing"):
+    for _name in ("autograd", "ownership", "tracing"):
         _place = globals()[_name] = _Later(f"{__package__}.{_name}")
         _places[_name] = _place, _place.__name__
     if is_wanted():

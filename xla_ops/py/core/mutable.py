@@ -22,10 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import front
+from . import front, in_place
 from .autocast import Rule
 from .checks import Checker
-from .lazy import in_place, torch, tracing
+from .lazy import torch, tracing
 from .op import NAMESPACE, Op
 from .places import Located, dense_strides
 

@@ -47,6 +47,16 @@ class compiler:  # noqa: N801 - torch.compiler
     is_dynamo_compiling: ClassVar[Any] = staticmethod(lambda: False)
 
 
+def is_grad_enabled() -> Any:
+    """Torch records nothing."""
+    return False
+
+
+def cat(tensors: Any, dim: Any = 0) -> Any:
+    """Of arrays of another framework (`foreign`), which know how."""
+    return tensors[0].cat(tensors, dim)
+
+
 Size = tuple
 dtype = DType
 

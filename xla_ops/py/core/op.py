@@ -147,9 +147,12 @@ class Op:
         self.lowered((*args, None))
 
     def __call__(self, *args: Any) -> Any:
-        if self.framework is not None and any(isinstance(a, Foreign) for a in args):
+        is_compiling = torch.compiler.is_dynamo_compiling()
+        is_known = self.framework is None or is_compiling
+        if not is_known and any(isinstance(a, Foreign) for a in args):
+            assert self.framework is not None
             return self.framework.call(self, args)
-        if torch.compiler.is_dynamo_compiling() or not autograd.is_untracked(args):
+        if is_compiling or not autograd.is_untracked(args):
             return self.overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from . import in_place
 from .checks import Checker
 from .foreign import Foreign
-from .lazy import in_place, torch
+from .lazy import torch
 from .places import Located, dense_strides
 
 
@@ -133,6 +134,9 @@ def locate(
 
     The caller then works on dense copies (reading) or on one cache at a time (writing).
     """
+    if isinstance(key_cache, Foreign) and isinstance(value_cache, Foreign):
+        key, value = key_cache.locate(), value_cache.locate()
+        return _cache(key, value, key_cache.shape, key.strides)
     in_place.check_no_alias(check.op, **{names[0]: key_cache, names[1]: value_cache})
     key = in_place.locate(key_cache, to_write=to_write)
     value = in_place.locate(value_cache, to_write=to_write)
@@ -172,9 +176,6 @@ def locate_to_read(
     names: Names = NAMES,
 ) -> PagedCache:
     """Locates both caches, or takes them as dense values where that cannot be done."""
-    if isinstance(key_cache, Foreign) and isinstance(value_cache, Foreign):
-        key, value = key_cache.locate(), value_cache.locate()
-        return _cache(key, value, key_cache.shape, key.strides)
     cache = locate(check, key_cache, value_cache, names)
     return dense(key_cache, value_cache) if cache is None else cache
 

@@ -93,11 +93,22 @@ def rows_with_scales(num_scales: int, num_rows_after: int = 0) -> Rules:
     return rule
 
 
-class _Dim(NamedTuple):
+class Dim(NamedTuple):
+    """A dimension of an operand or a result, as its layout has it.
+
+    Attributes:
+        name: dimensions of one name are split alike.
+        may_split: whether it may be.
+        must_be_said: whether it cannot be taken for granted that it is whole.
+        units: how many there are that cannot be split further.
+        unit: elements of each.
+    """
+
     name: str
     may_split: bool
     must_be_said: bool
     units: int
+    unit: int = 1
 
     @property
     def called(self) -> str:
@@ -445,7 +456,7 @@ def decide(call: Call, given: Given) -> Decision:
     declared = dict(given.declared.pieces) if given.declared else {}
     rule = call.rule or Rule({}, ())
     layouts = {
-        name: _layout(rule.operands.get(name), shape)
+        name: layout_of(rule.operands.get(name), shape)
         for name, shape in call.operands.items()
     }
     bound = _bind(call, layouts, given.specs, declared)
@@ -467,14 +478,14 @@ def decide(call: Call, given: Given) -> Decision:
         for name, layout in layouts.items()
     }
     results = tuple(
-        _split(call, "result", _layout(words, tuple(shape)), shape, bound)
+        _split(call, "result", layout_of(words, tuple(shape)), shape, bound)
         for words, shape in zip(rule.results, call.results, strict=True)
     )
     return Decision(True, operands, results, assumed)
 
 
 def _assumed(
-    call: Call, layouts: Mapping[str, tuple[_Dim, ...]], known: set[str]
+    call: Call, layouts: Mapping[str, tuple[Dim, ...]], known: set[str]
 ) -> tuple[tuple[int, str], ...]:
     """Returns operands of which it is not known whether they are split, see there."""
     found = []
@@ -503,7 +514,7 @@ def _assumed(
 
 def _bind(
     call: Call,
-    layouts: Mapping[str, tuple[_Dim, ...]],
+    layouts: Mapping[str, tuple[Dim, ...]],
     specs: Sequence[str],
     declared: Mapping[str, Pieces | None],
 ) -> dict[str, Pieces]:
@@ -539,10 +550,10 @@ def _bind(
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(words: str | None, shape: Sequence[int]) -> tuple[_Dim, ...]:
+def layout_of(words: str | None, shape: Sequence[int]) -> tuple[Dim, ...]:
     """Takes a layout apart."""
     if words is None:
-        return tuple(_Dim("", False, False, n) for n in shape)
+        return tuple(Dim("", False, False, n) for n in shape)
     if not shape:
         return ()
     names = words.split()
@@ -553,15 +564,16 @@ def _layout(words: str | None, shape: Sequence[int]) -> tuple[_Dim, ...]:
     dims = []
     for word, size in zip(names, shape, strict=True):
         name, _, unit = word.lstrip("!~").partition("*")
-        units = size // int(unit or 1)
-        dims.append(_Dim(name, word[0] not in "!~", word[0] != "!", units))
+        elements = int(unit or 1)
+        may_split, must_be_said = word[0] not in "!~", word[0] != "!"
+        dims.append(Dim(name, may_split, must_be_said, size // elements, elements))
     return tuple(dims)
 
 
 def _split(
     call: Call,
     name: str,
-    layout: Sequence[_Dim],
+    layout: Sequence[Dim],
     shape: Sequence[int],
     bound: Mapping[str, Pieces],
 ) -> Split:

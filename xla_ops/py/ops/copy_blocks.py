@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..core import autocast, debug, front, sharded_cache, sharding
+from ..core import autocast, debug, front, in_place, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
-from ..core.lazy import in_place, torch
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
 from ..core.places import Located
 
@@ -65,7 +66,9 @@ def copy_blocks(
             raise TypeError(f"copy_blocks: {name} must be a list, got {got}")
         for i, cache in enumerate(caches):
             _check.tensor(f"{name}[{i}]", cache)
-    torch.ops.xla_ops.copy_blocks(list(key_caches), list(value_caches), block_mapping)
+    is_foreign = isinstance(block_mapping, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.copy_blocks
+    op(list(key_caches), list(value_caches), block_mapping)
 
 
 def _front(

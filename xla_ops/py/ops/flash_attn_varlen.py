@@ -6,6 +6,7 @@ from typing import Any
 
 from ..core import front, mutable, paged_cache, scalars
 from ..core.checks import Checker
+from ..core.foreign import Foreign
 from ..core.lazy import torch
 from ..core.op import NAMESPACE
 from . import attention
@@ -120,7 +121,8 @@ def flash_attn_varlen(
     )
     if softmax_scale is not None:
         softmax_scale = scalars.number(_check.op, "softmax_scale", softmax_scale)
-    return torch.ops.xla.flash_attn_varlen_op(
+    op = _front if isinstance(q, Foreign) else torch.ops.xla.flash_attn_varlen_op
+    return op(
         q,
         k,
         v,

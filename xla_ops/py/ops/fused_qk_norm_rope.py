@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..core import front, scalars, sharding
+from ..core import front, in_place, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
-from ..core.lazy import in_place, torch
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("fused_qk_norm_rope")
@@ -79,7 +80,9 @@ def fused_qk_norm_rope(
         ("position_ids", position_ids),
     ):
         _check.tensor(name, t)
-    torch.ops.xla_ops.fused_qk_norm_rope(
+    is_foreign = isinstance(qkv, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.fused_qk_norm_rope
+    op(
         qkv,
         scalars.integer(_check.op, "num_heads_q", num_heads_q),
         scalars.integer(_check.op, "num_heads_k", num_heads_k),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..core import debug, front, paged_cache, sharded_cache, sharding
+from ..core import debug, front, in_place, paged_cache, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import AttributeValue, Spec
-from ..core.lazy import in_place, torch
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
 from ..core.places import Located, dense_strides
 
@@ -80,7 +81,9 @@ def reshape_and_cache(
         _check.tensor(name, t)
     _check.text("kv_cache_dtype", kv_cache_dtype)
     _check.optional_tensors(k_scale=k_scale, v_scale=v_scale)
-    torch.ops.xla_ops.reshape_and_cache(
+    is_foreign = isinstance(key, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.reshape_and_cache
+    op(
         key,
         value,
         key_cache,

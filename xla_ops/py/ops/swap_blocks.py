@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..core import autocast, debug, front, sharded_cache, sharding
+from ..core import autocast, debug, front, in_place, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
-from ..core.lazy import in_place, torch, tracing
+from ..core.lazy import torch, tracing
 from ..core.op import NAMESPACE, Op
 from ..core.places import Located, dense_strides
 from .copy_blocks import can_copy_within, copy_within
@@ -60,7 +61,9 @@ def swap_blocks(
     """
     for name, t in (("src", src), ("dst", dst), ("block_mapping", block_mapping)):
         _check.tensor(name, t)
-    torch.ops.xla_ops.swap_blocks(src, dst, block_mapping)
+    is_foreign = isinstance(src, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.swap_blocks
+    op(src, dst, block_mapping)
 
 
 def _front(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
