@@ -7,6 +7,8 @@ hashes in requirements.lock; each installs one section of that file:
     @xla_ops_pins     requirements.lock cut into its sections
     @xla_ops_env      virtual environment in which Python tests and tools run
     @xla_ops_vllm_env another on top of it, with vLLM, for the tests of its engine
+    @xla_ops_jax_env  others on top of it, with the oldest JAX that xla_ops.jax takes
+    @xla_ops_jax_newest_env   and with the newest, for its tests
     @chat_model       SmolLM2-135M-Instruct, for one of these
     @xla_ops_ffi      headers of XLA's foreign function interface
     @elftools         pyelftools, with which wheels are packed
@@ -27,6 +29,8 @@ SECTIONS = [
     "env",
     "vllm",
     "vllm_source",
+    "jax",
+    "jax_newest",
     "elftools",
     "pybind11",
     "ffi",
@@ -60,6 +64,13 @@ def xla_ops_repositories():
         },
         what = "vLLM",
     )
+    for jax in ("jax", "jax_newest"):
+        pip_environment(
+            name = "xla_ops_%s_env" % jax,
+            on = "@xla_ops_env//:site_packages.txt",
+            requirements = "@xla_ops_pins//:%s.txt" % jax,
+            what = "JAX",
+        )
     pip_wheels(
         name = "chat_model",
         build_file = "//third_party:chat_model.BUILD",

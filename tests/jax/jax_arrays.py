@@ -1,6 +1,7 @@
 """Arrays for JAX, on four CPU devices, and tensors for torch of the same bits."""
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +59,17 @@ def same_bits(found, expected):
 def _bits(t):
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return t.contiguous().view(sizes[t.element_size()])
+
+
+def addresses(arrays):
+    """Of each device's part of each array."""
+    return [
+        shard.data.unsafe_buffer_pointer()
+        for array in arrays
+        for shard in array.addressable_shards
+    ]
+
+
+def copies(text):
+    """The copies of arrays, but for scalars, in a program."""
+    return re.findall(r".*\[\d[^ ]* copy\(.*", text)

@@ -1,13 +1,12 @@
 """Donated caches: updated where they lie, without a copy in the program."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_arrays import integers, random, same_bits, tensor
+from jax_arrays import addresses, copies, integers, random, same_bits, tensor
 
 import xla_ops.jax as xj
 
@@ -52,19 +51,6 @@ _CASES = {
     "fused_qk_norm_rope": (_normalise, [(2, 32)]),
     "apply_repetition_penalties_": (_penalise, [(2, 32)]),
 }
-
-
-def addresses(arrays):
-    return [
-        shard.data.unsafe_buffer_pointer()
-        for array in arrays
-        for shard in array.addressable_shards
-    ]
-
-
-def copies(text):
-    """Copies of arrays, but for scalars."""
-    return re.findall(r".*\[\d[^ ]* copy\(.*", text)
 
 
 @pytest.mark.parametrize("case", list(_CASES))

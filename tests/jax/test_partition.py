@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax_arrays import integers, random
-from test_donation import addresses, copies
+from jax_arrays import addresses, copies, integers, random
 
 import xla_ops.jax as xj
 

@@ -62,6 +62,8 @@ EXTRAS = {
         "nvidia-nvshmem-cu13>=3.3.20,<4",
         "nvidia-nvvm>=13.0.48,<14",
     ],
+    # What xla_ops.jax runs with; JAX's own extras bring its CUDA plugin.
+    "jax": ["jax>=0.7.1,<0.13"],
 }
 
 # torch_xla registers the plugin under these names when it is imported, so
