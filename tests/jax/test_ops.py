@@ -238,6 +238,12 @@ def test_empty_calls():
     same_bits(xj.reshape_and_cache_flash(rows, rows, cache, None, slots), tensor(cache))
 
 
+def test_a_cache_without_heads():
+    rows, cache = jnp.zeros((2, 0, 8)), jnp.zeros((2, 3, 4, 0, 8))
+    found = xj.reshape_and_cache_flash(rows, rows, cache, None, integers(0, 1))
+    same_bits(found, tensor(cache))
+
+
 def test_functional_op_by_name():
     """Layouts that no function here has: keys and values interleaved by block."""
     rows, values = random((2, 1, 8)), random((2, 1, 8), seed=1)

@@ -44,12 +44,19 @@ def require(kind: str, target: str) -> None:
     if kind not in _PLATFORMS:
         op = target.rpartition(".")[2]
         raise ValueError(f"{op}: device must be a CPU or a GPU, got {kind}")
-    with _lock:
-        if target in _registered[kind]:
-            return
+    if target not in _registered[kind]:
         handlers.require(_PLATFORMS[kind][0], target)
-        for path in handlers.libraries(_PLATFORMS[kind][0]):
+        register(kind)
+
+
+def register(kind: str) -> frozenset[str]:
+    """Registers every handler for "cpu" or "cuda"; returns their targets."""
+    name, _ = _PLATFORMS[kind]
+    with _lock:
+        handlers.load(name)
+        for path in handlers.libraries(name):
             _register(kind, str(path))
+        return frozenset(_registered[kind])
 
 
 def _register(kind: str, path: str) -> None:
