@@ -14,6 +14,7 @@ import peers
 import xla_ops
 from case import Case, Target
 from xla_ops.core.op import OPS
+from xla_ops.ops import rms_norm_backward
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 HEAD_DIM, PAGE, EPS = 128, 16, 1e-6
@@ -85,6 +86,46 @@ def _eager_quant(x, scale):
     return (x.float() * (1 / scale)).clamp(-448, 448).to(FP8)
 
 
+def _make_norm_gradient(tokens, hidden, device):
+    return (_normal(tokens, hidden, device=device), *_make_norm(tokens, hidden, device))
+
+
+def _make_gated_gradient(tokens, hidden, device):
+    return (
+        _normal(tokens, hidden, device=device),
+        _normal(tokens, 2 * hidden, device=device),
+    )
+
+
+def _make_gradient(tokens, hidden, device):
+    return tuple(_normal(tokens, hidden, device=device) for _ in "gx")
+
+
+def _norm_gradient(grad, x, weight):
+    wanted = ("input", "weight")
+    found = rms_norm_backward.gradients(grad, x, weight, None, EPS, wanted)
+    return tuple(found[name] for name in wanted)
+
+
+def _norm_gradient_reference(grad, x, weight):
+    reference = OPS["rms_norm_backward"].reference
+    dx, sums = reference(grad, x, weight, None, EPS, [1])
+    return dx, sums[0].to(weight.dtype)
+
+
+def _activation_gradient(name, call):
+    return lambda grad, x: call(grad, x, name, 0.0, 0.0, 0.0)
+
+
+def _gradient_case(name, make, moved):
+    """Of an activation; the eager peer is its definition in plain torch."""
+    op = OPS["activation_backward"]
+    reference = _activation_gradient(name, op.reference)
+    return _Elementwise(
+        _activation_gradient(name, op), reference, make, moved, reference
+    )
+
+
 def _rotary(positions, query, key, cache):
     return xla_ops.rotary_embedding(positions, query, key, HEAD_DIM, cache, True)
 
@@ -145,6 +186,16 @@ ELEMENTWISE = {
         5,
         _rotary_reference,
     ),
+    "rms_norm backward": _Elementwise(
+        _norm_gradient,
+        _norm_gradient_reference,
+        _make_norm_gradient,
+        6,
+        _norm_gradient_reference,
+    ),
+    "silu_and_mul backward": _gradient_case("silu_and_mul", _make_gated_gradient, 10),
+    "gelu_and_mul backward": _gradient_case("gelu_and_mul", _make_gated_gradient, 10),
+    "gelu_new backward": _gradient_case("gelu_new", _make_gradient, 6),
     "static_scaled_fp8_quant": _Elementwise(
         xla_ops.static_scaled_fp8_quant,
         OPS["static_scaled_fp8_quant"].reference,

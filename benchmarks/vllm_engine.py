@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""vLLM's engine on XLA: right first, then how fast, on one device.
+"""vLLM's engine on XLA: right first, then how fast, on one device or several.
 
     PJRT_DEVICE=GPU benchmarks/vllm_engine.py --out DIR [--shape 8b] [--only PART ...]
+        [--tensor-parallel-size 2]
 
 Needs vLLM 0.13.0 (docs/vllm.md) and the installed wheel. Checks that a small random
 model gives transformers' greedy tokens, then measures a model of --shape with random
@@ -33,13 +34,21 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Llama 3.1 8B; and one for the CPU.
+# Llama 3.1 8B and 70B; and one for the CPU.
 SHAPES = {
     "8b": dict(
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
         num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
         num_key_value_heads=8,
         vocab_size=128256,
     ),
@@ -63,6 +72,7 @@ def parse():
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quantization", help="vLLM's, such as fp8")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=100_000, help="of the part long")
@@ -230,8 +240,8 @@ def phases(worker):
 
 
 def ask(llm, function, *args):
-    (answer,) = llm.collective_rpc(function, args=args)
-    return answer
+    """What the first worker says; all are asked."""
+    return llm.collective_rpc(function, args=args)[0]
 
 
 def random_prompts(count, length, vocab, seed=0):
@@ -269,7 +279,7 @@ def generate(llm, prompts, tokens):
     return seconds, [list(o.outputs[0].token_ids) for o in outputs]
 
 
-def check(folder):
+def check(folder, tensor_parallel_size):
     """Greedy tokens of a small model in float32, against transformers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -291,6 +301,7 @@ def check(folder):
         max_num_seqs=8,
         max_num_batched_tokens=64,
         kv_cache_memory_bytes=64 << 20,
+        tensor_parallel_size=tensor_parallel_size,
     )
     prompts = [
         random_prompts(1, 3 + 5 * i, SHAPES["tiny"]["vocab_size"], i)[0]
@@ -414,6 +425,7 @@ def main():
         "xla_ops": xla_ops.__version__,
         "shape": args.shape,
         "quantization": args.quantization,
+        "tensor_parallel_size": args.tensor_parallel_size,
         "parts": {},
     }
 
@@ -424,7 +436,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         if "right" in args.only:
-            result = check(os.path.join(folder, "small"))
+            result = check(os.path.join(folder, "small"), args.tensor_parallel_size)
             save("right", result)
             if result["equal"] != result["of"]:
                 return 1
@@ -443,9 +455,11 @@ def main():
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             gpu_memory_utilization=args.gpu_memory_utilization,
+            tensor_parallel_size=args.tensor_parallel_size,
         )
-        save("load", {"seconds": time.perf_counter() - start})
-        before = ask(llm, counters)
+        seconds = time.perf_counter() - start
+        save("load", {"seconds": seconds, "bytes": llm.collective_rpc(bytes_used)})
+        before = llm.collective_rpc(counters)
         measures = {
             "one": lambda: measure_one(llm, vocab),
             "first": lambda: measure_first(llm, vocab, 4096),
@@ -460,7 +474,7 @@ def main():
             if name not in args.only:
                 continue
             save(name, measures[name]())
-            after = ask(llm, counters)
+            after = llm.collective_rpc(counters)
             if after != before:
                 print(f"{name}: recompiled or moved: {before} {after}")
                 return 1

@@ -7,10 +7,13 @@ hashes in requirements.lock; each installs one section of that file:
     @xla_ops_pins     requirements.lock cut into its sections
     @xla_ops_env      virtual environment in which Python tests and tools run
     @xla_ops_vllm_env another on top of it, with vLLM, for the tests of its engine
+    @xla_ops_jax_env  others on top of it, with the oldest JAX that xla_ops.jax takes
+    @xla_ops_jax_newest_env   and with the newest, for its tests
     @chat_model       SmolLM2-135M-Instruct, for one of these
     @xla_ops_ffi      headers of XLA's foreign function interface
     @elftools         pyelftools, with which wheels are packed
     @pybind11         headers of pybind11
+    @torch_headers    headers of torch
     @cuda13           nvcc with CUDA's headers and static runtime
     @cuda12           clang with those of CUDA 12, for compute capability 7.0
 
@@ -27,9 +30,12 @@ SECTIONS = [
     "env",
     "vllm",
     "vllm_source",
+    "jax",
+    "jax_newest",
     "elftools",
     "pybind11",
     "ffi",
+    "torch_headers",
     "cuda13",
     "cuda12",
     "chat_model",
@@ -60,6 +66,13 @@ def xla_ops_repositories():
         },
         what = "vLLM",
     )
+    for jax in ("jax", "jax_newest"):
+        pip_environment(
+            name = "xla_ops_%s_env" % jax,
+            on = "@xla_ops_env//:site_packages.txt",
+            requirements = "@xla_ops_pins//:%s.txt" % jax,
+            what = "JAX",
+        )
     pip_wheels(
         name = "chat_model",
         build_file = "//third_party:chat_model.BUILD",
@@ -83,6 +96,17 @@ def xla_ops_repositories():
         build_file = "//third_party:pybind11.BUILD",
         keep = ["pybind11/include"],
         requirements = "@xla_ops_pins//:pybind11.txt",
+    )
+    pip_wheels(
+        name = "torch_headers",
+        build_file = "//third_party:torch.BUILD",
+        keep = ["torch/include"],
+        requirements = "@xla_ops_pins//:torch_headers.txt",
+        target = [
+            "--implementation=cp",
+            "--python-version=3.11",
+            "--platform=manylinux_2_28_aarch64",
+        ],
     )
     pip_wheels(
         name = "cuda13",

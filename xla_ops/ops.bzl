@@ -44,6 +44,10 @@ _USES = {
     "attention_backward": "attention",
 }
 
+# Handlers for the CPU client alone, and no ops of Python's: what XLA brings for
+# GPUs itself. Their folders have no CUDA files.
+HOST_OPS = ["host_collective"]
+
 # The end of a file's name, and what the file is for.
 _KINDS = {
     ".h": "header",
@@ -90,7 +94,7 @@ def source_kind(op, file):
 def xla_custom_call_libraries(name):
     """Static libraries and C++ tests of an op; for //xla_ops/cc/ops/BUILD.
 
-    Makes NAME_cpu, NAME_cuda and NAME_test.
+    Makes NAME_cpu, NAME_cuda and NAME_test. One of HOST_OPS has no NAME_cuda.
 
     Args:
       name: the op.
@@ -120,6 +124,19 @@ def xla_custom_call_libraries(name):
         deps = ["//xla_ops/cc/core"],
         alwayslink = True,
     )
+
+    for test in sources.get("test", []):
+        xla_ops_cc_test(
+            name = test[len(folder):-len(".cc")],
+            srcs = [test],
+            deps = [
+                ":%s_cpu" % name,
+                "//xla_ops/cc/core:call_frame",
+                "//xla_ops/cc/core:testing",
+            ],
+        )
+    if name in HOST_OPS:
+        return
 
     objects = []
     for suffix in [""] + CAPABILITY_OF_SUFFIX.keys():
@@ -158,17 +175,6 @@ def xla_custom_call_libraries(name):
         alwayslink = True,
     )
 
-    for test in sources.get("test", []):
-        xla_ops_cc_test(
-            name = test[len(folder):-len(".cc")],
-            srcs = [test],
-            deps = [
-                ":%s_cpu" % name,
-                "//xla_ops/cc/core:call_frame",
-                "//xla_ops/cc/core:testing",
-            ],
-        )
-
 def arch_check(name, instead = {}):
     """Kernels of every op, for a build of all architectures that stays short.
 
@@ -183,7 +189,11 @@ def arch_check(name, instead = {}):
         cuda_objects(
             name = "%s_%s" % (op, name),
             srcs = [op + "/" + file for file in files],
-            hdrs = native.glob([op + "/*.h", op + "/*.cuh"]),
+            hdrs = native.glob([
+                folder + end
+                for folder in [op] + ([_USES[op]] if op in _USES else [])
+                for end in ["/*.h", "/*.cuh"]
+            ]),
             tags = ["manual"],
             target_compatible_with = CUDA_ONLY,
             deps = _KERNEL_DEPS,
@@ -200,7 +210,8 @@ def arch_check(name, instead = {}):
 def xla_custom_call(name):
     """The shared objects and the py_library of an op; for //xla_ops/BUILD.
 
-    Makes libxla_ops_NAME_cpu.so, libxla_ops_NAME_cuda.so and NAME.
+    Makes libxla_ops_NAME_cpu.so, and, but for HOST_OPS, libxla_ops_NAME_cuda.so
+    and NAME.
 
     Args:
       name: the op.
@@ -211,6 +222,8 @@ def xla_custom_call(name):
         exports = exports,
         deps = ["//xla_ops/cc/ops:%s_cpu" % name],
     )
+    if name in HOST_OPS:
+        return
     shared_object(
         name = "libxla_ops_%s_cuda.so" % name,
         exports = exports,

@@ -23,7 +23,9 @@ import torch_xla.debug.metrics as xla_metrics
 
 from kv_cache import PAGE_SIZE, PagedKVCache, blocks_for
 from model import Decoder, StepInputs
+from parallel import OneDevice
 from sampling import GREEDY, Sampling, sample
+from xla_ops.programs.replay import replay
 
 
 @dataclass
@@ -116,7 +118,9 @@ class Engine:
       num_blocks: size of the cache in blocks of 16 tokens; default: enough for
         max_seqs sequences of max_len tokens.
       backend: of torch.compile, "openxla" or "xla_ops", which is the same program
-        with less work on the host for each step.
+        with less work on the host for each step; or "replay", which is it once more,
+        traced and called without torch.compile.
+      parallel: how the decoder lies on several devices; default: on one.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class Engine:
         max_prefill_tokens: int = 256,
         num_blocks: int | None = None,
         backend: str = "openxla",
+        parallel: OneDevice | None = None,
     ):
         config = decoder.config
         for name, value in (
@@ -142,6 +147,7 @@ class Engine:
                 f"engine: max_len must be at most the decoder's {limit}, got {max_len}"
             )
         self.decoder = decoder
+        self.parallel = parallel or OneDevice()
         self.device = decoder.cos_sin_cache.device
         self.max_len = max_len
         self.max_seqs = max_seqs
@@ -158,13 +164,19 @@ class Engine:
             config.head_dim,
             decoder.model.embed_tokens.weight.dtype,
             self.device,
+            self.parallel.place_cache,
+            self.parallel.cache_parts,
         )
         # Dynamo compiles one function for 8 sets of inputs and then gives up: make
         # room for this engine's shapes beside those of others in the process.
         torch._dynamo.config.recompile_limit += len(self.shapes)
-        self._compiled = torch.compile(
-            self._run, backend=backend, fullgraph=True, dynamic=False
-        )
+        if backend == "replay":
+            caches = [tensor for layer in self.cache.layers for tensor in layer]
+            self._compiled = replay(self._run, state=[decoder, *caches])
+        else:
+            self._compiled = torch.compile(
+                self._run, backend=backend, fullgraph=True, dynamic=False
+            )
         self.stats = Stats()
         self._compiled_before = compilations()
 
@@ -297,7 +309,8 @@ class Engine:
     def _step(self, batch, counts, num_tokens):
         before = self.cache.addresses()
         inputs = self._inputs(batch, counts, num_tokens)
-        greedy, logits = self._compiled(inputs)
+        with self.parallel.step():
+            greedy, logits = self._compiled(inputs)
         greedy = greedy.cpu()  # waits for the step
         self.stats.cache_bytes_moved += self.cache.bytes_moved(before)
         return greedy, logits

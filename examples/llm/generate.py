@@ -4,12 +4,15 @@ SPDX-License-Identifier: Apache-2.0
 
     python examples/llm/generate.py --prompt "Pip the mouse" --prompt "One day"
     python examples/llm/generate.py --device gpu --model DIR --prompt "..."
+    python examples/llm/generate.py --device gpu --tensor-parallel 2 --model DIR
+    torchrun --nproc_per_node 2 examples/llm/generate.py --device gpu --model DIR
 
 DIR is a Hugging Face checkpoint folder of a Llama, Mistral, Qwen2 or Qwen3. Without
 --model it is the small one beside this file, which train_tiny.py made.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import statistics
@@ -17,7 +20,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,7 +36,7 @@ PROMPTS = [
 ]
 DTYPES = ("float32", "bfloat16", "float16")
 OPS = ("all", "attention")
-BACKENDS = ("openxla", "xla_ops")
+BACKENDS = ("openxla", "xla_ops", "replay")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -57,7 +59,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="custom calls wherever there is one (default), or for the norms and "
         "the attention alone",
     )
-    add("--backend", choices=BACKENDS, default="openxla", help="of torch.compile")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        help="of torch.compile, or replay, which is without it; default: openxla, with "
+        "--tensor-parallel replay",
+    )
+    add(
+        "--tensor-parallel",
+        type=integer(1),
+        metavar="N",
+        help="devices that have a part of the model each (default: 1, or the processes "
+        "that torchrun has started)",
+    )
     add("--temperature", type=float, default=0.0, help="0: greedy (default)")
     add("--top-p", type=float, metavar="P", help="with a temperature; default: 1")
     add("--seed", type=integer(0), metavar="N", help="with a temperature; default: 0")
@@ -92,12 +106,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.model:
         parser.error("argument --model: must name a folder, got ''")
     args.model = Path(os.path.expanduser(args.model))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.tensor_parallel is None:
+        args.tensor_parallel = num_processes
+    elif num_processes not in (1, args.tensor_parallel):
+        parser.error(
+            "argument --tensor-parallel: must be the number of processes, "
+            f"{num_processes}, got {args.tensor_parallel}"
+        )
+    args.has_ranks = num_processes > 1
+    if args.has_ranks and args.backend not in (None, "replay"):
+        parser.error(
+            f"argument --backend: must be replay under torchrun, got {args.backend}"
+        )
+    if args.backend is None:
+        # With openxla, torch_xla copies each sharded cache once a step.
+        args.backend = "openxla" if args.tensor_parallel == 1 else "replay"
     return args
 
 
-def start_xla(device: str, dump: Path) -> None:
+def start_xla(device: str, num_devices: int, dump: Path) -> None:
     """Settings that XLA reads once, when torch_xla starts: so before its import."""
     os.environ["PJRT_DEVICE"] = device.upper()
+    if num_devices > 1 and device == "cpu":
+        os.environ["CPU_NUM_DEVICES"] = str(num_devices)
+    elif num_devices > 1:
+        # SPMD takes every GPU that it sees.
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = map(str, range(num_devices)) if seen is None else seen.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(list(names)[:num_devices])
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} {dump_flags(dump)}".strip()
 
@@ -120,6 +157,7 @@ def run(args: argparse.Namespace, dump: Path) -> None:
     import weights
     from engine import Engine
     from kv_cache import round_up
+    from parallel import OneDevice, Ranks, Sharded
     from sampling import Sampling
 
     sampling = Sampling(args.temperature, **sampling_options(args))
@@ -145,15 +183,20 @@ def run(args: argparse.Namespace, dump: Path) -> None:
         torch_xla.backends.set_mat_mul_precision("highest")
 
     try:
+        parallel = OneDevice()
+        if args.has_ranks:
+            parallel = Ranks(config)
+        elif args.tensor_parallel > 1:
+            parallel = Sharded(args.tensor_parallel, config)
         device = torch_xla.device()
     except RuntimeError as error:  # no plugin, no driver, ...: it says what to do
         raise ValueError(error) from error
     name = args.model.resolve().name
     print(f"loading {name} ({config.architecture}, {dtype}) on {device}")
     decoder = weights.load(
-        args.model, config, max_len, getattr(torch, dtype), device, args.ops
+        args.model, config, max_len, getattr(torch, dtype), device, args.ops, parallel
     )
-    engine = Engine(decoder, backend=args.backend, **sizes)
+    engine = Engine(decoder, backend=args.backend, parallel=parallel, **sizes)
     with tqdm(total=len(engine.shapes), desc="compile ", unit="program") as bar:
         engine.warm_up(lambda tokens: bar.update())
         compile_s = bar.format_dict["elapsed"]
@@ -170,7 +213,7 @@ def run(args: argparse.Namespace, dump: Path) -> None:
         whole = tokenizer.decode(prompt + answer)
         start = whole[: len(tokenizer.decode(prompt))]
         print(f"> {text}\n{start}\033[1m{whole[len(start) :]}\033[0m\n")
-    programs = step_programs(dump, engine.cache.shape, dtype)
+    programs = step_programs(dump, engine.cache.part_shape, dtype)
     report(engine, device, compile_s, programs)
 
 
@@ -240,7 +283,10 @@ def report(engine, device, compile_s: float, programs: list[Program]) -> None:
     stats, cache = engine.stats, engine.cache
     steps = len(stats.prefill_s) + len(stats.decode_s)
     seconds = sum(stats.prefill_s) + sum(stats.decode_s)
-    in_program = max(p.cache_copies for p in programs) * cache.nbytes_each
+    elsewhere = not cache.addresses()  # where none are told
+    in_program = cache.nbytes_each * max(
+        p.cache_copies + elsewhere * p.caches_elsewhere for p in programs
+    )
     calls = [p.custom_calls for p in programs]
     copied = stats.cache_bytes_moved / steps + in_program
 
@@ -261,12 +307,21 @@ def report(engine, device, compile_s: float, programs: list[Program]) -> None:
         "decode step": ms(stats.decode_s),
         "warm-up": f"{compile_s:.1f} s for {len(engine.shapes)} programs",
         "cache": f"{cache.nbytes} bytes, {cache.num_buffers} buffers",
-        "cache bytes copied per step": f"{copied:.0f} "
-        f"(addresses before and after {steps} steps; "
-        f"optimised HLO of {len(programs)} programs)",
+        "cache bytes copied per step": f"{copied:.0f} ("
+        + ("" if elsewhere else f"addresses before and after {steps} steps; ")
+        + f"optimised HLO of {len(programs)} programs)",
         "xla_ops custom calls": f"{min(calls)} to {max(calls)} a step",
         "recompilations after warm-up": stats.compilations,
     }
+    if engine.parallel.size > 1:
+        whole = elsewhere  # of SPMD: one tensor for all devices
+        size = engine.parallel.size
+        rows["cache"] += f", in {size} parts" if whole else f", of {size} processes one"
+        moves = programs[0].collectives
+        rows["moves between devices"] = (
+            ", ".join(f"{count} {name}" for name, count in sorted(moves.items()))
+            + " a step"
+        )
     for name, value in rows.items():
         print(f"{name + ':':<30}{value}")
 
@@ -283,7 +338,7 @@ def device_and_plugin(device) -> tuple[str, str]:
     return f"{device}, GPU, {name}", f"xla_ops bridge over {found}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Shows what is said about a checkpoint as a line of its own."""
     with warnings.catch_warnings():
@@ -303,9 +358,16 @@ def plain_warnings() -> Iterator[None]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump, plain_warnings():
-        start_xla(args.device, Path(dump))
+        start_xla(
+            args.device, 1 if args.has_ranks else args.tensor_parallel, Path(dump)
+        )
         try:
-            run(args, Path(dump))
+            with contextlib.ExitStack() as stack:
+                if int(os.environ.get("RANK", "0")) > 0:  # the first one speaks for all
+                    nowhere = stack.enter_context(open(os.devnull, "w"))
+                    stack.enter_context(contextlib.redirect_stdout(nowhere))
+                    stack.enter_context(contextlib.redirect_stderr(nowhere))
+                run(args, Path(dump))
         except (ValueError, MemoryError) as error:
             fail(error)
         except RuntimeError as error:

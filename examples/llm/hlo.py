@@ -10,6 +10,7 @@ it is one of those that only rename a buffer.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,16 +25,33 @@ DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<op>[\w-]+)\(")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+PARAMETER = re.compile(r"^\s+%?[\w.-]+ = (?P<type>.*?) parameter\((?P<number>\d+)\)")
 ALIAS = re.compile(r"\{[\d, ]*\}: \(\d+, \{[\d, ]*\}")
+SAME_BUFFER = re.compile(r"\{[\d, ]*\}: \((\d+), \{\}, \w+-alias\)")
 FUSED = re.compile(r"fusion\(.*calls=%?([\w.-]+)")
 
 
+COLLECTIVES = {
+    *("all-reduce", "all-gather", "all-to-all", "reduce-scatter"),
+    *("collective-permute", "collective-broadcast"),
+}
+
+
 class Program(NamedTuple):
-    """One compiled program: how often it copies the cache and calls xla_ops."""
+    """One compiled program.
+
+    Attributes:
+      cache_copies: how often it copies the cache of a layer.
+      caches_elsewhere: caches that it takes and does not update in their own buffers.
+      custom_calls: of xla_ops.
+      collectives: how many of each kind.
+    """
 
     name: str
     cache_copies: int
+    caches_elsewhere: int
     custom_calls: int
+    collectives: Counter
 
 
 def dump_flags(folder: Path) -> str:
@@ -45,6 +63,25 @@ def instructions(hlo: str) -> list[str]:
     """What the instructions of a module are called, such as "fusion"."""
     found = map(INSTRUCTION.match, hlo.splitlines())
     return [instruction["op"] for instruction in found if instruction]
+
+
+def collectives(hlo: str) -> Counter:
+    """The instructions of a module that move data between devices, by name."""
+    names = (name.removesuffix("-start") for name in instructions(hlo))
+    found = Counter(name for name in names if name in COLLECTIVES)
+    # What stands for them between processes on the CPU.
+    for gathers in re.findall(r'"xla_ops.host_collective".*?gathers = (\w+)', hlo):
+        found["all-gather" if gathers == "true" else "all-reduce"] += 1
+    return found
+
+
+def inputs_elsewhere(shape: str, hlo: str) -> int:
+    """Inputs of `shape` in whose buffers a module leaves no result."""
+    header, _, body = hlo.partition("\n")
+    kept = {int(number) for number in SAME_BUFFER.findall(header)}
+    entry = body[body.index("\nENTRY ") :]
+    inputs = filter(None, map(PARAMETER.match, entry.splitlines()))
+    return sum(shape in i["type"] and int(i["number"]) not in kept for i in inputs)
 
 
 def copies_of(shape: str, hlo: str) -> int:
@@ -86,7 +123,7 @@ def step_programs(
 
     Args:
       folder: what dump_flags was given.
-      cache_shape: of one layer's K or V.
+      cache_shape: of one layer's K or V, as one device has it.
       dtype: of the cache, as torch names it.
     """
     shape = f"{DTYPES[dtype]}[{','.join(map(str, cache_shape))}]"
@@ -97,5 +134,13 @@ def step_programs(
         takes_it = entry and shape in entry[0].partition(" -> ")[0]
         if takes_it and not RENAMES.issuperset(instructions(hlo)):
             calls = hlo.count('custom_call_target="xla_ops.')
-            found.append(Program(path.name, copies_of(shape, hlo), calls))
+            found.append(
+                Program(
+                    path.name,
+                    copies_of(shape, hlo),
+                    inputs_elsewhere(shape, hlo),
+                    calls,
+                    collectives(hlo),
+                )
+            )
     return found

@@ -7,8 +7,11 @@ be neighbours; its block table lists them in order. So sequences of any length
 share one buffer, and no token moves when one grows or ends.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch_xla
+import torch_xla.runtime as xr
 
 PAGE_SIZE = 16
 
@@ -95,13 +98,23 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        place: Callable[[torch.Tensor], torch.Tensor] = lambda cache: cache,
+        num_parts: int = 1,
     ):
+        """
+        Args:
+          place: says how a new tensor lies on several devices.
+          num_parts: on how many; each has some of the heads.
+        """
         self.allocator = BlockAllocator(num_blocks)
         self.shape = (num_blocks, PAGE_SIZE, num_kv_heads, head_dim)
-        self.layers = [
-            tuple(torch.zeros(self.shape, dtype=dtype, device=device) for _ in "kv")
-            for _ in range(num_layers)
-        ]
+        self.part_shape = (num_blocks, PAGE_SIZE, num_kv_heads // num_parts, head_dim)
+        self.layers = []
+        for _ in range(num_layers):
+            key, value = (
+                place(torch.zeros(self.shape, dtype=dtype, device=device)) for _ in "kv"
+            )
+            self.layers.append((key, value))
         torch_xla.sync(wait=True)  # buffers from here on, not pending work
 
     def _tensors(self) -> list[torch.Tensor]:
@@ -120,7 +133,12 @@ class PagedKVCache:
         return self.num_buffers * self.nbytes_each
 
     def addresses(self) -> list[int]:
-        """Where each buffer is on the device, K and V of layer 0 first."""
+        """Where each buffer is on the device, K and V of layer 0 first.
+
+        Nothing of sharded ones: torch_xla does not tell. The programs' HLO does.
+        """
+        if xr.is_spmd():
+            return []
         return [torch_xla._XLAC._unsafe_buffer_pointer(t) for t in self._tensors()]
 
     def bytes_moved(self, before: list[int]) -> int:

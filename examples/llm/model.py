@@ -10,7 +10,7 @@ gate_up_proj alone holds two of theirs (`PACKED`).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -117,20 +117,25 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.o_proj: nn.Module = nn.Linear(
+            q_size, config.hidden_size, bias=config.o_bias
+        )
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos_sin_cache, cache: Cache, step: StepInputs) -> torch.Tensor:
-        num_tokens = x.shape[0]
-        heads = (num_tokens, -1, self.head_dim)
+    def project(self, x, cos_sin_cache, positions) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, [num_tokens, heads, head_dim] each."""
+        heads = (x.shape[0], -1, self.head_dim)
         query = self.q_norm(self.q_proj(x).view(heads))
         key = self.k_norm(self.k_proj(x).view(heads))
-        query, key = self.ops.rotate(step.positions, query, key, cos_sin_cache)
-        value = self.v_proj(x).view(heads)
+        query, key = self.ops.rotate(positions, query, key, cos_sin_cache)
+        return query, key, self.v_proj(x).view(heads)
+
+    def forward(self, x, cos_sin_cache, cache: Cache, step: StepInputs) -> torch.Tensor:
+        query, key, value = self.project(x, cos_sin_cache, step.positions)
         # Writes this step's keys and values into the cache, in place, before
         # they are read: a token sees itself.
         key_cache, value_cache = cache
@@ -147,7 +152,7 @@ class Attention(nn.Module):
             self.head_dim**-0.5,
             self.sliding_window,
         )
-        return self.o_proj(out.reshape(num_tokens, -1))
+        return self.o_proj(out.reshape(x.shape[0], -1))
 
 
 class MLP(nn.Module):
@@ -155,8 +160,10 @@ class MLP(nn.Module):
         super().__init__()
         self.ops = ops
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.gate_up_proj: nn.Module = nn.Linear(
+            hidden, 2 * inner, bias=config.mlp_bias
+        )
+        self.down_proj: nn.Module = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
@@ -196,6 +203,8 @@ class Decoder(nn.Module):
     """
 
     cos_sin_cache: torch.Tensor
+    # (part of the logits, dim) -> all, where several processes have parts of the head.
+    gather_logits: Callable = staticmethod(lambda logits, dim: logits)
 
     def __init__(self, config: ModelConfig, max_len: int, ops: str = "all"):
         super().__init__()
@@ -228,18 +237,23 @@ class Decoder(nn.Module):
         # the last block, `residual` the sum of those before it.
         residual: torch.Tensor | None = None
         for layer, cache in zip(self.model.layers, caches, strict=True):
-            x, residual = self._norm(layer.input_layernorm, x, residual)
+            x, residual = self.add_norm(layer.input_layernorm, x, residual)
             x = layer.self_attn(x, self.cos_sin_cache, cache, step)
-            x, residual = self._norm(layer.post_attention_layernorm, x, residual)
+            x, residual = self.add_norm(layer.post_attention_layernorm, x, residual)
             x = layer.mlp(x)
         assert residual is not None  # there is a layer
         last = step.last_token
-        x, _ = self._norm(self.model.norm, x[last], residual[last])
+        x, _ = self.add_norm(self.model.norm, x[last], residual[last])
+        return self.logits(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the last norm's result."""
         embedding = self.model.embed_tokens.weight
         head = embedding if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(x, head).float()
+        return self.gather_logits(F.linear(x, head).float(), -1)
 
-    def _norm(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None):
+    def add_norm(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None):
+        """The norm of the sum, and the sum."""
         if residual is None:
             return norm(x), x
         return self.ops.add_rms_norm(x, residual, norm.weight, norm.eps)

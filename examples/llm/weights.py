@@ -31,6 +31,7 @@ from files import (
     read_json,
 )
 from model import PACKED, Decoder
+from parallel import OneDevice
 
 # Stored by old checkpoints, but computed from the config.
 DERIVED = "rotary_emb.inv_freq"
@@ -137,7 +138,7 @@ def check(folder: str | Path, config: ModelConfig) -> dict[str, list[Stored]]:
                 where = Stored(path, tuple(part.get_shape()), part.get_dtype())
                 stored.setdefault(name, []).append(where)
     with torch.device("meta"):
-        wanted = _unpacked(Decoder(config, max_len=1).state_dict())
+        wanted = unpacked(Decoder(config, max_len=1).state_dict())
     if config.tie_word_embeddings and HEAD in stored:
         wanted[HEAD] = wanted[EMBEDDING]
     if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
@@ -208,6 +209,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     ops: str = "all",
+    parallel: OneDevice | None = None,
 ) -> Decoder:
     """Builds the decoder and fills it.
 
@@ -218,11 +220,13 @@ def load(
       dtype: to compute in; stored weights are converted.
       device: to put the weights on.
       ops: the Decoder's.
+      parallel: how the weights lie on several devices; default: on one.
 
     Raises:
       CheckpointError: `check` does, before anything is read; or a weight is stored
         twice with different values, or too large for `dtype`.
     """
+    parallel = parallel or OneDevice()
     stored = check(folder, config)
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(Path(folder)):
@@ -231,6 +235,7 @@ def load(
                 if name not in stored:
                     continue
                 weight = _converted(file.get_tensor(name), dtype, name)
+                weight = parallel.part_of_weight(name, weight, config)
                 if name in weights and not torch.equal(weight, weights[name]):
                     places = " and ".join(str(where.path) for where in stored[name])
                     raise CheckpointError(
@@ -240,10 +245,13 @@ def load(
     if config.tie_word_embeddings:
         config = _tie(weights, config)
     with torch.device("meta"):
-        decoder = Decoder(config, max_len, ops)
-    decoder.load_state_dict(_packed(weights), assign=True)
+        decoder = Decoder(parallel.part_of_config(config), max_len, ops)
+    # A token is one of the whole vocabulary.
+    decoder.config = dataclasses.replace(decoder.config, vocab_size=config.vocab_size)
+    decoder.load_state_dict(packed(weights), assign=True)
     decoder.cos_sin_cache = decoder.cos_sin_cache.to(dtype)
-    return decoder.requires_grad_(False).eval().to(device)
+    decoder.requires_grad_(False).eval()
+    return parallel.place(decoder, device)
 
 
 def _converted(weight: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -279,7 +287,7 @@ def _tie(weights: dict[str, torch.Tensor], config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names tensors as checkpoints do, and takes packed ones apart."""
     found = {}
     for name, tensor in tensors.items():
@@ -290,8 +298,8 @@ def _unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `_unpacked`."""
+def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The opposite of `unpacked`."""
     whole = {parts[0]: (name, parts) for name, parts in PACKED.items()}
     rest = {part for parts in PACKED.values() for part in parts[1:]}
     found = {}

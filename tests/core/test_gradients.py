@@ -11,14 +11,17 @@ from torch.func import grad, jvp, vjp, vmap
 
 import xla_ops
 from support import Path, int32
-from xla_ops.core import autocast, gradients, op
+from xla_ops.core import autocast, autograd, gradients, op
 from xla_ops.core.custom_call import CustomCall
 from xla_ops.core.hlo import Spec
 from xla_ops.core.op import OPS
 from xla_ops.programs.replay import replay
 
-INPUT = "xla_ops.rms_norm: has no gradient: input requires one; use torch.no_grad()"
-TANGENT = r"xla_ops\.rms_norm: has no gradient: input has a tangent"
+INPUT = (
+    "xla_ops.rms_norm_backward: has no gradient: input requires one; use"
+    " torch.no_grad()"
+)
+TANGENT = r"xla_ops\.rms_norm(_backward)?: has no gradient: input has a tangent"
 EAGER = ["cpu", "lazy"]
 BACKENDS = [
     ("openxla", "lazy"),
@@ -41,7 +44,9 @@ def _grad_mode():
 
 
 def norm(x, w):
-    return xla_ops.rms_norm(x, w)
+    """An op that has no gradient, and looks like one that has."""
+    ones = torch.ones_like(x)
+    return torch.ops.xla_ops.rms_norm_backward_input(ones, x, w, None, 1e-6)
 
 
 def inputs(path, *shapes, requires_grad=True):
@@ -100,10 +105,19 @@ def test_results_require_a_gradient_where_torch_has_one_for_the_dtype(path):
 @pytest.mark.parametrize("path", EAGER)
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_result_is_used(path, used):
+    x, w = inputs(path)
+    ones = torch.ones_like(x)
+    # Of an op without a gradient.
+    args = (ones, x, w, None, 1e-6, [1])
+    result = torch.ops.xla_ops.rms_norm_backward(*args)[used]
+    with pytest.raises(RuntimeError, match=INPUT):
+        result.sum().backward()
+    # And one with: nothing depends on the rest.
     x, residual, w = inputs(path, (4, 16), (4, 16), (16,))
     result = xla_ops.fused_add_rms_norm(x, residual, w)[used]
-    with pytest.raises(RuntimeError, match="xla_ops.fused_add_rms_norm: has no grad"):
-        result.sum().backward()
+    result.sum().backward()
+    assert torch.equal(x.grad, residual.grad)
+    assert (w.grad == 0).all() == (used == 1)
 
 
 @pytest.mark.parametrize("path", EAGER)
@@ -130,6 +144,11 @@ def test_double_backward(path):
     x, w = inputs(path)
     with pytest.raises(RuntimeError, match=INPUT):
         torch.autograd.grad(norm(x, w).sum(), x, create_graph=True)
+    y = xla_ops.rms_norm(x, w).square().sum()
+    (g,) = torch.autograd.grad(y, x, create_graph=True)
+    assert g.requires_grad
+    with pytest.raises(RuntimeError, match="rms_norm_backward: has no gradient: grad"):
+        g.sum().backward()
     (g,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=INPUT):
         norm(g, w.detach()).sum().backward()
@@ -274,7 +293,7 @@ def test_fronts_refuse_nothing_without_grad_mode():
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             torch.ops.xla_ops.rms_norm(result, x, w, 1e-6)
-        assert torch.equal(result, norm(x, w))
+        assert torch.equal(result, xla_ops.rms_norm(x, w))
         result.zero_()
 
 
@@ -318,11 +337,11 @@ def test_cache_is_written_with_keys_of_a_layer(backend, path):
 def test_inference_goes_past_autograd(path, monkeypatch):
     """No kernel in Python runs where nothing asks for a gradient."""
     x, w = inputs(path)
-    assert not gradients.is_untracked((x, w, 1e-6))
+    assert not autograd.is_untracked((x, w, 1e-6))
     with torch.no_grad():
-        assert gradients.is_untracked((x, w, 1e-6))
-    assert gradients.is_untracked((x.detach(), [1, 2], None, "auto", w.detach()))
-    assert not vmap(lambda x: torch.tensor(gradients.is_untracked((x,))))(x).any()
+        assert autograd.is_untracked((x, w, 1e-6))
+    assert autograd.is_untracked((x.detach(), [1, 2], None, "auto", w.detach()))
+    assert not vmap(lambda x: torch.tensor(autograd.is_untracked((x,))))(x).any()
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,15 @@ from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_session
+from xla_ops.vllm import platform
 
 REFUSED = {
     "runner": dict(runner="pooling"),
     "enable_prompt_embeds": dict(enable_prompt_embeds=True),
-    "tensor_parallel_size": dict(tensor_parallel_size=2),
+    "distributed_executor_backend": dict(
+        tensor_parallel_size=2, distributed_executor_backend="uni"
+    ),
     "pipeline_parallel_size": dict(pipeline_parallel_size=2),
-    "enable_expert_parallel": dict(family="qwen3_moe", enable_expert_parallel=True),
     "fully_sharded_loras": dict(enable_lora=True, fully_sharded_loras=True),
     "calculate_kv_scales": dict(calculate_kv_scales=True, kv_cache_dtype="fp8"),
     "kv_cache_dtype": dict(kv_cache_dtype="fp8_inc"),
@@ -33,6 +35,13 @@ def test_refused(name):
 def test_lora_on_several_devices_is_refused():
     with pytest.raises(NotImplementedError, match="must be 1 with enable_lora on XLA"):
         config(enable_lora=True, tensor_parallel_size=2)
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(platform, "is_gpu", lambda: True)
+    monkeypatch.setattr(platform.visible, "count", lambda environ: 1)
+    with pytest.raises(NotImplementedError, match="at most 1, the visible GPUs, on"):
+        config(tensor_parallel_size=2)
 
 
 def test_defaults():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-import jax_ops
+import kernel_calls
 from batch import Batch
 from kernel_cases import BF16, DTYPES, F16, F32, poison
 
@@ -248,7 +248,7 @@ def check_attention(rng, **case):
     inputs, tokens, extent = batch_inputs(rng, case, batch)
     max_seqs = len(inputs["cu_seqlens_q"]) - 1
     logical = (*extent, kv_heads, head_dim)
-    shape, attributes = jax_ops.geometry(layout, *logical)
+    shape, geometry = kernel_calls.geometry(layout, *logical)
     count = 2 if layout in ("NHD", "HND") else 1
     kv_cache_dtype = case.get("kv", "auto")
     kv_dtype = FP8.get(kv_cache_dtype, dtype)
@@ -275,7 +275,7 @@ def check_attention(rng, **case):
         "window_right": right,
     }
 
-    caches = jax_ops.logical_caches(buffers, layout, logical)
+    caches = kernel_calls.logical_caches(buffers, layout, logical)
     used = np.zeros(extent, bool)
     sequences = list(sequences_of(inputs, tokens, extent, caches, used))
     for s in sequences:
@@ -301,13 +301,12 @@ def check_attention(rng, **case):
         buffers = [b.view(np.uint8) for b in buffers]
     poison(query.shape, dtype)
     run = jax.jit(
-        lambda q, c, i: jax_ops.attention(
+        lambda q, c, i: kernel_calls.attention(
             q,
             c[0],
             c[-1],
             **i,
-            num_kv_heads=kv_heads,
-            attributes=attributes,
+            geometry=geometry,
             kv_cache_dtype=kv_cache_dtype,
             num_splits=case.get("splits", 1),
             **settings,

@@ -369,7 +369,7 @@ def cases(quick):
         for j, (name, features) in enumerate(FEATURES.items()):
             if quick and (i + j) % 3:
                 continue
-            heads = ((4, 2), (3, 3), (8, 1))[(i + j) % 3]
+            heads = ((4, 2), (3, 3), (8, 1))[(i + 2 * j) % 3]
             case = {"name": name, "dtype": dtype, "heads": (*heads, dim)}
             yield case | {"seqs": MIXED} | features
             if "leftpad" not in features and "packed" not in features:
@@ -392,7 +392,8 @@ def cases(quick):
     long = [[(1024, 1024)], [(500, 1500), (1, 900)], [(129, 64), (64, 129)]]
     long += [[(17, 17)] * 60, [(2000, 2000)]]
     for dtype, seqs, dim in itertools.product(DTYPES, long, (64, 128, 256)):
-        for features in (FEATURES["causal"], FEATURES["full"], FEATURES["all"]):
+        for name in ("causal", "full", "deterministic", "all"):
+            features = FEATURES[name]
             case = {"name": "long", "dtype": dtype, "heads": (4, 2, dim)}
             yield case | {"seqs": seqs} | features
 

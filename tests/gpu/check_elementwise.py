@@ -5,8 +5,9 @@ copy_blocks, swap_blocks and reshape_and_cache.
 
     check_elementwise.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
 
-Needs a GPU, JAX and numpy, and the libraries libxla_ops_*_cuda.so in DIR;
-neither torch_xla nor the wheel. --quick runs a small set, for
+Needs a GPU, JAX and numpy, and the libraries libxla_ops_*_cuda.so in DIR,
+and the wheel, or its content on PYTHONPATH, without torch.
+--quick runs a small set, for
 compute-sanitizer; --cpu checks libxla_ops_*_cpu.so by the same cases. Exit
 status 1 if a case fails.
 """
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jax_ops
+import kernel_calls
 from kernel_cases import BF16, DTYPES, F32, ROUNDING, poison
 
 jax.config.update("jax_enable_x64", True)
@@ -513,16 +514,16 @@ def cases(quick):
         yield check_cache_write, case
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(cases=cases, description=__doc__):
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--lib-dir", required=True)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     platform = "cpu" if options.cpu else "cuda"
-    results = {"archs": jax_ops.register(options.lib_dir, platform)}
-    results |= jax_ops.describe_device() | {"cases": {}, "failures": []}
+    results = {"archs": kernel_calls.use(options.lib_dir, platform)}
+    results |= kernel_calls.describe_device() | {"cases": {}, "failures": []}
     for i, (check, case) in enumerate(cases(options.quick)):
         name = check.__name__
         results["cases"][name] = results["cases"].get(name, 0) + 1

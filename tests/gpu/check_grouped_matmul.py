@@ -4,8 +4,9 @@
     check_grouped_matmul.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
                             [--time]
 
-Needs a GPU, JAX and numpy, and the library libxla_ops_grouped_matmul_cuda.so in DIR;
-neither torch_xla nor the wheel. --quick runs a small set, for compute-sanitizer; --cpu
+Needs a GPU, JAX and numpy, and the library libxla_ops_grouped_matmul_cuda.so in DIR,
+and the wheel, or its content on PYTHONPATH, without torch.
+--quick runs a small set, for compute-sanitizer; --cpu
 checks the CPU library by the same cases; --time adds, for the two products of a
 mixture of experts, microseconds beside those of XLA's own `jax.lax.ragged_dot`. Exit
 status 1 if a case fails.
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jax_ops
+import kernel_calls
 from kernel_cases import BF16, DTYPES, ROUNDING, poison, run_cases
 
 
@@ -128,8 +129,8 @@ def main():
     parser.add_argument("--time", action="store_true")
     options = parser.parse_args()
     platform = "cpu" if options.cpu else "cuda"
-    results = {"archs": jax_ops.register(options.lib_dir, platform)}
-    results |= jax_ops.describe_device()
+    results = {"archs": kernel_calls.use(options.lib_dir, platform)}
+    results |= kernel_calls.describe_device()
     results |= run_cases(check, cases(options.quick))
     if options.time:
         results["timings"] = timings()

@@ -3,8 +3,9 @@
 
     check_kernels.py --lib-dir DIR --out results.json [--only attention]
 
-Needs a GPU, JAX and numpy, and the libraries libxla_ops_*_cuda.so in DIR;
-neither torch_xla nor the wheel. Each group of cases runs in its own process.
+Needs a GPU, JAX and numpy, and the libraries libxla_ops_*_cuda.so in DIR,
+and the wheel, or its content on PYTHONPATH, without torch.
+Each group of cases runs in its own process.
 --quick runs a small set, for `compute-sanitizer --tool memcheck`; --cpu checks
 libxla_ops_*_cpu.so by the same cases. Exit status 1 if a case fails.
 """
@@ -29,8 +30,9 @@ import numpy as np
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import attention_checks
-import jax_ops
+import kernel_calls
 import kernel_cases
+import xla_ops.jax as xj
 
 jax.config.update("jax_enable_x64", True)
 
@@ -40,7 +42,7 @@ def check_report():
     slots = np.array([0, 999], np.int64)
     rows = np.ones((2, 1, 8), np.float32)
     one = np.ones(1, np.float32)
-    shape, attributes = jax_ops.geometry("NHD", 2, 4, 1, 8)
+    shape, geometry = kernel_calls.geometry("NHD", 2, 4, 1, 8)
     caches = [np.zeros(shape, np.float32)] * 2
     sys.stdout.flush()
     with tempfile.TemporaryFile() as captured:
@@ -48,20 +50,19 @@ def check_report():
         os.dup2(captured.fileno(), 1)
         try:
             jax.block_until_ready(
-                jax_ops.reshape_and_cache_flash(
-                    rows, rows, caches, slots, (one, one), attributes, debug=True
+                kernel_calls.reshape_and_cache_flash(
+                    rows, rows, caches, slots, (one, one), geometry, debug=True
                 )
             )
             jax.block_until_ready(
-                jax_ops.paged_attention(
+                kernel_calls.paged_attention(
                     rows,
                     caches,
                     np.array([5, 99], np.int32),
                     np.array([[0, 7], [1, 1]], np.int32),
                     np.array([0, 1, 5], np.int32),
                     np.array([3], np.int32),
-                    num_kv_heads=1,
-                    attributes=attributes,
+                    geometry=geometry,
                     scale=1.0,
                     debug=True,
                 )
@@ -88,33 +89,32 @@ def check_capture(dump_dir):
     rng = np.random.default_rng(5)
     x = rng.standard_normal((32, 4, 64)).astype(jnp.bfloat16)
     w = np.ones(64, jnp.bfloat16)
-    shape, attributes = jax_ops.geometry("NHD", 8, 16, 2, 64)
+    shape, geometry = kernel_calls.geometry("NHD", 8, 16, 2, 64)
     caches = [np.zeros(shape, jnp.bfloat16)] * 2
     scales = np.ones(1, np.float32), np.ones(1, np.float32)
 
     def step(x, caches):
-        x = jax_ops.rms_norm(x, w)
-        caches = jax_ops.reshape_and_cache_flash(
+        x = xj.rms_norm(x, w)
+        caches = kernel_calls.reshape_and_cache_flash(
             x[:, :2],
             x[:, 2:],
             caches,
             np.arange(32, dtype=np.int64),
             scales,
-            attributes,
+            geometry,
         )
-        x = jax_ops.paged_attention(
+        x = kernel_calls.paged_attention(
             x,
             caches,
             np.array([32], np.int32),
             np.arange(8, dtype=np.int32)[None],
             np.array([0, 32], np.int32),
             np.array([1], np.int32),
-            num_kv_heads=2,
-            attributes=attributes,
+            geometry=geometry,
             scale=0.125,
             num_splits=2,
         )
-        return jax_ops.rms_norm(x, w), caches
+        return xj.rms_norm(x, w), caches
 
     compiled = jax.jit(step).lower(x, caches).compile()
     thunks = [f for f in pathlib.Path(dump_dir).iterdir() if "thunk" in f.name]
@@ -258,7 +258,7 @@ def main():
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             results = dict(pool.map(lambda name: run_child(name, options), groups))
         # Last, for this process then holds memory of the device.
-        report = jax_ops.describe_device() | {"quick": options.quick}
+        report = kernel_calls.describe_device() | {"quick": options.quick}
         report |= {"sm80": options.sm80, "groups": results}
         if options.out:
             pathlib.Path(options.out).write_text(json.dumps(report, indent=1))
@@ -268,7 +268,7 @@ def main():
 
     # A child of ours.
     platform = "cpu" if options.cpu else "cuda"
-    jax_ops.register(options.lib_dir, platform)
+    kernel_calls.use(options.lib_dir, platform)
     if options.capture:
         check_capture(options.capture)
         return 0

@@ -4,7 +4,8 @@
     check_large.py --lib-dir DIR [--out results.json] [--tokens 143360] [--cpu]
 
 Needs a GPU with 64 GiB of memory, JAX and numpy, and the libraries
-libxla_ops_*_cuda.so in DIR; neither torch_xla nor the wheel. What an op makes of the
+libxla_ops_*_cuda.so in DIR, and the wheel, or its content on PYTHONPATH, without torch.
+What an op makes of the
 whole array must be, to the bit, what it makes of each eighth alone, whose elements can
 be counted in 31 bits; that those are right is for the other tests. --cpu checks
 libxla_ops_*_cpu.so by the same cases; give it less --tokens, a multiple of 4096. Exit
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jax_ops
+import kernel_calls
 
 jax.config.update("jax_enable_x64", True)
 
@@ -285,7 +286,9 @@ def check_write(tokens):
     page = 16
     key, value = (numbers((tokens, HEADS, HEAD_DIM), seed) for seed in (3, 5))
     slots = jnp.arange(tokens, dtype=jnp.int64) * 4099 % tokens
-    shape, attributes = jax_ops.geometry("NHD", tokens // page, page, HEADS, HEAD_DIM)
+    shape, geometry = kernel_calls.geometry(
+        "NHD", tokens // page, page, HEADS, HEAD_DIM
+    )
     one = np.ones(1, np.float32)
     size = tokens // CHUNKS
 
@@ -300,8 +303,8 @@ def check_write(tokens):
     for kind in ("auto", "fp8"):
         dtype = BF16 if kind == "auto" else E4M3
         caches = jax.jit(
-            lambda key, value, caches, kind=kind: jax_ops.reshape_and_cache_flash(
-                key, value, caches, slots, (one, one), attributes, kind
+            lambda key, value, caches, kind=kind: kernel_calls.reshape_and_cache_flash(
+                key, value, caches, slots, (one, one), geometry, kind
             ),
             donate_argnums=2,
         )(key, value, [jnp.zeros(shape, dtype) for _ in "kv"])
@@ -466,8 +469,8 @@ def main():
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
     platform = "cpu" if options.cpu else "cuda"
-    results = {"archs": jax_ops.register(options.lib_dir, platform)}
-    results |= jax_ops.describe_device()
+    results = {"archs": kernel_calls.use(options.lib_dir, platform)}
+    results |= kernel_calls.describe_device()
     results |= {"elements": options.tokens * HIDDEN, "seconds": {}, "failures": []}
     for name, check in cases(options.tokens):
         start = time.monotonic()

@@ -4,8 +4,9 @@
     check_linear.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
                     [--time] [--sweep] [--shapes qkv,o] [--rows 1,64] [--no-xla]
 
-Needs a GPU, JAX and numpy, and the library libxla_ops_grouped_matmul_cuda.so in DIR;
-neither torch_xla nor the wheel. --quick runs a small set, for compute-sanitizer; --cpu
+Needs a GPU, JAX and numpy, and the library libxla_ops_grouped_matmul_cuda.so in DIR,
+and the wheel, or its content on PYTHONPATH, without torch.
+--quick runs a small set, for compute-sanitizer; --cpu
 checks the CPU library by the same cases.
 
 --time adds, for the layers of a model of 8 billion parameters, microseconds a product
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jax_ops
+import kernel_calls
 from kernel_cases import DTYPES, F16, ROUNDING, poison, run_cases
 
 # Columns and depth.
@@ -215,8 +216,8 @@ def main():
     shapes = options.shapes.split(",")
     rows_list = [int(rows) for rows in options.rows.split(",")]
     platform = "cpu" if options.cpu else "cuda"
-    results = {"archs": jax_ops.register(options.lib_dir, platform)}
-    results |= jax_ops.describe_device()
+    results = {"archs": kernel_calls.use(options.lib_dir, platform)}
+    results |= kernel_calls.describe_device()
     results |= run_cases(check, cases(options.quick))
     print(results["cases"], "cases,", len(results["failures"]), "failures", flush=True)
     if options.time:

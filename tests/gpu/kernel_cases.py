@@ -11,7 +11,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-import jax_ops
+import kernel_calls
+import xla_ops.jax as xj
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
@@ -44,7 +45,7 @@ def check_rms_norm(rng, dtype, tokens, hidden):
     x = (rng.standard_normal((tokens, hidden)) * 3).astype(dtype)
     w = (1 + 0.3 * rng.standard_normal(hidden)).astype(dtype)
     poison(x.shape, dtype)
-    got = np.asarray(jax.jit(jax_ops.rms_norm)(x, w)).astype(np.float64)
+    got = np.asarray(jax.jit(xj.rms_norm)(x, w)).astype(np.float64)
     x64 = x.astype(np.float64)
     mean = (x64**2).sum(-1, keepdims=True) / max(hidden, 1)
     s = 1 / np.sqrt(mean + np.float32(1e-6))
@@ -90,14 +91,16 @@ def check_reshape(
         slots[:3] = [blocks * page, np.iinfo(np.int64).max, np.iinfo(np.int64).min]
     scales = np.float32([0.37]), np.float32([1.9])
 
-    buffer_shape, attributes = jax_ops.geometry(layout, blocks, page, heads, head_dim)
+    buffer_shape, geometry = kernel_calls.geometry(
+        layout, blocks, page, heads, head_dim
+    )
     count = 2 if layout in ("NHD", "HND") else 1
     before = [
         rng.integers(0, 100, buffer_shape).astype(np.uint8).astype(cache_dtype)
         for _ in range(count)
     ]
     want = [b.copy() for b in before]
-    caches = jax_ops.logical_caches(want, layout, (blocks, page, heads, head_dim))
+    caches = kernel_calls.logical_caches(want, layout, (blocks, page, heads, head_dim))
     rows = [key, value]
     if one:
         before, want, caches, rows = before[:1], want[:1], caches[:1], rows[:1]
@@ -115,16 +118,16 @@ def check_reshape(
     if one:
         run = jax.jit(
             lambda k, c, s, f: [
-                jax_ops.reshape_and_cache_flash_one(
-                    k, c, s, f, attributes, kv_cache_dtype
+                kernel_calls.reshape_and_cache_flash_one(
+                    k, c, s, f, geometry, kv_cache_dtype
                 )
             ]
         )
         got = run(key, before[0], slots, scales[0])
     else:
         run = jax.jit(
-            lambda k, v, c, s, f: jax_ops.reshape_and_cache_flash(
-                k, v, c, s, f, attributes, kv_cache_dtype
+            lambda k, v, c, s, f: kernel_calls.reshape_and_cache_flash(
+                k, v, c, s, f, geometry, kv_cache_dtype
             )
         )
         got = run(key, value, before, slots, scales)

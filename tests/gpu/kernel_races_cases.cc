@@ -2,6 +2,7 @@
 
 #include "tests/gpu/kernel_races_cases.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -97,6 +98,13 @@ void Cases::AddRows(DType dtype) {
     const TestTensor scale = Scalar(0.02);
 
     Add("rms_norm", detail, {x(), weight()}, {like_x}, eps);
+    for (const TestTensor& added : {TestTensor(dtype, {0}), x()}) {
+      const std::string kind = added.size() == 0 ? "" : " added";
+      Add("rms_norm_backward", detail + kind, {x(), x(), weight(), added},
+          {like_x, {kF32, {std::min<int64_t>(rows, 40), shape[1]}}}, eps);
+      Add("rms_norm_backward_input", detail + kind, {x(), x(), weight(), added},
+          {like_x}, eps);
+    }
     Add("fused_add_rms_norm", detail, {x(), x(), weight()}, {like_x, like_x},
         eps);
     Add("fused_add_rms_norm", detail + " in place", {x(), x(), weight()},
@@ -152,6 +160,20 @@ void Cases::AddActivations(DType dtype) {
         [](CallFrame* frame) {
           frame->AddAttr("alpha", 1.702f).AddAttr("limit", 7.0f);
         });
+    for (const char* name : {"silu_and_mul", "gelu_tanh_and_mul",
+                             "swigluoai_and_mul", "gelu_quick"}) {
+      const bool is_gated = name != std::string_view("gelu_quick");
+      TestTensor input = is_gated ? x() : Random(dtype, shape, 3.0);
+      const Result like_input = {dtype, input.dims()};
+      Add("activation_backward", detail + " " + name,
+          {Random(dtype, shape), std::move(input)}, {like_input},
+          [name](CallFrame* frame) {
+            frame->AddAttr("activation", name)
+                .AddAttr("threshold", 0.5f)
+                .AddAttr("alpha", 1.702f)
+                .AddAttr("limit", 7.0f);
+          });
+    }
     for (const char* target : {"gelu_new", "gelu_fast", "gelu_quick"}) {
       Add(target, detail, {Random(dtype, shape, 3.0)}, {{dtype, shape}});
       Add(target, detail + " in place", {Random(dtype, shape, 3.0)},
@@ -246,6 +268,10 @@ void Cases::AddMerges(DType dtype) {
         {Random(dtype, shape), Random(kF32, lse, 4.0), Random(dtype, shape),
          Random(kF32, lse, 4.0)},
         {{dtype, shape}, {kF32, lse}});
+    Add("merge_attn_states_backward", NameOf(dtype) + " " + NameOf(shape),
+        {Random(dtype, shape), Random(kF32, lse), Random(dtype, shape),
+         Random(kF32, lse, 4.0), Random(dtype, shape), Random(kF32, lse, 4.0)},
+        {{dtype, shape}, {kF32, lse}, {dtype, shape}, {kF32, lse}});
   }
 }
 

@@ -12,14 +12,14 @@ and exits 1 if a part failed.
 Parts: doctor; demo; one a test file, named as it is (test_rms_norm, ...; three of
 test_flash_attn_varlen, which is long), on lazy and compiled tensors and, with
 XLA_OPS_TEST_TORCH_CUDA=1, torch CUDA tensors; test_in_place with caches of --cache-mb;
-memcheck (compute-sanitizer on op tests); kernels, elementwise, grouped_matmul and
-linear (the kernels alone, under JAX); attention_backward (alone, under torch);
-compiled_update (torch.compile of CUDA tensors, timed); large (arrays past 2^31
-elements); table (ms per step against cache size); ways (examples/in_place, compared).
-With --kernel-races, the program that `bazel build //tests/gpu:kernel_races` makes:
-races (it alone, with graph capture) and races_TOOL for each tool of compute-sanitizer.
-`tests` stands for all test files. Up to --jobs parts share the GPU, but for large and
-what is timed.
+memcheck (compute-sanitizer on op tests); kernels, elementwise, gradients,
+grouped_matmul and linear (the kernels alone, under JAX); attention_backward (alone,
+under torch); compiled_update (torch.compile of CUDA tensors, timed); user_kernels
+(xla_ops.extend, timed); large (arrays past 2^31 elements); table (ms per step against
+cache size); ways (examples/in_place, compared). With --kernel-races, the program that
+`bazel build //tests/gpu:kernel_races` makes: races (it alone, with graph capture) and
+races_TOOL for each tool of compute-sanitizer. `tests` stands for all test files. Up to
+--jobs parts share the GPU, but for large and what is timed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ TOGETHER = (
     "vllm/test_lowerings",
 )
 # Need the GPU, or most of its memory, for themselves.
-ALONE = ("large", "demo", "table", "ways", "compiled_update")
+ALONE = ("large", "demo", "table", "ways", "compiled_update", "user_kernels")
 
 LONG = "test_flash_attn_varlen"
 LONG_SHARES = {
@@ -107,11 +107,14 @@ def parts(out, cache_mb):
         name: [sys.executable, f"tests/gpu/check_{name}.py", "--lib-dir", libraries(),
                "--out", str(out / f"{name}.json")]
         for name in ("kernels", "elementwise", "grouped_matmul", "linear",
-                     "attention_backward")
+                     "gradients", "attention_backward")
     }  # fmt: skip
     update = [sys.executable, "benchmarks/compiled_update.py", "--device", "cuda",
               "--out", str(out / "compiled_update.json")]  # fmt: skip
+    user = [sys.executable, "tests/gpu/check_user_kernels.py"]
+    user += ["--out", str(out / "user_kernels.json")]
     return found | {
+        "user_kernels": (user, {}),
         **{name: (command, shared) for name, command in alone.items()},
         "compiled_update": (update, {}),
         "memcheck": (sanitizer + small, shared),

@@ -133,6 +133,12 @@ def test_gpu_older_than_the_kernels(driver, kernels):
     )
 
 
+def test_library_without_device_code_runs_anywhere(driver, kernels):
+    kernels("", version=0)
+    driver(devices="9.0,7.5")
+    check.check_machine(PLUGIN_13)
+
+
 def test_only_the_gpu_of_this_process_counts(driver, kernels, monkeypatch):
     kernels("9.0")
     driver(devices="9.0,7.5")

@@ -92,8 +92,10 @@ def make_engine(folder: Path, **options) -> Engine:
     device = torch_xla.device()
     if xr.device_type() != "CPU":  # where fp32 products are TF32 otherwise
         set_mat_mul_precision("highest")
-    ops = options.pop("ops", "all")
-    decoder = weights.load(folder, config, MAX_LEN, torch.float32, device, ops)
+    ops, parallel = options.pop("ops", "all"), options.get("parallel")
+    decoder = weights.load(
+        folder, config, MAX_LEN, torch.float32, device, ops, parallel
+    )
     defaults = dict(max_len=MAX_LEN, max_seqs=3, max_prefill_tokens=32)
     engine = Engine(decoder, **defaults | options)
     engine.warm_up()

@@ -108,7 +108,10 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
 
 @pytest.mark.parametrize(
     "ops, backend",
-    [("attention", "openxla"), ("attention", "xla_ops"), ("all", "xla_ops")],
+    [
+        *(("attention", "openxla"), ("attention", "xla_ops")),
+        *(("all", "xla_ops"), ("all", "replay")),
+    ],
 )
 def test_other_ops_and_backends_write_the_same(ops, backend, tmp_path):
     """The tests above run all ops, by openxla."""

@@ -148,7 +148,7 @@ def test_configs_mean_what_they_mean_to_transformers(pair):
     wanted = {name: t.shape for name, t in model.state_dict().items()}
     if theirs.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    unpacked = weights._unpacked(decoder.state_dict())
+    unpacked = weights.unpacked(decoder.state_dict())
     assert {name: t.shape for name, t in unpacked.items()} == wanted
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.max_len == theirs.max_position_embeddings

@@ -2,6 +2,7 @@
 and the search for copies in HLO."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -224,4 +225,4 @@ def test_only_programs_that_take_the_cache_are_read(tmp_path):
     )
     (tmp_path / "m4.cpu_after_optimizations.txt").write_text(hands_on)
     found = step_programs(tmp_path, (8, 16, 2, 64), "float32")
-    assert found == [Program("m1.cpu_after_optimizations.txt", 0, 1)]
+    assert found == [Program("m1.cpu_after_optimizations.txt", 0, 1, 1, Counter())]

@@ -379,7 +379,7 @@ def test_every_difference_is_found_before_reading_and_named(tiny, data):
 
 def test_the_decoder_holds_what_is_stored(tiny):
     stored = load_file(tiny / SINGLE)
-    loaded = weights._unpacked(load(tiny).state_dict())
+    loaded = weights.unpacked(load(tiny).state_dict())
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[name], stored[name]) for name in stored)
     assert load(tiny).cos_sin_cache.shape == (MAX_LEN, TINY["head_dim"])

@@ -1,7 +1,8 @@
-"""The reference of paged_attention and flash_attn_varlen (ops/attention_reference.py).
+"""The references of paged_attention and flash_attn_varlen, and of their gradients
+(ops/attention_reference.py and attention_backward_reference.py).
 
-It runs where XLA has no handler. So it has to mean what the handlers compute, for any
-integers, and to be a program that does not grow with the batch.
+They run where XLA has no handler. So they have to mean what the handlers compute, for
+any integers, and to be programs that do not grow with the batch.
 """
 
 import math
@@ -154,6 +155,29 @@ def test_means_what_the_handler_computes(args):
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def gradient_of(args):
+    """The op that differentiates a call, and its arguments: all that it can give."""
+    name = name_of(args)
+    *tensors, kv_cache_dtype, _, geometry, _ = args
+    query, key, value, *rest = tensors
+    is_paged, sinks = args[6] is not None, args[10]
+    with torch.no_grad():
+        out, lse = OPS[name](*args)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    wants_dkv = not is_paged and kv_cache_dtype == "auto"
+    given = (grads[0], query, key, value, out, lse, grads[1], *rest)
+    wants = (True, wants_dkv, sinks is not None)
+    return OPS[f"{name}_backward"], (*given, kv_cache_dtype, geometry, False, *wants)
+
+
+@given(batches())
+def test_gradient_means_what_the_handler_computes(args):
+    op, given = gradient_of(args)
+    for got, wanted in zip(op.reference(*given), op(*given), strict=True):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=2e-5)
+
+
 BATCHES = {"decode": decode, "prefill": prefill}
 
 
@@ -168,11 +192,11 @@ def test_many_sequences_on_xla(make, num_seqs):
         assert torch.allclose(mine.cpu(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def program_of(args) -> list[list[int]]:
+def program_of(args, op=None) -> list[list[int]]:
     """The shape of each instruction of the reference's HLO."""
     given = [t.to("xla") if isinstance(t, torch.Tensor) else t for t in args]
     torch_xla.sync()
-    results = OPS[name_of(args)].reference(*given)
+    results = (op or OPS[name_of(args)]).reference(*given)
     hlo = torch_xla._XLAC._get_xla_tensors_hlo(list(results))
     shapes = re.findall(r"^\s+\S+ = \(?\w+\[([\d,]*)\]", hlo, re.MULTILINE)
     return [[int(n) for n in shape.split(",") if n] for shape in shapes]
@@ -183,6 +207,17 @@ def test_program_does_not_grow_with_the_batch(make):
     few, many = program_of(make(5, 40)), program_of(make(256, 1024))
     assert len(many) <= len(few) + 20  # a constant more here and there
     assert len(many) < 2500
+
+
+@pytest.mark.parametrize("make", BATCHES.values(), ids=BATCHES)
+def test_program_of_the_gradient_does_not_grow_either(make):
+    programs = []
+    for sizes in ((5, 40), (128, 512)):
+        op, given = gradient_of(make(*sizes))
+        programs.append(program_of(given, op))
+    few, many = programs
+    assert len(many) <= len(few) + 20
+    assert len(many) < 4000
 
 
 @pytest.mark.parametrize("num_seqs, num_tokens", [(1, 512), (16, 512), (128, 128)])

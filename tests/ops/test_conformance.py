@@ -11,7 +11,7 @@ import xla_ops
 from support import Path, int32
 from xla_ops.core import handlers
 from xla_ops.core.custom_call import call_directly
-from xla_ops.core.op import OPS
+from xla_ops.core.op import OPS, Op
 
 GEOMETRY = [3, 4, 2, 16, 128, 32, 16, 0]
 ROWS = torch.ones(5, 2, 16)
@@ -32,6 +32,7 @@ SAMPLES = {
     "silu_and_mul_quant": (GATED, ONE / 8),
     "fatrelu_and_mul": (GATED, 0.5),
     "swigluoai_and_mul_functional": (GATED, 1.702, 7.0),
+    "activation_backward": (GATED[:, :8], GATED, "gelu_and_mul", 0.0, 0.0, 0.0),
     "gelu_new": (GATED,),
     "gelu_fast": (GATED,),
     "gelu_quick": (GATED,),
@@ -56,6 +57,8 @@ SAMPLES = {
     "dynamic_scaled_int8_quant": (GATED,),
     "dynamic_scaled_int8_azp_quant": (GATED,),
     "rms_norm": (torch.randn(3, 16), torch.ones(16), 1e-6),
+    "rms_norm_backward": (GATED, GATED + 1, torch.ones(16), GATED, 1e-6, [1]),
+    "rms_norm_backward_input": (GATED, GATED + 1, torch.ones(16), None, 1e-6),
     "apply_repetition_penalties_functional": (
         *(GATED, GATED > 1, GATED < -1, torch.tensor([1.5, 0.5, 2.0]), None),
     ),
@@ -72,6 +75,11 @@ SAMPLES = {
     "grouped_matmul": (torch.randn(5, 16), torch.randn(3, 8, 16), int32(1, 2, 2, 4)),
     "linear": (torch.randn(5, 16), torch.randn(7, 16), torch.randn(7)),
     "merge_attn_states": (
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
+    ),
+    "merge_attn_states_backward": (
+        *(torch.randn(3, 2, 8), torch.randn(2, 3)),
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),
     ),
@@ -147,7 +155,8 @@ def numbers(t):
 
 
 def test_every_op_has_a_sample():
-    assert set(SAMPLES) == set(OPS)
+    # Other tests, if this process has run them, have declared ops of users.
+    assert set(SAMPLES) == {name for name, op in OPS.items() if type(op) is Op}
 
 
 def test_handlers_and_declarations_agree():
@@ -156,8 +165,9 @@ def test_handlers_and_declarations_agree():
         OPS[name].lower(*(args[:-1] if OPS[name].has_donor else args)).target
         for name, args in SAMPLES.items()
     }
-    assert handlers.load(handlers.HOST) == wanted
-    cuda = handlers.load(handlers.CUDA)
+    # What no op calls: the CPU client's stand-in for XLA's own collectives.
+    assert handlers.load(handlers.HOST) == wanted | {"xla_ops.host_collective"}
+    cuda = handlers.load(handlers.CUDA) - {"xla_ops.launch_kernel"}  # of users' ops
     assert cuda in (wanted, frozenset()), "a CUDA build has them all, a CPU build none"
 
 
@@ -228,7 +238,7 @@ def test_lowered_once_a_signature(name):
     assert len(lowerings) == 1
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", [n for n in SAMPLES if OPS[n].gradient is None])
 def test_backward_raises_by_name(name):
     op = OPS[name]
     args = [
@@ -247,7 +257,7 @@ def test_backward_raises_by_name(name):
         with pytest.raises(RuntimeError) as error:
             total.backward()
     function = error.value.args[0].partition(":")[0].removeprefix("xla_ops.")
-    assert function in xla_ops.ops.__all__
+    assert function in xla_ops.ops.__all__ or function.endswith("_backward")
     assert f"{function}: has no gradient: " in str(error.value)
 
 

@@ -78,6 +78,22 @@ def cases():
             (floats(4, 8, 32), floats(32)),
             {(0, 0): (0,), (0, 1): (1,)},
         ),
+        "rms_norm_backward": (
+            # As many parts as there are rows: each is one row's.
+            lambda *a: OP.rms_norm_backward(*a, 1e-6, [TOKENS]),
+            (rows[0], floats(TOKENS, 32), rows[1], floats(TOKENS, 32)),
+            {(i, 0): (0, 0) for i in (0, 1, 3)},
+        ),
+        "rms_norm_backward of 3 dimensions": (
+            lambda g, x, w: OP.rms_norm_backward(g, x, w, None, 1e-6, [4, 8]),
+            (floats(4, 8, 32), floats(4, 8, 32), floats(32)),
+            {(i, d): (d, d) for i in range(2) for d in range(2)},
+        ),
+        "rms_norm_backward of input": (
+            lambda g, x, w: OP.rms_norm_backward_input(g, x, w, None, 1e-6),
+            (rows[0], floats(TOKENS, 32), rows[1]),
+            {(0, 0): (0,), (1, 0): (0,)},
+        ),
         "fused_add_rms_norm": (
             lambda x, r, w: OP.fused_add_rms_norm_functional(x, r, w, 1e-6),
             (rows[0], floats(TOKENS, 32), rows[1]),
@@ -148,6 +164,21 @@ def cases():
             {(0, 0): (0,)},
         ),
         "swigluoai_and_mul": (xla_ops.swigluoai_and_mul, rows[:1], columns),
+        "activation_backward": (
+            lambda g, x: OP.activation_backward(g, x, "silu_and_mul", 0, 0, 0),
+            (floats(TOKENS, 16), rows[0]),
+            {(0, 0): (0,), (1, 0): (0,)},
+        ),
+        "activation_backward of pairs": (
+            lambda g, x: OP.activation_backward(g, x, "swigluoai_and_mul", 0, 1, 7),
+            (floats(TOKENS, 16), rows[0]),
+            {(i, d): (d,) for i in range(2) for d in range(2)},
+        ),
+        "activation_backward without a gate": (
+            lambda g, x: OP.activation_backward(g, x, "gelu_new", 0, 0, 0),
+            (floats(TOKENS, 32), rows[0]),
+            {(i, d): (d,) for i in range(2) for d in range(2)},
+        ),
         "gelu_new": (xla_ops.gelu_new, rows[:1], columns),
         "gelu_fast": (xla_ops.gelu_fast, rows[:1], columns),
         "gelu_quick": (xla_ops.gelu_quick, rows[:1], columns),
@@ -171,6 +202,11 @@ def cases():
             xla_ops.merge_attn_states,
             (outs, lse, floats(TOKENS, HEADS, DIM), lse + 0.5),
             merged | {(i + 2, d): how for (i, d), how in merged.items()},
+        ),
+        "merge_attn_states_backward": (
+            OP.merge_attn_states_backward,
+            (outs, lse, floats(TOKENS, HEADS, DIM), lse + 1, outs + 1, lse + 0.5),
+            {(i + n, d): how * 2 for n in (0, 2, 4) for (i, d), how in merged.items()},
         ),
         "grouped_matmul": (
             xla_ops.grouped_matmul,

@@ -8,6 +8,7 @@
 //   PLATFORM    of the handlers ("Host")
 //   ARCHS       exports xla_ops_cuda_archs with this text
 //   VERSION     exports xla_ops_cuda_version with this number
+//   API         exports xla_ops_api_version with this number
 //   NO_TABLE    exports no handler table
 //   UNDEFINED   needs a symbol that no library has
 //   INCOMPLETE  has an entry without an execute handler
@@ -395,6 +396,10 @@ const Entry* xla_ops_handlers(size_t* count) {
   *count = sizeof(kEntries) / sizeof(kEntries[0]);
   return kEntries;
 }
+#endif
+
+#ifdef API
+int xla_ops_api_version() { return API; }
 #endif
 
 #ifdef ARCHS

@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import re
 import zipfile
 from importlib import metadata as installed
 
@@ -22,25 +23,36 @@ def cuda(request):
     return request.param
 
 
-def extra(cuda: int) -> dict[str, Requirement]:
-    """What the extra asks for, by name; of the installed metadata."""
+def extra(name: int | str) -> dict[str, Requirement]:
+    """What an extra asks for, by name; of the installed metadata. 12 is cuda12."""
+    name = f"cuda{name}" if isinstance(name, int) else name
     found = {}
     for text in installed.requires("xla_ops") or ():
         requirement = Requirement(text)
         marker = requirement.marker
-        if marker is not None and marker.evaluate({"extra": f"cuda{cuda}"}):
+        if marker is not None and marker.evaluate({"extra": name}):
             found[requirement.name] = requirement
     return found
 
 
 def test_extra_holds_the_plugin_and_every_wheel_that_it_needs(tool, cuda):
-    assert set(extra(cuda)) == tool.wheels(cuda) | {f"jax-cuda{cuda}-pjrt"}
+    others = {f"jax-cuda{cuda}-pjrt", "cuda-bindings"}
+    assert set(extra(cuda)) == tool.wheels(cuda) | others
 
 
 def test_extra_is_bounded_on_both_sides(cuda):
     for requirement in extra(cuda).values():
         operators = {specifier.operator for specifier in requirement.specifier}
         assert operators == {">=", "<"}, requirement
+
+
+def test_extra_of_jax_goes_from_the_oldest_to_the_newest_that_is_tested():
+    lock = pathlib.Path("third_party/requirements.lock").read_text()
+    pins = re.findall(r"^jax==(\S+)", lock, re.MULTILINE)
+    assert len(set(pins)) >= 2
+    jax = extra("jax").pop("jax").specifier
+    assert [version for version in pins if version not in jax] == []
+    assert "0.7.0" not in jax
 
 
 def test_extra_accepts_what_torch_pins(cuda):
@@ -55,9 +67,10 @@ def test_extra_accepts_what_torch_pins(cuda):
     asked = extra(cuda)
     for name in asked.keys() & pins.keys():
         assert asked[name].specifier.contains(pins[name]), (asked[name], pins[name])
-    # All but the plugin and the compiler are there already, with CUDA 12.
+    # All but these are there already, with CUDA 12.
     if cuda == 12:
         assert asked.keys() - pins.keys() == {
+            "cuda-bindings",
             "jax-cuda12-pjrt",
             "nvidia-cuda-nvcc-cu12",
         }

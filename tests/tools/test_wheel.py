@@ -14,6 +14,9 @@ import zipfile
 from importlib import metadata
 
 import pytest
+from auditwheel.architecture import Architecture
+from auditwheel.libc import Libc
+from auditwheel.wheel_abi import analyze_wheel_abi
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 from elftools.elf.sections import SymbolTableSection
@@ -24,6 +27,7 @@ from support import setting
 FOLDER = setting("XLA_OPS_TEST_WHEELS", "the folder bazel-bin/xla_ops/wheel")
 WHEELS = sorted(pathlib.Path(FOLDER).glob("*.whl"))
 OPS = setting("XLA_OPS_TEST_OPS", "the ops in the wheel").split(",")
+HOST_OPS = setting("XLA_OPS_TEST_HOST_OPS", "those for the CPU alone").split(",")
 # The architectures that the build was asked for; empty without CUDA.
 LIST = setting("XLA_OPS_TEST_ARCHS", "the file bazel-bin/third_party/cuda/archs.txt")
 ARCHS = pathlib.Path(LIST).read_text()
@@ -100,15 +104,18 @@ def test_wheel_is_for_glibc_2_28(wheel, archive):
 
 
 def test_auditwheel_finds_nothing_that_the_tag_does_not_say(wheel):
-    shown = subprocess.run(
-        [sys.executable, "-m", "auditwheel", "show", str(wheel)],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    tag = re.search(r'following platform\s+tag:\s+"manylinux_2_(\d+)_x86_64"', shown)
-    assert tag is not None, shown
-    assert int(tag[1]) <= 28, shown
+    found = analyze_wheel_abi(
+        Libc.GLIBC,
+        Architecture.x86_64,
+        wheel,
+        # Which the wheel's requirement brings; a tag knows of no requirements.
+        exclude=frozenset({"libc10.so", "libtorch_cpu.so"}),
+        disable_isa_ext_check=False,
+        allow_graft=False,
+    )
+    tag = re.fullmatch(r"manylinux_2_(\d+)_x86_64", found.overall_policy.name)
+    assert tag is not None, found.overall_policy
+    assert int(tag[1]) <= 28
 
 
 @pytest.fixture
@@ -182,7 +189,11 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
         for op in OPS
         for platform in PLATFORMS
     }
+    expected |= {f"xla_ops/lib/libxla_ops_{op}_cpu.so" for op in HOST_OPS}
     expected.add("xla_ops/lib/libxla_ops_pjrt.so")
+    expected.add("xla_ops/lib/libxla_ops_torch_op.so")
+    if "cuda" in PLATFORMS:
+        expected.add("xla_ops/lib/libxla_ops_launch_kernel_cuda.so")
     binaries = {name for name in archive.namelist() if name.endswith(".so")}
     (extension,) = [name for name in binaries if "/_runtime." in name]
     assert f"cpython-{python_tag(wheel)[2:]}" in extension
@@ -191,7 +202,23 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
     assert {"xla_ops/py.typed", "xla_ops/_runtime.pyi"} <= set(archive.namelist())
     # Neither tests nor sources of C++.
     suffixes = {pathlib.PurePath(n).suffix for n in archive.namelist()}
-    assert not suffixes & {".cc", ".h", ".cuh", ".pyc"}
+    assert not suffixes & {".cc", ".pyc"}
+
+
+def test_wheel_holds_the_headers_that_op_libraries_are_built_against(archive):
+    held = {name for name in archive.namelist() if name.endswith((".h", ".cuh"))}
+    ours = {name for name in held if name.startswith("xla_ops/include/xla_ops/cc/")}
+    assert {path.rpartition("/")[0] for path in ours} == {
+        "xla_ops/include/xla_ops/cc/core",
+        "xla_ops/include/xla_ops/cc/device",
+    }
+    xla = {"api.h", "c_api.h", "ffi.h"}
+    assert held - ours == {f"xla_ops/include/xla/ffi/api/{name}" for name in xla}
+    # No header asks for one that is not there.
+    for name in held:
+        text = archive.read(name).decode()
+        for asked in re.findall(r'^#include "(.+)"', text, re.MULTILINE):
+            assert f"xla_ops/include/{asked}" in held, f"{name} includes {asked}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -199,7 +226,7 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
 def test_op_library_exports_its_table_and_handler_alone(archive, op, platform):
     names = exported(elf(archive, f"xla_ops/lib/libxla_ops_{op}_{platform}.so"))
     assert {name for name in names if not name.startswith("xla_ops_")} == set()
-    assert "xla_ops_handlers" in names
+    assert {"xla_ops_handlers", "xla_ops_api_version"} <= names
     assert any(name.endswith(f"_{platform}") for name in names)
     for name in ("xla_ops_cuda_archs", "xla_ops_cuda_version"):
         assert (name in names) == (platform == "cuda")
@@ -222,7 +249,8 @@ def test_binaries_need_the_c_library_alone(archive):
             needed = {
                 t.needed.split(".so")[0] for t in tags if t.entry.d_tag == "DT_NEEDED"
             }
-            assert needed <= allowed, name
+            of_torch = {"libc10", "libtorch_cpu"} if "torch_op" in name else set()
+            assert needed - allowed == of_torch, name
 
 
 def test_cuda_libraries_say_what_they_were_built_for():
@@ -249,7 +277,7 @@ def test_wheel_holds_every_source_of_the_package(archive):
     held = {
         name
         for name in archive.namelist()
-        if ".dist-info/" not in name and not name.endswith(".so")
+        if ".dist-info/" not in name and not name.endswith((".so", ".h", ".cuh"))
     }
     assert held == expected
     (top,) = [n for n in archive.namelist() if n.endswith(".dist-info/top_level.txt")]

@@ -24,7 +24,7 @@ def _pip_wheels_impl(ctx):
         ctx,
         pip_python(ctx),
         ctx.path(ctx.attr.requirements),
-        WHEEL_TARGET + ["--no-compile", "--target", str(ctx.path("wheels"))],
+        ctx.attr.target + ["--no-compile", "--target", str(ctx.path("wheels"))],
     )
     for folder in ctx.attr.keep:
         target = folder.split("/")[-1]
@@ -56,6 +56,11 @@ pip_wheels = repository_rule(
             doc = "Folders of the wheels to keep, under their last name.",
         ),
         "requirements": attr.label(allow_single_file = True, mandatory = True),
+        "target": attr.string_list(
+            default = WHEEL_TARGET,
+            doc = "pip's options that choose the wheels: another processor's, " +
+                  "for files that are the same on all.",
+        ),
     },
     environ = ["XLA_OPS_PYTHON"],
     doc = "Unpacks one section of requirements.lock.",

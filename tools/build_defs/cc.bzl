@@ -28,6 +28,7 @@ def shared_object(
         needs_all_symbols = True,
         deps = [],
         linkopts = [],
+        finds = [],
         **kwargs):
     """A shared object for the wheel: few exports, nothing undefined.
 
@@ -41,12 +42,16 @@ def shared_object(
         brings symbols that no library holds.
       deps: libraries, linked statically.
       linkopts: further options of the linker.
+      finds: stand-ins of libraries that the process has; what is missing is
+        taken from them when the object is loaded.
       **kwargs: further arguments of cc_binary.
     """
-    defs = ["-Wl,-z,defs"] if needs_all_symbols else []
+    defs = ["-Wl,-z,defs"] if needs_all_symbols and not finds else []
+    found = ["-Wl,--no-as-needed"] if finds else []
+    found += ["$(location %s)" % f for f in finds]
     native.cc_binary(
         name = name,
-        additional_linker_inputs = [exports] + _STAND_INS,
+        additional_linker_inputs = [exports] + _STAND_INS + finds,
         copts = COPTS,
         linkopts = [
             "-Wl,--version-script=$(location %s)" % exports,
@@ -57,7 +62,7 @@ def shared_object(
             "-fuse-ld=bfd",
             # --as-needed takes what is asked for so far: libstdc++ comes first.
             "-l:libstdc++.a",
-        ] + ["-Wl,$(location %s)" % s for s in _STAND_INS] + defs + linkopts,
+        ] + ["-Wl,$(location %s)" % s for s in _STAND_INS] + defs + linkopts + found,
         linkshared = True,
         linkstatic = True,
         deps = deps + ["//third_party/glibc:added"],

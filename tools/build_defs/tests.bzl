@@ -145,3 +145,25 @@ def engine_tests(long = {}, by_hand = [], data = {}, env = {}, size = {}):
                 size = size.get(test, "large") if name == test else "enormous",
                 tags = tags,
             )
+
+def jax_tests(data = {}):
+    """Makes two targets of every test_*.py of a folder that tests xla_ops.jax.
+
+    NAME runs in @xla_ops_jax_env, with the oldest JAX, NAME_newest with the newest.
+
+    Args:
+      data: test -> files that it reads.
+    """
+    helpers = ["//tests:helpers"] + native.glob(
+        ["*.py"],
+        exclude = ["test_*.py"],
+    )
+    for path in native.glob(["test_*.py"]):
+        test = path[:-len(".py")]
+        for suffix in ("", "_newest"):
+            xla_ops_py_test(
+                name = test + suffix,
+                srcs = [path] + helpers,
+                data = data.get(test, []),
+                python = "@xla_ops_jax%s_env//:python.txt" % suffix,
+            )

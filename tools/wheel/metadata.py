@@ -29,9 +29,11 @@ REQUIRES = ["torch==2.9.0", "torch_xla==2.9.0"]
 # The plugins that libxla_ops_pjrt.so wraps, from the oldest to the newest line that
 # were looked at, and all that they open (cuda_libraries.py): their own wheels ask for
 # nothing. Lower bounds are those of JAX, upper ones the next major version.
-# What torch 2.9.0 pins for CUDA 12 fits (docs/adr/0003-hermetic-cuda.md).
+# What torch 2.9.0 pins for CUDA 12 fits (docs/adr/0003-hermetic-cuda.md). NVIDIA's
+# bindings are for xla_ops.extend, which compiles by NVRTC.
 EXTRAS = {
     "cuda12": [
+        "cuda-bindings>=12.9,<13",
         "jax-cuda12-pjrt>=0.7.1,<0.13",
         "nvidia-cublas-cu12>=12.1.3.1,<13",
         "nvidia-cuda-cupti-cu12>=12.1.105,<13",
@@ -47,6 +49,7 @@ EXTRAS = {
         "nvidia-nvshmem-cu12>=3.2.5,<4",
     ],
     "cuda13": [
+        "cuda-bindings>=13.0,<14",
         "jax-cuda13-pjrt>=0.7.2,<0.13",
         "nvidia-cublas>=13.0.0.19,<14",
         "nvidia-cuda-cupti>=13.0.48,<14",
@@ -62,6 +65,8 @@ EXTRAS = {
         "nvidia-nvshmem-cu13>=3.3.20,<4",
         "nvidia-nvvm>=13.0.48,<14",
     ],
+    # What xla_ops.jax runs with; JAX's own extras bring its CUDA plugin.
+    "jax": ["jax>=0.7.1,<0.13"],
 }
 
 # torch_xla registers the plugin under these names when it is imported, so

@@ -19,6 +19,15 @@ def _destination(file):
         fail("srcs must lie in %s or %s, got %s" % (_PACKAGE, _BESIDE, path))
     return "xla_ops/" + path[len(_PACKAGE):]
 
+def _header_destination(file):
+    """Returns where a header goes, so that one -I finds all of them."""
+    path = file.short_path
+    if path.startswith("../"):
+        _, _, path = path.partition("/include/")
+    if not path:
+        fail("headers of others must lie in include/, got %s" % file.short_path)
+    return "xla_ops/include/" + path
+
 def _wheel_impl(ctx):
     out = ctx.actions.declare_directory(ctx.label.name)
     arguments = ctx.actions.args()
@@ -37,6 +46,8 @@ def _wheel_impl(ctx):
         arguments.add("--file=%s=%s" % (_destination(file), file.path))
     for file in ctx.files.libs:
         arguments.add("--file=xla_ops/lib/%s=%s" % (file.basename, file.path))
+    for file in ctx.files.headers:
+        arguments.add("--file=%s=%s" % (_header_destination(file), file.path))
     for file in ctx.files.extension:
         arguments.add("--file=xla_ops/%s=%s" % (file.basename, file.path))
     ctx.actions.run(
@@ -47,6 +58,7 @@ def _wheel_impl(ctx):
             "PYTHONPATH": ctx.file._elftools_init.dirname + "/..",
         },
         inputs = ctx.files.srcs + ctx.files.libs + ctx.files.extension +
+                 ctx.files.headers +
                  ctx.files.license_files + ctx.files.readme +
                  [ctx.file._build_wheel] + ctx.files._modules +
                  ctx.files._elftools,
@@ -65,6 +77,10 @@ wheel = rule(
         "extension": attr.label(
             allow_files = [".so"],
             doc = "The Python extension; goes beside the package's modules.",
+        ),
+        "headers": attr.label_list(
+            allow_files = [".h", ".cuh"],
+            doc = "For libraries built elsewhere; go into include/.",
         ),
         "interpreter": attr.string(
             doc = "Path of the interpreter that the wheel is for.",

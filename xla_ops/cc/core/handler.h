@@ -78,12 +78,12 @@ auto CpuHandler(Make make, Result (*run)(const Params&, ffi::ThreadPool&)) {
 
 // The library's table, filled while it is loaded; never destroyed, since
 // handlers may run while the process exits.
-inline std::vector<XlaOpsHandler>& HandlerTable() {
+XLA_OPS_HIDDEN inline std::vector<XlaOpsHandler>& HandlerTable() {
   static auto* const table = new std::vector<XlaOpsHandler>;
   return *table;
 }
 
-inline bool AddToHandlerTable(const XlaOpsHandler& handler) {
+XLA_OPS_HIDDEN inline bool AddToHandlerTable(const XlaOpsHandler& handler) {
   HandlerTable().push_back(handler);
   return true;
 }
@@ -98,6 +98,17 @@ xla_ops_handlers(size_t* count) {
   return xla_ops::HandlerTable().data();
 }
 
+extern "C" XLA_OPS_EXPORT __attribute__((used)) inline int
+xla_ops_api_version() {
+  return XLA_OPS_API_VERSION;
+}
+
+// What targets begin with. A library outside this project defines its own
+// before it includes this file, such as "mine.".
+#ifndef XLA_OPS_TARGET_PREFIX
+#define XLA_OPS_TARGET_PREFIX "xla_ops."
+#endif
+
 // Defines the exported C function `symbol`.
 #define XLA_OPS_HANDLER_SYMBOL(symbol, ...)                                 \
   extern "C" XLA_OPS_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* call); \
@@ -107,7 +118,7 @@ xla_ops_handlers(size_t* count) {
 #define XLA_OPS_LIST_HANDLER(target, platform, ...)              \
   [[maybe_unused]] static const bool xla_ops_##target##_listed = \
       ::xla_ops::AddToHandlerTable(                              \
-          {"xla_ops." #target, platform, __VA_ARGS__})
+          {XLA_OPS_TARGET_PREFIX #target, platform, __VA_ARGS__})
 
 #define XLA_OPS_CPU_HANDLER(target, binding, make, run)            \
   XLA_OPS_HANDLER_SYMBOL(xla_ops_##target##_cpu,                   \

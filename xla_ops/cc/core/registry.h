@@ -16,6 +16,12 @@
 
 #include "xla/ffi/api/c_api.h"
 
+// What a library outside this project and the package that loads it must agree
+// on: these structs, what handlers are promised, and the names of the public
+// headers (docs/adr/0013-extend.md). A change that an older library would not
+// survive takes the next number, here and in xla_ops/py/extend/library.py.
+#define XLA_OPS_API_VERSION 1
+
 extern "C" {
 
 // Handlers of the four stages of a typed-FFI call; null where not needed. A
@@ -39,6 +45,9 @@ struct XlaOpsHandler {
 // lives as long as the library.
 typedef const XlaOpsHandler* XlaOpsHandlersFn(size_t* count);
 
+// The library's XLA_OPS_API_VERSION.
+typedef int XlaOpsApiVersionFn();
+
 // CUDA libraries only: the architectures of the embedded device code as
 // "7.5 8.0 9.0a 12.0+PTX", the form that the build flag takes.
 typedef const char* XlaOpsCudaArchsFn();
@@ -50,5 +59,8 @@ typedef int XlaOpsCudaVersionFn();
 }  // extern "C"
 
 #define XLA_OPS_EXPORT __attribute__((visibility("default")))
+// Of what each library must have for itself: the loader would share it among
+// all that were compiled without -fvisibility-inlines-hidden.
+#define XLA_OPS_HIDDEN __attribute__((visibility("hidden")))
 
 #endif  // XLA_OPS_CC_CORE_REGISTRY_H_

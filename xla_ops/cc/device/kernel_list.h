@@ -21,7 +21,7 @@ namespace xla_ops {
 
 // One kernel of the list. Entries are static objects, which add themselves
 // while the library is loaded: by one thread, before any handler can run.
-class KernelEntry {
+class __attribute__((visibility("hidden"))) KernelEntry {
  public:
   explicit KernelEntry(const void* kernel) : kernel_(kernel), next_(First()) {
     First() = this;
@@ -74,7 +74,7 @@ cudaError_t LoadKernel(void (*kernel)(Params...), int shared_bytes = 0) {
 
 // Loads the listed kernels on the current device. Costs one atomic load after
 // the first time; safe from any thread.
-inline cudaError_t LoadKernels() {
+__attribute__((visibility("hidden"))) inline cudaError_t LoadKernels() {
   static PerDevice<bool> devices;
   bool loaded = false;
   return devices.Get(

@@ -29,10 +29,10 @@ struct alignas(16) WarpResults {
 // block, whose size is a multiple of 32 and at most 32 * kMaxWarps, or just
 // that with kFull; every thread gets the result. Every thread reads all the
 // numbers, four at a time and none after another: sooner done than five more
-// shuffles. `none`: changes nothing.
-template <int kMaxWarps, bool kFull, typename F>
-__device__ __forceinline__ float CombineWarps(float x, float none, F&& combine,
-                                              WarpResults& results) {
+// shuffles. `none`: changes nothing. Here is what comes before the barrier.
+template <int kMaxWarps, bool kFull>
+__device__ __forceinline__ void ShareWarps(float x, float none,
+                                           WarpResults& results) {
   static_assert(kMaxWarps % 4 == 0 && kMaxWarps <= 32);
   // A full block is one row.
   const int thread =
@@ -47,7 +47,12 @@ __device__ __forceinline__ float CombineWarps(float x, float none, F&& combine,
       results.value[warp + lane] = none;
     }
   }
-  __syncthreads();
+}
+
+// What comes after it.
+template <int kMaxWarps, typename F>
+__device__ __forceinline__ float CombineShared(F&& combine,
+                                               const WarpResults& results) {
   float four[kMaxWarps / 4];
 #pragma unroll
   for (int i = 0; i < kMaxWarps / 4; ++i) {
@@ -59,11 +64,31 @@ __device__ __forceinline__ float CombineWarps(float x, float none, F&& combine,
   return four[0];
 }
 
+template <int kMaxWarps, bool kFull, typename F>
+__device__ __forceinline__ float CombineWarps(float x, float none, F&& combine,
+                                              WarpResults& results) {
+  ShareWarps<kMaxWarps, kFull>(x, none, results);
+  __syncthreads();
+  return CombineShared<kMaxWarps>(combine, results);
+}
+
 // Sum over a block of at most kMaxWarps warps.
 template <int kMaxWarps, bool kFull = false>
 __device__ __forceinline__ float BlockSum(float x, WarpResults& results) {
   return CombineWarps<kMaxWarps, kFull>(
       WarpSum(x), 0.0f, [](float a, float b) { return a + b; }, results);
+}
+
+// Two sums behind one barrier.
+template <int kMaxWarps, bool kFull = false>
+__device__ __forceinline__ float2 BlockSum(float2 x,
+                                           WarpResults (&results)[2]) {
+  const auto add = [](float a, float b) { return a + b; };
+  ShareWarps<kMaxWarps, kFull>(WarpSum(x.x), 0.0f, results[0]);
+  ShareWarps<kMaxWarps, kFull>(WarpSum(x.y), 0.0f, results[1]);
+  __syncthreads();
+  return {CombineShared<kMaxWarps>(add, results[0]),
+          CombineShared<kMaxWarps>(add, results[1])};
 }
 
 // The same for maxima. NaN counts as smaller than any number.

@@ -59,13 +59,17 @@ template <typename Plan>
 class RowThreads {
  public:
   __device__ __forceinline__ RowThreads(int64_t num_rows, int64_t row_vectors)
-      : index_(Plan::kWhole ? int64_t{blockIdx.x}
-                            : int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
+      : RowThreads(blockIdx.x, num_rows, row_vectors) {}
+  // For a block that does the rows of several, such as this one.
+  __device__ __forceinline__ RowThreads(int64_t block, int64_t num_rows,
+                                        int64_t row_vectors)
+      : index_(Plan::kWhole ? block : block * blockDim.y + threadIdx.y),
         in_range_(Plan::kWhole || index_ < num_rows),
         row_vectors_(in_range_ ? row_vectors : 0) {}
 
   __device__ __forceinline__ int64_t index() const { return index_; }
-  // The row's first element in the matrix. `row_vectors`: of every row; those
+  // The first element in the matrix of the row of this block, and no other's.
+  // `row_vectors`: of every row; those
   // of rows that are held fit in 32 bits, and a multiplication less is seen
   // before the first load.
   __device__ __forceinline__ int64_t Start(int64_t row_vectors) const {
@@ -104,6 +108,13 @@ class RowThreads {
   __device__ __forceinline__ float Sum(float x, WarpResults& scratch) const {
     return WithinWarp() ? WarpSum(x, blockDim.x)
                         : BlockSum<kMaxWarps, Plan::kWhole>(x, scratch);
+  }
+  __device__ __forceinline__ float2 Sum(float2 x,
+                                        WarpResults (&scratch)[2]) const {
+    if (WithinWarp()) {
+      return {WarpSum(x.x, blockDim.x), WarpSum(x.y, blockDim.x)};
+    }
+    return BlockSum<kMaxWarps, Plan::kWhole>(x, scratch);
   }
   __device__ __forceinline__ float Max(float x, WarpResults& scratch) const {
     return WithinWarp() ? WarpMax(x, blockDim.x)

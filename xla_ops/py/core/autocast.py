@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from .dtypes import FLOAT_DTYPES
+from .lazy import torch
 
 # (arguments by name, the dtype of torch.autocast) -> new dtypes by argument.
 Rule = Callable[[Mapping[str, Any], torch.dtype], Mapping[str, torch.dtype]]

@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from .dtypes import FLOAT_DTYPES, dtype_name
+from .foreign import Foreign
+from .hlo import Spec
+from .lazy import torch
 
 
 def float32(value: float) -> float:
@@ -53,7 +54,7 @@ class Checker:
             self.require(False, argument, f"be absent {where}", got)
 
     def tensor(self, argument: str, value: Any) -> None:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, (torch.Tensor, Foreign)):
             raise TypeError(
                 f"{self.op}: {argument} must be a tensor, got {type(value).__name__}"
             )
@@ -61,7 +62,7 @@ class Checker:
     def optional_tensors(self, **values: Any) -> None:
         """Checks arguments that are tensors or None."""
         for argument, value in values.items():
-            if value is not None and not isinstance(value, torch.Tensor):
+            if value is not None and not isinstance(value, (torch.Tensor, Foreign)):
                 got = type(value).__name__
                 rule = f"{self.op}: {argument} must be a tensor or None"
                 raise TypeError(f"{rule}, got {got}")
@@ -72,7 +73,7 @@ class Checker:
             raise TypeError(f"{self.op}: {argument} must be a str, got {got}")
 
     def dtype(
-        self, argument: str, t: torch.Tensor, allowed: Sequence[torch.dtype]
+        self, argument: str, t: torch.Tensor | Spec, allowed: Sequence[torch.dtype]
     ) -> None:
         if t.dtype in allowed:
             return  # every call of an op comes here: format nothing

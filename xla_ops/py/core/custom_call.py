@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from .. import _runtime
 from . import handlers, sharding
 from .dtypes import primitive_type
@@ -22,6 +20,7 @@ from .hlo import (
     encode_module,
     encode_sharded_module,
 )
+from .lazy import torch
 
 
 class OptionalOperand(NamedTuple):

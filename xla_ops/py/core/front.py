@@ -6,24 +6,28 @@ and on plain tensors alike, with the tensors that the user passed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from . import gradients, sharding
+from . import lazy, op, wrapped_tensors
 from .autocast import Rule
 from .autocast import register as register_autocast
+from .lazy import autograd, torch
+
+# Which of its arguments a front writes, by its name.
+WRITTEN: dict[str, tuple[str, ...]] = {}
+_WRITTEN = re.compile(r"\(\w+!\)\S* (\w+)")
 
 
 def define(
-    library: torch.library.Library,
+    namespace: str,
     schema: str,
     kernel: Callable,
     *,
     autocast: Rule,
 ) -> None:
-    """Defines an op in `library`'s namespace.
+    """Defines torch.ops.<namespace>.<name>, once there is torch.
 
     One that writes into its arguments refuses those that ask for a derivative: torch
     would record a value that is overwritten, or nothing. And it tells torch what it
@@ -35,8 +39,13 @@ def define(
             defaults, so it must repeat the schema's defaults.
         autocast: what torch.autocast means for it.
     """
+    WRITTEN[schema[: schema.index("(")]] = tuple(_WRITTEN.findall(schema))
+    lazy.when_torch(lambda: _define(namespace, schema, kernel, autocast))
+
+
+def _define(namespace: str, schema: str, kernel: Callable, autocast: Rule) -> None:
     parsed = torch._C.parse_schema(schema)
-    op = parsed.name
+    name = parsed.name
     names = tuple(argument.name for argument in parsed.arguments)
     written = frozenset(
         a.name for a in parsed.arguments if a.alias_info and a.alias_info.is_write
@@ -44,15 +53,18 @@ def define(
 
     def refusing(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
-        sharding.refuse_wrapped(op, given)
-        gradients.refuse(op, given)
+        wrapped_tensors.refuse(name, given)
+        autograd.refuse(name, given)
         results = kernel(*args, **kwargs)
-        gradients.tell_written(value for name, value in given if name in written)
+        autograd.tell_written(value for name, value in given if name in written)
         return results
 
+    library = op.library(namespace)
     library.define(schema)
-    name = schema[: schema.index("(")]
-    library.impl(name, refusing if written else kernel, "CompositeImplicitAutograd")
-    packet = getattr(getattr(torch.ops, library.ns), op)
+    full_name = schema[: schema.index("(")]
+    library.impl(
+        full_name, refusing if written else kernel, "CompositeImplicitAutograd"
+    )
+    packet = getattr(getattr(torch.ops, namespace), name)
     overload = getattr(packet, parsed.overload_name or "default")
     register_autocast(library, overload, autocast)

@@ -1,48 +1,19 @@
-"""What an op does where torch asks for derivatives.
+"""What an op declares of its derivatives.
 
-An op that declares a `Gradient` is differentiated by it. Through any other a forward
-works as ever, with parameters that require a gradient too, and a backward raises: torch
-would leave the op's part out of the sum and say nothing that names it. Under
-torch.compile a backward is traced with its forward, whether or not it is ever run, so
-what raises is an op of the graph, `no_gradient`.
-
-An op that writes into its arguments has no backward that could raise later; `refuse`
-raises at the call. Forward mode (torch.func.jvp) raises at the call for every op.
-
-Inference pays nothing for that: `is_untracked` tells when a call may go past torch's
-autograd keys, and so past a kernel in Python.
+An op that declares a `Gradient` is differentiated by it, by torch (`autograd`) and by
+JAX (xla_ops/py/jax). Through any other a forward works as ever and a backward raises:
+the frameworks would leave the op's part out of the sum and say nothing that names it.
 
 Tested by tests/core/test_gradients.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
-
-from .tracing import is_plain
-
-if TYPE_CHECKING:
-    from .op import Op
-
-NAMESPACE = "xla_ops"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
-    "no_gradient(Tensor grad, str op, str argument, SymInt[] shape, ScalarType dtype)"
-    " -> Tensor"
-)
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_any_requires_grad = torch._C._any_requires_grad
-_is_grad_enabled = torch._C.is_grad_enabled
-_num_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
+from .lazy import torch
 
 
 class Backward(NamedTuple):
@@ -54,12 +25,20 @@ class Backward(NamedTuple):
         results: those of the op's results that it keeps, by index.
         grads: of each result; None where nothing depends on it.
         wanted: the arguments whose gradients are asked for.
+        specs: shape and dtype of each argument that is a tensor, kept or not.
     """
 
-    args: Mapping[str, object]
+    args: Mapping[str, Any]
     results: Mapping[int, torch.Tensor]
     grads: tuple[torch.Tensor | None, ...]
     wanted: tuple[str, ...]
+    specs: Mapping[str, tuple[torch.Size, torch.dtype]]
+
+    def zeros(self, name: str) -> torch.Tensor:
+        """The gradient of an argument on which nothing depends that is used."""
+        given = next(grad for grad in self.grads if grad is not None)
+        shape, dtype = self.specs[name]
+        return given.new_zeros(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -84,166 +63,3 @@ def message(op: str, argument: str, needs: str = "requires one") -> str:
         f"xla_ops.{op}: has no gradient: {argument} {needs}; use torch.no_grad() for"
         f" inference, or pass {argument}.detach()"
     )
-
-
-def is_untracked(args: Sequence) -> bool:
-    """Whether a call may go past torch's autograd keys, as far as can be told at once.
-
-    Not while anything traces or transforms: that may want to see the call first.
-    """
-    return not (
-        (_is_grad_enabled() and _any_requires_grad(*args))
-        or forward_ad._current_level >= 0
-        or _num_modes()
-        or _transforms() is not None
-    )
-
-
-def refuse(op: str, arguments: Iterable[tuple[str, object]]) -> None:
-    """Raises RuntimeError where an argument asks for a derivative.
-
-    Args:
-        op: the op's name, one that writes into its arguments.
-        arguments: names and values; sequences are searched for tensors.
-    """
-    reverse, forward = _is_grad_enabled(), forward_ad._current_level >= 0
-    if not reverse and not forward:
-        return
-    for name, t in _tensors(arguments):
-        if reverse and t.requires_grad:
-            raise RuntimeError(message(op, name))
-        if forward and _is_dual(t):
-            raise RuntimeError(message(op, name, _TANGENT))
-
-
-def tell_written(values: Iterable[object]) -> None:
-    """Tells torch that tensors were written, as its own in-place ops do.
-
-    A backward that keeps one then raises. While a graph is traced its compiler tells.
-
-    Args:
-        values: tensors, lists of them, and None.
-    """
-    tensors = [
-        t
-        for _, t in _tensors(("", value) for value in values)
-        if is_plain(t) and not t.is_inference()
-    ]
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
-
-
-_TANGENT = "has a tangent (forward mode)"
-
-
-def _tensors(
-    arguments: Iterable[tuple[str, object]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in arguments:
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors((f"{name}[{i}]", v) for i, v in enumerate(value))
-
-
-def _is_dual(t: torch.Tensor) -> bool:
-    return forward_ad.unpack_dual(t).tangent is not None
-
-
-def kernel(op: Op) -> Callable:
-    """Returns the op's kernel for torch's autograd keys."""
-    overload = op.overload
-
-    def call(*args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            for name, t in _tensors(zip(op.arguments, args, strict=True)):
-                if _is_dual(t):
-                    name = op.labels.get(name, name)
-                    raise RuntimeError(message(op.public_name, name, _TANGENT))
-        if _is_grad_enabled() and _any_requires_grad(*args):
-            with enable_single_level_autograd_function():
-                return _Tracked.apply(op, *args)  # type: ignore[attr-defined]
-        with _below_autograd():
-            return overload(*args)
-
-    return call
-
-
-class _Tracked(_SingleLevelFunction):
-    """A call of an op on arguments of which some require a gradient.
-
-    Of one level, since a kernel for the autograd keys is called once for each level of
-    torch.func.grad: torch.autograd.Function would go through all of them by itself.
-    """
-
-    @staticmethod
-    def forward(op: Op, *args: Any) -> Any:
-        with _below_autograd():
-            return op.overload(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        op, *args = inputs
-        gradient = op.gradient or Gradient(lambda _: {})
-        results = output if isinstance(output, tuple) else (output,)
-        named = dict(zip(op.arguments, args, strict=True))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            *(named[name] for name in gradient.keeps),
-            *(results[i] for i in gradient.keeps_results),
-        )
-        ctx.op, ctx.gradient = op, gradient
-        ctx.args = {
-            name: value
-            for name, value in named.items()
-            if not isinstance(value, torch.Tensor)
-        }
-        ctx.specs = {
-            name: (t.shape, t.dtype)
-            for name, t in named.items()
-            if isinstance(t, torch.Tensor)
-        }
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        op, gradient = ctx.op, ctx.gradient
-        needs = zip(op.arguments, ctx.needs_input_grad[1:], strict=True)
-        wanted = tuple(name for name, is_needed in needs if is_needed)
-        given = next((grad for grad in grads if grad is not None), None)
-        if given is None:
-            return (None,) * (1 + len(op.arguments))
-        saved = ctx.saved_tensors
-        num_args = len(gradient.keeps)
-        found = gradient.compute(
-            Backward(
-                {**ctx.args, **dict(zip(gradient.keeps, saved, strict=False))},
-                dict(zip(gradient.keeps_results, saved[num_args:], strict=True)),
-                grads,
-                wanted,
-            )
-        )
-        missing = {
-            name: torch.ops.xla_ops.no_gradient.default(
-                given, op.public_name, op.labels.get(name, name), *ctx.specs[name]
-            )
-            for name in wanted
-            if found.get(name) is None
-        }
-        return None, *(
-            found.get(name, missing.get(name)) if name in wanted else None
-            for name in op.arguments
-        )
-
-
-def _no_gradient(
-    grad: torch.Tensor, op: str, argument: str, shape: list[int], dtype: torch.dtype
-) -> torch.Tensor:
-    raise RuntimeError(message(op, argument))
-
-
-_library.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    f"{NAMESPACE}::no_gradient",
-    lambda grad, op, argument, shape, dtype: grad.new_empty(shape, dtype=dtype),
-    lib=_library,
-)

@@ -18,15 +18,15 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-
-import torch
+from collections.abc import Callable, Mapping, Set
 
 from .. import _runtime
 from . import elf, environment, paths
 from .errors import Problem, warn_user
+from .lazy import torch
 
 HOST = "Host"
 CUDA = "CUDA"
@@ -95,9 +95,18 @@ class _Platform:
                 self.broken[path.name] = str(error)
                 continue
             self.libraries.add(path)
-            self.loaded |= {target for target, kind in handlers if kind == self.name}
-            self.retry_at["register"] = 0.0
+            self._add({target for target, kind in handlers if kind == self.name})
         self.retry_at["load"] = _next_try(bool(self.broken))
+
+    def add(self, targets: frozenset[str]) -> None:
+        """Adds targets of a library that was loaded."""
+        with self.lock:
+            self._add(targets)
+
+    def _add(self, targets: Set[str]) -> None:
+        if not targets <= self.loaded:
+            self.loaded |= targets
+            self.retry_at["register"] = 0.0
 
     def _register(self) -> None:
         self.unregistrable, self.refused = "", {}
@@ -152,11 +161,32 @@ def load(platform: str) -> frozenset[str]:
     return _platforms[platform].load()
 
 
+def register(path: str) -> dict[str, frozenset[str]]:
+    """Loads an op library of any folder, for every platform that it has handlers for.
+
+    Returns:
+        Its targets by platform.
+
+    Raises:
+        OSError: it cannot be loaded, is no op library, or has a target that another
+            library has.
+    """
+    for state in _platforms.values():
+        state.load()  # the package's own come first, whoever is asked for first
+    found = _runtime.load_library(path)
+    targets = {
+        platform: frozenset(target for target, kind in found if kind == platform)
+        for platform in _platforms
+    }
+    for platform, state in _platforms.items():
+        state.add(targets[platform])
+    return targets
+
+
 def is_spmd() -> bool:
     """Returns whether torch_xla shards tensors over the devices of this process."""
-    import torch_xla.runtime as xr
-
-    return xr.is_spmd()
+    runtime = sys.modules.get("torch_xla.runtime")
+    return runtime is not None and runtime.is_spmd()
 
 
 def xla_platform() -> str:
@@ -242,6 +272,11 @@ def loaded(platform: str, target: str) -> bool:
         return True
     _fall_back(platform, target, state.why_not_loaded(target))
     return False
+
+
+def libraries(platform: str) -> list[pathlib.Path]:
+    """Returns the libraries that are loaded."""
+    return sorted(_platforms[platform].libraries)
 
 
 def require(platform: str, target: str) -> None:

@@ -15,9 +15,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from .dtypes import primitive_type
+from .lazy import torch
 
 AttributeValue = bool | int | float | str
 

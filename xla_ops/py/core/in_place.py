@@ -13,6 +13,8 @@ new value. Where that happens differs:
   when it is told to, so the functional op gets the traced input as its `donor` operand
   and flags that buffer when the program is built. Users need not know.
 - CPU and CUDA tensors are simply written.
+- arrays of another framework (`foreign`) have no memory of their own to write: what
+  stands for one takes the new value, which its framework hands to its caller.
 
 A tensor that is a view (kv.unbind(0), a permuted HND cache) is written through the
 buffer it is a view of: `locate` finds that buffer and where in it the view lies.
@@ -27,25 +29,16 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental import proxy_tensor
-
-from . import ownership
 from .dtypes import dtype_name
+from .foreign import Foreign
+from .lazy import ownership, torch, tracing
 from .op import NAMESPACE, OPS, Op, elements_of
-from .tracing import from_sizes, is_plain, node_of
+from .places import Located, dense_strides
 
-
-class Located(NamedTuple):
-    """Where a tensor lies: `buffer` and, in elements, offset and strides in it."""
-
-    buffer: torch.Tensor
-    offset: int
-    strides: tuple[int, ...]
+if TYPE_CHECKING:
+    from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 def is_value(t: torch.Tensor) -> bool:
@@ -55,7 +48,8 @@ def is_value(t: torch.Tensor) -> bool:
     CUDA tensors, whose memory is written.
     """
     return (
-        not is_plain(t)
+        isinstance(t, Foreign)
+        or not tracing.is_plain(t)
         or t.device.type not in ("cpu", "cuda")
         or torch._is_functional_tensor(t)
     )
@@ -80,6 +74,8 @@ def locate(t: torch.Tensor, *, to_write: bool = False) -> Located:
         to_write: whether the buffer is for `update`, which takes a strided one too
             where CPU and CUDA tensors are traced, in elements from its first.
     """
+    if isinstance(t, Foreign):
+        return t.locate()
     if not is_value(t):
         return Located(elements_of(t), 0, t.stride())
     is_strided = to_write and t.device.type != "xla"
@@ -90,9 +86,9 @@ def locate(t: torch.Tensor, *, to_write: bool = False) -> Located:
             if _is_untracked_view(base):
                 _tell_of_untracked_views()
             return Located(base, place[0], place[1:])
-    if is_strided and isinstance(t, FunctionalTensor):
+    if is_strided and isinstance(t, tracing.FunctionalTensor):
         strides = _current(t).stride()
-        return Located(t, 0, from_sizes(strides, t.shape))
+        return Located(t, 0, tracing.from_sizes(strides, t.shape))
     if _is_untracked_view(t):
         _tell_of_untracked_views()
     return Located(t, 0, dense_strides(t.shape))
@@ -147,8 +143,11 @@ def update(
         buffer: a whole buffer, from `locate`.
         views: what was located there.
     """
+    if isinstance(buffer, Foreign):
+        buffer.become(op(buffer, *args, None))
+        return
     if (
-        isinstance(buffer, FunctionalTensor)
+        isinstance(buffer, tracing.FunctionalTensor)
         and _compiler_is_inductor()
         # Inductor of torch 2.9.0 reads past the end of views of another dtype.
         and not _is_view_of_dtype(buffer)
@@ -161,13 +160,35 @@ def update(
             given = ownership.owned(buffer)
         elif is_collecting():
             _collect(op.name, buffer)
-        elif not isinstance(buffer, FunctionalTensor):
+        elif not isinstance(buffer, tracing.FunctionalTensor):
             ownership.protect([buffer], finish_reads=False)
             assign(buffer, op(buffer, *args, None))
             ownership.renew([view for view in views if view is not buffer])
             return
     old = buffer if given is None else given
     assign(buffer, op(old, *args, given))
+
+
+def prepare(
+    op: str, buffers: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """What a functional op takes that is to update several XLA tensors in one call.
+
+    Returns:
+        Their old values, and of each the donor, as `update` has it; `assign` the
+        results afterwards. A view has none: its base is made anew around it.
+    """
+    old, donors = list(buffers), [donor(t) for t in buffers]
+    for i, given in enumerate(donors):
+        if given is not None:
+            old[i] = donors[i] = ownership.owned(given)
+    whole = [t for t in buffers if not t._is_view()]
+    if is_collecting():
+        for t in whole:
+            _collect(op, t)
+    elif not any(isinstance(t, tracing.FunctionalTensor) for t in buffers):
+        ownership.protect(whole, finish_reads=False)
+    return old, donors
 
 
 def overwrite(t: torch.Tensor, value: torch.Tensor) -> None:
@@ -247,7 +268,7 @@ def donor(t: torch.Tensor) -> torch.Tensor | None:
     graph must not donate what it was cloned from. On the CPU and CUDA, where a graph's
     nodes run one after the other, also if all that wrote it were updates in place.
     """
-    node = node_of(t)
+    node = tracing.node_of(t)
     if t.device.type != "xla":
         if not _runs_as_traced():
             return None
@@ -262,7 +283,7 @@ def _runs_as_traced() -> bool:
     A compiler that has ops decomposed takes graphs apart, and may move a read of an old
     value behind its update.
     """
-    table = proxy_tensor.CURRENT_DECOMPOSITION_TABLE
+    table = tracing.proxy_tensor.CURRENT_DECOMPOSITION_TABLE
     return table.keys() <= {torch.ops.aten.sym_numel.default}  # make_fx's own
 
 
@@ -279,7 +300,7 @@ def _compiler_is_inductor() -> bool:
     It keeps an op in place whose schema says what it writes, and would copy the result
     of one that computes a new value.
     """
-    table = proxy_tensor.CURRENT_DECOMPOSITION_TABLE
+    table = tracing.proxy_tensor.CURRENT_DECOMPOSITION_TABLE
     inductor = sys.modules.get("torch._inductor.decomposition")
     if not table or inductor is None:
         return False
@@ -289,11 +310,11 @@ def _compiler_is_inductor() -> bool:
 
 def assign(t: torch.Tensor, value: torch.Tensor) -> None:
     """Makes `value` the value of `t`, of its base and of all views of them."""
-    wrapper = t.elem if isinstance(t, FunctionalTensor) else t
+    wrapper = t.elem if isinstance(t, tracing.FunctionalTensor) else t
     if not torch._is_functional_tensor(wrapper):
         t.copy_(value)  # a fake tensor, or functionalization is off
         return
-    new = value.elem if isinstance(value, FunctionalTensor) else value
+    new = value.elem if isinstance(value, tracing.FunctionalTensor) else value
     old = torch._from_functional_tensor(wrapper)
     torch._functionalize_replace(wrapper, torch._from_functional_tensor(new))
     torch._functionalize_commit_update(wrapper)
@@ -331,10 +352,12 @@ def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
     fails on an assertion after tracing; this says what to do instead. So it does for a
     view of another dtype, which torch_xla cannot compile.
     """
+    if any(isinstance(t, Foreign) for t in tensors.values()):
+        return
     seen: dict[int, str] = {}
     for name, t in tensors.items():
         if (
-            isinstance(t, FunctionalTensor)
+            isinstance(t, tracing.FunctionalTensor)
             and t.device.type == "xla"
             and _is_view_of_dtype(t)
         ):
@@ -343,7 +366,7 @@ def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
                 f" compiled function, got {dtype_name(t.dtype)}; make it outside, or"
                 " pass an fp8 cache as the uint8 that it is"
             )
-        if not isinstance(t, FunctionalTensor) or t._is_view():
+        if not isinstance(t, tracing.FunctionalTensor) or t._is_view():
             continue
         inner = torch._from_functional_tensor(t.elem)
         if inner.device.type != "xla" or not inner._is_view():
@@ -365,7 +388,9 @@ def check_no_alias(op: str, **tensors: torch.Tensor) -> None:
     offset that XLA tensors report, which is always 0: such a view has wrong values.
     """
     for name, t in tensors.items():
-        node = node_of(t)
+        if isinstance(t, Foreign):
+            continue
+        node = tracing.node_of(t)
         if (
             node is not None
             and node.target == torch.ops.aten.as_strided.default
@@ -408,11 +433,13 @@ def check_writable(op: str, places: Mapping[str, tuple[torch.Tensor, Located]]) 
 def _repeats(t: torch.Tensor, place: Located) -> str:
     """How `t` holds an element twice, as far as that can be told, or ""."""
     # Dynamo's fake tensors have the strides that XLA tensors lack.
-    strides = t.stride() if isinstance(t, FakeTensor) else place.strides
+    if isinstance(t, Foreign):
+        return ""
+    strides = t.stride() if isinstance(t, tracing.FakeTensor) else place.strides
     repeats = any(n > 1 and s == 0 for n, s in zip(t.shape, strides, strict=True))
     if repeats and t.numel():
         return f"strides {list(strides)}"
-    if isinstance(t, FunctionalTensor):
+    if isinstance(t, tracing.FunctionalTensor):
         # An input of the graph: XLA tensors report dense strides.
         inner = torch._from_functional_tensor(t.elem)
         base = inner._base
@@ -465,14 +492,14 @@ def _geometry(
 
     None where they are not known, or the base is not dense and that matters.
     """
-    if isinstance(t, FunctionalTensor):
+    if isinstance(t, tracing.FunctionalTensor):
         if not (is_strided or base.is_contiguous()):
             return None
-        assert isinstance(base, FunctionalTensor)
+        assert isinstance(base, tracing.FunctionalTensor)
         view, whole = _current(t), _current(base)
         offset = view.storage_offset() - whole.storage_offset()
         # May be symbolic, as shapes and strides may, which torch types as int.
-        return from_sizes((cast(int, offset), *view.stride()), base.shape)
+        return tracing.from_sizes((cast(int, offset), *view.stride()), base.shape)
     if t.device.type != "xla" or not torch._is_functional_tensor(t):
         return None
     # XLA tensors report no offset: replay the chain of views on a meta tensor.
@@ -491,13 +518,3 @@ def _current(t: FunctionalTensor) -> torch.Tensor:
     """The traced tensor below `t`, made anew if its base was written since."""
     torch._functionalize_sync(t.elem)
     return torch._from_functional_tensor(t.elem)
-
-
-def dense_strides(shape: torch.Size) -> tuple[int, ...]:
-    """Returns the strides of a row-major tensor of `shape`."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))

@@ -22,15 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from . import front, in_place
 from .autocast import Rule
 from .checks import Checker
+from .lazy import torch, tracing
 from .op import NAMESPACE, Op
-from .tracing import is_plain
-
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+from .places import Located, dense_strides
 
 
 class Update(NamedTuple):
@@ -60,12 +57,12 @@ def define(schema: str, plan: Callable[..., Update], *, autocast: Rule) -> None:
             defaults, so it must repeat the schema's defaults.
         autocast: what torch.autocast means for it.
     """
-    name = torch._C.parse_schema(schema).name
+    name = schema[: schema.index("(")].partition(".")[0]
 
     def kernel(*args: Any, **kwargs: Any) -> None:
         apply(name, plan(*args, **kwargs))
 
-    front.define(_library, schema, kernel, autocast=autocast)
+    front.define(NAMESPACE, schema, kernel, autocast=autocast)
 
 
 def apply(name: str, update: Update) -> list[torch.Tensor]:
@@ -87,7 +84,7 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
         if _squeezed(target.shape) != _squeezed(spec.shape):
             check.shape(argument, target, spec.shape)
         check.same_device("input", bound.tensors[0], **{argument: target})
-    _check_writable(name, targets)
+    check_writable(name, targets)
     given = [t for t in targets.values() if t is not None]
     if any(in_place.is_value(t) for t in (*given, *bound.tensors)):
         results = op(*args)
@@ -104,7 +101,7 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
     return _with_targets(results, targets)
 
 
-def _check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> None:
+def check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> None:
     """Raises ValueError where an element would be written twice."""
     given = {argument: t for argument, t in targets.items() if t is not None}
     num_tensors = len({id(t) for t in given.values()})
@@ -115,7 +112,7 @@ def _check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> No
             t,
             in_place.locate(t)
             if t._is_view() or not in_place.is_value(t)
-            else in_place.Located(t, 0, in_place.dense_strides(t.shape)),
+            else Located(t, 0, dense_strides(t.shape)),
         )
         for argument, t in given.items()
     }
@@ -124,7 +121,7 @@ def _check_writable(name: str, targets: Mapping[str, torch.Tensor | None]) -> No
 
 def _is_whole(t: torch.Tensor) -> bool:
     """Whether a tensor is known to be no part of another one, at once."""
-    return is_plain(t) and not t._is_view() and t.is_contiguous()
+    return tracing.is_plain(t) and not t._is_view() and t.is_contiguous()
 
 
 def _with_targets(

@@ -1,4 +1,4 @@
-"""Turns the declaration of one op into a torch operator that runs everywhere.
+"""The declaration of one op, and the torch operator that is made of it.
 
 An op says what it checks, what shapes it gives, what it means in plain torch, and which
 custom call computes it; this module registers the kernels:
@@ -10,13 +10,13 @@ custom call computes it; this module registers the kernels:
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
-
-from . import gradients, handlers, sharding
+from . import gradients, handlers, lazy, sharding, wrapped_tensors
 from .autocast import Rule
 from .autocast import register as register_autocast
 from .custom_call import (
@@ -27,13 +27,16 @@ from .custom_call import (
     node_of,
     sharded_node_of,
 )
+from .foreign import Foreign, Framework
 from .hlo import Spec
+from .lazy import autograd, torch
 
 NAMESPACE = "xla_ops"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # What an op returns: one tensor, or several.
 Results = torch.Tensor | tuple[torch.Tensor, ...]
+
+_SCHEMA = re.compile(r"\((?P<arguments>.*?)\) -> ", re.DOTALL)
 
 # Every declared op by name; the conformance test walks it.
 OPS: dict[str, Op] = {}
@@ -88,6 +91,8 @@ class Op:
     gradient: gradients.Gradient | None = None
     public_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    # Of `Foreign` arguments, where one is in use.
+    framework: ClassVar[Framework | None] = None
     arguments: tuple[str, ...] = field(init=False)
     overload: torch._ops.OpOverload = field(init=False, repr=False, compare=False)
     _plans: dict[tuple, Plan] = field(
@@ -98,22 +103,23 @@ class Op:
     )
 
     def __post_init__(self) -> None:
-        schema = torch._C.parse_schema(self.name + self.schema)
-        arguments = tuple(argument.name for argument in schema.arguments)
-        object.__setattr__(self, "arguments", arguments)
+        object.__setattr__(self, "arguments", argument_names(self.schema))
+        object.__setattr__(self, "public_name", self.public_name or self.name)
         OPS[self.name] = self
-        _library.define(self.name + self.schema)
+        lazy.when_torch(self._register)
+
+    def _register(self) -> None:
+        """Defines torch.ops.xla_ops.<name>."""
+        ops = library(NAMESPACE)
+        ops.define(self.name + self.schema)
         overload = getattr(torch.ops.xla_ops, self.name).default
         object.__setattr__(self, "overload", overload)
-        object.__setattr__(self, "public_name", self.public_name or self.name)
-        _library.impl(self.name, gradients.kernel(self), "Autograd")
-        register_autocast(_library, overload, self.autocast)
-        _library.impl(self.name, self._in_graph, "XLA")
-        _library.impl(self.name, self._at_once, "CPU")
-        _library.impl(self.name, self._at_once, "CUDA")
-        torch.library.register_fake(
-            f"{NAMESPACE}::{self.name}", self._fake, lib=_library
-        )
+        ops.impl(self.name, autograd.kernel(self), "Autograd")
+        register_autocast(ops, overload, self.autocast)
+        ops.impl(self.name, self._in_graph, "XLA")
+        ops.impl(self.name, self._at_once, "CPU")
+        ops.impl(self.name, self._at_once, "CUDA")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=ops)
         if self.has_donor:
             self._define_twin()
 
@@ -124,12 +130,11 @@ class Op:
         """
         arguments = self.schema[1 : self.schema.index(", Tensor? donor")]
         written = arguments.replace("Tensor ", "Tensor(a!) ", 1)
-        _library.define(f"{self.name}_({written}) -> ()")
+        ops = library(NAMESPACE)
+        ops.define(f"{self.name}_({written}) -> ()")
         for key in ("CPU", "CUDA"):
-            _library.impl(f"{self.name}_", self._write, key)
-        torch.library.register_fake(
-            f"{NAMESPACE}::{self.name}_", self._check, lib=_library
-        )
+            ops.impl(f"{self.name}_", self._write, key)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}_", self._check, lib=ops)
 
     @property
     def twin(self) -> torch._ops.OpOverload:
@@ -142,7 +147,12 @@ class Op:
         self.lowered((*args, None))
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or not gradients.is_untracked(args):
+        is_compiling = torch.compiler.is_dynamo_compiling()
+        is_known = self.framework is None or is_compiling
+        if not is_known and any(isinstance(a, Foreign) for a in args):
+            assert self.framework is not None
+            return self.framework.call(self, args)
+        if is_compiling or not autograd.is_untracked(args):
             return self.overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
@@ -186,7 +196,7 @@ class Op:
         call = bound.call
         updated = {name: bound.operand(name) for name in call.aliases.values()}
         platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
-        if handlers.loaded(platform, call.target):
+        if self._runs(platform, call.target, at_once=True):
             # The handler may write before it has read, so what it reads is set apart.
             operands = tuple(
                 t.clone()
@@ -229,7 +239,7 @@ class Op:
         if call.is_empty:
             return bound.untouched()
         platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
-        if not handlers.loaded(platform, call.target):
+        if not self._runs(platform, call.target, at_once=True):
             results = self._reference(args)
             return list(results) if isinstance(results, tuple) else [results]
         # A functional op must not touch its arguments.
@@ -241,6 +251,11 @@ class Op:
         bound = BoundCall(call, operands)
         direct = {i: t for i, t in (into or {}).items() if _may_write(bound, i, t)}
         return call_directly(bound, direct)
+
+    def _runs(self, platform: str, target: str, *, at_once: bool) -> bool:
+        """Whether a handler computes a call; where not, the reference does."""
+        ask = handlers.loaded if at_once else handlers.available
+        return ask(platform, target)
 
     def _reference(self, args: Sequence) -> Results:
         return self.reference(*(args[:-1] if self.has_donor else args))
@@ -261,7 +276,7 @@ class Op:
             if bound.call.is_empty:
                 return _unpack(bound.untouched())
             plan = self._new_plan(signature, bound)
-        if not handlers.available(plan.platform, plan.node.target):
+        if not self._runs(plan.platform, plan.node.target, at_once=False):
             return self._reference(args)
         node = plan.node
         operands = [args[i] for i in plan.operands]
@@ -288,7 +303,7 @@ class Op:
                 say nothing.
         """
         names = [self.arguments[i] for i in plan.operands]
-        sharding.check_unwrapped(self.public_name, names, operands)
+        wrapped_tensors.check(self.public_name, names, operands)
         given = sharding.given(operands)
         if given.is_manual:
             return None
@@ -348,6 +363,21 @@ class Op:
             old = new.copy_(old)
         self.update_at_once(old, *rest)
         return old
+
+
+@functools.cache
+def library(namespace: str) -> torch.library.Library:
+    """Returns the library in which this package defines ops of a namespace."""
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
+def argument_names(schema: str) -> tuple[str, ...]:
+    """Returns the names of the arguments in an op's schema."""
+    match = _SCHEMA.match(schema)
+    if match is None:
+        raise ValueError(f"schema must be '(Type name, ...) -> Type', got {schema!r}")
+    words = match["arguments"].split(",")
+    return tuple(w.partition("=")[0].split()[-1] for w in words if w.strip())
 
 
 def _key(arg: object) -> object:

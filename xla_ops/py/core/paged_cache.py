@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from . import in_place
 from .checks import Checker
+from .foreign import Foreign
+from .lazy import torch
+from .places import Located, dense_strides
 
 
 class PagedCache(NamedTuple):
@@ -133,6 +134,9 @@ def locate(
 
     The caller then works on dense copies (reading) or on one cache at a time (writing).
     """
+    if isinstance(key_cache, Foreign) and isinstance(value_cache, Foreign):
+        key, value = key_cache.locate(), value_cache.locate()
+        return _cache(key, value, key_cache.shape, key.strides)
     in_place.check_no_alias(check.op, **{names[0]: key_cache, names[1]: value_cache})
     key = in_place.locate(key_cache, to_write=to_write)
     value = in_place.locate(value_cache, to_write=to_write)
@@ -159,9 +163,9 @@ def locate(
 
 def dense(key_cache: torch.Tensor, value_cache: torch.Tensor) -> PagedCache:
     """Takes the caches as dense values, without looking for a buffer below them."""
-    strides = in_place.dense_strides(key_cache.shape)
-    key = in_place.Located(key_cache, 0, strides)
-    value = in_place.Located(value_cache, 0, strides)
+    strides = dense_strides(key_cache.shape)
+    key = Located(key_cache, 0, strides)
+    value = Located(value_cache, 0, strides)
     return _cache(key, value, key_cache.shape, strides)
 
 
@@ -184,18 +188,21 @@ def locate_rows(
     Views of one packed projection are located in it, unless they are asked for as
     dense values. Odd strides cost a copy.
     """
-    key, value = in_place.locate(keys), in_place.locate(values)
+    if isinstance(keys, Foreign) and isinstance(values, Foreign):
+        key, value = keys.locate(), values.locate()
+    else:
+        key, value = in_place.locate(keys), in_place.locate(values)
     if dense or not _alike(key, value, keys.shape):
-        strides = in_place.dense_strides(keys.shape)
-        key = in_place.Located(keys.contiguous(), 0, strides)
-        value = in_place.Located(values.contiguous(), 0, strides)
+        strides = dense_strides(keys.shape)
+        key = Located(keys.contiguous(), 0, strides)
+        value = Located(values.contiguous(), 0, strides)
     # A stride from one block to the next has no meaning.
     return _cache(key, value, (1, *keys.shape), (0, *key.strides))
 
 
 def _cache(
-    key: in_place.Located,
-    value: in_place.Located,
+    key: Located,
+    value: Located,
     shape: Sequence[int],
     strides: Sequence[int],
 ) -> PagedCache:
@@ -216,7 +223,7 @@ def _cache(
     )
 
 
-def _alike(key: in_place.Located, value: in_place.Located, shape: torch.Size) -> bool:
+def _alike(key: Located, value: Located, shape: torch.Size) -> bool:
     """Whether one set of strides does for both, and the kernels can take it.
 
     The stride of a dimension of one element has no meaning, and torch none to prefer.

@@ -1,4 +1,4 @@
-"""Where the shared objects of an installation lie."""
+"""Where the shared objects and headers of an installation lie."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from . import elf
 from .errors import Problem
 
 LIB = pathlib.Path(__file__).parent.parent / "lib"
+INCLUDE = pathlib.Path(__file__).parent.parent / "include"
 
 
 def bridge_path() -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from .lazy import torch
 
 FP8_MAX = 448.0
 MIN_FP8_SCALE = 1.0 / (FP8_MAX * 512.0)

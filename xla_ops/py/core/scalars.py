@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
+from .lazy import torch
 
 _CONSTANTS = (int, float, complex, str, bytes, type(None))
 

@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from .in_place import dense_strides
+from .lazy import torch
+from .places import dense_strides
 from .sharding import Rule
 
 # Of a whole tensor or of a shard.
@@ -32,7 +31,7 @@ def layout(shape: Shape, head_stride: int, num_heads: int) -> str:
     words = [f"!dimension{i}" for i in range(len(shape))]
     strides = dense_strides(torch.Size(shape))
     for i, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        is_all = stride * size == head_stride * num_heads
+        is_all = num_heads > 0 and stride * size == head_stride * num_heads
         if is_all and size % num_heads == 0 and head_stride % stride == 0:
             words[i] = f"heads*{size // num_heads}"
             break

@@ -18,15 +18,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from .hlo import Spec, Split
+from .layouts import Dim, layout_of
+from .lazy import torch
 
 if TYPE_CHECKING:
     from torch_xla.distributed.spmd import Mesh
@@ -95,18 +94,6 @@ def rows_with_scales(num_scales: int, num_rows_after: int = 0) -> Rules:
     return rule
 
 
-class _Dim(NamedTuple):
-    name: str
-    may_split: bool
-    must_be_said: bool
-    units: int
-
-    @property
-    def called(self) -> str:
-        has_name = self.name and not self.name.startswith("dimension")
-        return f" ({self.name})" if has_name else ""
-
-
 class _Declared(NamedTuple):
     """What `sharding` declares: name -> pieces, None where whole."""
 
@@ -160,7 +147,19 @@ def sharding(
         for name, axis in given.items()
         if axis is not _UNSET
     )
-    token = _declared.set(_Declared(pieces))
+    with declaring(_Declared(pieces)):
+        yield
+
+
+def declared() -> Any:
+    """What `sharding` declares now; for `declaring`."""
+    return _declared.get()
+
+
+@contextmanager
+def declaring(what: Any) -> Iterator[None]:
+    """Declares it again: where a backward runs, on another thread, say."""
+    token = _declared.set(what)
     try:
         yield
     finally:
@@ -333,33 +332,6 @@ class Given(NamedTuple):
         return self.declared is None and not any(map(parse, self.specs))
 
 
-def refuse_wrapped(op: str, args: Iterable[tuple[str, object]]) -> None:
-    """Raises ValueError for what xs.mark_sharding returns: a tensor around a tensor.
-
-    Torch takes ops apart below it where torch_xla's tensors cannot be written.
-    """
-    for name, value in args:
-        # Its module is there only where torch_xla is, and is slow to import.
-        if type(value).__name__ == "XLAShardedTensor":
-            raise _wrapped(op, name)
-
-
-def _wrapped(op: str, name: str) -> ValueError:
-    return ValueError(
-        f"{op}: {name} must be the tensor that was given to xs.mark_sharding, got the"
-        " XLAShardedTensor that it returned: pass its global_tensor"
-    )
-
-
-def check_unwrapped(
-    op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]
-) -> None:
-    """The same in the kernel for XLA, which gets what was around such a tensor."""
-    for name, t in zip(names, tensors, strict=True):
-        if torch._is_functional_tensor(t):
-            raise _wrapped(op, name)
-
-
 def given(tensors: Sequence[torch.Tensor]) -> Given:
     import torch_xla
 
@@ -405,6 +377,8 @@ class Decision(NamedTuple):
 
 def stand_ins(args: Mapping[str, Any], decision: Decision) -> dict[str, torch.Tensor]:
     """Returns fake tensors of one device's shapes for the operands that are split."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     fakes = {}
     with FakeTensorMode():
         for name, how in decision.operands.items():
@@ -445,7 +419,7 @@ def decide(call: Call, given: Given) -> Decision:
     declared = dict(given.declared.pieces) if given.declared else {}
     rule = call.rule or Rule({}, ())
     layouts = {
-        name: _layout(rule.operands.get(name), shape)
+        name: layout_of(rule.operands.get(name), shape)
         for name, shape in call.operands.items()
     }
     bound = _bind(call, layouts, given.specs, declared)
@@ -467,14 +441,14 @@ def decide(call: Call, given: Given) -> Decision:
         for name, layout in layouts.items()
     }
     results = tuple(
-        _split(call, "result", _layout(words, tuple(shape)), shape, bound)
+        _split(call, "result", layout_of(words, tuple(shape)), shape, bound)
         for words, shape in zip(rule.results, call.results, strict=True)
     )
     return Decision(True, operands, results, assumed)
 
 
 def _assumed(
-    call: Call, layouts: Mapping[str, tuple[_Dim, ...]], known: set[str]
+    call: Call, layouts: Mapping[str, tuple[Dim, ...]], known: set[str]
 ) -> tuple[tuple[int, str], ...]:
     """Returns operands of which it is not known whether they are split, see there."""
     found = []
@@ -503,7 +477,7 @@ def _assumed(
 
 def _bind(
     call: Call,
-    layouts: Mapping[str, tuple[_Dim, ...]],
+    layouts: Mapping[str, tuple[Dim, ...]],
     specs: Sequence[str],
     declared: Mapping[str, Pieces | None],
 ) -> dict[str, Pieces]:
@@ -538,30 +512,10 @@ def _bind(
     return bound
 
 
-@functools.lru_cache(maxsize=1024)
-def _layout(words: str | None, shape: Sequence[int]) -> tuple[_Dim, ...]:
-    """Takes a layout apart."""
-    if words is None:
-        return tuple(_Dim("", False, False, n) for n in shape)
-    if not shape:
-        return ()
-    names = words.split()
-    if names[0].endswith("..."):
-        mark = names[0][:-3]
-        leading = len(shape) - len(names) + 1
-        names[:1] = [f"{mark}tokens{i or ''}" for i in range(leading)]
-    dims = []
-    for word, size in zip(names, shape, strict=True):
-        name, _, unit = word.lstrip("!~").partition("*")
-        units = size // int(unit or 1)
-        dims.append(_Dim(name, word[0] not in "!~", word[0] != "!", units))
-    return tuple(dims)
-
-
 def _split(
     call: Call,
     name: str,
-    layout: Sequence[_Dim],
+    layout: Sequence[Dim],
     shape: Sequence[int],
     bound: Mapping[str, Pieces],
 ) -> Split:

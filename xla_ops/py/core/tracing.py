@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils._sympy.interp import sympy_interp

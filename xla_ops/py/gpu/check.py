@@ -79,8 +79,12 @@ def _of_kernels(describe: Callable[[str], T]) -> dict[str, T]:
 
 
 def kernel_archs() -> dict[str, str]:
-    """File name of each installed CUDA op library to its architectures."""
-    return _of_kernels(_runtime.cuda_archs)
+    """File name of each installed CUDA op library to its architectures.
+
+    Without the launcher of users' kernels, which has no device code of its own.
+    """
+    found = _of_kernels(_runtime.cuda_archs)
+    return {name: archs for name, archs in found.items() if archs}
 
 
 def kernel_cuda_versions() -> dict[str, tuple[int, int]]:

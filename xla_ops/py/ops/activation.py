@@ -8,13 +8,13 @@ import functools
 import math
 from collections.abc import Callable
 
-import torch
-
 from ..core import autocast, mutable, quant, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
+from . import activation_backward
 
 
 def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
@@ -26,6 +26,8 @@ def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
     `torch.ops.xla_ops.silu_and_mul(result, input)`.
 
     torch.autocast changes nothing: input is taken as it is.
+
+    Differentiable in input, as if nothing were rounded.
 
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
@@ -54,6 +56,8 @@ def mul_and_silu(input: torch.Tensor) -> torch.Tensor:
 
     torch.autocast changes nothing: input is taken as it is.
 
+    Differentiable in input, as if nothing were rounded.
+
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
 
@@ -77,6 +81,8 @@ def gelu_and_mul(input: torch.Tensor) -> torch.Tensor:
 
     torch.autocast changes nothing: input is taken as it is.
 
+    Differentiable in input, as if nothing were rounded.
+
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
 
@@ -99,6 +105,8 @@ def gelu_tanh_and_mul(input: torch.Tensor) -> torch.Tensor:
     `torch.ops.xla_ops.gelu_tanh_and_mul(out, input)`.
 
     torch.autocast changes nothing: input is taken as it is.
+
+    Differentiable in input, as if nothing were rounded.
 
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
@@ -150,6 +158,8 @@ def fatrelu_and_mul(input: torch.Tensor, threshold: float = 0.0) -> torch.Tensor
 
     torch.autocast changes nothing: input is taken as it is.
 
+    Differentiable in input, as if nothing were rounded.
+
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
         threshold: a finite number; compared in float32.
@@ -184,6 +194,8 @@ def swigluoai_and_mul(
 
     torch.autocast changes nothing: input is taken as it is.
 
+    Differentiable in input, as if nothing were rounded.
+
     Args:
         input: [..., 2 * size], float32, float16 or bfloat16.
         alpha: a finite number.
@@ -217,6 +229,8 @@ def gelu_new(input: torch.Tensor) -> torch.Tensor:
 
     torch.autocast changes nothing: input is taken as it is.
 
+    Differentiable in input, as if nothing were rounded.
+
     Args:
         input: [..., size], float32, float16 or bfloat16.
 
@@ -244,6 +258,8 @@ def gelu_fast(input: torch.Tensor) -> torch.Tensor:
 
     torch.autocast changes nothing: input is taken as it is.
 
+    Differentiable in input, as if nothing were rounded.
+
     Args:
         input: [..., size], float32, float16 or bfloat16.
 
@@ -269,6 +285,8 @@ def gelu_quick(input: torch.Tensor) -> torch.Tensor:
     vLLM's form is `torch.ops.xla_ops.gelu_quick(out, input)`; `out` may be `input`.
 
     torch.autocast changes nothing: input is taken as it is.
+
+    Differentiable in input, as if nothing were rounded.
 
     Args:
         input: [..., size], float32, float16 or bfloat16.
@@ -422,6 +440,7 @@ def _define_alone(name: str, reference: Activation) -> Op:
         reference,
         autocast=autocast.unchanged,
         splits=sharding.ELEMENTS,
+        gradient=activation_backward.gradient(name),
     )
     mutable.define(
         f"{name}.out(Tensor(a!) out, Tensor input) -> ()",
@@ -440,6 +459,7 @@ def _define(name: str, activate: Activation, gate: int = 0, result: str = "out")
         functools.partial(_reference, activate=activate, gate=gate),
         autocast=autocast.unchanged,
         splits=_HALVES,
+        gradient=activation_backward.gradient(name),
     )
     mutable.define(
         f"{name}.out(Tensor(a!) {result}, Tensor input) -> ()",
@@ -496,6 +516,7 @@ _fatrelu_and_mul = Op(
     _reference_fatrelu,
     autocast=autocast.unchanged,
     splits=_HALVES,
+    gradient=activation_backward.gradient("fatrelu_and_mul"),
 )
 _swigluoai_and_mul = Op(
     "swigluoai_and_mul_functional",
@@ -504,6 +525,7 @@ _swigluoai_and_mul = Op(
     _reference_swigluoai,
     autocast=autocast.unchanged,
     splits=sharding.Rule({"input": "... columns*2"}, ("... columns",)),
+    gradient=activation_backward.gradient("swigluoai_and_mul"),
     public_name="swigluoai_and_mul",
 )
 _gelu_new = _define_alone("gelu_new", _new)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, front, in_place, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("apply_repetition_penalties_")
@@ -56,9 +56,9 @@ def apply_repetition_penalties_(
         ("repetition_penalties", repetition_penalties),
     ):
         _check.tensor(name, t)
-    torch.ops.xla_ops.apply_repetition_penalties_(
-        logits, prompt_mask, output_mask, repetition_penalties
-    )
+    is_foreign = isinstance(logits, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.apply_repetition_penalties_
+    op(logits, prompt_mask, output_mask, repetition_penalties)
 
 
 def _front(logits: torch.Tensor, *rest: torch.Tensor) -> None:
@@ -132,9 +132,8 @@ _op = Op(
     public_name="apply_repetition_penalties_",
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     "apply_repetition_penalties_(Tensor(a!) logits, Tensor prompt_mask,"
     " Tensor output_mask, Tensor repetition_penalties) -> ()",
     _front,

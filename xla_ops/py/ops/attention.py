@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
 
-import torch
-
 from ..core import debug, handlers, paged_cache, sharded_cache, sharding
 from ..core.autocast import Rule
 from ..core.checks import Checker, float32
@@ -19,6 +17,7 @@ from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.gradients import Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 from ..core.paged_cache import PagedCache
 from . import attention_reference

@@ -13,13 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from ..core import autocast, handlers, paged_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 from . import attention, attention_backward_reference
 from .attention import Batch, Names

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
+from ..core.lazy import torch
 from .attention_reference import Meeting, Work, by_kv_head, mix, of_rows, prepare
 
 if TYPE_CHECKING:

@@ -18,9 +18,8 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from ..core import paged_cache
+from ..core.lazy import torch
 
 if TYPE_CHECKING:
     from .attention import Arguments, Batch

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, mutable, paged_cache, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("convert_fp8")
@@ -81,7 +80,7 @@ def _lower(
     wanted = codes if src.dtype in FLOAT_DTYPES else FLOAT_DTYPES
     dst = Spec(tuple(src.shape), dtype)
     if dtype not in wanted:
-        _check.dtype("dst", src.new_empty(0, dtype=dtype), wanted)
+        _check.dtype("dst", dst, wanted)
     return CustomCall(
         "xla_ops.convert_fp8",
         ("src",),

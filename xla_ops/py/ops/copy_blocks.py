@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..core import autocast, debug, front, in_place, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
+from ..core.places import Located
 
 _check = Checker("copy_blocks")
 _DTYPES = (*FLOAT_DTYPES, *FP8_DTYPES, torch.int8, torch.uint8)
@@ -65,7 +66,9 @@ def copy_blocks(
             raise TypeError(f"copy_blocks: {name} must be a list, got {got}")
         for i, cache in enumerate(caches):
             _check.tensor(f"{name}[{i}]", cache)
-    torch.ops.xla_ops.copy_blocks(list(key_caches), list(value_caches), block_mapping)
+    is_foreign = isinstance(block_mapping, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.copy_blocks
+    op(list(key_caches), list(value_caches), block_mapping)
 
 
 def _front(
@@ -104,7 +107,7 @@ def _front(
         copy_within(cache, place, block_mapping)
 
 
-def can_copy_within(cache: torch.Tensor, place: in_place.Located) -> bool:
+def can_copy_within(cache: torch.Tensor, place: Located) -> bool:
     """Whether `copy_within` can write a cache of these strides where it lies."""
     return (
         in_place.may_be_dense(cache, to_write=True)
@@ -113,7 +116,7 @@ def can_copy_within(cache: torch.Tensor, place: in_place.Located) -> bool:
 
 
 def copy_within(
-    cache: torch.Tensor, place: in_place.Located, block_mapping: torch.Tensor
+    cache: torch.Tensor, place: Located, block_mapping: torch.Tensor
 ) -> None:
     """Copies blocks inside one cache, of one element or more, after all checks."""
     buffer, offset, strides = place
@@ -270,9 +273,8 @@ _op = Op(
     public_name="copy_blocks",
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     "copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches,"
     " Tensor block_mapping) -> ()",
     _front,

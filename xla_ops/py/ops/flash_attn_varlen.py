@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..core import front, mutable, paged_cache, scalars
 from ..core.checks import Checker
+from ..core.foreign import Foreign
+from ..core.lazy import torch
 from ..core.op import NAMESPACE
 from . import attention, attention_backward
 
@@ -126,7 +126,8 @@ def flash_attn_varlen(
     )
     if softmax_scale is not None:
         softmax_scale = scalars.number(_check.op, "softmax_scale", softmax_scale)
-    return torch.ops.xla.flash_attn_varlen_op(
+    op = _front if isinstance(q, Foreign) else torch.ops.xla.flash_attn_varlen_op
+    return op(
         q,
         k,
         v,
@@ -269,9 +270,8 @@ def _front_out(
 _op = attention.declare(_NAMES, attention_backward.declare(_NAMES))
 _autocast = attention.autocast(_NAMES.query, _NAMES.key, _NAMES.value)
 
-_library = torch.library.Library("xla", "FRAGMENT")
 front.define(
-    _library,
+    "xla",
     "flash_attn_varlen_op(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
     " Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
     " float? softmax_scale=None, bool is_causal=False, SymInt window_left=-1,"
@@ -282,9 +282,8 @@ front.define(
     autocast=_autocast,
 )
 
-_out_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _out_library,
+    NAMESPACE,
     "flash_attn_varlen.out(Tensor q, Tensor k, Tensor v, Tensor(a!)? out,"
     " Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k,"
     " Tensor? block_table, Tensor? alibi_slopes, int max_seqlen_q, int max_seqlen_k,"

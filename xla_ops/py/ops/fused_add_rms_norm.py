@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, mutable, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
+from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
+from . import rms_norm_backward
 
 _check = Checker("fused_add_rms_norm")
 
@@ -27,6 +28,8 @@ def fused_add_rms_norm(
     form, which puts out into input and z into residual.
 
     Under torch.autocast, residual and weight are cast to input's dtype.
+
+    Differentiable in input, residual and weight, as if nothing were rounded.
 
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
@@ -80,6 +83,20 @@ def _reference(
     return (x * scale).to(input.dtype) * weight, z
 
 
+def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
+    """Of the sum: what comes through the norm and what comes beside it."""
+    grad, grad_sum = backward.grads
+    if grad is None:
+        assert grad_sum is not None
+        found = {"input": grad_sum, "weight": backward.zeros("weight")}
+    else:
+        args, total = backward.args, backward.results[1]
+        found = rms_norm_backward.gradients(
+            grad, total, args["weight"], grad_sum, args["eps"], backward.wanted
+        )
+    return found | {"residual": found["input"]}
+
+
 _autocast = autocast.like("input", "residual", "weight")
 _op = Op(
     "fused_add_rms_norm_functional",
@@ -88,6 +105,7 @@ _op = Op(
     _reference,
     autocast=_autocast,
     splits=sharding.TWO_ROWS,
+    gradient=Gradient(_gradient, keeps=("weight",), keeps_results=(1,)),
     public_name="fused_add_rms_norm",
 )
 

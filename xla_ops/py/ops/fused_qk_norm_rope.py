@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..core import front, in_place, scalars, sharding
 from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("fused_qk_norm_rope")
@@ -80,7 +80,9 @@ def fused_qk_norm_rope(
         ("position_ids", position_ids),
     ):
         _check.tensor(name, t)
-    torch.ops.xla_ops.fused_qk_norm_rope(
+    is_foreign = isinstance(qkv, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.fused_qk_norm_rope
+    op(
         qkv,
         scalars.integer(_check.op, "num_heads_q", num_heads_q),
         scalars.integer(_check.op, "num_heads_k", num_heads_k),
@@ -237,9 +239,8 @@ _op = Op(
     public_name="fused_qk_norm_rope",
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     f"fused_qk_norm_rope(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
     _front,
     autocast=_autocast,

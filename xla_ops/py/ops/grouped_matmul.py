@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("grouped_matmul")
@@ -26,6 +26,8 @@ def grouped_matmul(
 
     Offsets are read on the device and not trusted: one below the offset before it
     (below 0 for the first) or above M is taken for that bound.
+
+    Differentiable in input, by this op; weight has no gradient, and backward says so.
 
     Under torch.autocast, input is taken as it is, and weight is cast to its dtype.
 
@@ -92,6 +94,16 @@ def _reference(
     return out
 
 
+def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
+    """Of input: each row by its group's matrix again, transposed."""
+    (grad,), args = backward.grads, backward.args
+    assert grad is not None
+    if "input" not in backward.wanted:
+        return {}
+    back = args["weight"].transpose(1, 2)
+    return {"input": _op(grad, back, args["group_offsets"])}
+
+
 _op = Op(
     "grouped_matmul",
     "(Tensor input, Tensor weight, Tensor group_offsets) -> Tensor",
@@ -102,4 +114,5 @@ _op = Op(
         {"input": "!rows !depth", "weight": "!groups columns !depth"},
         ("!rows columns",),
     ),
+    gradient=Gradient(_gradient, keeps=("weight", "group_offsets")),
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, mutable, quant, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 _static_check = Checker("static_scaled_int8_quant")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("linear")
@@ -23,6 +23,8 @@ def linear(
     rounded once to the dtype. torch.nn.functional.linear's product, made for the few
     rows of a decoding step, whose time is that of reading the weight; any number of
     rows is legal.
+
+    Differentiable in all arguments, by torch's products.
 
     Under torch.autocast, input is taken as it is, and weight and bias are cast to its
     dtype.
@@ -83,6 +85,19 @@ def _reference(
     return out.to(input.dtype)
 
 
+def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
+    """Torch's own products: a backward has many rows, or it is not worth a kernel."""
+    (grad,), args, found = backward.grads, backward.args, {}
+    assert grad is not None
+    if "input" in backward.wanted:
+        found["input"] = grad @ args["weight"]
+    if "weight" in backward.wanted:
+        found["weight"] = grad.t() @ args["input"]
+    if "bias" in backward.wanted:
+        found["bias"] = grad.sum(0)
+    return found
+
+
 _op = Op(
     "linear",
     "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
@@ -97,4 +112,5 @@ _op = Op(
         },
         ("tokens columns",),
     ),
+    gradient=Gradient(_gradient, keeps=("input", "weight")),
 )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, mutable, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.gradients import Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
+from . import merge_attn_states_backward
 
 _check = Checker("merge_attn_states")
 
@@ -31,6 +32,8 @@ def merge_attn_states(
     vLLM's form, which writes into its first arguments, is
     `torch.ops.xla_ops.merge_attn_states(output, output_lse, prefix_output, prefix_lse,
     suffix_output, suffix_lse)`, where output_lse may be None.
+
+    Differentiable in all arguments, through output and lse. An empty side gets zeros.
 
     Under torch.autocast, suffix_output is cast to prefix_output's dtype, and each lse
     to float32.
@@ -131,6 +134,10 @@ _op = Op(
             "suffix_lse": "heads tokens",
         },
         ("tokens heads !head_dim", "heads tokens"),
+    ),
+    gradient=Gradient(
+        merge_attn_states_backward.gradients,
+        keeps=merge_attn_states_backward.ARGUMENTS,
     ),
 )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from ..core import front, paged_cache, scalars
 from ..core.checks import Checker
+from ..core.foreign import Foreign
+from ..core.lazy import torch
 from . import attention, attention_backward
 
 _NAMES = attention.Names(
@@ -113,19 +113,23 @@ def paged_attention(
     if soft_cap is not None:
         soft_cap = scalars.number(_check.op, "soft_cap", soft_cap)
     return_lse = scalars.flag(_check.op, "return_lse", return_lse)
-    if not isinstance(num_seqs, torch.Tensor):
+    if not isinstance(num_seqs, (torch.Tensor, Foreign)):
         count = scalars.integer(_check.op, "num_seqs", num_seqs)
         num_seqs = _on_device(count, query.device)
-    ops = torch.ops.xla_gpu
-    op = ops.paged_attention_with_lse if return_lse else ops.paged_attention
-    stacked = isinstance(kv_cache, torch.Tensor)
+    stacked = isinstance(kv_cache, (torch.Tensor, Foreign))
     if not stacked:
         if not isinstance(kv_cache, (list, tuple)):
             got = type(kv_cache).__name__
             rule = f"{_check.op}: kv_cache must be a tensor or two in a list"
             raise TypeError(f"{rule}, got {got}")
         kv_cache = list(kv_cache)
-    return (op.default if stacked else op.separate)(
+    if isinstance(query, Foreign):
+        call = _front if return_lse else _front_out
+    else:
+        ops = torch.ops.xla_gpu
+        op = ops.paged_attention_with_lse if return_lse else ops.paged_attention
+        call = op.default if stacked else op.separate
+    return call(
         query,
         kv_cache,
         context_lens,
@@ -158,7 +162,7 @@ def _front(
     **features: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends over a stacked cache or a pair; returns (out, lse)."""
-    if isinstance(kv_cache, torch.Tensor):
+    if isinstance(kv_cache, (torch.Tensor, Foreign)):
         _check.require(
             kv_cache.dim() == 5 and kv_cache.shape[0] == 2,
             "kv_cache",
@@ -230,7 +234,6 @@ _TAIL = (
     " Tensor num_seqs, float scale, int? sliding_window=None,"
     f" float? soft_cap=None, *, {attention.FEATURES_SCHEMA})"
 )
-_library = torch.library.Library("xla_gpu", "FRAGMENT")
 _FORMS: tuple[tuple[str, Callable, str], ...] = (
     ("paged_attention", _front_out, "Tensor"),
     ("paged_attention_with_lse", _front, "(Tensor out, Tensor lse)"),
@@ -238,7 +241,7 @@ _FORMS: tuple[tuple[str, Callable, str], ...] = (
 for _name, _kernel, _results in _FORMS:
     for _overload, _type in (("", "Tensor"), (".separate", "Tensor[]")):
         front.define(
-            _library,
+            "xla_gpu",
             f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}",
             _kernel,
             autocast=attention.autocast("query", "kv_cache", "kv_cache"),

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from ..core import debug, front, in_place, paged_cache, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import AttributeValue, Spec
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
+from ..core.places import Located, dense_strides
 
 _check = Checker("reshape_and_cache")
 
@@ -80,7 +81,9 @@ def reshape_and_cache(
         _check.tensor(name, t)
     _check.text("kv_cache_dtype", kv_cache_dtype)
     _check.optional_tensors(k_scale=k_scale, v_scale=v_scale)
-    torch.ops.xla_ops.reshape_and_cache(
+    is_foreign = isinstance(key, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.reshape_and_cache
+    op(
         key,
         value,
         key_cache,
@@ -158,8 +161,8 @@ def _front(
             )
 
 
-def _place(name: str, cache: torch.Tensor, located: in_place.Located) -> _Place:
-    dense = in_place.dense_strides(cache.shape)
+def _place(name: str, cache: torch.Tensor, located: Located) -> _Place:
+    dense = dense_strides(cache.shape)
     buffer, offset, strides = located
     blocks_are_dense = all(
         stride == wanted or size <= 1
@@ -463,9 +466,8 @@ _one = Op(
     public_name="reshape_and_cache",
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype,"
     " Tensor? k_scale, Tensor? v_scale) -> ()",

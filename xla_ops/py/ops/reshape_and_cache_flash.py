@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..core import debug, front, in_place, paged_cache, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import AttributeValue, Spec
+from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
 
 _check = Checker("reshape_and_cache_flash")
@@ -69,7 +69,9 @@ def reshape_and_cache_flash(
         _check.tensor(name, t)
     _check.text("kv_cache_dtype", kv_cache_dtype)
     _check.optional_tensors(k_scale=k_scale, v_scale=v_scale)
-    torch.ops.xla_ops.reshape_and_cache_flash(
+    is_foreign = isinstance(key, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.reshape_and_cache_flash
+    op(
         key,
         value,
         key_cache,
@@ -467,9 +469,8 @@ _one = Op(
     public_name=_check.op,
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     "reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype,"
     " Tensor? k_scale, Tensor? v_scale) -> ()",

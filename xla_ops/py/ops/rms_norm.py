@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..core import autocast, mutable, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
+from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
+from . import rms_norm_backward
 
 _check = Checker("rms_norm")
 
@@ -22,6 +23,8 @@ def rms_norm(
     mean is taken in fp32: the two roundings of vLLM's `rms_norm`.
 
     Under torch.autocast, weight is cast to input's dtype.
+
+    Differentiable in input and weight, as if nothing were rounded.
 
     Args:
         input: [..., hidden], float32, float16 or bfloat16.
@@ -66,6 +69,14 @@ def _reference(input: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return (x * scale).to(input.dtype) * weight
 
 
+def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
+    (grad,), args = backward.grads, backward.args
+    assert grad is not None
+    return rms_norm_backward.gradients(
+        grad, args["input"], args["weight"], None, args["eps"], backward.wanted
+    )
+
+
 _op = Op(
     "rms_norm",
     "(Tensor input, Tensor weight, float eps) -> Tensor",
@@ -73,6 +84,7 @@ _op = Op(
     _reference,
     autocast=autocast.like("input", "weight"),
     splits=sharding.ROWS,
+    gradient=Gradient(_gradient, keeps=("input", "weight")),
 )
 
 # vLLM's form. The functional op has the name's default overload.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..core import autocast, mutable, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
+from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
+from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("rotary_embedding")
@@ -38,6 +38,8 @@ def rotary_embedding(
     vLLM's form, which updates query and key in place, is
     `torch.ops.xla_ops.rotary_embedding(positions, query, key, head_size,
     cos_sin_cache, is_neox)`; slices of a fused qkv and padded heads may be given.
+
+    Differentiable in query and key: their gradients are rotated back, by this op.
 
     Under torch.autocast, key and cos_sin_cache are cast to query's dtype.
 
@@ -218,6 +220,26 @@ def _reference_both(
     return _rotate(positions, query, *rest), _rotate(positions, key, *rest)
 
 
+def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
+    """Rotates back: the adjoint of a rotation is the one by the negative angle."""
+    args = backward.args
+    cos, sin = args["cos_sin_cache"].chunk(2, dim=-1)
+    # Of the table's size; XLA computes it once for all layers that share a table.
+    tail = (args["head_size"], torch.cat([cos, -sin], dim=-1), args["is_neox"])
+    names = [name for name in ("query", "key") if name in backward.specs]
+    given = {
+        name: grad
+        for name, grad in zip(names, backward.grads, strict=True)
+        if grad is not None and name in backward.wanted
+    }
+    if len(given) == 2:
+        both = _both(args["positions"], given["query"], given["key"], *tail)
+        return dict(zip(given, both, strict=True))
+    found = {name: _one(args["positions"], grad, *tail) for name, grad in given.items()}
+    unused = [name for name in names if name in backward.wanted and name not in given]
+    return found | {name: backward.zeros(name) for name in unused}
+
+
 def _splits(args: Mapping[str, Any]) -> sharding.Rule:
     """Tokens and heads; a dimension of all heads' elements is one of heads too."""
     positions, head_size = args["positions"], args["head_size"]
@@ -240,6 +262,7 @@ _both = Op(
     _reference_both,
     autocast=autocast.like("query", "key", "cos_sin_cache"),
     splits=_splits,
+    gradient=Gradient(_gradient, keeps=("positions", "cos_sin_cache")),
     public_name="rotary_embedding",
 )
 _one = Op(
@@ -250,6 +273,7 @@ _one = Op(
     _rotate,
     autocast=autocast.like("query", "cos_sin_cache"),
     splits=_splits,
+    gradient=Gradient(_gradient, keeps=("positions", "cos_sin_cache")),
     public_name="rotary_embedding",
 )
 

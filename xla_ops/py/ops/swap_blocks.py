@@ -6,14 +6,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
-from ..core import autocast, debug, front, in_place, sharded_cache, sharding, tracing
+from ..core import autocast, debug, front, in_place, sharded_cache, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES, FP8_DTYPES
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
+from ..core.lazy import torch, tracing
 from ..core.op import NAMESPACE, Op
+from ..core.places import Located, dense_strides
 from .copy_blocks import can_copy_within, copy_within
 
 _check = Checker("swap_blocks")
@@ -60,7 +61,9 @@ def swap_blocks(
     """
     for name, t in (("src", src), ("dst", dst), ("block_mapping", block_mapping)):
         _check.tensor(name, t)
-    torch.ops.xla_ops.swap_blocks(src, dst, block_mapping)
+    is_foreign = isinstance(src, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.swap_blocks
+    op(src, dst, block_mapping)
 
 
 def _front(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) -> None:
@@ -205,12 +208,12 @@ def _on_one_device(
         _op.update_at_once(*args, None)
 
 
-def _dense(t: torch.Tensor) -> in_place.Located:
+def _dense(t: torch.Tensor) -> Located:
     """Takes a tensor as a dense value, without looking for a buffer below it."""
-    return in_place.Located(t, 0, in_place.dense_strides(t.shape))
+    return Located(t, 0, dense_strides(t.shape))
 
 
-def _share_memory(a: in_place.Located, b: in_place.Located, is_value: bool) -> bool:
+def _share_memory(a: Located, b: Located, is_value: bool) -> bool:
     """Whether two caches may have an element in common."""
     if is_value:
         return a.buffer is b.buffer
@@ -221,7 +224,7 @@ def _share_memory(a: in_place.Located, b: in_place.Located, is_value: bool) -> b
     )
 
 
-def _are_equal(a: in_place.Located, b: in_place.Located, is_value: bool) -> bool:
+def _are_equal(a: Located, b: Located, is_value: bool) -> bool:
     """Whether two caches of one shape, which share memory, are the same."""
     start = a.offset == b.offset
     if not is_value:
@@ -374,9 +377,8 @@ _op = Op(
     public_name="swap_blocks",
 )
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 front.define(
-    _library,
+    NAMESPACE,
     "swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()",
     _front,
     autocast=autocast.unchanged,

@@ -39,7 +39,7 @@ import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
 from torch_xla._dynamo import dynamo_bridge
 
-from ..core import gradients, in_place, interrupts, ownership, sharding
+from ..core import autograd, in_place, interrupts, ownership, sharding
 from . import kept
 from .calls import EXTRACTING, finish, run_cached
 
@@ -276,7 +276,7 @@ class _Program:
             results = self._run(tensors, args)
             for argument, result in self._updates:
                 in_place.adopt(args[argument], results[result])
-        gradients.tell_written([args[argument] for argument, _ in self._updates])
+        autograd.tell_written([args[argument] for argument, _ in self._updates])
         outputs = [output.take(results, args) for output in self._outputs]
         if self._form is None:
             return outputs[0]

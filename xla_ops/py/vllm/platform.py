@@ -17,6 +17,8 @@ import vllm
 from vllm.logger import init_logger
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
+from ..gpu import visible
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -168,6 +170,10 @@ class XlaPlatform(Platform):
         return "xla_ops.vllm.attention.XlaAttentionBackend"
 
     @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        return "xla_ops.vllm.communicator.XlaCommunicator"
+
+    @classmethod
     def get_punica_wrapper(cls) -> str:
         return "xla_ops.vllm.lora.XlaPunicaWrapper"
 
@@ -191,6 +197,7 @@ def refuse(config: VllmConfig) -> None:
         config.cache_config,
     )
     speculative = config.speculative_config
+    num_devices = visible.count(os.environ) if is_gpu() else None
     # What is asked for; the argument that asks; what is taken.
     rules = [
         (
@@ -208,7 +215,6 @@ def refuse(config: VllmConfig) -> None:
         *(
             (getattr(parallel, name) != 1, name, getattr(parallel, name), "1")
             for name in (
-                "tensor_parallel_size",
                 "pipeline_parallel_size",
                 "data_parallel_size",
                 "decode_context_parallel_size",
@@ -216,7 +222,20 @@ def refuse(config: VllmConfig) -> None:
             )
             if hasattr(parallel, name)
         ),
-        (parallel.enable_expert_parallel, "enable_expert_parallel", True, "False"),
+        (
+            parallel.world_size != 1 and parallel.distributed_executor_backend != "mp",
+            "distributed_executor_backend",
+            parallel.distributed_executor_backend,
+            "mp with tensor_parallel_size",
+        ),
+        (getattr(parallel, "nnodes", 1) != 1, "nnodes", "more", "1"),
+        (
+            num_devices is not None and parallel.world_size > num_devices,
+            "tensor_parallel_size",
+            parallel.world_size,
+            f"at most {num_devices}, the visible GPUs,",
+        ),
+        (parallel.enable_eplb, "enable_eplb", True, "False"),
         (config.kv_transfer_config is not None, "kv_transfer_config", "one", "None"),
         (
             getattr(config, "ec_transfer_config", None) is not None,

@@ -32,7 +32,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import bind_kv_cache
 
 from ..programs.replay import replay
-from . import host, loading
+from . import communicator, host, loading
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
 from .rejection import DeviceRejectionSampler
 from .results import PromptRows, StepResult
@@ -163,24 +163,25 @@ class XlaModelRunner(GPUModelRunner):
         ]
         positions = step["positions"].to(torch.int64)
         adapter_slots = step.get("adapter_slots")
-        with (
-            attention_of(
-                {name: metadata[group] for name, group in groups.items()},
-                self.compilation_config.static_forward_context,
-            ),
-            self._adapters_of(adapter_slots),
-        ):
-            hidden = self.model(
-                input_ids=token_ids,
-                positions=positions[0] if layout.position_rows == 1 else positions,
-                intermediate_tensors=None,
-                inputs_embeds=None,
-            )
         indices = step["logit_indices"].to(torch.int64)
-        if adapter_slots is not None:
-            adapter_slots = adapter_slots[indices]
-        with self._adapters_of(adapter_slots):
-            logits = self._logits_of(hidden[indices]).float()
+        with communicator.in_order():
+            with (
+                attention_of(
+                    {name: metadata[group] for name, group in groups.items()},
+                    self.compilation_config.static_forward_context,
+                ),
+                self._adapters_of(adapter_slots),
+            ):
+                hidden = self.model(
+                    input_ids=token_ids,
+                    positions=positions[0] if layout.position_rows == 1 else positions,
+                    intermediate_tensors=None,
+                    inputs_embeds=None,
+                )
+            if adapter_slots is not None:
+                adapter_slots = adapter_slots[indices]
+            with self._adapters_of(adapter_slots):
+                logits = self._logits_of(hidden[indices]).float()
         greedy = logits.argmax(-1).to(torch.int32)
         return self._pad(greedy), logits, hidden
 
@@ -193,7 +194,7 @@ class XlaModelRunner(GPUModelRunner):
         self, rows: torch.Tensor, slots: torch.Tensor | None
     ) -> torch.Tensor:
         """The program of a prompt's rows."""
-        with self._adapters_of(slots):
+        with communicator.in_order(), self._adapters_of(slots):
             return self._logits_of(rows).float()
 
     def _compute_logits(
@@ -510,6 +511,9 @@ class XlaModelRunner(GPUModelRunner):
                     warmed.add(logits.shape[0])
                     self._sampler.warm_up(logits.shape[0], logits)
                     bar.update()
+            # The next needs nothing of those before, and could overtake them on one
+            # worker and not on another.
+            torch_xla._XLAC._xla_wait_device_ops([])
             rows = torch.zeros(_PROMPT_ROWS, hidden.shape[1], dtype=hidden.dtype)
             self._run_prompt(rows, None)
             bar.close()

@@ -12,12 +12,14 @@ import torch
 import torch_xla
 import torch_xla.backends
 from vllm import envs
+from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 from vllm.model_executor import set_random_seed
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 
 from ..gpu import discover, flags
+from ..programs import processes
 from . import memory
 from .platform import is_gpu
 
@@ -48,15 +50,20 @@ class XlaWorker(Worker):
             self.local_rank,
             current_platform.dist_backend,
         )
+        world_size = self.parallel_config.world_size
+        if world_size > 1 and is_gpu():
+            cpu_group = get_world_group().cpu_group
+            processes.set_ranks(cpu_group, self.local_rank, world_size)
         self.device = torch_xla.device()
         _set_precision(self.model_config.dtype)
         set_random_seed(self.model_config.seed)
         if init_workspace_manager is not None:
             init_workspace_manager(torch.device("cpu"), 1)
         # They tell vLLM of layers.
-        from . import layers, linear, lora, moe, quantization  # noqa: F401
+        from . import communicator, layers, linear, lora, moe, quantization  # noqa: F401
         from .runner import XlaModelRunner
 
+        communicator.start()
         self.model_runner = XlaModelRunner(self.vllm_config, self.device)
 
     def load_model(self) -> None:

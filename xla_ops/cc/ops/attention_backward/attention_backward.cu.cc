@@ -15,17 +15,14 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_args.cuh"
-#include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention_backward/attention_backward.cuh"
+#include "xla_ops/cc/ops/attention_backward/attention_backward_kernels.cuh"
 #include "xla_ops/cc/ops/attention_backward/attention_backward_launch.h"
-#include "xla_ops/cc/ops/attention_backward/attention_backward_mma.cuh"
-#include "xla_ops/cc/ops/attention_backward/attention_backward_rows.cuh"
 #include "xla_ops/cc/ops/attention_backward/attention_backward_simt.cuh"
 #include "xla_ops/cc/ops/attention_backward/attention_backward_sm90.h"
 #include "xla_ops/cc/ops/attention_backward/attention_backward_table.cuh"
@@ -38,24 +35,6 @@ struct BackwardDevice {
   bool has_wgmma;
   bool has_mma;
 };
-
-template <typename T>
-cudaError_t PrepareMmaKernels() {
-  return ForEachHeadDim([](auto padded) {
-    constexpr int kHeadDim = decltype(padded)::value;
-    constexpr int kBytes = BackwardMmaShape<kHeadDim>::kSharedBytes;
-    const auto load = [](auto* keys, auto* queries) {
-      const cudaError_t error = LoadKernel(keys, kBytes);
-      return error == cudaSuccess ? LoadKernel(queries, kBytes) : error;
-    };
-    const cudaError_t error =
-        load(BackwardMmaKeysKernel<T, kHeadDim, false>,
-             BackwardMmaQueriesKernel<T, kHeadDim, false>);
-    if (error != cudaSuccess) return error;
-    return load(BackwardMmaKeysKernel<T, kHeadDim, true>,
-                BackwardMmaQueriesKernel<T, kHeadDim, true>);
-  });
-}
 
 cudaError_t FindDevice(BackwardDevice* result) {
   *result = {};
@@ -80,8 +59,8 @@ cudaError_t FindDevice(BackwardDevice* result) {
   result->capability = static_cast<int16_t>(10 * major + minor);
   result->has_mma = attributes.ptxVersion >= 80;
   if (result->has_mma) {
-    error = PrepareMmaKernels<__half>();
-    if (error == cudaSuccess) error = PrepareMmaKernels<__nv_bfloat16>();
+    error = PrepareBackwardMma<__half>();
+    if (error == cudaSuccess) error = PrepareBackwardMmaBf16();
   }
   if (error == cudaSuccess && result->capability == 90) {
     error = PrepareBackwardSm90();
@@ -149,76 +128,23 @@ bool SetWorkspace(const AttentionBackwardParams& params, Kind kind,
 
 bool Fits(int64_t tiles, int64_t heads) { return tiles <= INT32_MAX / heads; }
 
-template <typename T>
-cudaError_t LaunchDelta(cudaStream_t stream,
-                        const AttentionBackwardArgs& args) {
-  return LaunchKernel<BackwardDeltaKernel<T, kBackwardSimtRows, 0>>(
-      stream, args.max_query_tiles * args.batch.num_heads, kDeltaThreads, args);
-}
-
-template <typename T>
-cudaError_t LaunchMma(cudaStream_t stream,
-                      const AttentionBackwardParams& params,
-                      const AttentionBackwardArgs& args) {
-  cudaError_t error = LaunchDelta<T>(stream, args);
-  if (error != cudaSuccess) return error;
-  return DispatchHeadDim(params.batch.head_dim, [&](auto padded) {
-    constexpr int kHeadDim = decltype(padded)::value;
-    using Shape = BackwardMmaShape<kHeadDim>;
-    static_assert(Shape::kOwnRows == kBackwardSimtRows);
-    const auto launch = [&](auto* keys, auto* queries) {
-      if (params.wants_dkv && args.max_key_tiles > 0) {
-        keys<<<args.max_key_tiles * args.batch.num_kv_heads, Shape::kThreads,
-               Shape::kSharedBytes, stream>>>(args);
-        error = cudaGetLastError();
-      }
-      if (params.wants_dq && error == cudaSuccess) {
-        queries<<<args.max_query_tiles * args.batch.num_heads, Shape::kThreads,
-                  Shape::kSharedBytes, stream>>>(args);
-        error = cudaGetLastError();
-      }
-      return error;
-    };
-    return args.batch.transform
-               ? launch(BackwardMmaKeysKernel<T, kHeadDim, true>,
-                        BackwardMmaQueriesKernel<T, kHeadDim, true>)
-               : launch(BackwardMmaKeysKernel<T, kHeadDim, false>,
-                        BackwardMmaQueriesKernel<T, kHeadDim, false>);
-  });
-}
-
-template <typename T>
-cudaError_t LaunchSimt(cudaStream_t stream,
-                       const AttentionBackwardParams& params,
-                       const AttentionBackwardArgs& args) {
-  cudaError_t error = LaunchDelta<T>(stream, args);
-  constexpr unsigned kParts = kBackwardSimtRows / (kBackwardSimtThreads / 32);
-  if (params.wants_dkv && args.max_key_tiles > 0 && error == cudaSuccess) {
-    error = LaunchKernel<BackwardSimtKeysKernel<T>>(
-        stream, dim3(args.max_key_tiles * args.batch.num_kv_heads, kParts),
-        kBackwardSimtThreads, args);
-  }
-  if (!params.wants_dq || error != cudaSuccess) return error;
-  const dim3 blocks(args.max_query_tiles * args.batch.num_heads, kParts);
-  if (params.batch.kv_dtype != params.batch.dtype) {
-    return LaunchKernel<BackwardSimtQueriesKernel<T, uint8_t>>(
-        stream, blocks, kBackwardSimtThreads, args);
-  }
-  return LaunchKernel<BackwardSimtQueriesKernel<T, T>>(
-      stream, blocks, kBackwardSimtThreads, args);
-}
-
 cudaError_t LaunchKind(Kind kind, cudaStream_t stream,
                        const AttentionBackwardParams& params,
                        const AttentionBackwardArgs& args) {
   if (kind == Kind::kSm90) return LaunchBackwardSm90(stream, params, args);
-  return DispatchCudaFloat(params.batch.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (!std::is_same_v<T, float>) {
-      if (kind == Kind::kMma) return LaunchMma<T>(stream, params, args);
-    }
-    return LaunchSimt<T>(stream, params, args);
-  });
+  const bool is_mma = kind == Kind::kMma;
+  switch (params.batch.dtype) {
+    case DType::kF32:
+      return LaunchBackwardSimt<float>(stream, params, args);
+    case DType::kF16:
+      return is_mma ? LaunchBackwardMma<__half>(stream, params, args)
+                    : LaunchBackwardSimt<__half>(stream, params, args);
+    case DType::kBF16:
+      return is_mma ? LaunchBackwardMmaBf16(stream, params, args)
+                    : LaunchBackwardSimtBf16(stream, params, args);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 cudaError_t Clear(cudaStream_t stream, void* result, int64_t elements,

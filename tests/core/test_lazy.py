@@ -1,0 +1,115 @@
+"""The declarations of all ops without torch, and with torch after them (core/lazy.py).
+
+Each test is a process: what is imported first decides.
+"""
+
+import subprocess
+import sys
+import textwrap
+
+from xla_ops.core.op import OPS
+
+_NO_TORCH = "import sys; sys.modules['torch'] = None"
+_JAX_FIRST = "import sys, types; sys.modules['jax'] = types.ModuleType('jax')"
+
+
+def _run(*parts):
+    code = "\n".join(textwrap.dedent(part) for part in parts)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_declares_all_ops_without_torch():
+    out = _run(
+        _NO_TORCH,
+        """
+        import xla_ops
+        from xla_ops.core.op import OPS
+        for op in OPS.values():
+            print(op.name, *op.arguments)
+        """,
+    )
+    expected = [" ".join((op.name, *op.arguments)) for op in OPS.values()]
+    assert out.splitlines() == expected
+
+
+def test_schemas_name_the_arguments_that_torch_reads_in_them():
+    for op in OPS.values():
+        arguments = op.overload._schema.arguments
+        assert op.arguments == tuple(argument.name for argument in arguments)
+
+
+def test_says_what_is_missing_where_torch_is():
+    out = _run(
+        _NO_TORCH,
+        """
+        import xla_ops
+        try:
+            xla_ops.rms_norm
+        except ImportError as error:
+            print(error)
+        from xla_ops.core.hlo import torch
+        from xla_ops.core.op import autograd
+        for ask in (lambda: torch.zeros, lambda: autograd.kernel):
+            try:
+                ask()
+            except RuntimeError as error:
+                print(error)
+        """,
+    )
+    assert out.splitlines() == [
+        "import of torch halted; None in sys.modules",
+        "torch.zeros must not be asked for where xla_ops runs without torch",
+        "xla_ops.core.autograd must not be used without torch",
+    ]
+
+
+def test_torch_stays_out_where_jax_is_first_until_an_op_is_asked_for():
+    out = _run(
+        _JAX_FIRST,
+        """
+        import xla_ops
+        print("torch" in sys.modules)
+        rms_norm = xla_ops.rms_norm
+        print("torch" in sys.modules)
+        """,
+    )
+    assert out.split() == ["False", "True"]
+
+
+def test_ops_work_where_torch_comes_later():
+    """Constants that were made before torch still mean its dtypes."""
+    out = _run(
+        _JAX_FIRST,
+        """
+        import xla_ops
+        static_scaled_fp8_quant = xla_ops.static_scaled_fp8_quant
+        import torch
+        print(static_scaled_fp8_quant(torch.tensor([3.0]), torch.tensor(0.5)).float())
+        kv = torch.zeros(2, 2, 4, 1, 8, dtype=torch.uint8)
+        rows = torch.ones(2, 1, 8)
+        slots = torch.tensor([1, -1])
+        xla_ops.reshape_and_cache_flash(rows, rows, kv[0], kv[1], slots, "fp8")
+        print(kv.count_nonzero().item(), kv[0, 0, 1, 0, 0].item())
+        xla_ops.set_debug(True)
+        print(torch.ops.xla_ops.rms_norm(rows, rows[0, 0], 1e-6).shape)
+        """,
+    )
+    assert out.splitlines() == ["tensor([6.])", "16 56", "torch.Size([2, 1, 8])"]
+
+
+def test_attribute_that_is_no_op():
+    out = _run(
+        _NO_TORCH,
+        """
+        import xla_ops
+        try:
+            xla_ops.no_such_op
+        except AttributeError as error:
+            print(error)
+        """,
+    )
+    assert out.strip() == "module 'xla_ops' has no attribute 'no_such_op'"

@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""Checks the kernels of gradients against numpy: norms, activations
+and merge_attn_states.
+
+    check_gradients.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
+
+Options and needs are those of check_elementwise.py.
+"""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+
+from check_elementwise import call, main
+from kernel_cases import BF16, DTYPES, F32, ROUNDING, rms_norm_cases
+
+
+def drawn(rng, shape, dtype, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(dtype)
+
+
+def assert_close(got, want, bound):
+    got = np.asarray(got)
+    # Not of what was not written, which is NaN (poison).
+    error = np.abs(got.astype(np.float64) - want)
+    assert (error <= bound).all(), f"{(~(error <= bound)).sum()} elements are off"
+
+
+def check_rms_norm(rng, dtype, tokens, hidden, parts, added):
+    """dx and parts against the derivative without roundings; equal runs."""
+    g, x = (drawn(rng, (tokens, hidden), dtype, 3) for _ in "gx")
+    w = (1 + 0.3 * rng.standard_normal(hidden)).astype(dtype)
+    more = drawn(rng, (tokens, hidden), dtype) if added else np.zeros(0, dtype)
+    eps = np.float32(1e-6)
+    g64, x64, w64 = (t.astype(np.float64) for t in (g, x, w))
+    s = 1 / np.sqrt((x64**2).sum(-1, keepdims=True) / max(hidden, 1) + eps)
+    gw, normed = g64 * w64, x64 * s
+    back = (gw * normed).sum(-1, keepdims=True) / max(hidden, 1)
+    mean = np.abs(gw * normed).sum(-1, keepdims=True) / max(hidden, 1)
+    want = s * (gw - normed * back)
+    size = s * (np.abs(gw) + np.abs(normed) * mean)
+    if added:
+        want, size = want + more.astype(np.float64), size + np.abs(more)
+    bound = ROUNDING[dtype] * np.abs(want) + 2.0**-18 * size + 2.0**-24
+    results = [((tokens, hidden), dtype), ((parts, hidden), F32)]
+    runs = [
+        call("rms_norm_backward", results, g, x, w, more, eps=eps) for _ in range(2)
+    ]
+    (dx, sums), again = runs[0], runs[1]
+    assert_close(dx, want, bound)
+    total = np.asarray(sums).astype(np.float64).sum(0)
+    each = np.abs(g64 * normed)
+    assert_close(total, (g64 * normed).sum(0), 2.0**-17 * each.sum(0) + 2.0**-24)
+    for a, b in zip(runs[0], again, strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b)), "two runs differ"
+    (alone,) = call("rms_norm_backward_input", results[:1], g, x, w, more, eps=eps)
+    assert_close(alone, want, bound)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def swish(x, beta):
+    s = sigmoid(beta * x)
+    return x * s, s + beta * x * s * (1 - s)
+
+
+def gelu(x):
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    share = 0.5 * (1 + erf(x / math.sqrt(2)))
+    return x * share, share + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def gelu_tanh(x):
+    scale = math.sqrt(2 / math.pi)
+    t = np.tanh(scale * (x + 0.044715 * x**3))
+    slope = scale * (1 + 3 * 0.044715 * x * x)
+    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope
+
+
+def fatrelu(x):
+    return np.where(x > 0.5, x, 0), (x > 0.5).astype(np.float64)
+
+
+# Each activation's value and slope.
+ACTIVATIONS = {
+    "silu_and_mul": lambda x: swish(x, 1),
+    "mul_and_silu": lambda x: swish(x, 1),
+    "gelu_and_mul": gelu,
+    "gelu_tanh_and_mul": gelu_tanh,
+    "fatrelu_and_mul": fatrelu,
+    "swigluoai_and_mul": lambda x: swish(x, 1.702),
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_quick": lambda x: swish(x, 1.702),
+}
+LIMIT = np.float32(3)
+
+
+def check_activation(rng, name, dtype, tokens, size):
+    is_gated = name.endswith(("_and_mul", "_and_silu"))
+    x = drawn(rng, (tokens, size * (1 + is_gated)), dtype, 3)
+    g = drawn(rng, (tokens, size), dtype)
+    attributes = {"threshold": np.float32(0.5), "alpha": np.float32(1.702)}
+    attributes |= {"limit": LIMIT, "activation": name}
+    (got,) = call("activation_backward", [x], g, x, **attributes)
+    got, g, x = (np.asarray(t).astype(np.float64) for t in (got, g, x))
+    if not is_gated:
+        pairs = [(got, g * ACTIVATIONS[name](x)[1])]
+        size_of = np.abs(g) * (1 + np.abs(x))
+    elif name == "swigluoai_and_mul":
+        a, b = x[:, ::2], x[:, 1::2]
+        value, slope = ACTIVATIONS[name](np.minimum(a, LIMIT))
+        da = np.where(a > LIMIT, 0, g * (np.clip(b, -LIMIT, LIMIT) + 1) * slope)
+        db = np.where(np.abs(b) > LIMIT, 0, g * value)
+        pairs = [(got[:, ::2], da), (got[:, 1::2], db)]
+        size_of = np.abs(g) * (1 + np.abs(a)) * (1 + np.abs(b))
+    else:
+        halves = [x[:, :size], x[:, size:]]
+        parts = [got[:, :size], got[:, size:]]
+        first = 1 if name == "mul_and_silu" else 0
+        value, slope = ACTIVATIONS[name](halves[first])
+        pairs = [(parts[first], g * halves[1 - first] * slope)]
+        pairs += [(parts[1 - first], g * value)]
+        size_of = np.abs(g) * (1 + np.abs(halves[0])) * (1 + np.abs(halves[1]))
+    for part, want in pairs:
+        bound = ROUNDING[dtype] * np.abs(want) + 2.0**-19 * size_of + 2.0**-24
+        assert_close(part, want, bound)
+
+
+def check_merge(rng, dtype, tokens, heads, head_dim, has_lse):
+    p, s, g = (drawn(rng, (tokens, heads, head_dim), dtype) for _ in "psg")
+    pl, sl, gl = (drawn(rng, (heads, tokens), F32, 4) for _ in "psg")
+    pl[0, 0], sl[-1, -1] = np.inf, -np.inf
+    if tokens * heads > 1:
+        p[0, 0], s[-1, -1] = np.nan, np.nan
+    results = [p, pl, p, pl]
+    lse = gl if has_lse else np.zeros(0, F32)
+    got = call("merge_attn_states_backward", results, g, lse, p, pl, s, sl)
+    p64, s64, g64 = (np.nan_to_num(t.astype(np.float64)) for t in (p, s, g))
+    wp, ws = (
+        np.exp(np.where(x == np.inf, -np.inf, x).astype(np.float64)) for x in (pl, sl)
+    )
+    empty = wp + ws == 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wp, ws = (
+            np.where(empty, 1.0, wp / (wp + ws)),
+            np.where(empty, 0.0, ws / (wp + ws)),
+        )
+    change = (g64 * (p64 - s64)).sum(-1).T
+    size = (np.abs(g64) * (np.abs(p64) + np.abs(s64))).sum(-1).T
+    lse = np.where(empty, 0.0, gl) * has_lse
+    for out, w in ((got[0], wp), (got[2], ws)):
+        want = w.T[..., None] * g64
+        bound = (ROUNDING[dtype] + 2.0**-20) * np.abs(want) + 2.0**-24
+        assert_close(out, want, bound)
+    bound = 2.0**-19 * (size + np.abs(lse)) + 2.0**-24
+    assert_close(got[1], wp * ws * change + wp * lse, bound)
+    assert_close(got[3], ws * lse - wp * ws * change, bound)
+
+
+def norm_cases(quick):
+    for i, (_, case) in enumerate(rms_norm_cases(quick)):
+        rows = max(1, min(case["tokens"], 480))
+        for parts, added in itertools.product({rows, 1 + i % 7}, (False, True)):
+            yield check_rms_norm, case | {"parts": parts, "added": added}
+    if not quick:
+        large = {"dtype": BF16, "tokens": 16384, "hidden": 4096, "parts": 480}
+        yield check_rms_norm, large | {"added": False}
+
+
+def activation_cases(quick):
+    sizes = [(1, 1), (3, 7), (5, 40)]
+    if not quick:
+        sizes += [(0, 8), (3, 0), (1, 14336), (300, 257), (5000, 96), (2000, 4096)]
+    for name, dtype, (tokens, size) in itertools.product(ACTIVATIONS, DTYPES, sizes):
+        case = {"name": name, "dtype": dtype, "tokens": tokens, "size": size}
+        yield check_activation, case
+
+
+def merge_cases(quick):
+    sizes = [(2, 3, 7), (5, 2, 64)]
+    if not quick:
+        sizes += [(1, 1, 1), (17, 5, 40), (900, 8, 128), (3, 1, 4096), (9, 2, 1000)]
+        sizes += [(7, 3, 255), (2, 1, 33)]
+    for dtype, has_lse, (tokens, heads, dim) in itertools.product(
+        DTYPES, (True, False), sizes
+    ):
+        case = {"tokens": tokens, "heads": heads, "head_dim": dim}
+        yield check_merge, case | {"dtype": dtype, "has_lse": has_lse}
+
+
+def cases(quick):
+    yield from norm_cases(quick)
+    yield from activation_cases(quick)
+    yield from merge_cases(quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main(cases, __doc__))

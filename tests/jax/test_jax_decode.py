@@ -1,0 +1,23 @@
+"""examples/jax_decode, as a user runs it: a process that has no torch in it."""
+
+import pathlib
+import subprocess
+import sys
+
+_EXAMPLE = pathlib.Path("examples/jax_decode/decode.py")
+
+
+def test_decodes_in_place_and_as_plain_jax():
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None;"
+        f" runpy.run_path({str(_EXAMPLE)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *tokens, calls, caches = done.stdout.splitlines()
+    assert len(tokens) == 2
+    # Of two layers: two norms, rotary, cache, attention, activation; and a last norm.
+    assert calls == "13 handlers a step on cpu"
+    assert caches.endswith("as at the start; no copies")

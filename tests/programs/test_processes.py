@@ -1,0 +1,139 @@
+"""Collectives between processes, each with the CPU client, by torch.distributed.run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+RANK = """
+import json, os, sys, time
+import torch, torch.distributed as dist, torch_xla
+import torch_xla.debug.metrics as met
+from xla_ops.programs import processes
+from xla_ops.programs.replay import replay
+
+dist.init_process_group("gloo")
+group = processes.join(dist.group.WORLD)
+rank, size = dist.get_rank(), dist.get_world_size()
+device = torch_xla.device()
+{body}
+# At once, or the ranks' lines would mix.
+os.write(1, (json.dumps({{"rank": rank, **found}}) + "\\n").encode())
+os._exit(0)
+"""
+
+
+def start(tmp_path, body, size=2):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(body=body))
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", str(size), script),
+        ],
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return sorted(rows, key=lambda row: row["rank"]), err
+
+
+VALUES = """
+def given(r, dtype):
+    return (torch.arange(24).view(2, 3, 4) % 5 + 8 * r).to(dtype)
+
+found = {{}}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x = given(rank, dtype).to(device)
+    wholes = [given(r, dtype) for r in range(size)]
+
+    def both(x):
+        with group.in_order():
+            # Neither needs the other's result.
+            return group.all_reduce(x), group.all_gather(x, -1), group.all_gather(x)
+
+    want = sum(wholes), torch.cat(wholes, -1), torch.cat(wholes)
+    for name, function in (
+        ("lazily", both),
+        ("replayed", replay(both)),
+        ("openxla", torch.compile(both, backend="openxla", fullgraph=True)),
+    ):
+        for _ in range(3):
+            got = [t.cpu() for t in function(x)]
+            right = all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+            case = f"{{name}} {{dtype}}"
+            found[case] = found.get(case, True) and right
+compiled = met.counter_value("UncachedCompile")
+for function in (both, group.all_reduce):
+    replayed = replay(function)
+    replayed(x)
+    torch_xla.sync(wait=True)
+found["left"] = met.counter_value("UncachedCompile") - compiled
+big = torch.full((3 << 19,), float(rank + 1)).to(device)  # several slots
+found["big"] = bool((group.all_reduce(big).cpu() == size * (size + 1) / 2).all())
+found["files"] = [f for f in os.listdir("/dev/shm") if f.startswith("xla_ops_group_")]
+""".replace("{{", "{").replace("}}", "}")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_values(size, tmp_path):
+    rows, err = finish(start(tmp_path, VALUES, size))
+    assert [row["rank"] for row in rows] == list(range(size)), err
+    for row in rows:
+        assert row.pop("files") == []
+        assert row.pop("left") == 1  # that of all_reduce, and nothing of its trace
+        assert all(v for k, v in row.items() if k != "rank"), row
+
+
+DIES = """
+step = replay(group.all_reduce)
+x = torch.ones(4).to(device)
+step(x).cpu()
+found = {}
+if rank == 1:
+    os.kill(os.getpid(), 9)
+start = time.monotonic()
+try:
+    step(x).cpu()
+except RuntimeError as error:
+    found = {"error": str(error), "after": time.monotonic() - start}
+"""
+
+
+def test_a_rank_that_dies_is_an_error_of_the_others(tmp_path):
+    process = start(tmp_path, DIES)
+    began = time.monotonic()
+    rows, err = finish(process)
+    assert time.monotonic() - began < 120
+    assert process.returncode != 0
+    assert f"{int(signal.SIGKILL)}" in err
+    # torch.distributed.run may end it before it can say so.
+    for row in rows:
+        assert "rank 1 must live, got a process that has ended" in row["error"]
+        assert row["after"] < 10
+
+
+def test_set_ranks(tmp_path):
+    body = """
+environ = {}
+processes.set_ranks(dist.group.WORLD, rank, size, environ)
+found = environ
+"""
+    (first, second), _ = finish(start(tmp_path, body))
+    assert first.pop("rank") == 0 and second.pop("rank") == 1
+    ranks = {"RANK": "0", "LOCAL_RANK": "0"}
+    same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    port = first.pop("XLA_COORDINATOR_PORT")
+    assert int(port) > 0 and second.pop("XLA_COORDINATOR_PORT") == port
+    assert first == ranks | same
+    assert second == dict.fromkeys(ranks, "1") | same

@@ -1,0 +1,97 @@
+"""Torch, and what is made for it, as names that can be imported without it.
+
+Ops are declared once, for torch and for JAX. The modules that declare them import
+`torch` from here, so that `xla_ops.jax` needs no torch: it is then `no_torch`, which
+has the names that declarations use. What only torch calls for (registering an op, say)
+waits in `when_torch`, and whole modules wait as names of this one.
+
+Torch may come later, where a process began with JAX. `attach` then puts the real
+modules in their places.
+
+Tested by tests/core/test_lazy.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch as torch
+
+    from . import autograd as autograd
+    from . import ownership as ownership
+    from . import tracing as tracing
+
+_PACKAGE = __package__.rpartition(".")[0]
+
+
+class _Later(ModuleType):
+    """Stands where a module of this package will be once torch is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(f"{self.__name__} must not be used without torch")
+
+
+_waiting: list[Callable[[], None]] = []
+# Name -> what stands for it in modules that import it, and the real module's name.
+_places: dict[str, tuple[ModuleType, str]] = {}
+_is_attached = False
+
+
+def is_wanted() -> bool:
+    """Whether this process runs on torch, as far as can be told at the import.
+
+    It does where torch is imported or could be, unless JAX was imported and torch was
+    not.
+    """
+    if sys.modules.get("torch") is not None:
+        return True
+    return "jax" not in sys.modules and importlib.util.find_spec("torch") is not None
+
+
+def when_torch(define: Callable[[], None]) -> None:
+    """Calls `define` now, or when torch is attached."""
+    if _is_attached:
+        define()
+    else:
+        _waiting.append(define)
+
+
+def is_attached() -> bool:
+    return _is_attached
+
+
+def attach() -> None:
+    """Defines all that was declared as ops of torch. The second time does nothing."""
+    global _is_attached  # noqa: PLW0603 - one torch a process
+    if _is_attached:
+        return
+    importlib.import_module("torch")
+    _is_attached = True
+    for name, (place, real_name) in _places.items():
+        real = importlib.import_module(real_name)
+        for module in list(sys.modules.values()):
+            inside = getattr(module, "__name__", "").startswith(f"{_PACKAGE}.")
+            if inside and vars(module).get(name) is place:
+                setattr(module, name, real)
+    while _waiting:
+        _waiting.pop(0)()
+
+
+if not TYPE_CHECKING:
+    for _name in ("autograd", "ownership", "tracing"):
+        _place = globals()[_name] = _Later(f"{__package__}.{_name}")
+        _places[_name] = _place, _place.__name__
+    if is_wanted():
+        import torch
+    else:
+        from . import no_torch as torch
+
+        _places["torch"] = torch, "torch"

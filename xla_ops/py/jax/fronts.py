@@ -1,0 +1,71 @@
+"""Functions of JAX arrays, made of the functions of tensors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from .arrays import Array, as_int64, unwrap, wrap
+
+# JAX has int32 arrays where torch's users have int64.
+_INT64 = ("slot_mapping", "block_mapping")
+
+
+def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
+    """Makes a function of JAX arrays.
+
+    Args:
+        function: it looks at shapes, dtypes and devices of tensors, and hands them to
+            ops.
+        written: the arguments that it writes. The new function returns their new
+            values, in this order. Of key_cache and value_cache the latter may be None:
+            the former is then both, stacked in its first dimension.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        for name, value in given.items():
+            given[name] = _wrapped(name, value)
+        returned: Any = tuple(given.get(name) for name in written)
+        if "value_cache" in written and given.get("value_cache", ...) is None:
+            returned = returned[:1]
+            given["key_cache"], given["value_cache"] = returned[0][0], returned[0][1]
+        results = function(*bound.args, **bound.kwargs)
+        if not written:
+            return unwrap(results)
+        return unwrap(returned[0] if len(returned) == 1 else returned)
+
+    call.__doc__ = _documented(function, written)
+    return call
+
+
+def _wrapped(name: str, value: Any) -> Any:
+    if name == "num_seqs" and isinstance(value, int):
+        value = jnp.full((1,), value, jnp.int32)
+    value = wrap(value)
+    return as_int64(value) if name in _INT64 and isinstance(value, Array) else value
+
+
+def _documented(function: Callable, written: tuple[str, ...]) -> str:
+    text = inspect.getdoc(function) or ""
+    first, _, rest = text.partition("\n")
+    if written:
+        note = f"Returns the new {' and '.join(written)}, and writes no argument."
+        return f"{first}\n\n{note} As it is of tensors:\n{rest}"
+    return text
+
+
+def functional(function: Callable) -> Callable:
+    """Makes a function of JAX arrays of a functional op."""
+
+    def call(*args: Any) -> Any:
+        return unwrap(function(*map(wrap, args)))
+
+    return call

@@ -1,0 +1,270 @@
+"""Sums and gathers between processes that have a device each, inside programs.
+
+On a GPU they are XLA's own collectives, by NCCL. torch_xla's CPU client has none
+between processes; there a custom call does the same through memory that the processes
+share, so that a model in parts runs on a laptop by the programs it has on GPUs.
+
+    group = processes.join(torch.distributed.group.WORLD)    # of gloo
+
+    @replay
+    def step(x, weight):
+        with group.in_order():
+            return group.all_reduce(x @ weight)
+
+Every process has to call the same programs in the same order.
+
+Tested by tests/programs/test_processes.py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import _runtime
+from ..core import handlers, paths
+from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
+from ..core.hlo import Spec
+
+_OP = "host_collective"
+_TARGET = f"xla_ops.{_OP}"
+_library = torch.library.Library("xla_ops", "FRAGMENT")
+_library.define(
+    f"{_OP}(Tensor input, Tensor? after, int group, int size, int call, bool gathers)"
+    " -> Tensor"
+)
+
+# What a process hands over at a time, and for how long it waits for another: as long as
+# the GPU's collectives (gpu/flags.py).
+_SLOT_BYTES = 1 << 20
+_TIMEOUT_MS = 600_000
+_STATE_BYTES = 64 * 64  # HostGroupBytes, in host_collective.h
+
+
+class Group:
+    """Processes that compute together, and this one's place among them.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+    """
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Inside a program's function: its collectives run in the order of the text.
+
+        Those that need no other's result might otherwise run in another order on
+        another process, and wait for each other for ever.
+        """
+        yield
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of what the processes give, the same bits for each of them."""
+        raise NotImplementedError
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """What the processes give, in the order of ranks, one behind the other."""
+        raise NotImplementedError
+
+
+class XlaGroup(Group):
+    """All processes of the client, by XLA's own collectives."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        import torch_xla.core.xla_model as xm
+
+        total = xm.all_reduce(xm.REDUCE_SUM, x)
+        assert isinstance(total, torch.Tensor)  # given a list it returns one
+        return total
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        import torch_xla.core.xla_model as xm
+
+        # With pinned layouts torch_xla makes of it an all-reduce of the whole result.
+        return xm.all_gather(x, dim=dim % x.dim(), pin_layout=False)
+
+
+class HostGroup(Group):
+    """Processes of one host, whose devices are XLA:CPU's.
+
+    Args:
+        rank, size: of this process, and how many there are.
+        path: of a file that `make_file` has made, the same for all.
+        timeout_ms: how long to wait for another process.
+
+    Raises:
+        ValueError: the file or the place is not as it has to be.
+    """
+
+    def __init__(self, rank: int, size: int, path: str, timeout_ms: int = _TIMEOUT_MS):
+        super().__init__(rank, size)
+        library = paths.LIB / f"libxla_ops_{_OP}_cpu.so"
+        # Never closed: the lock on it shows that this process lives.
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        (self._group,) = _runtime.plan(
+            str(library),
+            "xla_ops_host_group_join",
+            (fd, rank, size, _SLOT_BYTES, timeout_ms),
+            1,
+        )
+        # Within in_order alone: what a program's trace has left would be computed again
+        # by the next graph.
+        self._is_ordered = False
+        self._last: torch.Tensor | None = None
+        self._calls = 0
+
+    @staticmethod
+    def make_file(size: int) -> str:
+        """Makes the file of a group of `size` processes, in memory where it can be."""
+        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        fd, path = tempfile.mkstemp(prefix="xla_ops_group_", dir=folder)
+        os.truncate(fd, _STATE_BYTES + size * _SLOT_BYTES)
+        os.close(fd)
+        return path
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        before = self._is_ordered, self._last, self._calls
+        self._is_ordered, self._last, self._calls = True, None, 0
+        try:
+            yield
+        finally:
+            self._is_ordered, self._last, self._calls = before
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._call(x, gathers=False)
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        stacked = self._call(x, gathers=True)
+        dim %= x.dim()
+        return stacked.movedim(0, dim).flatten(dim, dim + 1)
+
+    def _call(self, x: torch.Tensor, *, gathers: bool) -> torch.Tensor:
+        op = torch.ops.xla_ops.host_collective
+        out = op(x, self._last, self._group, self.size, self._calls, gathers)
+        if self._is_ordered:
+            self._last = out
+            self._calls += 1
+        return out
+
+
+def _result(x: torch.Tensor, size: int, gathers: bool) -> Spec:
+    shape = tuple(x.shape)
+    return Spec((size, *shape) if gathers else shape, x.dtype)
+
+
+def _in_graph(
+    x: torch.Tensor,
+    after: torch.Tensor | None,
+    group: int,
+    size: int,
+    call: int,
+    gathers: bool,
+) -> torch.Tensor:
+    handlers.available(handlers.HOST, _TARGET)
+    custom_call = CustomCall(
+        _TARGET,
+        ("input", OptionalOperand("after", torch.float32)),
+        (_result(x, size, gathers),),
+        {"group": group, "call": call, "gathers": gathers},
+    )
+    (out,) = call_in_graph(custom_call.bind({"input": x, "after": after}))
+    return out
+
+
+def _fake(
+    x: torch.Tensor,
+    after: torch.Tensor | None,
+    group: int,
+    size: int,
+    call: int,
+    gathers: bool,
+) -> torch.Tensor:
+    shape, dtype = _result(x, size, gathers)
+    return x.new_empty(shape, dtype=dtype)
+
+
+_library.impl(_OP, _in_graph, "XLA")
+torch.library.register_fake(f"xla_ops::{_OP}", _fake, lib=_library)
+
+
+def set_ranks(
+    cpu_group: dist.ProcessGroup,
+    local_rank: int,
+    local_size: int,
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
+    """Tells a GPU client that is yet to start which process of how many this is.
+
+    For processes that torchrun did not start. They agree on a port of the first one's
+    host, at which their clients find each other.
+
+    Args:
+        cpu_group: all processes, in the order of ranks; of gloo.
+        local_rank, local_size: of this process on its host, and how many are there.
+    """
+    rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
+    place: list[Any] = [None]
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            place = [(environ.get("MASTER_ADDR", "127.0.0.1"), free.getsockname()[1])]
+    dist.broadcast_object_list(place, group=cpu_group, group_src=0)
+    address, port = place[0]
+    environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(local_rank),
+        LOCAL_WORLD_SIZE=str(local_size),
+        MASTER_ADDR=address,
+        XLA_COORDINATOR_PORT=str(port),
+    )
+
+
+def join(cpu_group: dist.ProcessGroup) -> Group:
+    """Joins the group of the processes of `cpu_group`, which all have to call this.
+
+    Args:
+        cpu_group: of gloo. On a GPU all processes of the client, which has been told of
+            them by torchrun, xmp.spawn or `set_ranks`.
+
+    Raises:
+        ValueError: on a GPU, where the client knows of another number of processes.
+    """
+    rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
+    if handlers.xla_platform() != handlers.HOST:
+        return _join_client(rank, size)
+    path: list[Any] = [HostGroup.make_file(size) if rank == 0 else None]
+    dist.broadcast_object_list(path, group=cpu_group, group_src=0)
+    try:
+        group = HostGroup(rank, size, path[0])
+        dist.barrier(cpu_group)  # all have it open: it needs no name now
+    finally:
+        if rank == 0:
+            os.unlink(path[0])
+    return group
+
+
+def _join_client(rank: int, size: int) -> XlaGroup:
+    import torch_xla.runtime as xr
+    from torch_xla._internal import pjrt
+
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    pjrt.initialize_multiprocess(local_rank, local_size)
+    xr._init_world_size_ordinal()
+    if xr.world_size() != size or xr.global_ordinal() != rank:
+        raise ValueError(
+            f"processes: rank must be the client's, {xr.global_ordinal()} of"
+            f" {xr.world_size()}, got {rank} of {size}"
+        )
+    return XlaGroup(rank, size)
