@@ -25,6 +25,7 @@ PROMPTS = [
     [(start * 31 + 7 * i + i * i) % (VOCABULARY - 5) + 5 for i in range(length)]
     for start, length in enumerate([4, 17, 40, 90, 130])
 ]
+NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
 HLO = vllm_session.FOLDER / "parallel_hlo"
 
 
@@ -120,6 +121,7 @@ def test_a_killed_worker_ends_the_engine(two):
         # Two KV heads, which vLLM gives to two workers each.
         ("qwen3", 4, {}),
         ("gemma3", 2, {}),
+        ("llama", 2, dict(speculative_config=NGRAM)),
         ("qwen3_moe", 2, {}),
         ("qwen3_moe", 2, dict(enable_expert_parallel=True)),
     ],
