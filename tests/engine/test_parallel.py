@@ -1,7 +1,8 @@
 """A model over several workers, a process and a device each, by vLLM's own executor.
 
 On the CPU client the workers' collectives are a custom call (programs/processes.py);
-what is traced and what vLLM does is the same as on GPUs.
+what is traced and what vLLM does is the same as on GPUs. XLA_OPS_TEST_MODELS=all takes
+more models, with an engine or two each.
 """
 
 import os
@@ -115,17 +116,19 @@ def test_a_killed_worker_ends_the_engine(two):
     assert not any(worker.proc.is_alive() for worker in executor.workers)
 
 
-@pytest.mark.parametrize(
-    "family, size, options",
-    [
-        # Two KV heads, which vLLM gives to two workers each.
-        ("qwen3", 4, {}),
-        ("gemma3", 2, {}),
-        ("llama", 2, dict(speculative_config=NGRAM)),
-        ("qwen3_moe", 2, {}),
-        ("qwen3_moe", 2, dict(enable_expert_parallel=True)),
-    ],
-)
+FAMILIES = [
+    ("qwen3_moe", 2, dict(enable_expert_parallel=True)),
+    # Two KV heads, which vLLM gives to two workers each.
+    ("qwen3", 4, {}),
+    ("gemma3", 2, {}),
+    ("llama", 2, dict(speculative_config=NGRAM)),
+    ("qwen3_moe", 2, {}),
+]
+QUANTISED = ["fp8_static", "int8_static"]
+FEW = None if os.environ.get("XLA_OPS_TEST_MODELS") == "all" else 1
+
+
+@pytest.mark.parametrize("family, size, options", FAMILIES[:FEW])
 def test_families(family, size, options):
     folder = vllm_session.checkpoint(family)
     with engine(folder, tensor_parallel_size=size, **options) as llm:
@@ -135,7 +138,7 @@ def test_families(family, size, options):
         assert_greedy(oracle, prompt, answer)
 
 
-@pytest.mark.parametrize("name", ["fp8_static", "int8_static"])
+@pytest.mark.parametrize("name", QUANTISED[:FEW])
 def test_quantised(name, tmp_path):
     """Static scales: those that follow a token would follow its part on each worker."""
     original = save_checkpoint(base_config(), tmp_path / "original")
