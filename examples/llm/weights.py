@@ -244,6 +244,24 @@ def load(
                 weights[name] = weight
     if config.tie_word_embeddings:
         config = _tie(weights, config)
+    return assemble(weights, config, max_len, dtype, device, ops, parallel)
+
+
+def assemble(
+    weights: dict[str, torch.Tensor],
+    config: ModelConfig,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: str = "all",
+    parallel: OneDevice | None = None,
+) -> Decoder:
+    """Builds the decoder of weights in memory; as `load`.
+
+    Args:
+      weights: by their names in a checkpoint, of `dtype`: this process's parts.
+    """
+    parallel = parallel or OneDevice()
     with torch.device("meta"):
         decoder = Decoder(parallel.part_of_config(config), max_len, ops)
     # A token is one of the whole vocabulary.

@@ -54,9 +54,9 @@ cudaError_t LaunchBackwardDelta(cudaStream_t stream,
 }
 
 template <typename T>
-cudaError_t LaunchMma(cudaStream_t stream,
-                      const AttentionBackwardParams& params,
-                      const AttentionBackwardArgs& args) {
+cudaError_t LaunchBackwardMma(cudaStream_t stream,
+                              const AttentionBackwardParams& params,
+                              const AttentionBackwardArgs& args) {
   cudaError_t error = LaunchBackwardDelta<T>(stream, args);
   if (error != cudaSuccess) return error;
   return DispatchHeadDim(params.batch.head_dim, [&](auto padded) {

@@ -1,0 +1,305 @@
+#!/usr/bin/env python3
+"""One model over N devices, both ways: right first, then how fast.
+
+    PJRT_DEVICE=GPU benchmarks/several_gpus.py --devices 2 --out FILE [--shape 8b]
+                    [--ways sharded ranks] [--only right one many prefill] [--no-one]
+
+The ways are docs/several_gpus.md's: tensors of one process that are split over its
+devices, and a process a device. The model is that of examples/llm, with weights that
+are the same for every N. `right` compares greedy tokens of a small shape with one
+device's; then, of --shape: `one` request, `many` of them, and the `prefill` of one
+prompt. Asserts that no byte of a cache is copied or gathered, and prints, for one
+device and for N: ms a token, tokens/s, bytes that a decode step moves between devices
+beside those of two all-reduces a layer, and a device's memory. Needs the installed
+wheel; PJRT_DEVICE=CPU does it with N devices of the CPU client.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples" / "llm"))
+
+LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5)
+SHAPES = {
+    "tiny": dict(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=1024,
+    ),
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+}
+# Requests, and tokens of each one's prompt.
+CASES = {"one": (1, 1024), "many": (32, 2048), "prefill": (1, 8192)}
+SMALL_CASES = {"one": (1, 32), "many": (4, 64), "prefill": (1, 256)}
+NEW_TOKENS = 32
+WAYS = ("sharded", "ranks")
+ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4}
+COLLECTIVE = re.compile(
+    r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) "
+    r"(?:all-reduce|all-gather|all-to-all|reduce-scatter)(?:-start)?\(",
+    re.MULTILINE,
+)
+
+
+def bytes_of(shapes: str) -> int:
+    """Bytes of all arrays in the text of an HLO type."""
+    total = 0
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        size = ELEMENT_BYTES.get(dtype, 1)
+        for dim in filter(None, dims.split(",")):
+            size *= int(dim)
+        total += size
+    return total
+
+
+def moved_bytes(hlo: str) -> int:
+    """Bytes of what a program's collectives give on each device."""
+    total = sum(bytes_of(found["type"]) for found in COLLECTIVE.finditer(hlo))
+    # What stands for them between processes of the CPU client.
+    for line in hlo.splitlines():
+        if 'custom_call_target="xla_ops.host_collective"' in line:
+            total += bytes_of(line.partition(" = ")[2].partition(" custom-call(")[0])
+    return total
+
+
+# ------------------------------------------------------------------ within a child
+def weight(name, shape, dtype):
+    """A weight that depends on its name and shape alone, made at memory's speed."""
+    import zlib
+
+    import torch
+
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    block = torch.empty(1 << 20, dtype=dtype)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    block.normal_(0, shape[1] ** -0.5, generator=generator)
+    whole = torch.empty(shape, dtype=dtype)
+    for part in whole.view(-1).split(block.numel()):
+        part.copy_(block[: part.numel()])
+    return whole
+
+
+def make_engine(config, parallel, case, dtype, backend):
+    import torch
+    import torch_xla
+
+    import weights
+    from engine import Engine
+    from kv_cache import round_up
+    from model import Decoder
+
+    requests, length = case
+    max_len = round_up(length + NEW_TOKENS)
+    with torch.device("meta"):
+        shapes = weights.unpacked(Decoder(config, max_len=1).state_dict())
+    parts = {
+        name: parallel.part_of_weight(name, weight(name, meta.shape, dtype), config)
+        for name, meta in shapes.items()
+    }
+    decoder = weights.assemble(
+        parts, config, max_len, dtype, torch_xla.device(), "all", parallel
+    )
+    return Engine(
+        decoder,
+        max_len,
+        max_seqs=requests,
+        max_prefill_tokens=max(length, 16),
+        backend=backend,
+        parallel=parallel,
+    )
+
+
+def prompts_of(case, vocabulary):
+    import random
+
+    rng = random.Random(7)
+    requests, length = case
+    return [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(requests)]
+
+
+def memory():
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+
+    try:
+        return xm.get_memory_info(torch_xla.device()).get("bytes_used")
+    except RuntimeError:  # the CPU client knows none
+        return None
+
+
+def measure(config, parallel, case, dtype, dump, backend):
+    import hlo
+
+    for path in dump.iterdir():  # of the case before
+        if path.is_file():
+            path.unlink()
+    engine = make_engine(config, parallel, case, dtype, backend)
+    engine.warm_up()
+    used = memory()
+    prompts = prompts_of(case, config.vocab_size)
+    answers = engine.generate(prompts, NEW_TOKENS)
+    stats = engine.stats
+    programs = hlo.step_programs(
+        dump, engine.cache.part_shape, str(dtype).removeprefix("torch.")
+    )
+    copied = sum(p.cache_copies + p.caches_elsewhere for p in programs)
+    assert copied == 0 and stats.cache_bytes_moved == 0, "a cache was copied"
+    assert stats.compilations == 0, "a step was compiled again"
+    # A decode step is the program of the fewest rows.
+    moved = min(moved_bytes((dump / p.name).read_text()) for p in programs)
+    rows = engine.max_seqs
+    needed = 2 * config.num_layers * rows * config.hidden_size * dtype.itemsize
+    decode = statistics.median(stats.decode_s)
+    return {
+        "tokens": answers,
+        "ms_a_step": decode * 1e3,
+        "tokens_per_s": rows / decode,
+        "prefill_ms": sum(stats.prefill_s) * 1e3,
+        "bytes_moved": moved,
+        "of_two_all_reduces_a_layer": moved / needed if parallel.size > 1 else None,
+        "bytes_used": used,
+    }
+
+
+def child(args):
+    import torch
+
+    from config import ModelConfig
+    from parallel import OneDevice, Ranks, Sharded
+
+    on_gpu = os.environ["PJRT_DEVICE"] != "CPU"
+    torch.set_grad_enabled(False)
+    found = {}
+    parallel = None
+    for name in args.only:
+        shape = "tiny" if name == "right" else args.shape
+        with tempfile.TemporaryDirectory() as folder:
+            fields = LLAMA | SHAPES[shape] | {"max_position_embeddings": 16384}
+            (pathlib.Path(folder) / "config.json").write_text(json.dumps(fields))
+            config = ModelConfig.from_folder(folder)
+        if parallel is None:
+            parallel = OneDevice()
+            if args.child == "ranks":
+                parallel = Ranks(config)
+            elif args.child == "sharded":
+                parallel = Sharded(args.devices, config)
+        elif args.child == "ranks":
+            parallel = Ranks(config)
+        dtype = torch.bfloat16 if on_gpu and name != "right" else torch.float32
+        cases = SMALL_CASES if shape == "tiny" else CASES
+        case = (4, 40) if name == "right" else cases[name]
+        found[name] = measure(config, parallel, case, dtype, args.dump, "replay")
+    if int(os.environ.get("RANK", "0")) == 0:
+        args.out.write_text(json.dumps(found))
+
+
+# ------------------------------------------------------------------ the parent
+def run(way, devices, args, folder):
+    out = folder / f"{way}.json"
+    command = [sys.executable, __file__, "--child", way, "--devices", str(devices)]
+    if way == "ranks":
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(devices)]
+        command[1:1] = torchrun
+    command += ["--shape", args.shape, "--out", str(out), "--only", *args.only]
+    env = dict(os.environ)
+    if way == "sharded" and env["PJRT_DEVICE"] == "CPU":
+        env["CPU_NUM_DEVICES"] = str(devices)
+    elif way == "one":
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    subprocess.run(command, env=env, check=True, timeout=args.timeout)
+    return json.loads(out.read_text())
+
+
+def table(record):
+    for name, ways in record["cases"].items():
+        one = ways.get("one")
+        for way, found in ways.items():
+            line = f"{name:8} {way:8} {found['ms_a_step']:9.2f} ms a step"
+            line += f" {found['tokens_per_s']:9.1f} tokens/s"
+            line += f" {found['prefill_ms']:9.1f} ms of prompts"
+            if one and way != "one":
+                line += f"  {found['ms_a_step'] / one['ms_a_step']:.2f} of one's time,"
+                line += f" {found['of_two_all_reduces_a_layer']:.2f} of the bytes"
+            print(line)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--devices", type=int, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--only", nargs="+", default=["right", *CASES])
+    parser.add_argument(
+        "--no-one", action="store_true", help="where one device is full"
+    )
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds a way")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = set(args.only) - {"right", *CASES}
+    if unknown:
+        parser.error(f"argument --only: must be of right, {', '.join(CASES)}")
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    if args.child:
+        with tempfile.TemporaryDirectory() as folder:
+            args.dump = pathlib.Path(folder)
+            flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+            child(args)
+        return 0
+
+    record = {"devices": args.devices, "shape": args.shape, "cases": {}}
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        for way in (() if args.no_one else ("one",)) + tuple(args.ways):
+            found = run(
+                way, 1 if way == "one" else args.devices, args, pathlib.Path(folder)
+            )
+            for name, result in found.items():
+                tokens = result.pop("tokens")
+                if name == "right":
+                    expected = record.setdefault("tokens", tokens)
+                    if tokens != expected:
+                        wrong.append(way)
+                record["cases"].setdefault(name, {})[way] = result
+            args.out.write_text(json.dumps(record, indent=1))
+    record.pop("tokens", None)
+    record["right"] = not wrong
+    args.out.write_text(json.dumps(record, indent=1))
+    table(record)
+    if wrong:
+        print(f"tokens differ from one device's: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
