@@ -279,6 +279,31 @@ def test_an_argument_that_was_written_is_noticed(path):
         loss.backward()
 
 
+@pytest.mark.parametrize("backend, path", BACKENDS)
+@pytest.mark.parametrize("is_view", [False, True], ids=["whole", "view"])
+def test_an_argument_that_the_graph_writes_is_noticed(backend, path, is_view):
+    """Where a backward is traced with its forward, and reads what that has written."""
+    x, r, w = Path(path).put([torch.randn(4, 16), torch.randn(4, 16), torch.randn(16)])
+    w.requires_grad_()
+
+    def step(x, r, w):
+        part = x[1:] if is_view else x
+        loss = xla_ops.rms_norm(x, w).sum()
+        torch.ops.xla_ops.rms_norm(part, r[: part.shape[0]], r[0], 1e-6)
+        return loss
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.compile(step, backend=backend)(x, r, w)
+
+    def fine(x, r, w):
+        torch.ops.xla_ops.rms_norm(x, r, r[0], 1e-6)
+        return xla_ops.rms_norm(x, w).sum()
+
+    (expected,) = torch.autograd.grad(fine(x.clone(), r, w), w)
+    found = torch.autograd.grad(torch.compile(fine, backend=backend)(x, r, w), w)
+    check(found, [expected.cpu()])
+
+
 def test_same_on_the_same_device():
     """Lazy and compiled backwards are the same program."""
     x, w = Path("lazy").put([torch.randn(64, 16), torch.randn(16)])

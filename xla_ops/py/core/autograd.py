@@ -26,7 +26,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import sharded_gradients, sharding
 from .gradients import Backward, Gradient, message
-from .tracing import is_plain
+from .tracing import FunctionalTensor, is_plain
 
 if TYPE_CHECKING:
     from .op import Op
@@ -78,7 +78,8 @@ def refuse(op: str, arguments: Iterable[tuple[str, object]]) -> None:
 def tell_written(values: Iterable[object]) -> None:
     """Tells torch that tensors were written, as its own in-place ops do.
 
-    A backward that keeps one then raises. While a graph is traced its compiler tells.
+    A backward that keeps one then raises; while a graph is traced with its backward
+    too, which would otherwise be traced with the new value.
 
     Args:
         values: tensors, lists of them, and None.
@@ -86,7 +87,7 @@ def tell_written(values: Iterable[object]) -> None:
     tensors = [
         t
         for _, t in _tensors(("", value) for value in values)
-        if is_plain(t) and not t.is_inference()
+        if (is_plain(t) or isinstance(t, FunctionalTensor)) and not t.is_inference()
     ]
     if tensors:
         torch.autograd.graph.increment_version(tensors)
