@@ -3,8 +3,14 @@
 The latter runs the same handlers on tensors of the CPU, past XLA.
 """
 
+import pickle
+import subprocess
+import sys
+
+import every_call
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from jax_arrays import integers, random, same_bits, tensor
@@ -311,3 +317,29 @@ def test_a_function_keeps_its_documentation():
     assert xj.fused_qk_norm_rope.__doc__.splitlines()[2] == (
         "Returns the new qkv, and writes no argument. As it is of tensors:"
     )
+
+
+def test_numbers_of_numpy():
+    x, w = random((2, 16)), random((16,), seed=1)
+    same_bits(xj.rms_norm(x, w, np.float32(0.5)), tensor(xj.rms_norm(x, w, 0.5)))
+    scale = np.float16(0.5)
+    same_bits(xj.fatrelu_and_mul(x, scale), tensor(xj.fatrelu_and_mul(x, 0.5)))
+
+
+def test_every_function_works_without_torch(tmp_path):
+    """And so do gradients, and what raises where there is none."""
+    calls = {**_cases("float32"), **_updates("float32")}
+    cases = [(name, args, named) for name in calls for named, args in calls[name]]
+    given, found = tmp_path / "cases", tmp_path / "results"
+    given.write_bytes(pickle.dumps(cases))
+    subprocess.run([sys.executable, every_call.__file__, given, found], check=True)
+    results = pickle.loads(found.read_bytes())
+    for case, got in zip(cases, results, strict=True):
+        expected = every_call.outcomes(*case)
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            assert type(one) is type(other)
+            if isinstance(one, str):
+                assert one == other
+            else:
+                same_bits(one, tensor(other))

@@ -168,7 +168,7 @@ def wrap(value: Any) -> Any:
         return Array(jnp.asarray(value))
     if isinstance(value, list | tuple):
         return type(value)(map(wrap, value))
-    if isinstance(value, np.dtype | jnp.floating | type(jnp.int8)) or (
+    if isinstance(value, np.dtype | type(jnp.int8)) or (
         isinstance(value, type) and issubclass(value, np.generic)
     ):
         return torch_dtype(jnp.dtype(value))

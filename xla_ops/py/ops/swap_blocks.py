@@ -78,7 +78,8 @@ def _front(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) ->
     )
     _check_mapping(block_mapping)
     _check.require(
-        block_mapping.device in (src.device, dst.device, torch.device("cpu")),
+        block_mapping.device in (src.device, dst.device)
+        or block_mapping.device.type == "cpu",
         "block_mapping",
         f"be on the CPU or on dst's device {dst.device}",
         block_mapping.device,
