@@ -115,6 +115,15 @@ def test_vmap_of_grad_and_grad_of_vmap():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gradient_of_a_weight_for_each_of_a_batch():
+    """Its backward sums over tokens, in parts that follow from one example's shape."""
+    xs, w = random((4, 3, 8)), random((8,), seed=1)
+    of_weight = jax.grad(lambda w, x: (xj.rms_norm(x, w) ** 2).sum())
+    found = jax.vmap(of_weight, (None, 0))(w, xs)
+    expected = jnp.stack([of_weight(w, x) for x in xs])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_an_op_without_gradient_raises_at_the_backward():
     cache, slots = jnp.zeros((2, 1, 4, 1, 8)), integers(1)
 

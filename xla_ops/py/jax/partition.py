@@ -156,6 +156,8 @@ def batch(rule: Rule, names: Sequence[str], is_batched: Sequence[bool]) -> Batch
         names: its operands.
         is_batched: which of them have a batch as first dimension.
     """
+    if rule.localize is not None:
+        return None  # arguments that are no arrays are for these shapes alone
     words = [(rule.operands.get(name) or "!").split() for name in names]
     results = [layout.split() for layout in rule.results]
     for mark, is_leading in (("...", True), ("tokens", False)):
