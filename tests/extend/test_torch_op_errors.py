@@ -40,6 +40,21 @@ def test_operator_that_gives_nothing():
         torch_op(f"{OUTSIDE}::nothing")
 
 
+@pytest.mark.parametrize("name", ["t_", "resize_", "set_.source_Tensor"])
+def test_operator_that_changes_what_a_tensor_is(name):
+    """A buffer of XLA's has one shape, and no strides."""
+    rule = "be an operator that leaves shapes and strides of what it writes alone"
+    with pytest.raises(ValueError) as error:
+        torch_op(f"aten::{name}")
+    assert str(error.value) == f"torch_op: name must {rule}, got aten::{name}"
+
+
+def test_result_that_xla_cannot_carry():
+    text = "aten::view_as_complex: meta must return tensors of XLA's dtypes, got compl"
+    with pytest.raises(ValueError, match=text):
+        torch_op("aten::view_as_complex")(ones(2, 2))
+
+
 def test_outputs_that_are_none():
     text = "outputs must name arguments that the operator writes, got self"
     with pytest.raises(ValueError, match=text):

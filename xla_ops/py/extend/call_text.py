@@ -16,7 +16,7 @@ from ..core.checks import Checker
 from ..core.dtypes import dtype_name, primitive_type
 from ..core.hlo import Spec
 
-_DTYPES = {
+DTYPES = {
     primitive_type(dtype): dtype
     for dtype in (
         torch.bool,
@@ -130,8 +130,8 @@ class Arguments:
         is_output: bool,
     ) -> None:
         self._check.tensor(label, t)
-        if t.dtype not in _DTYPES.values():
-            names = ", ".join(dtype_name(d) for d in _DTYPES.values())
+        if t.dtype not in DTYPES.values():
+            names = ", ".join(dtype_name(d) for d in DTYPES.values())
             self._check.require(False, label, f"be one of {names}", dtype_name(t.dtype))
         if label != name:
             self.labels[name] = label
@@ -153,7 +153,7 @@ class Arguments:
 
     def _item(self, name: str, kind: str, value: Any) -> str:
         if isinstance(value, torch.dtype):
-            if value not in _DTYPES.values():
+            if value not in DTYPES.values():
                 self._check.require(False, name, "be a dtype of XLA", dtype_name(value))
             return f"d{primitive_type(value)}"
         if isinstance(value, torch.device):
@@ -240,5 +240,5 @@ def result_specs(text: str) -> tuple[Spec, ...]:
     for word in text.split():
         number, _, shape = word.partition(":")
         dims = tuple(int(size) for size in shape.split(",") if size)
-        specs.append(Spec(dims, _DTYPES[int(number)]))
+        specs.append(Spec(dims, DTYPES[int(number)]))
     return tuple(specs)

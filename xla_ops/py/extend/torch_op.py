@@ -31,12 +31,13 @@ from ..core import autocast as autocasts
 from ..core import front, handlers, in_place, mutable, ownership, paths
 from ..core.checks import Checker
 from ..core.custom_call import BoundCall, CustomCall
+from ..core.dtypes import dtype_name
 from ..core.errors import Problem
 from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
 from ..core.op import NAMESPACE, Op
 from ..core.tracing import is_plain
-from .call_text import Arguments, Place, Target, result_specs, result_text
+from .call_text import DTYPES, Arguments, Place, Target, result_specs, result_text
 from .library import register_library
 
 _check = Checker("torch_op")
@@ -188,6 +189,12 @@ class _Operator:
             place = self.names.index(output) if output in self.names else -1
             rule = "name arguments that the operator writes"
             _check.require(place >= 0 and self.written[place], "outputs", rule, output)
+        _check.require(
+            torch.Tag.inplace_view not in self.overload.tags,
+            "name",
+            "be an operator that leaves shapes and strides of what it writes alone",
+            name,
+        )
         self.is_output = [a.is_out or a.name in outputs for a in schema.arguments]
         for returned in schema.returns:
             rule = "be an operator that returns tensors alone"
@@ -396,6 +403,9 @@ class _Operator:
         def entry(t: torch.Tensor) -> int:
             if id(t) in known:
                 return known[id(t)]
+            if t.dtype not in DTYPES.values():
+                rule = "return tensors of XLA's dtypes"
+                self.check.require(False, "meta", rule, dtype_name(t.dtype))
             specs.append(Spec(tuple(map(int, t.shape)), t.dtype))
             return len(taken.targets) + len(specs) - 1
 
