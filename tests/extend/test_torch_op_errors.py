@@ -49,6 +49,14 @@ def test_operator_that_changes_what_a_tensor_is(name):
     assert str(error.value) == f"torch_op: name must {rule}, got aten::{name}"
 
 
+def test_output_that_torch_would_make_larger():
+    add = torch_op("aten::add.out")
+    text = r"aten::add.out: out must have shape \[2\], got \[0\]"
+    with pytest.raises(ValueError, match=text):
+        add(ones(2), ones(2), out=ones(0))
+    assert add(ones(0, 3), ones(0, 3), out=ones(0, 3)).shape == (0, 3)
+
+
 def test_result_that_xla_cannot_carry():
     text = "aten::view_as_complex: meta must return tensors of XLA's dtypes, got compl"
     with pytest.raises(ValueError, match=text):

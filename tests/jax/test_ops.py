@@ -319,6 +319,14 @@ def test_a_function_keeps_its_documentation():
     )
 
 
+def test_tensors_are_refused():
+    x, w = random((2, 16)), torch.ones(16)
+    with pytest.raises(TypeError) as error:
+        xj.rms_norm(x, w)
+    text = "rms_norm: weight must be an array of JAX's, got Tensor"
+    assert str(error.value) == text
+
+
 def test_numbers_of_numpy():
     x, w = random((2, 16)), random((16,), seed=1)
     same_bits(xj.rms_norm(x, w, np.float32(0.5)), tensor(xj.rms_norm(x, w, 0.5)))

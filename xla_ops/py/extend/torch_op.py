@@ -291,6 +291,8 @@ class _Operator:
         ):
             taken.add(a, value, is_written, is_output)
         taken.require_operand()
+        if any(_at(values, target.place).numel() == 0 for target in taken.targets):
+            self._refuse_growth(values, taken)
         returned, specs = self._returned(values, taken)
         updated = [
             Spec(tuple(map(int, t.shape)), t.dtype)
@@ -374,9 +376,31 @@ class _Operator:
         numbers = taken.results_of(place)
         return numbers if taken.is_list(place) else numbers[0]
 
-    def _ask_meta(self, values: list, taken: Arguments) -> tuple[tuple, list[Spec]]:
+    def _refuse_growth(self, values: list, taken: Arguments) -> None:
+        """Raises ValueError for `out=torch.empty(0)`, which torch would make larger.
+
+        No handler would: a call without an element of results does not reach it.
+        """
+        stand_ins: dict[int, torch.Tensor] = {}
+        try:
+            self._call_meta(values, stand_ins)
+        except NotImplementedError:
+            return
+        for target in taken.targets:
+            given = _at(values, target.place)
+            wanted = stand_ins[id(given)].shape
+            rule = f"have shape {list(wanted)}"
+            self.check.require(
+                given.shape == wanted, target.label, rule, list(given.shape)
+            )
+
+    def _call_meta(self, values: list, stand_ins: dict[int, torch.Tensor]) -> Any:
+        """Calls the operator, or what was given as `meta`, on the meta device.
+
+        Args:
+            stand_ins: is filled with the tensors of that device, by id of the given.
+        """
         with _disable_current_modes(), torch.no_grad():
-            stand_ins: dict[int, torch.Tensor] = {}
             args = [_to_meta(value, stand_ins) for value in values]
             positional, keywords = [], {}
             for a, value in zip(self.arguments, args, strict=True):
@@ -384,12 +408,16 @@ class _Operator:
                     keywords[a.name] = value
                 else:
                     positional.append(value)
-            try:
-                answer = (self.meta or self.overload)(*positional, **keywords)
-            except NotImplementedError as error:
-                reason = str(error).partition("\n")[0]
-                rule = f"{self.name}: meta must be given for an operator without a"
-                raise ValueError(f"{rule} meta kernel, got none: {reason}") from None
+            return (self.meta or self.overload)(*positional, **keywords)
+
+    def _ask_meta(self, values: list, taken: Arguments) -> tuple[tuple, list[Spec]]:
+        stand_ins: dict[int, torch.Tensor] = {}
+        try:
+            answer = self._call_meta(values, stand_ins)
+        except NotImplementedError as error:
+            reason = str(error).partition("\n")[0]
+            rule = f"{self.name}: meta must be given for an operator without a"
+            raise ValueError(f"{rule} meta kernel, got none: {reason}") from None
         answers = answer if isinstance(answer, tuple) else (answer,)
         if len(answers) != len(self.returned):
             rule = f"return {len(self.returned)} values"

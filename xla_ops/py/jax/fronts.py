@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..core.lazy import torch
 from .arrays import Array, as_int64, unwrap, wrap
 
 # JAX has int32 arrays where torch's users have int64.
@@ -32,6 +33,9 @@ def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
         for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                rule = f"{function.__name__}: {name} must be an array of JAX's"
+                raise TypeError(f"{rule}, got {type(value).__name__}")
             given[name] = _wrapped(name, value)
         returned: Any = tuple(given.get(name) for name in written)
         if "value_cache" in written and given.get("value_cache", ...) is None:
