@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 NAMESPACE = "xla_ops"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
-    "no_gradient(Tensor grad, str op, str argument, SymInt[] shape, ScalarType dtype)"
-    " -> Tensor"
+    "no_gradient(Tensor grad, str message, SymInt[] shape, ScalarType dtype) -> Tensor"
 )
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -78,8 +77,8 @@ def refuse(op: str, arguments: Iterable[tuple[str, object]]) -> None:
 def tell_written(values: Iterable[object]) -> None:
     """Tells torch that tensors were written, as its own in-place ops do.
 
-    A backward that keeps one then raises; while a graph is traced with its backward
-    too, which would otherwise be traced with the new value.
+    A backward that keeps one then raises, one that is traced with its forward too: that
+    would otherwise be traced with the new value.
 
     Args:
         values: tensors, lists of them, and None.
@@ -177,7 +176,15 @@ class _Tracked(_SingleLevelFunction):
             return (None,) * (1 + len(op.arguments))
         if any(ctx.splits):
             sharded_gradients.split_alike(grads, ctx.splits)
-        saved = ctx.saved_tensors
+        raises = torch.ops.xla_ops.no_gradient.default
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:  # one was written since
+            if not isinstance(given, FunctionalTensor):
+                raise
+            text = f"xla_ops.{op.public_name}: {error}"
+            late = {name: raises(given, text, *ctx.specs[name]) for name in wanted}
+            return None, *(late.get(name) for name in op.arguments)
         num_args = len(gradient.keeps)
         given_back = Backward(
             {**ctx.args, **dict(zip(gradient.keeps, saved, strict=False))},
@@ -189,8 +196,10 @@ class _Tracked(_SingleLevelFunction):
         with sharding.declaring(ctx.declared):
             found = gradient.compute(given_back)
         missing = {
-            name: torch.ops.xla_ops.no_gradient.default(
-                given, op.public_name, op.labels.get(name, name), *ctx.specs[name]
+            name: raises(
+                given,
+                message(op.public_name, op.labels.get(name, name)),
+                *ctx.specs[name],
             )
             for name in wanted
             if found.get(name) is None
@@ -202,14 +211,14 @@ class _Tracked(_SingleLevelFunction):
 
 
 def _no_gradient(
-    grad: torch.Tensor, op: str, argument: str, shape: list[int], dtype: torch.dtype
+    grad: torch.Tensor, message: str, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    raise RuntimeError(message(op, argument))
+    raise RuntimeError(message)
 
 
 _library.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
 torch.library.register_fake(
     f"{NAMESPACE}::no_gradient",
-    lambda grad, op, argument, shape, dtype: grad.new_empty(shape, dtype=dtype),
+    lambda grad, message, shape, dtype: grad.new_empty(shape, dtype=dtype),
     lib=_library,
 )
