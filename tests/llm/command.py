@@ -4,6 +4,7 @@ in this one where it is to refuse something, since starting XLA takes seconds.""
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -30,6 +31,12 @@ def run(*command, **env: str) -> subprocess.CompletedProcess:
 def run_generate(*arguments, **env: str) -> subprocess.CompletedProcess:
     program = LLM / "generate.py"
     return run(sys.executable, program, "--device", DEVICE, *arguments, **env)
+
+
+def reported(output: str) -> dict[str, str]:
+    """The lines of the report, by what stands before the colon."""
+    lines = re.findall(r"^([a-z][\w /-]*):\s+(.*)$", output, re.MULTILINE)
+    return dict(lines)
 
 
 def command_error(*arguments) -> str:

@@ -10,15 +10,10 @@ import shutil
 import pytest
 
 from checkpoints import LLM
-from command import DEVICE, run, run_generate
+from command import DEVICE, reported, run, run_generate
 
 DEMO = LLM.parents[1] / "tools" / "demo"
 ITEM_SIZE = {"cpu": 4, "gpu": 2}[DEVICE]  # fp32, bf16
-
-
-def reported(output: str) -> dict[str, str]:
-    lines = re.findall(r"^([a-z][\w /-]*):\s+(.*)$", output, re.MULTILINE)
-    return dict(lines)
 
 
 # 8 layers: 17 norms, two cache writes and an attention each. "all" adds the rotary

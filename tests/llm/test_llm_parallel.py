@@ -19,12 +19,11 @@ from checkpoints import (
     reference,
     tiny_checkpoint,
 )
-from command import command_error, run, run_generate
+from command import command_error, reported, run, run_generate
 from config import ModelConfig
 from hlo import inputs_elsewhere, step_programs
 from parallel import Sharded
 from sampling import Sampling
-from test_demo import reported
 
 SIZES = dict(
     vocab_size=98,
