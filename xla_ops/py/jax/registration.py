@@ -4,7 +4,7 @@ The libraries are those that torch_xla's client gets, and so are the reasons whe
 cannot be loaded (`core/handlers.py`). JAX wants an address for each stage of a handler,
 which is what a library's own table has.
 
-Tested by tests/jax/test_register.py.
+Tested by tests/with_jax/test_register.py.
 """
 
 from __future__ import annotations
