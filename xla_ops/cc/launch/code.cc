@@ -2,9 +2,8 @@
 
 #include "xla_ops/cc/launch/code.h"
 
+#include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <iterator>
 #include <utility>
 
 namespace xla_ops {
@@ -15,11 +14,19 @@ std::string FromEnvironment(const char* name) {
   return value == nullptr ? "" : value;
 }
 
+// By C's streams: those of C++ ask for symbols newer than glibc 2.28.
 bool ReadFile(const std::string& path, std::string* bytes) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) return false;
-  bytes->assign(std::istreambuf_iterator<char>(file), {});
-  return !file.bad();
+  std::FILE* file = std::fopen(path.c_str(), "rb");
+  if (file == nullptr) return false;
+  bytes->clear();
+  char part[1 << 16];
+  size_t size;
+  while ((size = std::fread(part, 1, sizeof(part), file)) > 0) {
+    bytes->append(part, size);
+  }
+  const bool is_whole = std::ferror(file) == 0;
+  std::fclose(file);
+  return is_whole;
 }
 
 }  // namespace
