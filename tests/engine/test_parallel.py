@@ -11,9 +11,6 @@ import signal
 import time
 
 import pytest
-import torch_xla
-import torch_xla.core.xla_model as xm
-import torch_xla.debug.metrics as met
 from vllm import SamplingParams
 
 import vllm_session
@@ -21,6 +18,7 @@ from vllm_checkpoints import VOCABULARY, save_checkpoint
 from vllm_in_process import core, engine, generate, greedy, tokens
 from vllm_oracle import assert_greedy, worst_difference
 from vllm_quantized import SCHEMES, base_config, save_quantized
+from vllm_workers import facts
 
 PROMPTS = [
     [(start * 31 + 7 * i + i * i) % (VOCABULARY - 5) + 5 for i in range(length)]
@@ -28,19 +26,6 @@ PROMPTS = [
 ]
 NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
 HLO = vllm_session.FOLDER / "parallel_hlo"
-
-
-def facts(worker) -> dict:
-    """Of a worker, told by itself."""
-    runner = worker.model_runner
-    xm.wait_device_ops()
-    return dict(
-        compiled=met.counter_value("UncachedCompile"),
-        addresses=[torch_xla._XLAC._unsafe_buffer_pointer(c) for c in runner.caches],
-        heads=[c.shape[3] for c in runner.caches],
-        bytes=runner.model_memory_usage,
-        rank=worker.rank,
-    )
 
 
 def of_workers(llm) -> list[dict]:

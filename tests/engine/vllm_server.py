@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,6 @@ import vllm_session  # noqa: F401 (the environment)
 START_SECONDS = 400  # on two cores that run other tests
 REQUEST_SECONDS = 90
 NAME = "model"
-# A socket's path has at most 107 characters; those of a sandbox's folders are longer.
-_SOCKETS = tempfile.TemporaryDirectory(prefix="vllm-", dir="/tmp")
 OPTIONS = [
     *("--served-model-name", NAME),
     *("--max-num-seqs", "8"),
@@ -34,7 +31,6 @@ def environment() -> dict[str, str]:
     """Of a command of vLLM's: the engine in a process of its own, as is its default."""
     env = dict(os.environ)
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    env["VLLM_RPC_BASE_PATH"] = _SOCKETS.name
     return env
 
 

@@ -15,6 +15,8 @@ from vllm_oracle import Oracle
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="xla_ops_vllm_")
 FOLDER = Path(_SCRATCH.name)
+# A socket's path has at most 107 characters; those of a sandbox's folders are longer.
+_SOCKETS = tempfile.TemporaryDirectory(prefix="vllm-", dir="/tmp")
 
 # Nothing is looked up, nothing reported, nothing left in the user's folders; and the
 # engine is in this process, where a test can look into it.
@@ -26,6 +28,7 @@ os.environ.update(
     VLLM_CONFIG_ROOT=str(FOLDER / "config"),
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
+    VLLM_RPC_BASE_PATH=_SOCKETS.name,
 )
 # tests/conftest.py has XLA write down every program; an engine has dozens.
 os.environ["XLA_FLAGS"] = " ".join(
