@@ -24,11 +24,15 @@ import subprocess
 import sys
 import tempfile
 
+import shapes
+
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples" / "llm"))
 
-LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5)
-SHAPES = {
+LLAMA = dict(
+    model_type="llama", max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=5e5
+)
+SHAPES = shapes.LLAMA | {
     "tiny": dict(
         hidden_size=256,
         intermediate_size=512,
@@ -36,22 +40,6 @@ SHAPES = {
         num_attention_heads=8,
         num_key_value_heads=8,
         vocab_size=1024,
-    ),
-    "8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
-    "70b": dict(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
     ),
 }
 # Requests, and tokens of each one's prompt.
@@ -106,7 +94,7 @@ def weight(name, shape, dtype):
     return whole
 
 
-def make_engine(config, parallel, case, dtype, backend):
+def make_engine(config, parallel, case, dtype):
     import torch
     import torch_xla
 
@@ -131,7 +119,7 @@ def make_engine(config, parallel, case, dtype, backend):
         max_len,
         max_seqs=requests,
         max_prefill_tokens=max(length, 16),
-        backend=backend,
+        backend="replay",
         parallel=parallel,
     )
 
@@ -154,13 +142,13 @@ def memory():
         return None
 
 
-def measure(config, parallel, case, dtype, dump, backend):
+def measure(config, parallel, case, dtype, dump):
     import hlo
 
     for path in dump.iterdir():  # of the case before
         if path.is_file():
             path.unlink()
-    engine = make_engine(config, parallel, case, dtype, backend)
+    engine = make_engine(config, parallel, case, dtype)
     engine.warm_up()
     used = memory()
     prompts = prompts_of(case, config.vocab_size)
@@ -200,22 +188,17 @@ def child(args):
     parallel = None
     for name in args.only:
         shape = "tiny" if name == "right" else args.shape
-        with tempfile.TemporaryDirectory() as folder:
-            fields = LLAMA | SHAPES[shape] | {"max_position_embeddings": 16384}
-            (pathlib.Path(folder) / "config.json").write_text(json.dumps(fields))
-            config = ModelConfig.from_folder(folder)
-        if parallel is None:
-            parallel = OneDevice()
-            if args.child == "ranks":
-                parallel = Ranks(config)
-            elif args.child == "sharded":
-                parallel = Sharded(args.devices, config)
-        elif args.child == "ranks":
+        config = ModelConfig.from_dict(LLAMA | SHAPES[shape])
+        # A process's part is one of this shape; devices are taken once.
+        if args.child == "ranks":
             parallel = Ranks(config)
+        elif parallel is None:
+            is_sharded = args.child == "sharded"
+            parallel = Sharded(args.devices, config) if is_sharded else OneDevice()
         dtype = torch.bfloat16 if on_gpu and name != "right" else torch.float32
         cases = SMALL_CASES if shape == "tiny" else CASES
         case = (4, 40) if name == "right" else cases[name]
-        found[name] = measure(config, parallel, case, dtype, args.dump, "replay")
+        found[name] = measure(config, parallel, case, dtype, args.dump)
     if int(os.environ.get("RANK", "0")) == 0:
         args.out.write_text(json.dumps(found))
 

@@ -29,29 +29,15 @@ import sys
 import tempfile
 import time
 
+import shapes
+
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # The engine's process is asked by functions of this file.
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Llama 3.1 8B and 70B; and one for the CPU.
-SHAPES = {
-    "8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
-    "70b": dict(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
+# And one for the CPU.
+SHAPES = shapes.LLAMA | {
     "tiny": dict(
         hidden_size=128,
         intermediate_size=256,
