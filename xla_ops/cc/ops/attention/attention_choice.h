@@ -56,6 +56,11 @@ int MaxKvLength(const AttentionParams& params);
 // Whether every row of query, key, value and out starts and ends on 16 bytes.
 bool RowsAligned(const AttentionParams& params);
 
+// Whether the copy engine (TMA) can take steps of `stride` 16-bit elements from
+// one of `size` things to the next: a multiple of 16 bytes below 2^40, of 8
+// tokens too (MakeMap in attention_sm90.cu.cc).
+bool IsTmaStep(int64_t size, int64_t stride);
+
 // Of the Hopper kernel. Pages are copied in boxes of at least this many
 // tokens, a divisor of every tile.
 constexpr int kSm90MinBoxTokens = 16;

@@ -19,13 +19,6 @@ bool PointersAligned(const AttentionParams& params) {
          IsAligned16(params.value) && IsAligned16(params.out);
 }
 
-// Whether TMA can take steps of `stride` 16-bit elements: a multiple of 16
-// bytes below 2^40, of 8 tokens too (MakeMap in attention_sm90.cu.cc).
-bool IsTmaStep(int64_t size, int64_t stride) {
-  return size == 1 ||
-         (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 36));
-}
-
 bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
   if (device.capability != 90 || !device.has_wgmma) return false;
   if (params.dtype == DType::kF32 || params.kv_dtype != params.dtype) {
@@ -88,6 +81,11 @@ AttentionKernel FirstFrom(int index, const AttentionParams& params,
 }
 
 }  // namespace
+
+bool IsTmaStep(int64_t size, int64_t stride) {
+  return size == 1 ||
+         (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 36));
+}
 
 const char* Name(AttentionKernel kernel) {
   return kernel == AttentionKernel::kNone

@@ -31,7 +31,6 @@ namespace xla_ops {
 namespace {
 
 struct BackwardDevice {
-  int16_t capability;  // 90 for 9.0
   bool has_wgmma;
   bool has_mma;
 };
@@ -56,13 +55,12 @@ cudaError_t FindDevice(BackwardDevice* result) {
                                   BackwardMmaKeysKernel<__half, 64, false>);
   }
   if (error != cudaSuccess) return error;
-  result->capability = static_cast<int16_t>(10 * major + minor);
   result->has_mma = attributes.ptxVersion >= 80;
   if (result->has_mma) {
     error = PrepareBackwardMma<__half>();
     if (error == cudaSuccess) error = PrepareBackwardMmaBf16();
   }
-  if (error == cudaSuccess && result->capability == 90) {
+  if (error == cudaSuccess && major == 9 && minor == 0) {
     error = PrepareBackwardSm90();
     result->has_wgmma = error == cudaSuccess;
   }

@@ -35,12 +35,6 @@ cudaError_t WithKernel(int64_t head_dim, DType dtype, bool transform, F&& f) {
                               : with_type(TypeTag<__nv_bfloat16>{});
 }
 
-// Whether the copy engine can take steps of `stride` 16-bit elements.
-bool IsTmaStep(int64_t size, int64_t stride) {
-  return size == 1 ||
-         (stride > 0 && stride % 8 == 0 && stride < (int64_t{1} << 36));
-}
-
 // Describes rows of heads to the copy engine, in boxes of `box_rows`.
 cudaError_t MakeMap(EncodeTiled encode, DType dtype, const void* tensor,
                     int64_t head_dim, int64_t rows, int64_t row_stride,
