@@ -44,6 +44,14 @@ def rotate(q, k):
     return xla_ops.rotary_embedding(positions, q, k, 16, table)
 
 
+def normalise(qkv, q_weight, k_weight):
+    positions = torch.arange(TOKENS, device=qkv.device)
+    table = torch.linspace(-1, 1, 16 * TOKENS, device=qkv.device).view(TOKENS, 16)
+    return torch.ops.xla_ops.fused_qk_norm_rope_functional(
+        qkv, 2, 1, 1, 16, 1e-6, q_weight, k_weight, table, True, positions, None
+    )
+
+
 def randn(*shapes):
     return [torch.randn(shape) for shape in shapes]
 
@@ -131,6 +139,19 @@ def test_what_was_declared_holds_in_the_backward(mesh):
     with xla_ops.sharding(mesh, tokens="tp"):
         y = xla_ops.rms_norm(leaves[0] * 2, leaves[1])
     check(torch.autograd.grad(y.sin().sum(), leaves), expected)
+
+
+def test_queries_and_keys_of_one_projection(mesh):
+    """Parts of a gradient say nothing: what was declared does."""
+    tensors = randn((TOKENS, 64), (16,), (16,))
+    expected = gradients_of(normalise, [t.clone() for t in tensors])
+    qkv, *weights = tensors
+    given = [put(qkv, mesh, ("tp", None)), *map(put, weights)]
+    with xla_ops.sharding(mesh, tokens="tp", heads=None):
+        found = gradients_of(normalise, given)
+    check(found, expected)
+    with pytest.raises(ValueError, match="query must say how it is split"):
+        gradients_of(normalise, [put(qkv, mesh, ("tp", None)), *map(put, weights)])
 
 
 def test_a_block_of_a_model(grid):

@@ -75,6 +75,31 @@ def test_gradients_are_torchs(name, dtype):
     same_bits(found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_op_in_place_is_differentiated(dtype):
+    """The new value that it returns."""
+    qkv, q_weight = random((5, 32), dtype), random((8,), dtype, 1)
+    k_weight, table = random((8,), dtype, 2), random((8, 8), dtype, 3)
+    weight, positions = random((5, 32), dtype, 4), integers(0, 3, 1, -1, 7)
+    some = (qkv, q_weight, k_weight)
+
+    def of_some(qkv, *weights):
+        rest = (*weights, table, True, positions)
+        return xj.fused_qk_norm_rope(qkv, 2, 1, 1, 8, 1e-5, *rest)
+
+    _, backward = jax.vjp(of_some, *some)
+    tensors = [tensor(t).requires_grad_() for t in some]
+    with torch.enable_grad():
+        result = tensors[0] * 1
+        rest = (*tensors[1:], tensor(table), True, tensor(positions))
+        xla_ops.fused_qk_norm_rope(result, 2, 1, 1, 8, 1e-5, *rest)
+    expected = torch.autograd.grad(result, tensors, tensor(weight))
+    found = backward(weight)
+    same_bits(found[:1], expected[:1])
+    for got, right in zip(found[1:], expected[1:], strict=True):  # sums over rows
+        torch.testing.assert_close(tensor(got), right)
+
+
 def test_products_are_differentiated_by_products():
     x, w, b = random((3, 8)), random((5, 8), seed=1), random((5,), seed=2)
 

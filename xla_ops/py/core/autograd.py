@@ -16,7 +16,7 @@ Tested by tests/core/test_gradients.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,13 @@ def is_untracked(args: Sequence) -> bool:
         or forward_ad._current_level >= 0
         or _num_modes()
         or _transforms() is not None
+    )
+
+
+def asks(arguments: Iterable[tuple[str, object]], names: Collection[str]) -> bool:
+    """Whether one of the arguments that `names` names requires a gradient."""
+    return _is_grad_enabled() and any(
+        t.requires_grad for name, t in _tensors(arguments) if name in names
     )
 
 

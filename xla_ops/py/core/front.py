@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import lazy, op, wrapped_tensors
 from .autocast import Rule
@@ -20,12 +20,26 @@ WRITTEN: dict[str, tuple[str, ...]] = {}
 _WRITTEN = re.compile(r"\(\w+!\)\S* (\w+)")
 
 
+class Differentiable(NamedTuple):
+    """How a front that writes its arguments is differentiated.
+
+    Attributes:
+        kernel: what runs where one of the arguments requires a gradient: torch's own
+            in-place operations, and ops that have a gradient.
+        arguments: those that the gradients of these ops serve, by name.
+    """
+
+    kernel: Callable
+    arguments: tuple[str, ...]
+
+
 def define(
     namespace: str,
     schema: str,
     kernel: Callable,
     *,
     autocast: Rule,
+    differentiable: Differentiable | None = None,
 ) -> None:
     """Defines torch.ops.<namespace>.<name>, once there is torch.
 
@@ -38,12 +52,21 @@ def define(
         kernel: (*args) -> results. Torch leaves out trailing arguments that equal their
             defaults, so it must repeat the schema's defaults.
         autocast: what torch.autocast means for it.
+        differentiable: what runs instead of refusing, if the front has that.
     """
     WRITTEN[schema[: schema.index("(")]] = tuple(_WRITTEN.findall(schema))
-    lazy.when_torch(lambda: _define(namespace, schema, kernel, autocast))
+    lazy.when_torch(
+        lambda: _define(namespace, schema, kernel, autocast, differentiable)
+    )
 
 
-def _define(namespace: str, schema: str, kernel: Callable, autocast: Rule) -> None:
+def _define(
+    namespace: str,
+    schema: str,
+    kernel: Callable,
+    autocast: Rule,
+    differentiable: Differentiable | None,
+) -> None:
     parsed = torch._C.parse_schema(schema)
     name = parsed.name
     names = tuple(argument.name for argument in parsed.arguments)
@@ -54,6 +77,10 @@ def _define(namespace: str, schema: str, kernel: Callable, autocast: Rule) -> No
     def refusing(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
         wrapped_tensors.refuse(name, given)
+        if differentiable and autograd.asks(given, differentiable.arguments):
+            others = (pair for pair in given if pair[0] not in differentiable.arguments)
+            autograd.refuse(name, others)
+            return differentiable.kernel(*args, **kwargs)
         autograd.refuse(name, given)
         results = kernel(*args, **kwargs)
         autograd.tell_written(value for name, value in given if name in written)

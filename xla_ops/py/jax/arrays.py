@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -104,6 +105,10 @@ class Array(Foreign):
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Array, ...]:
         return tuple(map(Array, jnp.split(self.value, chunks, dim)))
+
+    def split(self, sizes: Sequence[int], dim: int = 0) -> tuple[Array, ...]:
+        ends = list(itertools.accumulate(sizes))[:-1]
+        return tuple(map(Array, jnp.split(self.value, ends, dim)))
 
     def to(self, to: Any) -> Array:
         if isinstance(to, Device):

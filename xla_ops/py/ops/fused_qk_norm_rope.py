@@ -10,9 +10,11 @@ from ..core.checks import Checker, float32
 from ..core.custom_call import CustomCall
 from ..core.dtypes import FLOAT_DTYPES
 from ..core.foreign import Foreign
+from ..core.gradients import Backward, Gradient
 from ..core.hlo import Spec
 from ..core.lazy import torch
 from ..core.op import NAMESPACE, Op
+from . import rms_norm_backward, rotary_embedding
 
 _check = Checker("fused_qk_norm_rope")
 
@@ -42,6 +44,9 @@ def fused_qk_norm_rope(
 
     In place: lazily, under torch.compile(backend="openxla"), and through views. A `qkv`
     that the same program computes is overwritten where it is.
+
+    Differentiable in qkv and the weights. Where one of them requires a gradient, the
+    new value is computed beside the old one, which the backward reads, and then copied.
 
     Under torch.autocast, the weights are cast to qkv's dtype, and so is a cos_sin_cache
     that is not float32.
@@ -214,6 +219,37 @@ def _reference(
     return out.reshape(qkv.shape)
 
 
+def _differentiable_front(qkv: torch.Tensor, *rest: Any) -> None:
+    """The front for torch's autograd: its backward keeps what this overwrites."""
+    qkv.copy_(_op(qkv.clone(), *rest, None))
+
+
+def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
+    """Rotates back, as rotary_embedding's does, then differentiates the norms."""
+    (grad,), args = backward.grads, backward.args
+    assert grad is not None
+    counts = [args[f"num_heads_{part}"] for part in "qkv"]
+    dim, eps = args["head_dim"], args["eps"]
+    shape = (grad.shape[0], sum(counts), dim)
+    rotation = (dim, args["cos_sin_cache"], args["is_neox"])
+    *rotated, values = grad.reshape(shape).split(counts, dim=1)
+    heads = args["qkv"].reshape(shape).split(counts, dim=1)
+    parts, found = [], {}
+    for name, turned, x in zip(("q_weight", "k_weight"), rotated, heads, strict=False):
+        turned = rotary_embedding.rotate_back(args["position_ids"], turned, *rotation)
+        # Rows of heads: `sharding` can say how these are split.
+        of_heads, size = x.shape, (x.shape[0] * x.shape[1], dim)
+        turned, x = turned.reshape(size), x.reshape(size)
+        wanted = ("weight",) if name in backward.wanted else ()
+        both = rms_norm_backward.gradients(turned, x, args[name], None, eps, wanted)
+        parts.append(both["input"].reshape(of_heads))
+        if wanted:
+            found[name] = both["weight"]
+    if "qkv" in backward.wanted:
+        found["qkv"] = torch.cat([*parts, values], dim=1).reshape(grad.shape)
+    return found
+
+
 def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
     given, table = args["qkv"].dtype, args["cos_sin_cache"].dtype
     # A float32 table is legal, and worth more than one that was rounded.
@@ -236,6 +272,10 @@ _op = Op(
     splits=sharding.Rule(
         {"qkv": "tokens ~heads", "position_ids": "tokens"}, ("tokens !heads",)
     ),
+    gradient=Gradient(
+        _gradient,
+        keeps=("qkv", "q_weight", "k_weight", "cos_sin_cache", "position_ids"),
+    ),
     public_name="fused_qk_norm_rope",
 )
 
@@ -244,4 +284,7 @@ front.define(
     f"fused_qk_norm_rope(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
     _front,
     autocast=_autocast,
+    differentiable=front.Differentiable(
+        _differentiable_front, ("qkv", "q_weight", "k_weight")
+    ),
 )

@@ -220,12 +220,31 @@ def _reference_both(
     return _rotate(positions, query, *rest), _rotate(positions, key, *rest)
 
 
+def rotate_back(
+    positions: torch.Tensor,
+    heads: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> torch.Tensor:
+    """The gradient of heads that were rotated: the rotation by the negative angle."""
+    back = _opposite(cos_sin_cache)
+    return _one(positions, heads, head_size, back, is_neox)
+
+
+def _opposite(cos_sin_cache: torch.Tensor) -> torch.Tensor:
+    """The table of the negative angles.
+
+    Of the table's size; XLA computes it once for all layers that share a table.
+    """
+    cos, sin = cos_sin_cache.chunk(2, dim=-1)
+    return torch.cat([cos, -sin], dim=-1)
+
+
 def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
     """Rotates back: the adjoint of a rotation is the one by the negative angle."""
     args = backward.args
-    cos, sin = args["cos_sin_cache"].chunk(2, dim=-1)
-    # Of the table's size; XLA computes it once for all layers that share a table.
-    tail = (args["head_size"], torch.cat([cos, -sin], dim=-1), args["is_neox"])
+    tail = (args["head_size"], _opposite(args["cos_sin_cache"]), args["is_neox"])
     names = [name for name in ("query", "key") if name in backward.specs]
     given = {
         name: grad
