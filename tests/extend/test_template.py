@@ -1,5 +1,5 @@
 """examples/extension: built outside this tree against the wheel's headers, its tests
-pass. The compiler is called as the example's README says."""
+pass. The compiler and CMake are called as the example's README says."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ COMPILE += ["-fvisibility=hidden", "-I."]
 SOURCES = ["scale_rows.cc", "scale_rows_cpu.cc"]
 
 
+def copy_of_example(folder):
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("*.so", "build"))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A copy of the example, with its CPU library."""
-    folder = tmp_path_factory.mktemp("outside") / "extension"
-    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("*.so", "build"))
+    folder = copy_of_example(tmp_path_factory.mktemp("outside") / "extension")
     include = f"-isystem{xla_ops.include_dir()}"
     command = [*COMPILE, include, *SOURCES, "-o", "mine/libmine_cpu.so"]
     subprocess.run(command, check=True, cwd=folder)
@@ -44,6 +48,23 @@ def run(folder, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_its_own_tests_pass(folder):
+    result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^\d\d passed", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_cmake_builds_it(tmp_path):
+    """By the README's words, but for the Python that is asked for the headers."""
+    folder = copy_of_example(tmp_path / "extension")
+    python = f"-DPython3_EXECUTABLE={sys.executable}"
+    for words in (
+        ["-B", "build", python],
+        ["--build", "build"],
+        ["--install", "build", "--prefix", "."],
+    ):
+        result = run(folder, "-m", "cmake", *words)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert (folder / "mine" / "libmine_cpu.so").is_file()
     result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^\d\d passed", result.stdout, re.MULTILINE), result.stdout
