@@ -59,11 +59,13 @@ def plain_model(config):
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
-def plain_loss(model, batch, order=1):
-    """Each sequence by itself, by transformers; in the opposite order with -1."""
-    bounds = batch.cu_seqlens[:-1].tolist()
+def plain_loss(model, batch, order=0):
+    """Each sequence by itself, by transformers; the one of 0 is the batch's order."""
+    bounds = list(itertools.pairwise(batch.cu_seqlens[:-1].tolist()))
+    if order:
+        random.Random(order).shuffle(bounds)
     total, count = 0, 0
-    for a, b in list(itertools.pairwise(bounds))[::order]:
+    for a, b in bounds:
         if b - a > 1:
             logits = model(input_ids=batch.token_ids[a:b].long()[None]).logits[0]
             labels = batch.labels[a:b]
@@ -157,15 +159,16 @@ def plain_training(config, steps, order):
 def test_100_steps_equal_plain_torch():
     """Losses on the way and gradients after it, within the noise of plain torch.
 
-    That is how far two of its runs are apart that add up in another order.
+    The noise is measured: four of its runs add up the sequences of a batch in another
+    order each. Ours has to be as near to one of them as some two of them are to each
+    other, without a factor and without a floor.
     """
     config, device = CONFIGS["llama"], torch_xla.device()
     random.seed(0)
     epochs = [training.batches(some_rows(12), 48, 6) for _ in range(60)]
     steps = list(itertools.chain(*epochs))[:100]
     assert len(steps) == 100
-    losses, gradients = plain_training(config, steps, 1)
-    others, other_gradients = plain_training(config, steps, -1)
+    plain = [plain_training(config, steps, order) for order in range(4)]
 
     decoder = decoder_like(plain_model(config), device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
@@ -175,13 +178,20 @@ def test_100_steps_equal_plain_torch():
     assert xla_metrics.counter_value("UncachedCompile") == compiled
     training.loss_of(decoder, steps[0].to(device)).backward()
 
-    assert losses[-1] < losses[0] / 2  # it learns
-    noise = max(abs(a - b) for a, b in zip(losses, others, strict=True))
-    error = max(abs(a - b) for a, b in zip(losses[2:], ours, strict=True))
-    assert error <= 4 * noise + 1e-5, (error, noise)
-    noise = distance(other_gradients, gradients)
-    error = distance(gradients_of(decoder), gradients)
-    assert error <= 4 * noise + 1e-4, (error, noise)
+    assert ours[-1] < ours[0] / 2  # it learns
+    losses = [run[0][2:] for run in plain]
+    assert_in_the_noise(ours, losses, most_apart)
+    assert_in_the_noise(gradients_of(decoder), [run[1] for run in plain], distance)
+
+
+def most_apart(a, b):
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def assert_in_the_noise(ours, others, how_far):
+    noise = max(how_far(a, b) for a, b in itertools.combinations(others, 2))
+    error = min(how_far(ours, other) for other in others)
+    assert error <= noise, (error, noise)
 
 
 def test_train_tiny_writes_what_the_demo_reads(tmp_path):
