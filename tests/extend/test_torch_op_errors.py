@@ -180,3 +180,19 @@ def test_kernel_that_returns_another_number_of_tensors():
     f = torch_op(f"{OUTSIDE}::three", meta=lambda x: [torch.empty_like(x)] * 2)
     text = run(lambda x: f(x)[0], ones(3))
     assert "it returned 3 tensors where 2 were expected" in text
+
+
+def test_kernel_that_changes_what_a_tensor_is():
+    """By no tag that would have it refused; the user's tensor would not follow."""
+    f = torch_op(f"{OUTSIDE}::shrink")
+    text = run(lambda t: f(t) or t, ones(3))
+    assert (
+        f"torch_op: {OUTSIDE}::shrink failed: t must keep its memory, shape [3] and"
+        " strides [1], got shape [1] and strides [1]"
+    ) in text
+    f = torch_op(f"{OUTSIDE}::turn")
+    text = run(lambda t: f([ones(2, 2), t]) or t, ones(2, 3))
+    assert (
+        f"torch_op: {OUTSIDE}::turn failed: tensors[0] must keep its memory, shape"
+        " [2, 2] and strides [2, 1], got shape [2, 2] and strides [1, 2]"
+    ) in text

@@ -43,6 +43,13 @@ at::Tensor AddOne(const at::Tensor& input) { return input.add(1); }
 
 void Nothing(const at::Tensor&) {}
 
+// Changes what the tensor is, and no tag in the schema says so.
+void Shrink(at::Tensor& t) { t.resize_({1}); }
+
+void Turn(at::TensorList tensors) {
+  for (at::Tensor t : tensors) t.t_();
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fake_torch_ops, m) {
@@ -55,6 +62,8 @@ TORCH_LIBRARY(fake_torch_ops, m) {
   m.def("three(Tensor input) -> Tensor[]");
   m.def("add_one(Tensor input) -> Tensor");
   m.def("nothing(Tensor input) -> ()");
+  m.def("shrink(Tensor! t) -> ()");
+  m.def("turn(Tensor(a!)[] tensors) -> ()");
   m.def("elsewhere(Tensor input) -> Tensor");
 }
 
@@ -66,4 +75,6 @@ TORCH_LIBRARY_IMPL(fake_torch_ops, CPU, m) {
   m.impl("three", Three);
   m.impl("add_one", AddOne);
   m.impl("nothing", Nothing);
+  m.impl("shrink", Shrink);
+  m.impl("turn", Turn);
 }

@@ -225,6 +225,15 @@ class Frame {
   c10::Device device_;
 };
 
+// A tensor that the operator writes, and what it was before.
+struct Written {
+  at::Tensor tensor;
+  std::string argument;
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
+  void* data;
+};
+
 c10::IValue ToValue(const Frame& frame, const std::vector<Item>& items,
                     size_t* next);
 
@@ -321,6 +330,39 @@ void Store(const at::Tensor& returned, at::Tensor result) {
   if (returned.data_ptr() != result.data_ptr()) result.copy_(returned);
 }
 
+void AddWritten(const c10::IValue& value, const std::string& argument,
+                std::vector<Written>* written) {
+  const auto add = [&](const at::Tensor& t, const std::string& name) {
+    if (!t.defined()) return;
+    written->push_back(
+        {t, name, t.sizes().vec(), t.strides().vec(), t.data_ptr()});
+  };
+  if (value.isTensor()) {
+    add(value.toTensor(), argument);
+  } else if (value.isTensorList()) {
+    const std::vector<at::Tensor> tensors = value.toTensorVector();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      add(tensors[i], argument + "[" + std::to_string(i) + "]");
+    }
+  }
+}
+
+// The user's tensor would not follow one that is given another shape, strides
+// or memory: it is XLA's, and this one but wraps its buffer for the call.
+void RequireKept(const std::vector<Written>& written) {
+  for (const auto& [t, argument, sizes, strides, data] : written) {
+    if (t.sizes() == at::IntArrayRef(sizes) &&
+        t.strides() == at::IntArrayRef(strides) && t.data_ptr() == data) {
+      continue;
+    }
+    throw std::runtime_error(
+        argument + " must keep its memory, shape " +
+        c10::str(at::IntArrayRef(sizes)) + " and strides " +
+        c10::str(at::IntArrayRef(strides)) + ", got shape " +
+        c10::str(t.sizes()) + " and strides " + c10::str(t.strides()));
+  }
+}
+
 void Run(const Call& call, const Frame& frame) {
   // The thread may be the user's own, in the midst of a trace.
   const c10::impl::ForceDispatchKeyGuard keys(
@@ -328,10 +370,18 @@ void Run(const Call& call, const Frame& frame) {
   const c10::InferenceMode inference;
   std::vector<c10::IValue> stack;
   size_t next = 0;
+  std::vector<Written> written;
+  const auto& arguments = call.op.schema().arguments();
   while (next < call.items.size()) {
+    const c10::Argument& argument = arguments.at(stack.size());
     stack.push_back(ToValue(frame, call.items, &next));
+    const c10::AliasInfo* alias = argument.alias_info();
+    if (alias != nullptr && alias->isWrite()) {
+      AddWritten(stack.back(), argument.name(), &written);
+    }
   }
   call.op.callBoxed(&stack);
+  RequireKept(written);
   if (call.results.empty()) return;
   const std::vector<at::Tensor> returned = Flatten(stack);
   if (returned.size() != call.results.size()) {
