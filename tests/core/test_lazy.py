@@ -101,6 +101,41 @@ def test_ops_work_where_torch_comes_later():
     assert out.splitlines() == ["tensor([6.])", "16 56", "torch.Size([2, 1, 8])"]
 
 
+def test_ops_of_torch_are_there_as_soon_as_torch_is():
+    out = _run(
+        _JAX_FIRST,
+        """
+        import xla_ops, sys
+        num_finders = len(sys.meta_path)
+        import torch
+        print(torch.ops.xla_ops.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-12))
+        print(num_finders - len(sys.meta_path))
+        """,
+    )
+    assert out.splitlines() == ["tensor([[1., 1., 1., 1.]])", "1"]
+
+
+def test_torch_is_imported_where_ops_cannot_be_defined():
+    out = _run(
+        _JAX_FIRST,
+        """
+        import warnings, xla_ops
+        from xla_ops.core import lazy
+        def fail():
+            raise RuntimeError("no such thing")
+        lazy.when_torch(fail)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import torch
+        print(torch.ones(1).item(), *(w.message for w in caught))
+        """,
+    )
+    assert out.strip() == (
+        "1.0 xla_ops: torch.ops.xla_ops could not be defined for this torch:"
+        " no such thing"
+    )
+
+
 def test_attribute_that_is_no_op():
     out = _run(
         _NO_TORCH,

@@ -6,7 +6,7 @@ has the names that declarations use. What only torch calls for (registering an o
 waits in `when_torch`, and whole modules wait as names of this one.
 
 Torch may come later, where a process began with JAX. `attach` then puts the real
-modules in their places.
+modules in their places: when torch is imported, by whomever (`_Attaching`).
 
 Tested by tests/core/test_lazy.py.
 """
@@ -16,7 +16,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,8 @@ def attach() -> None:
     if _is_attached:
         return
     importlib.import_module("torch")
+    if _is_attached:  # by that import
+        return
     _is_attached = True
     for name, (place, real_name) in _places.items():
         real = importlib.import_module(real_name)
@@ -83,6 +87,36 @@ def attach() -> None:
                 setattr(module, name, real)
     while _waiting:
         _waiting.pop(0)()
+
+
+class _Attaching:
+    """Finds torch as ever, and attaches it as soon as it is imported."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path[:] = [f for f in sys.meta_path if f is not _Attaching]
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_and_attach(module: ModuleType) -> None:
+            execute(module)
+            try:
+                attach()
+            except Exception as error:  # noqa: BLE001 - torch itself is whole
+                warnings.warn(
+                    "xla_ops: torch.ops.xla_ops could not be defined for this torch:"
+                    f" {error}",
+                    stacklevel=2,
+                )
+
+        spec.loader.exec_module = exec_and_attach  # type: ignore[method-assign]
+        return spec
 
 
 if not TYPE_CHECKING:
@@ -95,3 +129,4 @@ if not TYPE_CHECKING:
         from . import no_torch as torch
 
         _places["torch"] = torch, "torch"
+        sys.meta_path.insert(0, _Attaching)
