@@ -350,6 +350,10 @@ ODD = [(9, 4), (0, 50), (70, 1), (4, 0), (16, 16), (0, 0), (1, 200)]
 # For the Hopper kernel: hundreds of rows, ends that are no tile's.
 LONG = [(257, 257), (1, 300), (300, 731), (128, 128), (513, 90), (400, 1100)]
 MIXED = [(1, 1 + i % 90) for i in range(150)] + [(700, 1333)] + [(1, 7)] * 60
+# What two kernels share on Hopper: decodes, prefills, and lengths of neither.
+SHUFFLED = [(1, 1 + i * 37 % 900) for i in range(40)] + [(300, 1333), (0, 90), (5, 700)]
+SHUFFLED += [(0, 0), (17, 40), (200, 200), (4, 0), (2, 77), (1, 3000), (4, 50)]
+SHUFFLED = [SHUFFLED[i * 17 % len(SHUFFLED)] for i in range(len(SHUFFLED))]
 WINDOWS = ((-1, -1), (0, 0), (49, 0), (700, 5), (-1, 30), (64, -1), (3, 200))
 
 
@@ -499,13 +503,15 @@ def prefill(quick, dtype, contiguous, page=16):
     for heads in shapes:
         values = {"dtype": dtype, "heads": heads} | keys
         yield _cases(**values, seqs=LONG)
+        yield _cases(**values, seqs=LONG, splits=3, lead_tokens=131)
         yield _cases(**values, seqs=MIXED, pad_tokens=5)
+        yield _cases(**values, seqs=MIXED, pad_tokens=5, splits=4, lead_tokens=3)
     heads = (8, 2, 128)
-    for seqs in (LONG[:1],) if quick else (LONG, MIXED):
+    for seqs in (LONG[:1],) if quick else (LONG, MIXED, SHUFFLED):
         values = {"dtype": dtype, "heads": heads, "seqs": seqs} | keys
         for window in WINDOWS:
             yield _cases(**values, window=window)
-        yield _cases(**values, sinks=True)
+        yield _cases(**values, sinks=True, splits=2)
         yield _cases(**values, soft_cap=20.0)
         yield _cases(**values, alibi="seqs", window=(-1, -1))
         yield _cases(
@@ -524,6 +530,9 @@ def prefill(quick, dtype, contiguous, page=16):
     if not quick:
         for heads in ((32, 8, 128), (16, 4, 64)):
             yield _cases(dtype=dtype, heads=heads, seqs=[(2048, 2048)], **keys)
+        chunk = {"heads": (8, 1, 128), "seqs": [(512, 20000)], "dtype": dtype}
+        for splits in (1, 7, 64):
+            yield _cases(**chunk, **keys, splits=splits)
         yield _cases(dtype=dtype, heads=(4, 1, 128), seqs=[(300, 9000)], **keys)
 
 

@@ -158,14 +158,6 @@ def all_groups(options):
     return {name: g for name, g in groups.items() if options.only in name}
 
 
-def cases_of(group, options):
-    """The group's cases, changed for --sm80."""
-    for check, case in group(options.quick):
-        if options.sm80 and check is attention_checks.check_attention:
-            case = case | {"splits": max(2, case.get("splits", 1))}
-        yield check, case
-
-
 def run_group(name, group, options, log):
     """Runs a group's cases in this process; a line of `log` before each."""
     result = {"cases": 0, "failures": [], "worst": {}}
@@ -176,7 +168,7 @@ def run_group(name, group, options, log):
             traceback.print_exc()
             result["failures"].append(f"{name}: {error}")
         return result
-    for index, (check, case) in enumerate(cases_of(group, options)):
+    for index, (check, case) in enumerate(group(options.quick)):
         print(f"{check.__name__} {case}", file=log, flush=True)
         result["cases"] += 1
         try:
@@ -245,7 +237,7 @@ def main():
     parser.add_argument(
         "--sm80",
         action="store_true",
-        help="attention by the kernels that need no Hopper GPU: at least two splits",
+        help="attention by the kernels that need no Hopper GPU",
     )
     parser.add_argument("--jobs", type=int, default=14, help="groups at a time")
     parser.add_argument("--timeout", type=float, default=400, help="seconds a group")
@@ -268,6 +260,8 @@ def main():
 
     # A child of ours.
     platform = "cpu" if options.cpu else "cuda"
+    if options.sm80:
+        os.environ["XLA_OPS_ATTENTION_NO_WGMMA"] = "1"
     kernel_calls.use(options.lib_dir, platform)
     if options.capture:
         check_capture(options.capture)

@@ -1,7 +1,8 @@
 // Launches attention on CUDA: the kernel that attention_choice.h names, over a
 // grid sized from bounds alone, and what combines the splits.
 //
-//   attention_sm90.h       prefill on Hopper's own tensor cores
+//   attention_sm90.h       prefill on Hopper's own tensor cores, alone or
+//                          beside the next one for sequences that decode
 //   attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on; its
 //                          pieces in attention_mma_tile.cuh
 //   attention_simt.cuh     everything else
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <mutex>
 #include <set>
 #include <string>
@@ -61,6 +63,20 @@ cudaError_t LaunchAttentionMma(cudaStream_t stream,
              : LaunchMma<__nv_bfloat16, false>(stream, args);
 }
 
+// Its kernels are prepared where they are the only ones.
+cudaError_t PrepareMixed(AttentionDevice*) { return cudaSuccess; }
+
+// One after the other: both fill the GPU.
+cudaError_t LaunchMixed(cudaStream_t stream, const AttentionParams& params,
+                        const AttentionArgs& all_args,
+                        const AttentionDevice& device) {
+  AttentionArgs args = all_args;
+  args.few_rows = kMixedFewRows;
+  const cudaError_t error = LaunchAttentionSm90(stream, params, args, device);
+  if (error != cudaSuccess) return error;
+  return LaunchAttentionMma(stream, params, args, device);
+}
+
 cudaError_t PrepareAttentionSimt(AttentionDevice*) {
   cudaError_t error = PrepareSimt<float>();
   if (error == cudaSuccess) error = PrepareSimt<__half>();
@@ -93,6 +109,7 @@ struct Launcher {
 };
 
 constexpr Launcher kLaunchers[] = {
+    {AttentionKernel::kMixed, PrepareMixed, LaunchMixed},
     {AttentionKernel::kSm90, PrepareAttentionSm90, LaunchAttentionSm90},
     {AttentionKernel::kMma, PrepareAttentionMma, LaunchAttentionMma},
     {AttentionKernel::kSimt, PrepareAttentionSimt, LaunchAttentionSimt},
@@ -124,6 +141,10 @@ cudaError_t FindDevice(AttentionDevice* result) {
   result->multiprocessors = get(cudaDevAttrMultiProcessorCount);
   for (const Launcher& launcher : kLaunchers) {
     if (error == cudaSuccess) error = launcher.prepare(result);
+  }
+  // For tests of what older GPUs run.
+  if (std::getenv("XLA_OPS_ATTENTION_NO_WGMMA") != nullptr) {
+    result->has_wgmma = false;
   }
   if (error == cudaSuccess) error = LoadKernel(AttentionCombineKernel);
   if (error == cudaSuccess) error = LoadKernel(ReportAttentionKernel);

@@ -18,7 +18,13 @@ namespace xla_ops {
 // In order of preference: the first one that can run a call does. A kernel of
 // its own for another architecture is one more entry here, with its row in
 // attention_choice_shared.cc and in attention.cu.cc.
-enum class AttentionKernel : int { kSm90, kMma, kSimt, kNone };
+enum class AttentionKernel : int {
+  kMixed,  // kSm90 and kMma, each for some of the sequences
+  kSm90,
+  kMma,
+  kSimt,
+  kNone
+};
 constexpr int kNumAttentionKernels = static_cast<int>(AttentionKernel::kNone);
 
 // What the kernels need to know of a device, and what was loaded for it.
@@ -30,7 +36,7 @@ struct AttentionDevice {
   bool can_overlap;         // device/overlap.cuh
 };
 
-// "sm90", "mma", "simt"; "none" for kNone.
+// "mixed", "sm90", "mma", "simt"; "none" for kNone.
 const char* Name(AttentionKernel kernel);
 
 // The first kernel that can run the call on the device, and is worth it; kSimt
@@ -61,11 +67,17 @@ bool RowsAligned(const AttentionParams& params);
 // tokens too (MakeMap in attention_sm90.cu.cc).
 bool IsTmaStep(int64_t size, int64_t stride);
 
+// Of kMixed: sequences of at most this many packed rows run by mma.sync in its
+// tile for decode, all others by the Hopper kernel. Which ones they are is read
+// on the device.
+constexpr int kMixedFewRows = 16;
+
 // Of the Hopper kernel. Pages are copied in boxes of at least this many
 // tokens, a divisor of every tile.
 constexpr int kSm90MinBoxTokens = 16;
 // There token and row numbers stay below this, so that sums of two fit in 32
-// bits. There are no more items of work than rows of [num_tokens, num_heads].
+// bits. There are no more items of work than rows of [num_splits,
+// num_tokens, num_heads].
 constexpr int64_t kSm90MaxTokens = int64_t{1} << 30;
 
 }  // namespace xla_ops

@@ -9,6 +9,9 @@ namespace {
 // Fewer packed rows a sequence than this, on average, leave more than half of
 // the Hopper kernel's tile of 128 or 192 rows empty: smaller tiles do better.
 constexpr int64_t kSm90MinRows = 64;
+// With this many the sequences that only decode take little of a call's time,
+// by whichever kernel, and a second one costs its launch.
+constexpr int64_t kMixedMaxRows = 1024;
 
 bool IsAligned16(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
@@ -19,20 +22,19 @@ bool PointersAligned(const AttentionParams& params) {
          IsAligned16(params.value) && IsAligned16(params.out);
 }
 
-bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
+int64_t PackedRows(const AttentionParams& params) {
+  return params.num_tokens * (params.num_heads / params.num_kv_heads);
+}
+
+// What the Hopper kernel can do, whether or not it is worth it.
+bool FitsSm90(const AttentionParams& params, const AttentionDevice& device) {
   if (device.capability != 90 || !device.has_wgmma) return false;
   if (params.dtype == DType::kF32 || params.kv_dtype != params.dtype) {
     return false;
   }
-  if (params.num_splits != 1 || params.head_dim % 8 != 0 ||
-      params.head_dim > 256) {
-    return false;
-  }
-  // The rows bound max_num_seqs too.
+  if (params.head_dim % 8 != 0 || params.head_dim > 256) return false;
   if (params.max_num_seqs == 0 || params.num_blocks == 0 ||
-      params.page_size == 0 ||
-      params.num_tokens * (params.num_heads / params.num_kv_heads) <
-          kSm90MinRows * params.max_num_seqs) {
+      params.page_size == 0 || params.max_num_seqs >= kSm90MaxTokens) {
     return false;
   }
   return (!params.paged || params.page_size % kSm90MinBoxTokens == 0) &&
@@ -40,7 +42,8 @@ bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
          IsTmaStep(params.num_kv_heads, params.head_stride) &&
          IsTmaStep(params.page_size, params.page_stride) &&
          IsTmaStep(params.num_blocks, params.block_stride) &&
-         params.num_tokens < kSm90MaxTokens / params.num_heads &&
+         params.num_tokens <
+             kSm90MaxTokens / (params.num_heads * params.num_splits) &&
          MaxKvLength(params) < kSm90MaxTokens &&
          params.page_size < kSm90MaxTokens &&
          params.num_blocks < (int64_t{1} << 31);
@@ -48,6 +51,20 @@ bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
 
 bool CanRunMma(const AttentionParams& params, const AttentionDevice& device) {
   return device.has_mma && params.dtype != DType::kF32 && RowsAligned(params);
+}
+
+bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
+  return FitsSm90(params, device) &&
+         PackedRows(params) >= kSm90MinRows * params.max_num_seqs;
+}
+
+// Where the average sequence has more rows than decode has, and fewer than
+// prefill, some have many and others may have few.
+bool CanRunMixed(const AttentionParams& params, const AttentionDevice& device) {
+  return params.max_num_seqs > 1 && FitsSm90(params, device) &&
+         CanRunMma(params, device) &&
+         PackedRows(params) > kMixedFewRows * params.max_num_seqs &&
+         PackedRows(params) < kMixedMaxRows * params.max_num_seqs;
 }
 
 bool CanRunSimt(const AttentionParams&, const AttentionDevice&) { return true; }
@@ -59,6 +76,7 @@ struct Row {
 };
 
 constexpr Row kRows[] = {
+    {AttentionKernel::kMixed, "mixed", CanRunMixed},
     {AttentionKernel::kSm90, "sm90", CanRunSm90},
     {AttentionKernel::kMma, "mma", CanRunMma},
     {AttentionKernel::kSimt, "simt", CanRunSimt},

@@ -128,18 +128,48 @@ XLA_OPS_TEST(TypesThatHopperDoesNotTake) {
       "simt");
 }
 
-XLA_OPS_TEST(DecodeAndSplitsRunByMma) {
-  // 4 query heads a KV head: 64 rows a sequence are 16 tokens.
-  EXPECT_EQ(
-      Changed([](AttentionParams& p) { p.num_tokens = 16 * p.max_num_seqs; }),
-      "sm90");
-  EXPECT_EQ(Changed([](AttentionParams& p) {
-              p.num_tokens = 16 * p.max_num_seqs - 1;
+XLA_OPS_TEST(RowsOfTheAverageSequence) {
+  // 4 query heads a KV head: 64 rows are 16 tokens.
+  const auto kernel = [](int64_t tokens, int64_t seqs) {
+    return Changed([=](AttentionParams& p) {
+      p.num_tokens = tokens;
+      p.max_num_seqs = seqs;
+    });
+  };
+  EXPECT_EQ(kernel(64, 64), "mma");
+  EXPECT_EQ(kernel(256, 64), "mma");
+  EXPECT_EQ(kernel(257, 64), "mixed");
+  EXPECT_EQ(kernel(16383, 64), "mixed");
+  EXPECT_EQ(kernel(16384, 64), "sm90");
+  // One sequence is the average.
+  EXPECT_EQ(kernel(16, 1), "sm90");
+  EXPECT_EQ(kernel(15, 1), "mma");
+}
+
+XLA_OPS_TEST(SplitsDoNotChangeTheKernel) {
+  const auto chunk = [](AttentionParams& p) {
+    p.num_tokens = 512;
+    p.max_num_seqs = 1;
+    p.num_splits = 4;
+  };
+  EXPECT_EQ(Changed(chunk), "sm90");
+  EXPECT_EQ(Changed([&](AttentionParams& p) {
+              chunk(p);
+              p.max_num_seqs = 65;
             }),
-            "mma");
-  EXPECT_EQ(Changed([](AttentionParams& p) { p.num_tokens = p.max_num_seqs; }),
-            "mma");
-  EXPECT_EQ(Changed([](AttentionParams& p) { p.num_splits = 2; }), "mma");
+            "mixed");
+}
+
+XLA_OPS_TEST(BothKernelsHaveToTakeAMixedCall) {
+  AttentionParams params = Paged();
+  params.max_num_seqs = 64;
+  EXPECT_EQ(Chosen(params, Hopper()), "mixed");
+  EXPECT_EQ(Chosen(params, Ampere()), "mma");
+  AttentionDevice without_mma = Hopper();
+  without_mma.has_mma = false;
+  EXPECT_EQ(Chosen(params, without_mma), "sm90");
+  params.kv_dtype = DType::kF8E4M3FN;
+  EXPECT_EQ(Chosen(params, Hopper()), "mma");
 }
 
 XLA_OPS_TEST(PagesThatTmaCannotCopy) {
@@ -184,6 +214,10 @@ XLA_OPS_TEST(AddressesAndStrides) {
 XLA_OPS_TEST(NumbersThatHopperCannotAdd) {
   EXPECT_EQ(Changed([](AttentionParams& p) {
               p.num_tokens = kSm90MaxTokens / p.num_heads;
+            }),
+            "mma");
+  EXPECT_EQ(Changed([](AttentionParams& p) {
+              p.num_splits = kSm90MaxTokens / (p.num_heads * p.num_tokens);
             }),
             "mma");
   EXPECT_EQ(Changed([](AttentionParams& p) {

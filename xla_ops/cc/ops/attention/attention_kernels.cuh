@@ -52,8 +52,10 @@ cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
                         int threads, int shared_bytes,
                         const AttentionArgs& args) {
   const int64_t group = args.group.value();
+  // With few_rows, a tile a segment.
   const int64_t tiles =
-      args.num_tokens * group / tile_rows + args.max_num_seqs + 2;
+      (args.few_rows > 0 ? 0 : args.num_tokens * group / tile_rows) +
+      args.max_num_seqs + 2;
   const dim3 grid(static_cast<unsigned>(tiles),
                   static_cast<unsigned>(args.num_kv_heads),
                   static_cast<unsigned>(args.num_splits));
@@ -74,7 +76,7 @@ cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args) {
     };
     // The short tile where 16 rows hold the average sequence, as in decode.
     const int64_t rows = int64_t{args.num_tokens} * args.group.value();
-    if (rows <= int64_t{16} * args.max_num_seqs) {
+    if (args.few_rows > 0 || rows <= int64_t{16} * args.max_num_seqs) {
       return launch(std::integral_constant<int, 1>{});
     }
     return launch(std::integral_constant<int, 4>{});

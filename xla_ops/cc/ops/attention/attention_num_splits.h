@@ -11,9 +11,14 @@
 
 namespace xla_ops {
 
-// Into how many pieces the CUDA kernels should cut each sequence's KV tokens.
-// `rows` are query tokens times KV heads.
-int64_t ChooseNumSplits(int64_t rows, int64_t max_kv_len);
+// Into how many pieces the CUDA kernels should cut each sequence's KV tokens,
+// by the tiles that the kernel of such a call has (attention_choice.h).
+int64_t ChooseNumSplits(const XlaOpsAttentionRequest& request);
+
+// The same from the number of tiles, times KV heads: for decode, whose time is
+// that of bytes on the way, and for prefill, a tile a multiprocessor.
+int64_t ChooseDecodeSplits(int64_t tiles, int64_t max_kv_len);
+int64_t ChoosePrefillSplits(int64_t tiles, int64_t max_kv_len);
 
 // xla_ops_attention_plan; `can_split`: the handler makes use of splits.
 const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,

@@ -12,11 +12,31 @@ namespace {
 // More pieces than this gain nothing at 32k tokens on an H100, the longest
 // measured: the kernel that combines them has as many to read.
 constexpr int64_t kMostSplits = 64;
-// Rows times pieces. A decode step has a thread block a row, and a large GPU
+// Tiles times pieces. A decode step has a thread block a tile, and a large GPU
 // holds 4 of them on each of some 130 multiprocessors.
 constexpr int64_t kMostBlocks = 512;
 // A piece is not worth a block of its own below the kernels' tile of tokens.
 constexpr int64_t kLeastTokens = 64;
+
+// Packed rows of a tile: in decode, which a call is where the average sequence
+// has no more of them, and in prefill on Hopper (Sm90Shape). Tiles of 64 rows,
+// as of mma.sync, fill a GPU sooner.
+constexpr int64_t kDecodeRows = 16;
+constexpr int64_t PrefillRows(int64_t head_dim) {
+  return head_dim <= 64 ? 192 : 128;
+}
+// Prefill's multiprocessors and times in ns on an H200: a KV tile of 128
+// tokens, by its full rate there; a tile's partial result, written and read,
+// and one more kernel, both estimated.
+constexpr int64_t kProcessors = 132;
+constexpr int64_t kKvTileTokens = 128;
+constexpr int64_t kKvTileTime = 1800;
+constexpr int64_t kPartialTime = 33;
+constexpr int64_t kCombineTime = 4000;
+// Of prefill's pieces.
+constexpr int64_t kLeastKvTiles = 2;
+
+int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -28,14 +48,59 @@ constexpr int64_t kLeastTokens = 64;
 //
 // A power of two, so that a bound which grows token by token seldom makes a new
 // program.
-int64_t ChooseNumSplits(int64_t rows, int64_t max_kv_len) {
+int64_t ChooseDecodeSplits(int64_t tiles, int64_t max_kv_len) {
   int64_t splits = 1;
-  while (splits < kMostSplits && rows <= kMostBlocks / (2 * splits) &&
+  while (splits < kMostSplits && tiles <= kMostBlocks / (2 * splits) &&
          std::max(2 * splits * kLeastTokens, 16 * splits * splits) <=
              max_kv_len) {
     splits *= 2;
   }
   return splits;
+}
+
+// A multiprocessor works on one tile at a time, so what counts is the number of
+// waves: few tiles leave most of the GPU idle, and a few more than it has
+// multiprocessors leave it idle half of the time.
+int64_t ChoosePrefillSplits(int64_t tiles, int64_t max_kv_len) {
+  const int64_t kv_tiles = CeilDivide(max_kv_len, kKvTileTokens);
+  const auto time = [&](int64_t splits) {
+    return CeilDivide(tiles * splits, kProcessors) *
+               CeilDivide(kv_tiles, splits) * kKvTileTime +
+           (splits > 1 ? tiles * splits * kPartialTime + kCombineTime : 0);
+  };
+  int64_t best = 1;
+  // The workspace grows with tiles times pieces too.
+  for (int64_t splits = 2;
+       splits <= kMostSplits && tiles <= 2 * kProcessors / splits &&
+       kv_tiles >= splits * kLeastKvTiles;
+       splits *= 2) {
+    if (time(splits) < time(best)) best = splits;
+  }
+  return best;
+}
+
+int64_t ChooseNumSplits(const XlaOpsAttentionRequest& request) {
+  const int64_t group =
+      request.num_heads / std::max<int64_t>(1, request.num_kv_heads);
+  int64_t rows;
+  int64_t tiles;
+  if (__builtin_mul_overflow(request.num_tokens, group, &rows) ||
+      request.max_num_seqs > kAttentionMaxSeqs) {
+    return 1;
+  }
+  const bool is_decode = rows / kDecodeRows <= request.max_num_seqs &&
+                         rows <= kDecodeRows * request.max_num_seqs;
+  // What sequences of a row or more could have at most, a tile of each in part
+  // full.
+  const int64_t tile_rows =
+      is_decode ? kDecodeRows : PrefillRows(request.head_dim);
+  const int64_t bound =
+      std::min(request.num_tokens,
+               std::max<int64_t>(0, rows - request.max_num_seqs) / tile_rows +
+                   request.max_num_seqs);
+  if (__builtin_mul_overflow(bound, request.num_kv_heads, &tiles)) return 1;
+  return is_decode ? ChooseDecodeSplits(tiles, request.max_kv_len)
+                   : ChoosePrefillSplits(tiles, request.max_kv_len);
 }
 
 const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
@@ -58,12 +123,7 @@ const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
   }
   int64_t splits = request.num_splits;
   if (splits == 0) {
-    int64_t rows;
-    if (__builtin_mul_overflow(request.num_tokens, request.num_kv_heads,
-                               &rows)) {
-      rows = INT64_MAX;
-    }
-    splits = can_split ? ChooseNumSplits(rows, request.max_kv_len) : 1;
+    splits = can_split ? ChooseNumSplits(request) : 1;
   }
   int64_t unused;
   if (__builtin_mul_overflow(request.num_tokens, request.num_heads, &unused) ||

@@ -38,26 +38,67 @@ Answer Ask(const XlaOpsAttentionRequest& request, bool can_split = true) {
 }
 
 XLA_OPS_TEST(SplitsGrowAsTheRootOfTheLength) {
-  EXPECT_EQ(ChooseNumSplits(8, 1024), 16);
-  EXPECT_EQ(ChooseNumSplits(8, 4096), 32);
-  EXPECT_EQ(ChooseNumSplits(8, 1000000), 64);
-  EXPECT_EQ(ChooseNumSplits(1, 1000000), 64);
+  EXPECT_EQ(ChooseDecodeSplits(8, 1024), 16);
+  EXPECT_EQ(ChooseDecodeSplits(8, 4096), 32);
+  EXPECT_EQ(ChooseDecodeSplits(8, 1000000), 64);
+  EXPECT_EQ(ChooseDecodeSplits(1, 1000000), 64);
   // Pieces have at least 64 tokens.
-  EXPECT_EQ(ChooseNumSplits(8, 127), 1);
-  EXPECT_EQ(ChooseNumSplits(8, 128), 2);
+  EXPECT_EQ(ChooseDecodeSplits(8, 127), 1);
+  EXPECT_EQ(ChooseDecodeSplits(8, 128), 2);
   // At most 512 blocks.
-  EXPECT_EQ(ChooseNumSplits(64, 4096), 8);
-  EXPECT_EQ(ChooseNumSplits(256, 4096), 2);
-  EXPECT_EQ(ChooseNumSplits(257, 4096), 1);
-  EXPECT_EQ(ChooseNumSplits(512, 4096), 1);
-  EXPECT_EQ(ChooseNumSplits(INT64_MAX, 4096), 1);
-  EXPECT_EQ(ChooseNumSplits(0, 0), 1);
+  EXPECT_EQ(ChooseDecodeSplits(64, 4096), 8);
+  EXPECT_EQ(ChooseDecodeSplits(256, 4096), 2);
+  EXPECT_EQ(ChooseDecodeSplits(257, 4096), 1);
+  EXPECT_EQ(ChooseDecodeSplits(512, 4096), 1);
+  EXPECT_EQ(ChooseDecodeSplits(INT64_MAX, 4096), 1);
+  EXPECT_EQ(ChooseDecodeSplits(0, 0), 1);
+}
+
+XLA_OPS_TEST(PrefillIsSplitWhereTilesLeaveMultiprocessorsIdle) {
+  EXPECT_EQ(ChoosePrefillSplits(32, 32768), 4);
+  EXPECT_EQ(ChoosePrefillSplits(33, 32768), 4);
+  EXPECT_EQ(ChoosePrefillSplits(66, 32768), 2);
+  EXPECT_EQ(ChoosePrefillSplits(1, 65536), 64);
+  // No wave less, or not enough to pay for the combining kernel.
+  EXPECT_EQ(ChoosePrefillSplits(132, 32768), 1);
+  EXPECT_EQ(ChoosePrefillSplits(1024, 32768), 1);
+  EXPECT_EQ(ChoosePrefillSplits(32, 256), 1);
+  EXPECT_EQ(ChoosePrefillSplits(INT64_MAX, INT32_MAX), 1);
+  EXPECT_EQ(ChoosePrefillSplits(0, 0), 1);
+}
+
+XLA_OPS_TEST(TilesAreThoseOfTheKernelOfTheCall) {
+  const auto splits = [](int64_t tokens, int64_t heads, int64_t kv_heads,
+                         int64_t seqs, int64_t length, int64_t head_dim) {
+    XlaOpsAttentionRequest request = Request();
+    request.num_tokens = tokens;
+    request.num_heads = heads;
+    request.num_kv_heads = kv_heads;
+    request.head_dim = head_dim;
+    request.max_num_seqs = seqs;
+    request.max_kv_len = length;
+    return ChooseNumSplits(request);
+  };
+  // 4096 packed rows are 32 tiles of 128, or 22 of 192.
+  EXPECT_EQ(splits(512, 8, 1, 1, 32768, 128), 4);
+  EXPECT_EQ(splits(512, 8, 1, 1, 32768, 64), ChoosePrefillSplits(22, 32768));
+  // 64 tiles of each of 8 KV heads.
+  EXPECT_EQ(splits(2048, 32, 8, 1, 32768, 128), 1);
+  // Decode: a tile a sequence, with up to 16 rows in it.
+  EXPECT_EQ(splits(8, 32, 8, 8, 4096, 128), ChooseDecodeSplits(64, 4096));
+  EXPECT_EQ(splits(32, 32, 8, 8, 4096, 128), ChooseDecodeSplits(120, 4096));
+  EXPECT_EQ(splits(64, 32, 8, 64, 4096, 128), 1);
+  // Sizes that nothing holds.
+  EXPECT_EQ(splits(INT64_MAX, 64, 1, 1, 4096, 128), 1);
+  EXPECT_EQ(splits(1, 32, 8, INT64_MAX, 4096, 128), 1);
+  EXPECT_EQ(splits(0, 0, 0, 0, 0, 128), 1);
 }
 
 XLA_OPS_TEST(ABoundThatGrowsSeldomChangesThePlan) {
   int changes = 0;
   for (int64_t length = 256; length < 16384; ++length) {
-    changes += ChooseNumSplits(2, length) != ChooseNumSplits(2, length + 1);
+    changes +=
+        ChooseDecodeSplits(2, length) != ChooseDecodeSplits(2, length + 1);
   }
   EXPECT_EQ(changes, 4);
 }

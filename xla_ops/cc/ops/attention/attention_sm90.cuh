@@ -4,9 +4,9 @@
 // attention_sm90_mainloop.cuh.
 //
 // A persistent block takes work items one by one from a counter in the
-// workspace: a tile of kRows packed query rows (the query heads of one KV head
-// folded into rows: packed row r is token r / group, head r % group) of one
-// sequence and KV head. Roles of its warpgroups:
+// workspace: a split of the KV tokens of a tile of kRows packed query rows (the
+// query heads of one KV head folded into rows: packed row r is token r / group,
+// head r % group) of one sequence and KV head. Roles of its warpgroups:
 //   producer, warp 0      takes items, and copies K and V tiles by TMA
 //   producer, warps 1-3   copy the query tile
 //   consumers             64 query rows each

@@ -24,7 +24,8 @@ cudaError_t PrepareAttentionSm90(AttentionDevice* device);
 
 // Queues the kernel behind a memset of its counter in the workspace, which
 // LaunchAttention has checked. `args` are those of `params`, a call that
-// ChooseAttentionKernel gives to this kernel. Where the driver cannot describe
+// ChooseAttentionKernel gives to this kernel or shares between it and another
+// (`few_rows`). Where the driver cannot describe
 // its keys and values to the copy engine, this is cudaErrorNotSupported, and
 // nothing is queued.
 cudaError_t LaunchAttentionSm90(cudaStream_t stream,

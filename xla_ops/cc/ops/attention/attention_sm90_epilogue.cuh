@@ -1,5 +1,6 @@
 // The epilogue of the Hopper attention kernel (attention_sm90.cuh): ends the
-// rows' softmax, and writes `out` and `lse`.
+// rows' softmax and writes `out` and `lse`, or leaves both to the kernel that
+// combines splits.
 
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SM90_EPILOGUE_CUH_
 #define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SM90_EPILOGUE_CUH_
@@ -37,8 +38,30 @@ __device__ __forceinline__ void TransposeQuad(uint32_t (&m)[4]) {
   }
 }
 
+// Writes a thread's part of its row `i`, as it is, for the combining kernel.
+template <int kOut>
+__device__ __forceinline__ void StorePartialRow(const AttentionArgs& args,
+                                                int64_t partial_row, float max,
+                                                float sum, int i,
+                                                const float (&out)[kOut]) {
+  const int lane = threadIdx.x % 32;
+  if (lane % 4 == 0) {
+    args.partial_max[partial_row] = max;
+    args.partial_sum[partial_row] = sum;
+  }
+  float* target = args.partial_out + partial_row * args.head_dim;
+#pragma unroll
+  for (int n = 0; n < kOut / 4; ++n) {
+    const int column = 8 * n + 2 * (lane % 4);
+    if (column >= args.head_dim) break;
+    *reinterpret_cast<float2*>(target + column) =
+        make_float2(out[4 * n + 2 * i], out[4 * n + 2 * i + 1]);
+  }
+}
+
 // Normalises and writes a warp's 16 rows from `first_row` on, 16 bytes a lane.
-// `max` is that of scores before `factor`, `sum` of this thread's columns.
+// `max` is that of scores before `factor`, `sum` of this thread's columns. With
+// splits the rows are those of the split's partial results.
 template <typename T, int kOut>
 __device__ __forceinline__ void StoreOutput(const AttentionArgs& args,
                                             const Sm90Item& item, int first_row,
@@ -55,6 +78,13 @@ __device__ __forceinline__ void StoreOutput(const AttentionArgs& args,
     const bool empty = total == 0.0f;
     const SoftmaxEnd end =
         EndRowSoftmax(args, query_row.head, max[i] * factor, total);
+    if (args.partial_out != nullptr) {
+      if (valid) {
+        StorePartialRow(args, query_row.Index(args), max[i] * factor, total, i,
+                        out);
+      }
+      continue;
+    }
     if (valid && lane % 4 == 0) StoreLse(args, query_row, end.lse);
     T* target =
         static_cast<T*>(args.out) + query_row.Index(args) * args.head_dim;
@@ -86,6 +116,14 @@ __device__ __forceinline__ void StoreZeros(const AttentionArgs& args,
   const int end = min(first_row + 16, item.rows.num_rows);
   for (int row = first_row; row < end; ++row) {
     const QueryRow query_row = item.rows.Row(args, item.kv_head, row);
+    if (args.partial_out != nullptr) {
+      // The combining kernel reads no accumulator where the sum is zero.
+      if (lane == 0) {
+        args.partial_max[query_row.Index(args)] = -CUDART_INF_F;
+        args.partial_sum[query_row.Index(args)] = 0.0f;
+      }
+      continue;
+    }
     if (lane == 0) StoreLse(args, query_row, CUDART_INF_F);
     if (lane * 8 < args.head_dim) {
       T* target =

@@ -109,8 +109,11 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
 
   while (true) {
     Wait(&barriers.item_full[slot.stage], slot.parity);
-    const Sm90Item item = items[slot.stage];
+    Sm90Item item = items[slot.stage];
     __syncwarp();
+    // From here on a row is that of its split's results, which saves a
+    // register.
+    item.rows.token += item.split * args.num_tokens;
     if (elected) Arrive(&barriers.item_empty[slot.stage]);
     slot.Advance();
     if (item.rows.seq == Sm90Item::kNoMore) return;

@@ -1,9 +1,10 @@
 // The scheduler of the Hopper attention kernel (attention_sm90.cuh): the items
 // of work that its blocks take from a counter.
 //
-// An item is a tile of packed query rows of one segment and KV head, with the
-// KV tiles that its rows see. Segments are those of attention_tiles.cuh: the
-// rows before the first sequence, the sequences, the rows after the last.
+// An item is a tile of packed query rows of one segment and KV head, with one
+// split of the KV tiles that its rows see. Segments are those of
+// attention_tiles.cuh: the rows before the first sequence, the sequences, the
+// rows after the last.
 //
 // Order of items: sequence, KV head, tiles from the last to the first, so that
 // blocks at work share K and V in the L2 cache, and the cheap tiles of a
@@ -11,7 +12,7 @@
 //
 // The choice of this kernel keeps token and row numbers below kSm90MaxTokens,
 // so that sums of two of them fit in 32 bits, and with them the number of
-// items.
+// items and of their splits.
 
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SM90_SCHEDULER_CUH_
 #define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SM90_SCHEDULER_CUH_
@@ -34,6 +35,7 @@ struct Sm90Item {
   int kv_head;
   int tile_begin;  // KV tiles [tile_begin, tile_end)
   int tile_end;
+  int split;
 };
 
 // Warp 0's walk over the segments, 32 at a time: what this lane's segment is,
@@ -78,7 +80,8 @@ struct Sm90Segments {
       key_start = key_before;
     }
     items_end =
-        segment < num_seqs + 2
+        segment < num_seqs + 2 &&
+                !IsFew(args, segment, num_seqs, query_end - query_start)
             ? Tiles((query_end - query_start) * args.group.value(), tile_rows) *
                   args.num_kv_heads
             : 0;
@@ -98,8 +101,12 @@ __device__ __forceinline__ Sm90Item NextItem(const AttentionArgs& args,
   const int lane = threadIdx.x % 32;
   unsigned taken = 0;
   if (lane == 0) taken = atomicAdd(args.next_item, 1u);
-  const int index = static_cast<int>(__shfl_sync(kFullWarp, taken, 0));
+  taken = __shfl_sync(kFullWarp, taken, 0);
   Sm90Item item = {};
+  // The splits of a tile are neighbours, so that they end at about the same
+  // time.
+  const int index = static_cast<int>(taken / args.num_splits);
+  item.split = static_cast<int>(taken % args.num_splits);
   while (true) {
     const int behind = __shfl_sync(kFullWarp, segments.items_end, 31);
     if (index - segments.items < behind) break;
@@ -135,8 +142,10 @@ __device__ __forceinline__ Sm90Item NextItem(const AttentionArgs& args,
       VisibleTokens(args, item.rows.kv_len, item.rows.Position(args, 0),
                     item.rows.Position(args, item.rows.num_rows - 1));
   const TokenRange kv_tiles = TilesOf<Shape::kTokens>(visible);
-  item.tile_begin = kv_tiles.begin;
-  item.tile_end = kv_tiles.end;
+  const TokenRange split =
+      SplitRange(kv_tiles.end - kv_tiles.begin, args.num_splits, item.split);
+  item.tile_begin = kv_tiles.begin + split.begin;
+  item.tile_end = kv_tiles.begin + split.end;
   return item;
 }
 

@@ -72,6 +72,10 @@ struct AttentionArgs {
   int max_kv_len;  // paged: what a block table's row can address;
                    // contiguous: the buffer's rows
   int num_splits;
+  // Of a call that two kernels share: the one for decode takes the sequences of
+  // at most this many packed rows, the one for prefill all other rows. 0: one
+  // kernel takes all.
+  int few_rows;
   int window_left;   // -1: hides nothing; else below max_kv_len
   int window_right;  // -1: hides nothing; else below num_tokens
   float scale;       // times log2(e); with soft_cap, over soft_cap
@@ -210,6 +214,14 @@ __device__ __forceinline__ void SetRows(const AttentionArgs& args, int start,
   tile.kv_start = 0;
 }
 
+// Whether a segment of `tokens` query tokens is one for the kernel for decode,
+// in a call that two kernels share.
+__device__ __forceinline__ bool IsFew(const AttentionArgs& args, int segment,
+                                      int num_seqs, int tokens) {
+  return segment >= 1 && segment <= num_seqs &&
+         tokens * args.group.value() <= args.few_rows;
+}
+
 // Finds tile `tile_index`; false if it has no rows. All threads of the block
 // must call. The start of a segment is the running maximum of cu_seqlens_q
 // clamped to [0, num_tokens], as the contract defines it for values in any
@@ -260,8 +272,13 @@ __device__ __forceinline__ bool FindQueryTile(const AttentionArgs& args,
     int kv_start = 0;
     if (!args.paged)
       kv_start = AddWarps<kWarps>(shared.warp_kv_end, kv_carry, kv_end);
-    const int first_tile = start * group / kTileRows + segment;
-    const int end_tile = end * group / kTileRows + segment + 1;
+    int first_tile = start * group / kTileRows + segment;
+    int end_tile = end * group / kTileRows + segment + 1;
+    if (args.few_rows > 0) {
+      // A sequence is a tile, or not this kernel's.
+      first_tile = segment;
+      end_tile = segment + IsFew(args, segment, num_seqs, end - start);
+    }
     if (segment < num_seqs + 2 && first_tile <= tile_index &&
         tile_index < end_tile) {
       QueryTile& found = shared.tile;
