@@ -25,7 +25,7 @@ def use(lib_dir, platform="cuda"):
         platform: `cuda` or `cpu`.
 
     Returns:
-        The architectures that each CUDA library was built for, by op.
+        The architectures that each CUDA library with kernels was built for, by op.
     """
     paths.LIB = pathlib.Path(lib_dir).resolve()
     found = sorted(paths.LIB.glob(f"libxla_ops_*_{platform}.so"))
@@ -36,8 +36,9 @@ def use(lib_dir, platform="cuda"):
     for path in found if platform == "cuda" else ():
         op = path.stem.removeprefix("libxla_ops_").removesuffix(f"_{platform}")
         library = ctypes.CDLL(str(path))
-        library.xla_ops_cuda_archs.restype = ctypes.c_char_p
-        archs[op] = library.xla_ops_cuda_archs().decode()
+        if hasattr(library, "xla_ops_cuda_archs"):  # else it brings no kernels
+            library.xla_ops_cuda_archs.restype = ctypes.c_char_p
+            archs[op] = library.xla_ops_cuda_archs().decode()
     return archs
 
 
