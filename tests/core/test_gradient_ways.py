@@ -97,7 +97,7 @@ few = pytest.mark.parametrize(
     "name", ["rms_norm", "fused_add_rms_norm", "silu_and_mul"]
 )
 # Tested with their features, in tests/ops.
-ELSEWHERE = {"flash_attn_varlen", "paged_attention"}
+ELSEWHERE = {"flash_attn_varlen", "paged_attention", "fused_qk_norm_rope"}
 
 
 def test_every_op_with_a_gradient_has_a_case():
