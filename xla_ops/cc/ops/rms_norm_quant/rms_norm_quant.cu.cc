@@ -11,6 +11,7 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/launch.h"
+#include "xla_ops/cc/device/packed.cuh"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/rms.cuh"
 #include "xla_ops/cc/device/row.cuh"
@@ -100,9 +101,9 @@ __global__ void __launch_bounds__(Plan::kMaxThreads,
     for (int j = 0; j < kWidth; ++j) {
       const float exact = value(i, j);
       if constexpr (kResidual) r[i][j] = FromFloat<T>(exact);
-      const T normed = FromFloat<T>(exact * s);
-      x[i][j] = FromFloat<T>(ToFloat(normed) * ToFloat(w[i][j]));
+      x[i][j] = FromFloat<T>(exact * s);
     }
+    x[i] = Product(x[i], w[i]);
   };
   float scale = 1.0f;
   if constexpr (kDynamic) {
@@ -160,6 +161,17 @@ cudaError_t LaunchRows(cudaStream_t stream, Rows<T> rows, int64_t hidden_size) {
       IsAligned(rows.input, 16) && IsAligned(rows.residual, 16) &&
       IsAligned(rows.weight, 16) && IsAligned(rows.residual_out, 16) &&
       IsAligned(rows.out, kWideSize<T>);
+  // Blocks of 512 threads, DispatchRow's choice for rows of 8192, leave a
+  // multiprocessor idle while they wait for each other.
+  if constexpr (kQuant == Quant::kStaticFp8 && !kResidual && sizeof(T) == 2) {
+    constexpr int kThreads = 256;
+    using Plan = RowPlan<kWideSize<T>, 4, kThreads, true>;
+    rows.row_vectors = Plan::kSlots * kThreads;
+    if (aligned && hidden_size == rows.row_vectors * Plan::kWidth) {
+      return LaunchKernel<RmsNormQuantKernel<T, Plan, kQuant, kResidual>>(
+          stream, static_cast<unsigned>(rows.num_rows), kThreads, rows);
+    }
+  }
   return DispatchRow<T>(
       rows.num_rows, hidden_size, aligned, [&](auto plan, const RowGrid& grid) {
         rows.row_vectors = grid.row_vectors;

@@ -2,6 +2,10 @@
 // rotate kPairs pairs, the rest copy what lies past rotary_dim (nothing to do
 // in place). Queries and keys share one launch.
 //
+// RotateHeadsKernel      NeoX heads that rotate whole: a thread has the same
+//                        unit of several heads, and loads its angles once
+// RotaryEmbeddingKernel  everything else, one or two units a thread
+//
 // Tested by tests/gpu/check_elementwise.py and
 // tests/ops/test_rotary_embedding.py.
 
@@ -14,6 +18,7 @@
 #include "xla_ops/cc/device/fast_div.h"
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/occupancy.h"
+#include "xla_ops/cc/device/packed.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_launch.h"
 
@@ -29,6 +34,12 @@ constexpr int kUnits = kNeox ? 2 : 1;
 // From here on a GPU is full with kUnits of them a thread.
 constexpr int64_t kManyTokens = 512;
 
+// Of RotateHeadsKernel: threads, its blocks on a multiprocessor, and heads a
+// thread loads before it rotates the first.
+constexpr int kHeadThreads = 160;
+constexpr int kMinHeadBlocks = MinBlocks(6, kHeadThreads);
+constexpr int kHeads = 4;
+
 // T(a * b), as a float. __fmul_rn keeps fp32 products from being fused with
 // the addition: the contract rounds them.
 template <typename T>
@@ -41,6 +52,33 @@ __device__ __forceinline__ void Rotate(T cos, T sin, T* x, T* y) {
   const T new_x = FromFloat<T>(Product(*x, cos) - Product(*y, sin));
   *y = FromFloat<T>(Product(*y, cos) + Product(*x, sin));
   *x = new_x;
+}
+
+// Rotates every pair. Packed arithmetic too rounds every product and sum once,
+// to the same bits.
+template <typename T, int kPairs>
+__device__ __forceinline__ void RotateVector(const Vector<T, kPairs>& cos,
+                                             const Vector<T, kPairs>& sin,
+                                             Vector<T, kPairs>* x,
+                                             Vector<T, kPairs>* y) {
+  if constexpr (kHasPacked<T> && kPairs % 2 == 0) {
+    using T2 = Packed<T>;
+#pragma unroll
+    for (int i = 0; i < kPairs / 2; ++i) {
+      const T2 c = reinterpret_cast<const T2*>(&cos)[i];
+      const T2 s = reinterpret_cast<const T2*>(&sin)[i];
+      T2& a = reinterpret_cast<T2*>(x)[i];
+      T2& b = reinterpret_cast<T2*>(y)[i];
+      const T2 new_a = __hsub2_rn(__hmul2_rn(a, c), __hmul2_rn(b, s));
+      b = __hadd2_rn(__hmul2_rn(b, c), __hmul2_rn(a, s));
+      a = new_a;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      Rotate(cos[i], sin[i], &(*x)[i], &(*y)[i]);
+    }
+  }
 }
 
 // Entries of the table, rounded to T where it has floats.
@@ -207,6 +245,104 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
+// NeoX heads that rotate whole, of `parts` vectors of pairs. A block has one
+// token and block_heads of its heads; a thread keeps its place in the head, so
+// that its angles are loaded once, and walks over heads.
+template <typename T, typename Table, int kPairs>
+__global__ void __launch_bounds__(kHeadThreads, kMinHeadBlocks)
+    RotateHeadsKernel(const void* __restrict__ positions,
+                      const Table* __restrict__ cos_sin_cache,
+                      const Shape<T> shape, const FastDiv parts,
+                      int block_heads) {
+  using V = Vector<T, kPairs>;
+  const int64_t token = blockIdx.x;
+  const int64_t position = shape.positions_are_32_bits
+                               ? static_cast<const int32_t*>(positions)[token]
+                               : static_cast<const int64_t*>(positions)[token];
+  const int row = parts.Divide(threadIdx.x);
+  const int pair = (threadIdx.x - row * parts.value()) * kPairs;
+  const int step = parts.Divide(blockDim.x);
+  const int pairs = parts.value() * kPairs;
+  const int begin = blockIdx.y * block_heads;
+  const int end = min(begin + block_heads, shape.query_heads + shape.key_heads);
+
+  // The first element of a head's part, in query and query_out or in key and
+  // key_out.
+  const auto start = [&](int head) {
+    const bool is_query = head < shape.query_heads;
+    const int heads = is_query ? shape.query_heads : shape.key_heads;
+    return (token * heads + head - (is_query ? 0 : shape.query_heads)) *
+               shape.head_size +
+           pair;
+  };
+  V x[kHeads];
+  V y[kHeads];
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int head = begin + row + i * step;
+    if (head >= end) break;
+    const T* in =
+        (head < shape.query_heads ? shape.query : shape.key) + start(head);
+    x[i] = LoadVector<kPairs>(in);
+    y[i] = LoadVector<kPairs>(in + pairs);
+  }
+  const bool rotate = position >= 0 && position < shape.max_position;
+  V cos = {};
+  V sin = {};
+  if (rotate) {
+    const Table* entries = cos_sin_cache + position * shape.rotary_dim + pair;
+    cos = LoadTable<kPairs, T>(entries);
+    sin = LoadTable<kPairs, T>(entries + pairs);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int head = begin + row + i * step;
+    if (head >= end) break;
+    T* out = (head < shape.query_heads ? shape.query_out : shape.key_out) +
+             start(head);
+    if (rotate) RotateVector(cos, sin, &x[i], &y[i]);
+    StoreGlobal(out, x[i]);
+    StoreGlobal(out + pairs, y[i]);
+  }
+}
+
+template <typename T, typename Table, int kPairs>
+cudaError_t LaunchHeads(cudaStream_t stream,
+                        const RotaryEmbeddingParams& params) {
+  const int64_t parts = params.rotary_dim / 2 / kPairs;
+  const int64_t heads = params.query.num_heads + params.key.num_heads;
+  // Heads a thread, as even as can be.
+  const int64_t steps = CeilDivide(heads, kHeadThreads / parts);
+  const int64_t rows = CeilDivide(heads, steps);
+  const int64_t columns = CeilDivide(steps, kHeads);
+  const int64_t block_heads = rows * CeilDivide(steps, columns);
+  Shape<T> shape;
+  shape.max_position = params.max_position;
+  shape.positions_are_32_bits = params.positions_dtype == DType::kS32;
+  shape.head_size = params.head_size;
+  shape.rotary_dim = params.rotary_dim;
+  shape.query_heads = static_cast<int>(params.query.num_heads);
+  shape.key_heads = static_cast<int>(params.key.num_heads);
+  return ForEachGrid(params.num_tokens, 1, [&](int64_t first, int64_t tokens) {
+    const int64_t query_start =
+        first * params.query.num_heads * params.head_size;
+    const int64_t key_start = first * params.key.num_heads * params.head_size;
+    shape.num_tokens = tokens;
+    shape.query = static_cast<const T*>(params.query.in) + query_start;
+    shape.query_out = static_cast<T*>(params.query.out) + query_start;
+    shape.key = static_cast<const T*>(params.key.in) + key_start;
+    shape.key_out = static_cast<T*>(params.key.out) + key_start;
+    return LaunchKernel<RotateHeadsKernel<T, Table, kPairs>>(
+        stream,
+        dim3(static_cast<unsigned>(tokens), static_cast<unsigned>(columns)),
+        dim3(static_cast<unsigned>(rows * parts)),
+        static_cast<const char*>(params.positions) +
+            first * SizeOf(params.positions_dtype),
+        static_cast<const Table*>(params.cos_sin_cache), shape, FastDiv(parts),
+        static_cast<int>(block_heads));
+  });
+}
+
 template <typename T, typename Table, int kPairs, bool kNeox>
 cudaError_t LaunchUnits(cudaStream_t stream,
                         const RotaryEmbeddingParams& params) {
@@ -273,6 +409,16 @@ cudaError_t Launch(cudaStream_t stream, const RotaryEmbeddingParams& params) {
       params.head_size % kWideSize<T> == 0 && IsAligned(params.query.in, 16) &&
       IsAligned(params.query.out, 16) && IsAligned(params.key.in, 16) &&
       IsAligned(params.key.out, 16) && IsAligned(params.cos_sin_cache, 16);
+  if constexpr (kNeox) {
+    const int64_t parts = params.rotary_dim / 2 / kPairs;
+    const int64_t heads = params.query.num_heads + params.key.num_heads;
+    // Not for so few units that most of a block would be idle.
+    if (wide && params.rotary_dim == params.head_size && parts > 0 &&
+        parts <= kHeadThreads / 4 && heads * parts >= kHeadThreads / 2 &&
+        heads <= kHeadThreads * kHeads) {
+      return LaunchHeads<T, Table, kPairs>(stream, params);
+    }
+  }
   return wide ? LaunchUnits<T, Table, kPairs, kNeox>(stream, params)
               : LaunchUnits<T, Table, 1, kNeox>(stream, params);
 }

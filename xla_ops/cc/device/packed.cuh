@@ -1,0 +1,54 @@
+// Arithmetic on 16-bit vectors, two elements at an instruction where the GPU
+// has it.
+//
+// Tested through the kernels that use it.
+
+#ifndef XLA_OPS_CC_DEVICE_PACKED_CUH_
+#define XLA_OPS_CC_DEVICE_PACKED_CUH_
+
+#include <type_traits>
+
+#include "xla_ops/cc/device/dtype.cuh"
+#include "xla_ops/cc/device/vector.cuh"
+
+namespace xla_ops {
+
+// Two of T in a register, and whether the GPU multiplies and adds them at once.
+// GPUs before 9.0 have no product of bf16.
+template <typename T>
+using Packed =
+    std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+#if __CUDA_ARCH__ >= 900
+template <typename T>
+constexpr bool kHasPacked = sizeof(T) == 2;
+#else
+template <typename T>
+constexpr bool kHasPacked = std::is_same_v<T, __half>;
+#endif
+
+// a[i] * b[i], rounded once: the bits that a product in fp32 rounds to, which
+// is exact for 16-bit factors.
+template <typename T, int kSize>
+__device__ __forceinline__ Vector<T, kSize> Product(const Vector<T, kSize>& a,
+                                                    const Vector<T, kSize>& b) {
+  Vector<T, kSize> product;
+  if constexpr (kHasPacked<T> && kSize % 2 == 0) {
+    using T2 = Packed<T>;
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      reinterpret_cast<T2*>(&product)[i] =
+          __hmul2_rn(reinterpret_cast<const T2*>(&a)[i],
+                     reinterpret_cast<const T2*>(&b)[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      product[i] = FromFloat<T>(ToFloat(a[i]) * ToFloat(b[i]));
+    }
+  }
+  return product;
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_DEVICE_PACKED_CUH_
