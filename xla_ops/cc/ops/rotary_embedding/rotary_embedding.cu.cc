@@ -37,7 +37,12 @@ constexpr int64_t kManyTokens = 512;
 // Of RotateHeadsKernel: threads, its blocks on a multiprocessor, and heads a
 // thread loads before it rotates the first.
 constexpr int kHeadThreads = 160;
+// Products of bf16 in fp32, before 9.0, spill with six blocks.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr int kMinHeadBlocks = MinBlocks(6, kHeadThreads);
+#else
+constexpr int kMinHeadBlocks = MinBlocks(4, kHeadThreads);
+#endif
 constexpr int kHeads = 4;
 
 // T(a * b), as a float. __fmul_rn keeps fp32 products from being fused with
