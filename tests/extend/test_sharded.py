@@ -1,9 +1,6 @@
 """`splits` of ops from outside the package, on four CPU devices."""
 
-import pathlib
 import re
-import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,23 +8,16 @@ import torch
 import torch_xla
 from torch_xla.distributed import spmd as xs
 
-import xla_ops
+import example
 from user_kernels import make_scale, pretend_gpu
 from xla_ops.extend import ShardingRule
 from xla_ops.extend.kernel_op import KernelOp
-
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "extension"
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     """examples/extension, built and imported."""
-    folder = tmp_path_factory.mktemp("outside") / "extension"
-    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("*.so", "build"))
-    command = ["g++", "-shared", "-fPIC", "-O1", "-std=c++17", "-fvisibility=hidden"]
-    command += ["-I.", f"-isystem{xla_ops.include_dir()}"]
-    command += ["scale_rows.cc", "scale_rows_cpu.cc", "-o", "mine/libmine_cpu.so"]
-    subprocess.run(command, check=True, cwd=folder)
+    folder = example.built(tmp_path_factory.mktemp("outside") / "extension")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         import mine

@@ -4,7 +4,6 @@ pass. The compiler and CMake are called as the example's README says."""
 from __future__ import annotations
 
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -12,27 +11,14 @@ import sys
 
 import pytest
 
+import example
 import xla_ops
-
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "extension"
-COMPILE = ["g++", "-shared", "-fPIC", "-O3", "-std=c++17", "-fno-math-errno"]
-COMPILE += ["-fvisibility=hidden", "-I."]
-SOURCES = ["scale_rows.cc", "scale_rows_cpu.cc"]
-
-
-def copy_of_example(folder):
-    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("*.so", "build"))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A copy of the example, with its CPU library."""
-    folder = copy_of_example(tmp_path_factory.mktemp("outside") / "extension")
-    include = f"-isystem{xla_ops.include_dir()}"
-    command = [*COMPILE, include, *SOURCES, "-o", "mine/libmine_cpu.so"]
-    subprocess.run(command, check=True, cwd=folder)
-    return folder
+    return example.built(tmp_path_factory.mktemp("outside") / "extension")
 
 
 def run(folder, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +41,7 @@ def test_its_own_tests_pass(folder):
 
 def test_cmake_builds_it(tmp_path):
     """By the README's words, but for the Python that is asked for the headers."""
-    folder = copy_of_example(tmp_path / "extension")
+    folder = example.copy(tmp_path / "extension")
     python = f"-DPython3_EXECUTABLE={sys.executable}"
     for words in (
         ["-B", "build", python],
@@ -88,10 +74,10 @@ def test_all_ways_to_build_name_the_same_files_and_options(folder):
     readme = (folder / "README.md").read_text()
     cmake = (folder / "CMakeLists.txt").read_text()
     bazel = (folder / "BUILD.bazel").read_text()
-    assert " ".join(COMPILE) in re.sub(r"\s*\\\s*", " ", readme)
-    assert " ".join(SOURCES) in readme
-    assert f"op_library(mine_cpu {' '.join(SOURCES)})" in cmake
-    for source in SOURCES:
+    assert " ".join(example.COMPILE) in re.sub(r"\s*\\\s*", " ", readme)
+    assert " ".join(example.SOURCES) in readme
+    assert f"op_library(mine_cpu {' '.join(example.SOURCES)})" in cmake
+    for source in example.SOURCES:
         assert f'"{source}"' in bazel
     for option in ("-fno-math-errno", "-fvisibility=hidden", "-std=c++17"):
         assert f'"{option}"' in bazel
@@ -99,7 +85,7 @@ def test_all_ways_to_build_name_the_same_files_and_options(folder):
 
 def test_tables_of_libraries_stay_apart_however_they_are_compiled(folder, tmp_path):
     """Without -fvisibility=hidden the loader shares what is inline and static."""
-    options = [option for option in COMPILE if "visibility" not in option]
+    options = [option for option in example.COMPILE if "visibility" not in option]
     libraries = []
     for prefix in ("left.", "right."):
         path = tmp_path / f"lib{prefix}so"
@@ -112,7 +98,7 @@ def test_tables_of_libraries_stay_apart_however_they_are_compiled(folder, tmp_pa
         command = [
             *options,
             f"-isystem{xla_ops.include_dir()}",
-            *SOURCES,
+            *example.SOURCES,
             "-o",
             str(path),
         ]
