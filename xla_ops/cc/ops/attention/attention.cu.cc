@@ -71,7 +71,7 @@ cudaError_t LaunchMixed(cudaStream_t stream, const AttentionParams& params,
                         const AttentionArgs& all_args,
                         const AttentionDevice& device) {
   AttentionArgs args = all_args;
-  args.few_rows = kMixedFewRows;
+  args.few_rows = kDecodeRows;
   const cudaError_t error = LaunchAttentionSm90(stream, params, args, device);
   if (error != cudaSuccess) return error;
   return LaunchAttentionMma(stream, params, args, device);

@@ -67,10 +67,10 @@ bool RowsAligned(const AttentionParams& params);
 // tokens too (MakeMap in attention_sm90.cu.cc).
 bool IsTmaStep(int64_t size, int64_t stride);
 
-// Of kMixed: sequences of at most this many packed rows run by mma.sync in its
-// tile for decode, all others by the Hopper kernel. Which ones they are is read
-// on the device.
-constexpr int kMixedFewRows = 16;
+// Packed rows of the tile that mma.sync has for decode. A call decodes where
+// this holds its average sequence. Of kMixed, sequences of at most this many
+// run by it, all others by the Hopper kernel: which ones is read on the device.
+constexpr int kDecodeRows = 16;
 
 // Of the Hopper kernel. Pages are copied in boxes of at least this many
 // tokens, a divisor of every tile.

@@ -63,7 +63,7 @@ bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
 bool CanRunMixed(const AttentionParams& params, const AttentionDevice& device) {
   return params.max_num_seqs > 1 && FitsSm90(params, device) &&
          CanRunMma(params, device) &&
-         PackedRows(params) > kMixedFewRows * params.max_num_seqs &&
+         PackedRows(params) > kDecodeRows * params.max_num_seqs &&
          PackedRows(params) < kMixedMaxRows * params.max_num_seqs;
 }
 

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "xla_ops/cc/device/kernel_list.h"
+#include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_mma.cuh"
 #include "xla_ops/cc/ops/attention/attention_simt.cuh"
@@ -74,9 +75,9 @@ cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args) {
                          Shape::kTileRows, Shape::kThreads, Shape::kSharedBytes,
                          args);
     };
-    // The short tile where 16 rows hold the average sequence, as in decode.
+    // The short tile where it holds the average sequence, as in decode.
     const int64_t rows = int64_t{args.num_tokens} * args.group.value();
-    if (args.few_rows > 0 || rows <= int64_t{16} * args.max_num_seqs) {
+    if (args.few_rows > 0 || rows <= int64_t{kDecodeRows} * args.max_num_seqs) {
       return launch(std::integral_constant<int, 1>{});
     }
     return launch(std::integral_constant<int, 4>{});

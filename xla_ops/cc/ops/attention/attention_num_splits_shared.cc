@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "xla_ops/cc/ops/attention/attention.h"
+#include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_num_splits.h"
 
 namespace xla_ops {
@@ -18,10 +19,8 @@ constexpr int64_t kMostBlocks = 512;
 // A piece is not worth a block of its own below the kernels' tile of tokens.
 constexpr int64_t kLeastTokens = 64;
 
-// Packed rows of a tile: in decode, which a call is where the average sequence
-// has no more of them, and in prefill on Hopper (Sm90Shape). Tiles of 64 rows,
-// as of mma.sync, fill a GPU sooner.
-constexpr int64_t kDecodeRows = 16;
+// Packed rows of a tile in prefill on Hopper (Sm90Shape). Tiles of 64 rows, as
+// of mma.sync, fill a GPU sooner.
 constexpr int64_t PrefillRows(int64_t head_dim) {
   return head_dim <= 64 ? 192 : 128;
 }
