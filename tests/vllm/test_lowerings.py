@@ -300,8 +300,37 @@ def test_same_as_our_front(path, name):
         assert torch.equal(a, b)
 
 
+# Its schema has no other result than the argument in place, so torch.autograd can
+# follow it.
+DIFFERENTIABLE = "fused_qk_norm_rope"
+
+
 @pytest.mark.parametrize("name", ["lazy", "compiled"])
-@pytest.mark.parametrize("op", CASES)
+def test_gradients_by_vllms_name(name):
+    path = Path(name)
+
+    def gradients(op):
+        qkv, *rest = path.put(CASES[DIFFERENTIABLE])
+
+        def call(qkv, *rest):
+            qkv = qkv.clone()
+            op(qkv, *rest)
+            return qkv.square().sum()
+
+        leaves = [qkv, *(t for t in rest if is_tensor(t) and t.is_floating_point())][:3]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        with torch.enable_grad():
+            path.function(call)(qkv, *rest).backward()
+        return [leaf.grad.cpu() for leaf in leaves]
+
+    got, expected = gradients(vllm_op(DIFFERENTIABLE)), gradients(front(DIFFERENTIABLE))
+    for a, b in zip(got, expected, strict=True):
+        assert a.any() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["lazy", "compiled"])
+@pytest.mark.parametrize("op", sorted(CASES.keys() - {DIFFERENTIABLE}))
 def test_gradients_are_refused_by_name(op, name):
     """Where the front runs: vLLM's own kernels know nothing of ours."""
     tensors = [t for t in torch.utils._pytree.tree_leaves(CASES[op]) if is_tensor(t)]
