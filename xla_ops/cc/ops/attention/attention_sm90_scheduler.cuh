@@ -7,8 +7,10 @@
 // rows after the last.
 //
 // Order of items: sequence, KV head, tiles from the last to the first, so that
-// blocks at work share K and V in the L2 cache, and the cheap tiles of a
-// causal mask come last.
+// blocks at work share K and V in the L2 cache. Where the last tiles of a
+// sequence see the most, heads whose K and V fit in a part of that cache
+// together are a section, whose items go tile by tile: the cheap tiles of all
+// its heads come last, and so the blocks end at about the same time.
 //
 // The choice of this kernel keeps token and row numbers below kSm90MaxTokens,
 // so that sums of two of them fit in 32 bits, and with them the number of
@@ -94,6 +96,21 @@ struct Sm90Segments {
   }
 };
 
+// How many KV heads of a sequence make up a section. K and V of a section are
+// read again and again by the blocks at work on it.
+__device__ __forceinline__ int SectionHeads(const AttentionArgs& args,
+                                            int kv_len) {
+  constexpr int64_t kSectionBytes = 8 << 20;
+  const int64_t head_bytes = int64_t{kv_len} * args.head_dim * 4;
+  int heads = 1;
+  if (args.window_right < 0) return heads;
+  while (2 * heads <= args.num_kv_heads &&
+         2 * heads * head_bytes <= kSectionBytes) {
+    heads *= 2;
+  }
+  return heads;
+}
+
 // Warp 0: takes the next item. All lanes return it.
 template <typename Shape>
 __device__ __forceinline__ Sm90Item NextItem(const AttentionArgs& args,
@@ -126,18 +143,27 @@ __device__ __forceinline__ Sm90Item NextItem(const AttentionArgs& args,
   const int segment = segments.base + owner;
   const int rows = (query_end - query_start) * args.group.value();
   const int tiles = Sm90Segments::Tiles(rows, Shape::kRows);
-  // Counted from the segment's end: the first item is its last tile.
-  const int left = end - 1 - local;
-  const int row = left % tiles * Shape::kRows;
   const int seq = segment >= 1 && segment <= segments.num_seqs
                       ? segment - 1
                       : Sm90Item::kNoSequence;
-  item.kv_head = args.num_kv_heads - 1 - left / tiles;
-  SetRows<Shape::kRows>(args, query_start, query_end, row, seq, item.rows);
   if (seq >= 0) {
+    item.rows.seq = seq;
     const int used = args.seqused_k == nullptr ? 0 : args.seqused_k[seq];
     SetKeys(args, used, key_start, key_end, item.rows);
   }
+  // Counted from the segment's end: the first item is its last tile.
+  const int left = end - 1 - local;
+  const int section_heads = SectionHeads(args, item.rows.kv_len);
+  const int section = left / (tiles * section_heads);
+  const int in_section = left - section * tiles * section_heads;
+  // The last section may hold fewer.
+  const int heads =
+      min(section_heads, args.num_kv_heads - section * section_heads);
+  const int tile = in_section / heads;
+  item.kv_head = args.num_kv_heads - 1 - section * section_heads -
+                 (in_section - tile * heads);
+  SetRows<Shape::kRows>(args, query_start, query_end, tile * Shape::kRows, seq,
+                        item.rows);
   const TokenRange visible =
       VisibleTokens(args, item.rows.kv_len, item.rows.Position(args, 0),
                     item.rows.Position(args, item.rows.num_rows - 1));

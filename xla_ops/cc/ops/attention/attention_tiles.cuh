@@ -197,8 +197,9 @@ __device__ __forceinline__ void SetKeys(const AttentionArgs& args, int used,
   tile.kv_len = length - pad;
 }
 
-// Sets the rest of `tile`, for rows [start, end) of the query: its tile begins
-// with packed row `row`, and has none if that lies past the last.
+// Sets what of `tile` says where its rows are, for rows [start, end) of the
+// query: its tile begins with packed row `row`, and has none if that lies past
+// the last.
 template <int kTileRows>
 __device__ __forceinline__ void SetRows(const AttentionArgs& args, int start,
                                         int end, int row, int seq,
@@ -210,8 +211,6 @@ __device__ __forceinline__ void SetRows(const AttentionArgs& args, int start,
   tile.num_rows = max(0, min((end - start) * group - row, kTileRows));
   tile.head = row - step * group;
   tile.seq = seq;
-  tile.kv_len = 0;
-  tile.kv_start = 0;
 }
 
 // Whether a segment of `tokens` query tokens is one for the kernel for decode,
@@ -282,6 +281,8 @@ __device__ __forceinline__ bool FindQueryTile(const AttentionArgs& args,
     if (segment < num_seqs + 2 && first_tile <= tile_index &&
         tile_index < end_tile) {
       QueryTile& found = shared.tile;
+      found.kv_len = 0;
+      found.kv_start = 0;
       SetRows<kTileRows>(args, start, end,
                          (tile_index - first_tile) * kTileRows,
                          seq < num_seqs ? seq : -1, found);
