@@ -93,6 +93,40 @@ __device__ __forceinline__ void MaskScores(const int (&begin)[2],
   }
 }
 
+// The rows' maxima: of `max` and of the scores.
+template <int kSize>
+__device__ __forceinline__ float RowMax(int row, float max,
+                                        const float (&scores)[kSize]) {
+#pragma unroll
+  for (int n = 0; n < kSize / 4; ++n) {
+    max =
+        fmaxf(max, fmaxf(scores[4 * n + 2 * row], scores[4 * n + 2 * row + 1]));
+  }
+  return QuadMax(max);
+}
+
+// Replaces a row's scores by weights exp2(factor * (score - max)), and adds
+// them to `sum` after it is multiplied by `rescale`.
+template <int kSize>
+__device__ __forceinline__ void WeighRow(int row, float factor, float max,
+                                         float rescale, float& sum,
+                                         float (&scores)[kSize]) {
+  const float shift = FiniteMax(max) * factor;
+  // Two sums, for additions wait for one another.
+  float even = 0.0f;
+  float odd = 0.0f;
+#pragma unroll
+  for (int n = 0; n < kSize / 4; ++n) {
+    float& x = scores[4 * n + 2 * row];
+    float& y = scores[4 * n + 2 * row + 1];
+    x = Exp2(fmaf(x, factor, -shift));
+    y = Exp2(fmaf(y, factor, -shift));
+    even += x;
+    odd += y;
+  }
+  sum = sum * rescale + (even + odd);
+}
+
 // Replaces scores by weights exp2(factor * (score - maximum)), factor > 0, and
 // brings the rows' maxima and sums up to date. `max` is that of the whole rows
 // and of scores without the factor, `sum` of this thread's columns only.
@@ -104,30 +138,42 @@ __device__ __forceinline__ void UpdateSoftmax(float factor,
                                               float (&rescale)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float new_max = max[row];
-#pragma unroll
-    for (int n = 0; n < kSize / 4; ++n) {
-      new_max = fmaxf(
-          new_max, fmaxf(scores[4 * n + 2 * row], scores[4 * n + 2 * row + 1]));
-    }
-    new_max = QuadMax(new_max);
-    const float shift = FiniteMax(new_max) * factor;
-    rescale[row] = Exp2(max[row] * factor - shift);
+    const float new_max = RowMax(row, max[row], scores);
+    rescale[row] = Exp2(max[row] * factor - FiniteMax(new_max) * factor);
     max[row] = new_max;
-    // Two sums, for additions wait for one another.
-    float even = 0.0f;
-    float odd = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kSize / 4; ++n) {
-      float& x = scores[4 * n + 2 * row];
-      float& y = scores[4 * n + 2 * row + 1];
-      x = Exp2(fmaf(x, factor, -shift));
-      y = Exp2(fmaf(y, factor, -shift));
-      even += x;
-      odd += y;
-    }
-    sum[row] = sum[row] * rescale[row] + (even + odd);
+    WeighRow(row, factor, new_max, rescale[row], sum[row], scores);
   }
+}
+
+// The same with maxima that lag behind: `max` follows only where weights would
+// exceed 2^8, which neither sums nor weights of fp16 mind. After the first
+// tiles that is rare, and false says for the whole warp that `rescale` is 1.
+template <int kSize>
+__device__ __forceinline__ bool UpdateSoftmaxLazily(float factor,
+                                                    float (&scores)[kSize],
+                                                    float (&max)[2],
+                                                    float (&sum)[2],
+                                                    float (&rescale)[2]) {
+  constexpr float kMaxLag = 8.0f;
+  float top[2];
+  bool follow[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    top[row] = RowMax(row, max[row], scores);
+    // Not where both are -inf.
+    follow[row] = (top[row] - max[row]) * factor > kMaxLag;
+  }
+  const bool any = __any_sync(kFullWarp, follow[0] || follow[1]);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float new_max = follow[row] ? top[row] : max[row];
+    rescale[row] = follow[row]
+                       ? Exp2(max[row] * factor - FiniteMax(new_max) * factor)
+                       : 1.0f;
+    max[row] = new_max;
+    WeighRow(row, factor, max[row], rescale[row], sum[row], scores);
+  }
+  return any;
 }
 
 // Multiplies the results so far, laid out as scores are.

@@ -60,6 +60,12 @@ __device__ __forceinline__ uint64_t DescriptorAt(uint64_t layout,
   return layout | ((address & 0x3FFFF) >> 4);
 }
 
+// The descriptor of what lies `bytes` further, a multiple of 16: shared memory
+// ends long before the field does.
+__device__ __forceinline__ uint64_t Advance(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
+
 __device__ __forceinline__ void WgmmaFence() {
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 }
@@ -78,7 +84,9 @@ __device__ __forceinline__ void WgmmaWait() {
 template <int kSize>
 __device__ __forceinline__ void FenceRegisters(float (&registers)[kSize]) {
 #pragma unroll
-  for (float& value : registers) asm volatile("" : "+f"(value)::"memory");
+  for (int i = 0; i < kSize; ++i) {
+    asm volatile("" : "+f"(registers[i])::"memory");
+  }
 }
 
 // The same for the first operand of RS products: what packs it must not sink

@@ -2,11 +2,11 @@
 // loop over an item's KV tiles.
 //
 // Q K^T of a tile and P V of the one before are started together, as in
-// FlashAttention-3, which has softmax run while P V does. Not here: ptxas 13.0
-// moves the softmax behind the wait for P V. What overlaps is one consumer's
-// softmax with another's products (kPingPong). A branch that is never taken
-// keeps softmax in its place; every head_dim was 6 to 10% slower so, on an H200
-// (docs/adr/0008-attention.md).
+// FlashAttention-3, which has softmax run while P V does. How much of it does
+// is ptxas 13.0's decision: the maxima where a loop holds nothing but the plain
+// step, nothing where masks stand between. More of it, by force, loses
+// (docs/adr/0008-attention.md). What overlaps in any case is one consumer's
+// softmax with another's products (kPingPong).
 //
 // Accumulators are as in xla_ops/cc/device/wgmma.cuh: a thread has two rows of
 // a warp's sixteen, which it shares with the other three lanes of its quad.
@@ -17,6 +17,7 @@
 #include <math_constants.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "xla_ops/cc/device/softmax_fragment.cuh"
 #include "xla_ops/cc/device/tma.cuh"
@@ -44,42 +45,36 @@ __device__ __forceinline__ void PingPongPass(int consumer) {
   }
 }
 
-// Starts scores = Q K^T of the warpgroup's rows.
+// Starts scores = Q K^T of the warpgroup's rows. `query` and `key` are
+// descriptors.
 template <typename T, typename Shape>
 __device__ __forceinline__ void StartScores(
-    uint32_t query, uint32_t key, float (&scores)[Shape::kTokens / 2]) {
-  const uint64_t query_layout = DescriptorLayout(kAtomBytes, 16);
-  const uint64_t key_layout = DescriptorLayout(Shape::kAtomStride, 16);
+    uint64_t query, uint64_t key, float (&scores)[Shape::kTokens / 2]) {
   FenceRegisters(scores);
   WgmmaFence();
 #pragma unroll
   for (int k = 0; k < Shape::kPanels * 4; ++k) {
     const int panel = k / 4;
     const int step = k % 4 * 32;  // 16 columns within the panel
-    WgmmaSS<T>(
-        scores,
-        DescriptorAt(query_layout,
-                     query + panel * Shape::kRows * kPanelRowBytes + step),
-        DescriptorAt(key_layout, key + panel * Shape::kPanelStride + step),
-        k > 0);
+    WgmmaSS<T>(scores,
+               Advance(query, panel * Shape::kRows * kPanelRowBytes + step),
+               Advance(key, panel * Shape::kPanelStride + step), k > 0);
   }
   WgmmaCommit();
 }
 
-// Starts out += weights V.
+// Starts out += weights V. `value` is a descriptor.
 template <typename T, typename Shape, int kOut>
 __device__ __forceinline__ void StartOutput(
-    uint32_t (&weights)[Shape::kTokens / 16][4], uint32_t value,
+    uint32_t (&weights)[Shape::kTokens / 16][4], uint64_t value,
     float (&out)[kOut]) {
-  const uint64_t layout =
-      DescriptorLayout(Shape::kAtomStride, Shape::kPanelStride);
   FenceRegisters(out);
   FenceRegisters(weights);
   WgmmaFence();
 #pragma unroll
   for (int k = 0; k < Shape::kTokens / 16; ++k) {
-    WgmmaRS<T>(out, weights[k],
-               DescriptorAt(layout, value + k * 2 * Shape::kAtomStride), true);
+    WgmmaRS<T>(out, weights[k], Advance(value, k * 2 * Shape::kAtomStride),
+               true);
   }
   WgmmaCommit();
 }
@@ -93,11 +88,23 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
                                         uint32_t keys, uint32_t values) {
   constexpr int kStages = Shape::kStages;
   constexpr int kTokens = Shape::kTokens;
-  const int consumer = threadIdx.x / 128 - 1;
+  // From one lane, so that the compiler knows it to be the warp's: descriptors
+  // must be.
+  const int consumer =
+      __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x / 128), 0) - 1;
   const int lane = threadIdx.x % 32;
   const int warp_row = consumer * 64 + threadIdx.x % 128 / 32 * 16;
   const bool elected = lane == 0;
-  query += consumer * 64 * kPanelRowBytes;
+  const auto descriptor = [](uint32_t address, int atom_stride,
+                             int panel_stride) {
+    return DescriptorAt(DescriptorLayout(atom_stride, panel_stride),
+                        __shfl_sync(kFullWarp, address, 0));
+  };
+  const uint64_t query_rows =
+      descriptor(query + consumer * 64 * kPanelRowBytes, kAtomBytes, 16);
+  const uint64_t first_keys = descriptor(keys, Shape::kAtomStride, 16);
+  const uint64_t first_values =
+      descriptor(values, Shape::kAtomStride, Shape::kPanelStride);
   const float factor = args.transform ? 1.0f : args.scale;
 
   Ring<2> slot;
@@ -140,10 +147,21 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
     float sum[2] = {0.0f, 0.0f};
     float scores[kTokens / 2];
     float rescale[2];
+    float out[kHeadDim / 2];
     uint32_t weights[kTokens / 16][4];
-    const auto to_weights = [&](int tile, unsigned masked) {
+    int tile = item.tile_end - 1;
+    unsigned masked;  // a bit for each 16 of its tokens that lie in no block
+    const auto hides_some = [&] {
       const int token = tile * kTokens;
-      const int first = token + 2 * (lane % 4);  // of this thread's columns
+      return masked != 0 || token + kTokens > item.rows.kv_len ||
+             (args.window_right >= 0 &&
+              token + kTokens - 1 > first_position + args.window_right) ||
+             (args.window_left >= 0 &&
+              token < last_position - args.window_left);
+    };
+    const auto transform_and_mask = [&] {
+      const int first =
+          tile * kTokens + 2 * (lane % 4);  // this thread's column
       if (args.transform) {
         ScaleScores({args.scale, args.scale}, args.soft_cap, scores);
         if (args.alibi_slopes != nullptr) {
@@ -153,27 +171,33 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
                    scores);
         }
       }
-      if (masked != 0 || token + kTokens > item.rows.kv_len ||
-          (args.window_right >= 0 &&
-           token + kTokens - 1 > first_position + args.window_right) ||
-          (args.window_left >= 0 && token < last_position - args.window_left)) {
-        int begin[2];
-        int end[2];
+      if (!hides_some()) return;
+      int begin[2];
+      int end[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          begin[i] = -first;
-          if (args.window_left >= 0) begin[i] += position[i] - args.window_left;
-          end[i] = item.rows.kv_len;
-          if (args.window_right >= 0) {
-            end[i] = min(end[i], position[i] + args.window_right + 1);
-          }
-          end[i] -= first;
+      for (int i = 0; i < 2; ++i) {
+        begin[i] = -first;
+        if (args.window_left >= 0) begin[i] += position[i] - args.window_left;
+        end[i] = item.rows.kv_len;
+        if (args.window_right >= 0) {
+          end[i] = min(end[i], position[i] + args.window_right + 1);
         }
-        MaskScores(
-            begin, end, [&](int c) { return (masked >> (c / 16) & 1) == 0; },
-            scores);
+        end[i] -= first;
       }
-      UpdateSoftmax(factor, scores, max, sum, rescale);
+      MaskScores(
+          begin, end, [&](int c) { return (masked >> (c / 16) & 1) == 0; },
+          scores);
+    };
+    bool rescales = true;
+    const auto to_weights = [&] {
+      if constexpr (Shape::kLazy) {
+        rescales = UpdateSoftmaxLazily(factor, scores, max, sum, rescale);
+      } else {
+        UpdateSoftmax(factor, scores, max, sum, rescale);
+      }
+    };
+    const auto rescale_output = [&] {
+      if (rescales) Rescale(rescale, out);
     };
     const auto pack_weights = [&] {
 #pragma unroll
@@ -181,58 +205,95 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
         PackWeights<T>(scores, k, weights[k]);
       }
     };
-    // Starts the product of the K tile, which has arrived.
-    const auto start_scores = [&] {
-      StartScores<T, Shape>(query, keys + key_ring.stage * Shape::kTileBytes,
-                            scores);
+    const auto wait_for_key = [&] {
+      Wait(&barriers.key_full[key_ring.stage], key_ring.parity);
+      masked = masks[key_ring.stage];
     };
-    const auto release_key = [&]() -> unsigned {
-      const unsigned masked = masks[key_ring.stage];
+    const auto start_scores = [&] {
+      StartScores<T, Shape>(
+          query_rows, Advance(first_keys, key_ring.stage * Shape::kTileBytes),
+          scores);
+    };
+    const auto release_key = [&] {
       __syncwarp();
       if (elected) Arrive(&barriers.key_empty[key_ring.stage]);
       key_ring.Advance();
-      return masked;
     };
-
-    Wait(&barriers.query_full, query_parity);
-    query_parity ^= 1;
-    float out[kHeadDim / 2];
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
-    Wait(&barriers.key_full[key_ring.stage], key_ring.parity);
-    start_scores();
-    WgmmaWait<0>();
-    FenceRegisters(scores);
-    to_weights(item.tile_end - 1, release_key());
-    pack_weights();
-
-#pragma unroll 1
-    for (int tile = item.tile_end - 2; tile >= item.tile_begin; --tile) {
-      Wait(&barriers.key_full[key_ring.stage], key_ring.parity);
-      PingPongWait<Shape>(consumer);
-      start_scores();
-      Wait(&barriers.value_full[value_ring.stage], value_ring.parity);
-      StartOutput<T, Shape>(weights,
-                            values + value_ring.stage * Shape::kTileBytes, out);
-      PingPongPass<Shape>(consumer);
-      WgmmaWait<1>();
-      FenceRegisters(scores);
-      to_weights(tile, release_key());
+    const auto start_output = [&] {
+      StartOutput<T, Shape>(
+          weights, Advance(first_values, value_ring.stage * Shape::kTileBytes),
+          out);
+    };
+    const auto end_output = [&] {
       WgmmaWait<0>();
       FenceRegisters(out);
       if (elected) Arrive(&barriers.value_empty[value_ring.stage]);
       value_ring.Advance();
-      Rescale(rescale, out);
+    };
+
+    Wait(&barriers.query_full, query_parity);
+    query_parity ^= 1;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
+    wait_for_key();
+    start_scores();
+    WgmmaWait<0>();
+    FenceRegisters(scores);
+    release_key();
+    transform_and_mask();
+    to_weights();
+    pack_weights();
+    rescales = !Shape::kLazy;  // zeros
+    --tile;
+
+    // Scores of `tile`, whose keys have arrived, and the output of the tile
+    // before.
+    const auto step = [&](auto is_plain) {
+      PingPongWait<Shape>(consumer);
+      start_scores();
+      if constexpr (Shape::kLazy) rescale_output();
+      Wait(&barriers.value_full[value_ring.stage], value_ring.parity);
+      start_output();
+      PingPongPass<Shape>(consumer);
+      WgmmaWait<1>();
+      FenceRegisters(scores);
+      release_key();
+      if constexpr (!decltype(is_plain)::value) transform_and_mask();
+      to_weights();
+      end_output();
+      if constexpr (!Shape::kLazy) rescale_output();
       pack_weights();
+      --tile;
+    };
+    if constexpr (Shape::kLazy) {
+      // Two loops, not one with a branch: the compiler then finds softmax and
+      // the wait for P V together, and lets a part of both overlap.
+      const auto next_is_plain = [&] {
+        wait_for_key();
+        return !args.transform && !hides_some();
+      };
+      while (tile >= item.tile_begin) {
+#pragma unroll 1
+        while (tile >= item.tile_begin && !next_is_plain()) {
+          step(std::false_type{});
+        }
+#pragma unroll 1
+        while (tile >= item.tile_begin && next_is_plain()) {
+          step(std::true_type{});
+        }
+      }
+      rescale_output();
+    } else {
+#pragma unroll 1
+      while (tile >= item.tile_begin) {
+        wait_for_key();
+        step(std::false_type{});
+      }
     }
     if (elected) Arrive(&barriers.query_empty);
     Wait(&barriers.value_full[value_ring.stage], value_ring.parity);
-    StartOutput<T, Shape>(weights,
-                          values + value_ring.stage * Shape::kTileBytes, out);
-    WgmmaWait<0>();
-    FenceRegisters(out);
-    if (elected) Arrive(&barriers.value_empty[value_ring.stage]);
-    value_ring.Advance();
+    start_output();
+    end_output();
     StoreOutput<T>(args, item, warp_row, factor, max, sum, out);
   }
 }

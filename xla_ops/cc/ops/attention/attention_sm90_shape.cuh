@@ -36,6 +36,10 @@ struct Sm90Shape {
   // runs under another's products. Not where the copies of small boxes set the
   // pace: waiting for a turn then only adds to waiting for a tile.
   static constexpr bool kPingPong = !kAllPanels || kHeadDim == 256;
+  // Rows' maxima lag behind, their results are rescaled while the next scores
+  // are computed, and tiles without a mask have a loop of their own: see
+  // attention_sm90_mainloop.cuh. On an H200 every shape gains but this one.
+  static constexpr bool kLazy = kHeadDim != 128 || kAllPanels;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kTileBytes = kTokens * kHeadDim * 2;
   // The dynamic part begins at the next multiple of 1024.
