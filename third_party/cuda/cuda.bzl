@@ -21,6 +21,9 @@ _NVCC_OPTIONS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror",
     # Code of several architectures is compiled at once.
     "--threads=2",
+    # Not in /tmp, which sandboxes share: names there hold the process's number,
+    # which is the same in many of them, and end up in the object file.
+    "--objdir-as-tempdir",
 ]
 
 _CLANG_OPTIONS = [
