@@ -7,6 +7,7 @@
 #define XLA_OPS_CC_DEVICE_QUANT_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "xla_ops/cc/core/quant_constants.h"
 #include "xla_ops/cc/device/dtype.cuh"
@@ -87,26 +88,36 @@ class ScaleDiv {
   ExactDiv div_;
 };
 
-// out[i] = map.Apply(in[i]) for `size` elements, a vector a thread; the last
-// one may have less. `Map` is copied to every thread; Load() returns what
+// out[i] = map.Apply(in[i]) for `size` elements, kVectors vectors a thread; the
+// last one may have less. `Map` is copied to every thread; Load() returns what
 // Apply() needs beside the vector.
-template <int kWidth, typename T, typename Map>
+template <int kWidth, int kVectors, typename T, typename Map>
 __global__ void __launch_bounds__(256)
     QuantizeKernel(const T* __restrict__ in, uint8_t* __restrict__ out,
                    int64_t size, const Map map) {
-  const int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
-  Vector<T, kWidth> x;
-  if (at + kWidth <= size) x = LoadVector<kWidth>(in + at);
-  const auto state = map.Load();
-  if (at + kWidth <= size) {
-    float values[kWidth];
+  const int64_t first =
+      (int64_t{blockIdx.x} * kVectors * blockDim.x + threadIdx.x) * kWidth;
+  const int64_t step = int64_t{blockDim.x} * kWidth;
+  Vector<T, kWidth> x[kVectors];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) values[j] = ToFloat(x[j]);
-    StoreGlobal(out + at, map.Apply(values, state));
-  } else {
-    for (int64_t j = at; j < size; ++j) {
-      const float value[1] = {ToFloat(in[j])};
-      StoreGlobal(out + j, map.Apply(value, state));
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t at = first + i * step;
+    if (at + kWidth <= size) x[i] = LoadEagerly<kWidth>(in + at);
+  }
+  const auto state = map.Load();
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t at = first + i * step;
+    if (at + kWidth <= size) {
+      float values[kWidth];
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) values[j] = ToFloat(x[i][j]);
+      StoreGlobal(out + at, map.Apply(values, state));
+    } else {
+      for (int64_t j = at; j < size; ++j) {
+        const float value[1] = {ToFloat(in[j])};
+        StoreGlobal(out + j, map.Apply(value, state));
+      }
     }
   }
 }
@@ -118,17 +129,25 @@ cudaError_t LaunchQuantize(cudaStream_t stream, const T* in, void* out,
   constexpr int kThreads = 256;
   constexpr int kWidth = kWideSize<T>;
   auto* bytes = static_cast<uint8_t*>(out);
-  const bool wide = IsAligned(in, 16) && IsAligned(out, kWidth);
-  const int64_t step = int64_t{kThreads} * (wide ? kWidth : 1);
-  return ForEachGrid(size, step, [&](int64_t first, int64_t count) {
-    const auto blocks = static_cast<unsigned>(CeilDivide(count, step));
-    return wide ? LaunchKernel<QuantizeKernel<kWidth, T, Map>>(
-                      stream, blocks, kThreads, in + first, bytes + first,
-                      count, map)
-                : LaunchKernel<QuantizeKernel<1, T, Map>>(
-                      stream, blocks, kThreads, in + first, bytes + first,
-                      count, map);
-  });
+  const auto launch = [&](auto width, auto vectors) {
+    constexpr int kSize = decltype(width)::value;
+    constexpr int kVectors = decltype(vectors)::value;
+    const int64_t step = int64_t{kThreads} * kSize * kVectors;
+    return ForEachGrid(size, step, [&](int64_t first, int64_t count) {
+      return LaunchKernel<QuantizeKernel<kSize, kVectors, T, Map>>(
+          stream, static_cast<unsigned>(CeilDivide(count, step)), kThreads,
+          in + first, bytes + first, count, map);
+    });
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  using Wide = std::integral_constant<int, kWidth>;
+  if (!IsAligned(in, 16) || !IsAligned(out, kWidth))
+    return launch(One{}, One{});
+  // Two loads in flight are faster where blocks fill a large GPU twice over,
+  // and slower where they leave multiprocessors without one.
+  constexpr int64_t kManyElements = int64_t{1} << 23;
+  return size < kManyElements ? launch(Wide{}, One{}) : launch(Wide{}, Two{});
 }
 
 }  // namespace xla_ops
