@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the elementwise kernels against numpy: activations, convert_fp8,
+"""Checks the elementwise kernels against numpy: activations, quantisation, convert_fp8,
 apply_repetition_penalties, rotary_embedding, fused_qk_norm_rope, merge_attn_states,
 copy_blocks, swap_blocks and reshape_and_cache.
 
@@ -141,6 +141,16 @@ def check_quant(rng, dtype, tokens, size):
     (gated,) = call("silu_and_mul", [((tokens, size), dtype)], x)
     (got,) = call("silu_and_mul_quant", [((tokens, size), E4M3)], x, scale)
     want = np.asarray(gated).astype(np.float32) * (np.float32(1) / scale)
+    want = np.nan_to_num(np.clip(want, -448, 448), nan=448.0).astype(E4M3)
+    assert np.array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
+
+
+def check_static_quant(rng, dtype, tokens, size):
+    x = (rng.standard_normal((tokens, size), np.float32) * 3).astype(dtype)
+    x.reshape(-1)[:1] = np.nan
+    scale = np.float32([0.013])
+    (got,) = call("static_scaled_fp8_quant", [(x.shape, E4M3)], x, scale)
+    want = x.astype(np.float32) * (np.float32(1) / scale)
     want = np.nan_to_num(np.clip(want, -448, 448), nan=448.0).astype(E4M3)
     assert np.array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
 
@@ -432,8 +442,13 @@ def cases(quick):
         yield check_swigluoai, case
         for fp8 in (E4M3, E5M2):
             yield check_convert, case | {"fp8": fp8}
+        yield check_static_quant, case
         if tokens:
             yield check_quant, case
+    if not quick:
+        # From 2^23 elements on a thread takes two vectors.
+        for dtype, size in itertools.product(DTYPES, (4096, 4099)):
+            yield check_static_quant, {"dtype": dtype, "tokens": 2049, "size": size}
     heads = (
         [(3, 1, 7, 6), (5, 2, 64, 32)]
         if quick
