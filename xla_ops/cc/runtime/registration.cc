@@ -2,28 +2,25 @@
 
 #include "xla_ops/cc/runtime/registration.h"
 
-#include <dlfcn.h>
-#include <link.h>
-
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "xla/ffi/api/c_api.h"
 #include "xla_ops/cc/bridge/bridge.h"
 #include "xla_ops/cc/bridge/dl_error.h"
 #include "xla_ops/cc/core/call_frame.h"
-#include "xla_ops/cc/runtime/elf_symbols.h"
 #include "xla_ops/cc/runtime/op_library.h"
+#include "xla_ops/cc/runtime/torch_xla_symbols.h"
 
 namespace xla_ops {
 namespace {
 
 // xla::ffi::GetXlaFfiApi(): takes nothing, returns the API's function table.
 constexpr char kGetApi[] = "_ZN3xla3ffi12GetXlaFfiApiEv";
-// An exported function of the same library, to check the table against.
-constexpr char kExported[] = "PyInit__XLAC";
 
 // Longest error text that the bridge's C functions are given room for.
 constexpr size_t kErrorSize = 4096;
@@ -42,37 +39,11 @@ XLA_FFI_Handler_Traits TraitsOf(const LoadedHandler& handler) {
   return metadata.traits;
 }
 
-// Calls into another library at an address read from a file: first makes sure
-// that the file is the one that is loaded, by a symbol that both must have at
-// the same place.
 std::string FindFfiApi(const std::string& path, const XLA_FFI_Api** api) {
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
-  if (library == nullptr) {
-    return path + " is not loaded: import torch_xla first";
-  }
-  void* exported = dlsym(library, kExported);
-  dlclose(library);  // drops the reference that RTLD_NOLOAD took
-  if (exported == nullptr) {
-    return path + " is not torch_xla's library: it does not export " +
-           kExported;
-  }
-  Dl_info info;
-  link_map* map = nullptr;
-  if (dladdr1(exported, &info, reinterpret_cast<void**>(&map),
-              RTLD_DL_LINKMAP) == 0 ||
-      map == nullptr) {
-    return path + ": its load address cannot be found";
-  }
-  ElfSymbols symbols;
-  std::string error = FindElfSymbols(path, {kGetApi, kExported}, &symbols);
+  std::map<std::string, uintptr_t> symbols;
+  std::string error = FindTorchXlaSymbols(path, {kGetApi}, &symbols);
   if (!error.empty()) return error;
-  if (map->l_addr + symbols[kExported] !=
-      reinterpret_cast<uintptr_t>(exported)) {
-    return path + " is not the file that this process loaded: restart it";
-  }
-  auto* get_api = reinterpret_cast<const XLA_FFI_Api* (*)()>(map->l_addr +
-                                                             symbols[kGetApi]);
-  *api = get_api();
+  *api = reinterpret_cast<const XLA_FFI_Api* (*)()>(symbols[kGetApi])();
   return "";
 }
 
