@@ -1,6 +1,7 @@
 """An update in place takes no buffer away from another tensor (core/ownership.py)."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import xla_ops
 from support import Path, addresses
 from xla_ops import _runtime
 from xla_ops.core import ownership
+from xla_ops.programs.replay import replay
 
 SHAPE = (2, 6, 4, 2, 8)
 STEPS = pytest.mark.parametrize("name", ["lazy", "compiled", "dispatched"])
@@ -54,8 +56,9 @@ class Case:
     """Caches on the XLA device, and one row a value that a step writes at slot 0."""
 
     def __init__(self, name):
-        self.path = Path(name)
-        self.step = self.path.function(write)
+        self.path = Path("lazy" if name == "replayed" else name)
+        make = replay if name == "replayed" else self.path.function
+        self.step = make(write)
         self.slots = self.path.put(torch.tensor([0, 1]))
 
     def put(self, t):
@@ -192,14 +195,28 @@ def test_other_releases_of_torch_are_named(monkeypatch):
 
 # ------------------------------------------------------------- random programs
 
+
+def pickled(t):
+    file = io.BytesIO()
+    torch.save(t, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+COPIES = WAYS | {
+    "pickle": lambda cache, template: pickled(template),
+    "detach.clone": lambda cache, template: template.detach().clone(),
+    "data": lambda cache, template: template.data.clone(),
+    "module": lambda cache, template: load(cache, copy.deepcopy(template)),
+}
+PATHS = ["lazy", "compiled", "dispatched", "replayed"]
 POOL = 3
 INDEX = st.integers(0, POOL - 1)
 ACTION = st.one_of(
-    st.tuples(st.sampled_from(sorted(WAYS)), INDEX, INDEX),
-    st.tuples(
-        st.sampled_from(["lazy", "compiled", "dispatched"]), INDEX, st.booleans()
-    ),
+    st.tuples(st.sampled_from(sorted(COPIES)), INDEX, INDEX),
+    st.tuples(st.sampled_from(PATHS), INDEX, st.booleans()),
     st.tuples(st.just("read"), INDEX),
+    st.tuples(st.just("look"), INDEX),
     st.tuples(st.just("sync")),
     st.tuples(st.just("new"), INDEX),
 )
@@ -209,16 +226,16 @@ ACTION = st.one_of(
 @given(program=st.lists(ACTION, min_size=3, max_size=12))
 def test_any_order_of_shares_steps_and_reads(program):
     """As on the CPU, where no two tensors share memory."""
-    cases = {name: Case(name) for name in ("lazy", "compiled", "dispatched")}
+    cases = {name: Case(name) for name in PATHS}
     put = cases["lazy"].put
     mirror = [torch.full(SHAPE, float(i)) for i in range(POOL)]
     pool = [put(t) for t in mirror]
     reads = []
     for number, (action, *where) in enumerate(program):
-        if action in WAYS:
+        if action in COPIES:
             i, j = where
             if i != j:
-                pool[i] = WAYS[action](pool[i], pool[j])
+                pool[i] = COPIES[action](pool[i], pool[j])
                 mirror[i] = mirror[j].clone()
         elif action in cases:
             i, sync = where
@@ -227,6 +244,9 @@ def test_any_order_of_shares_steps_and_reads(program):
         elif action == "read":
             (i,) = where
             reads.append((pool[i].sum(), mirror[i].sum()))
+        elif action == "look":
+            (i,) = where
+            assert torch.equal(pool[i].cpu(), mirror[i])
         elif action == "new":
             (i,) = where
             mirror[i] = torch.full(SHAPE, float(-number))
@@ -239,7 +259,39 @@ def test_any_order_of_shares_steps_and_reads(program):
         assert got.item() == wanted.item()
 
 
-@pytest.mark.parametrize("function", ["buffer_holders", "lazy_tensor_id"])
+STEP = st.tuples(
+    st.sampled_from(PATHS),
+    st.integers(0, 1),
+    st.sampled_from(["nothing", "look at it", "look at the other", "sync"]),
+)
+
+
+@settings(max_examples=60)
+@given(
+    way=st.sampled_from(sorted(COPIES)), steps=st.lists(STEP, min_size=1, max_size=6)
+)
+def test_a_cache_and_its_snapshot_live_through_any_steps(way, steps):
+    """Each step writes one; then one is looked at, or all is computed."""
+    cases = {name: Case(name) for name in PATHS}
+    wanted = [torch.randn(SHAPE)] * 2
+    cache, other = cases["lazy"].put([wanted[0], torch.zeros(SHAPE)])
+    pair = [cache, COPIES[way](other, cache)]
+    for number, (name, which, then) in enumerate(steps):
+        cases[name].write(pair[which], number, sync=False)
+        wanted[which] = Case.written(wanted[which], number)
+        if then == "sync":
+            torch_xla.sync()
+        elif then != "nothing":
+            seen = which if then == "look at it" else 1 - which
+            assert torch.equal(pair[seen].cpu(), wanted[seen])
+    torch_xla.sync()
+    for got, expected in zip(pair, wanted, strict=True):
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    "function", ["buffer_holders", "lazy_tensor_id", "is_copied", "readers"]
+)
 def test_another_tensor_is_no_xla_tensor(function):
     """Of a wrapper with an XLA device nothing is read, as of a tensor of the CPU."""
     error = "must be one of torch_xla's own"
@@ -248,6 +300,10 @@ def test_another_tensor_is_no_xla_tensor(function):
 
     def ask(tensor):
         address = tensor._cdata
+        if function == "is_copied":
+            return _runtime.is_copied(address, [])
+        if function == "readers":
+            return _runtime.is_copied(ownership._value(xla)._cdata, [address])
         argument = [address] if function == "buffer_holders" else address
         return getattr(_runtime, function)(argument)
 
@@ -292,6 +348,35 @@ def test_a_template_outlives_lazy_updates(update, way, sync, before):
     assert torch.equal(template.cpu(), values)
     assert torch.equal(more.cpu(), values + 1)
     assert torch.allclose(cache.cpu(), wanted)
+
+
+@pytest.mark.parametrize("update", [write, norm])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_that_is_read_before_the_update_runs_is_kept(way, update):
+    """Before it is computed a copy is the cache's buffer, which the update writes."""
+    case = Case("lazy")
+    values, rows = torch.randn(SHAPE), torch.ones(2, 2, 8)
+    cache, other, rows = case.put([values, torch.zeros(SHAPE), rows])
+    snapshot, wanted = WAYS[way](other, cache), values.clone()
+    update(cache, rows, case.slots)
+    update(wanted, rows.cpu(), case.slots.cpu())
+    for _ in range(2):
+        assert torch.equal(snapshot.cpu(), values)
+        torch_xla.sync()
+    assert torch.allclose(cache.cpu(), wanted)
+
+
+def test_reads_that_wait_beside_an_update_are_no_copies():
+    """Such as those of views, before it: the cache stays where it is."""
+    case = Case("lazy")
+    cache = case.put(torch.ones(SHAPE))
+    before = addresses([cache])
+    for value in range(3):
+        view, read = cache[1], cache[0, 0] * 2
+        case.write(cache, value, sync=False)
+        del view
+        assert addresses([cache]) == before
+        assert read[0, 0, 0].item() == (2 if value == 0 else 2 * (value - 1))
 
 
 @pytest.mark.parametrize("name", ["compiled", "dispatched"])

@@ -4,9 +4,14 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <map>
+#include <vector>
+
+#include "xla_ops/cc/runtime/torch_xla_symbols.h"
 
 namespace xla_ops {
 namespace {
@@ -48,6 +53,8 @@ class SharedPointer {
     }
   }
 
+  const void* object() const { return object_; }
+
   // How many others hold the object.
   int Others() const {
     if (object_ == nullptr || control_ == nullptr) return 0;
@@ -58,6 +65,54 @@ class SharedPointer {
   void* object_ = nullptr;
   ControlBlock* control_ = nullptr;
 };
+
+// torch::lazy::Output, and a std::vector of them.
+struct Operand {
+  const void* node;
+  size_t index;
+};
+struct OperandList {
+  const Operand* begin;
+  const Operand* end;
+  const Operand* capacity;
+};
+
+// A view is a node or two away from its cache.
+constexpr size_t kMostNodes = 16;
+
+// std::vector<XLATensorPtr>, which only torch_xla can fill and free.
+struct TensorList {
+  const void* const* begin;
+  const void* const* end;
+  const void* const* capacity;
+};
+
+// XLAGraphExecutor::GetLiveTensors(const BackendDevice*), a member that looks
+// at none, of all devices where it gets no device; and its result's destructor.
+struct ListFunctions {
+  void (*get)(TensorList* result, void* executor, const void* device) = nullptr;
+  void (*free)(TensorList*) = nullptr;
+};
+constexpr char kGetLiveTensors[] =
+    "_ZN9torch_xla16XLAGraphExecutor14GetLiveTensorsEPKN5torch4lazy13"
+    "BackendDeviceE";
+constexpr char kFreeTensors[] =
+    "_ZNSt6vectorIN3c1013intrusive_ptrIN9torch_xla9XLATensorENS0_6detail34"
+    "intrusive_target_default_null_typeIS3_EEEESaIS7_EED1Ev";
+
+// None in a torch_xla that was stripped of its symbols.
+ListFunctions FindListFunctions(const std::string& xlac_path) {
+  std::map<std::string, uintptr_t> found;
+  ListFunctions functions;
+  if (FindTorchXlaSymbols(xlac_path, {kGetLiveTensors, kFreeTensors}, &found)
+          .empty()) {
+    functions.get =
+        reinterpret_cast<decltype(functions.get)>(found[kGetLiveTensors]);
+    functions.free =
+        reinterpret_cast<decltype(functions.free)>(found[kFreeTensors]);
+  }
+  return functions;
+}
 
 // torch::lazy::Value: a node, and which of its results.
 struct Value {
@@ -82,6 +137,7 @@ const void* LazyTensor(uintptr_t tensor_impl) {
 }  // namespace
 
 std::string LazyTensors::Load(const std::string& library,
+                              const std::string& xlac_path,
                               uintptr_t tensor_impl) {
   tensor_class_ = nullptr;
   void* torch = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
@@ -89,9 +145,12 @@ std::string LazyTensors::Load(const std::string& library,
   id_ = dlsym(torch, "_ZNK5torch4lazy10LazyTensor11GetUniqueIdEv");
   data_ = dlsym(torch, "_ZNK5torch4lazy10LazyTensor17CurrentDataHandleEv");
   value_ = dlsym(torch, "_ZNK5torch4lazy10LazyTensor14CurrentIrValueEv");
-  if (id_ == nullptr || data_ == nullptr || value_ == nullptr) {
+  operands_ = dlsym(torch, "_ZNK5torch4lazy4Node8operandsEv");
+  if (id_ == nullptr || data_ == nullptr || value_ == nullptr ||
+      operands_ == nullptr) {
     return library + " does not export torch::lazy::LazyTensor";
   }
+  xlac_path_ = xlac_path;
   tensor_class_ = ClassOf(tensor_impl);
   return "";
 }
@@ -113,6 +172,54 @@ BufferHolders LazyTensors::Holders(uintptr_t tensor_impl) const {
   holders.node = get_value(tensor).node.Others();
   holders.data = get_data(tensor).Others();
   return holders;
+}
+
+bool LazyTensors::IsCopied(uintptr_t tensor_impl,
+                           const std::vector<uintptr_t>& readers) const {
+  auto* get_value = reinterpret_cast<Value (*)(const void*)>(value_);
+  const Value value = get_value(LazyTensor(tensor_impl));
+  const void* node = value.node.object();
+  if (node == nullptr) return false;
+  if (value.node.Others() == 1 + Reads(node, readers)) return false;
+  // Reads a file of 300 MB, once, where it is needed.
+  static const ListFunctions* const functions =
+      new ListFunctions(FindListFunctions(xlac_path_));
+  if (functions->get == nullptr) return true;
+  TensorList tensors;
+  functions->get(&tensors, /*this=*/nullptr, /*device=*/nullptr);
+  const auto num_tensors =
+      std::count_if(tensors.begin, tensors.end, [=](const void* tensor) {
+        return get_value(tensor).node.object() == node;
+      });
+  functions->free(&tensors);
+  return num_tensors > 1;
+}
+
+int LazyTensors::Reads(const void* node,
+                       const std::vector<uintptr_t>& readers) const {
+  auto* get_value = reinterpret_cast<Value (*)(const void*)>(value_);
+  auto* get_operands =
+      reinterpret_cast<const OperandList& (*)(const void*)>(operands_);
+  std::vector<const void*> nodes;
+  auto add = [&nodes, node](const void* other) {
+    const bool is_new =
+        other != nullptr && other != node &&
+        std::find(nodes.begin(), nodes.end(), other) == nodes.end();
+    if (is_new && nodes.size() < kMostNodes) nodes.push_back(other);
+  };
+  for (const uintptr_t reader : readers) {
+    add(get_value(LazyTensor(reader)).node.object());  // which `reader` keeps
+  }
+  int reads = 0;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const OperandList& operands = get_operands(nodes[i]);
+    for (const Operand* operand = operands.begin; operand != operands.end;
+         ++operand) {
+      reads += operand->node == node;
+      add(operand->node);
+    }
+  }
+  return reads;
 }
 
 }  // namespace xla_ops

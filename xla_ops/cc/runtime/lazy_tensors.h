@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace xla_ops {
 
@@ -29,14 +30,15 @@ struct BufferHolders {
 // The lazy tensors of the libtorch that is loaded.
 class LazyTensors {
  public:
-  // Finds the functions. `library` is the path of libtorch_cpu.so,
-  // `tensor_impl` the address of a c10::TensorImpl that torch_xla made.
-  // Returns why they cannot be used, or "".
-  std::string Load(const std::string& library, uintptr_t tensor_impl);
+  // Finds the functions. `library` is the path of libtorch_cpu.so, `xlac_path`
+  // that of the module _XLAC, `tensor_impl` the address of a c10::TensorImpl
+  // that torch_xla made. Returns why they cannot be used, or "".
+  std::string Load(const std::string& library, const std::string& xlac_path,
+                   uintptr_t tensor_impl);
 
   // Whether the tensor is of the class of Load's, as all of torch_xla's are:
   // what has an XLA device may be a wrapper, such as one of torch.vmap. To be
-  // asked before the two below, which read where only that class has what
+  // asked before the three below, which read where only that class has what
   // they read. False before Load.
   bool Knows(uintptr_t tensor_impl) const;
 
@@ -45,11 +47,23 @@ class LazyTensors {
 
   BufferHolders Holders(uintptr_t tensor_impl) const;
 
+  // Whether another tensor has the tensor's IR node, as a clone has until it is
+  // computed. `readers` are tensors of which operations that read the node may
+  // be: where nobody else holds it, not all tensors that are alive are looked
+  // at. Where torch_xla cannot list these, whoever holds it counts as a copy.
+  bool IsCopied(uintptr_t tensor_impl,
+                const std::vector<uintptr_t>& readers) const;
+
  private:
+  // How many operands of the readers' graphs, near their ends, are `node`.
+  int Reads(const void* node, const std::vector<uintptr_t>& readers) const;
+
+  std::string xlac_path_;
   const void* tensor_class_ = nullptr;
   void* id_ = nullptr;
   void* data_ = nullptr;
   void* value_ = nullptr;
+  void* operands_ = nullptr;
 };
 
 }  // namespace xla_ops

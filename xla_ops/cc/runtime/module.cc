@@ -268,6 +268,12 @@ std::vector<std::pair<int, int>> PyBufferHolders(
   return found;
 }
 
+bool PyIsCopied(uintptr_t tensor, const std::vector<uintptr_t>& readers) {
+  CheckLazyTensor(tensor);
+  for (const uintptr_t reader : readers) CheckLazyTensor(reader);
+  return lazy_tensors.IsCopied(tensor, readers);
+}
+
 PYBIND11_MODULE(_runtime, m) {
   m.doc() = "Loads op libraries, registers their handlers, calls them.";
   m.def("load_library", &PyLoadLibrary, py::arg("path"),
@@ -343,12 +349,15 @@ used), "warning" ("" if it is not newer than what was tested), "major", "minor"
 "custom_call"}.)");
   m.def(
       "load_lazy_tensors",
-      [](const std::string& library, uintptr_t tensor) {
-        ThrowIfRuntimeError(lazy_tensors.Load(library, tensor));
+      [](const std::string& library, const std::string& xlac_path,
+         uintptr_t tensor) {
+        ThrowIfRuntimeError(lazy_tensors.Load(library, xlac_path, tensor));
       },
-      py::arg("library"), py::arg("tensor"),
-      "Makes the two functions below usable; library is the path of "
-      "libtorch_cpu.so, tensor the address of a TensorImpl of torch_xla's. "
+      py::arg("library"), py::arg("xlac_path"), py::arg("tensor"),
+      "Makes the three functions below usable; library is the path of "
+      "libtorch_cpu.so, xlac_path that of the imported module _XLAC, tensor "
+      "the "
+      "address of a TensorImpl of torch_xla's. "
       "RuntimeError with the reason where the library is another.");
   m.def("lazy_tensor_id", &PyLazyTensorId, py::arg("tensor"),
         "torch_xla's number of a tensor, given by the address of its "
@@ -358,6 +367,12 @@ used), "warning" ("" if it is not newer than what was tested), "major", "minor"
       R"(How many hold each tensor's device data and IR node, the tensor itself
 counted; 0 where it has none. Tensors are addresses of a TensorImpl of torch_xla's;
 TypeError for another's.)");
+  m.def(
+      "is_copied", &PyIsCopied, py::arg("tensor"), py::arg("readers"),
+      R"(Whether another tensor is a copy of `tensor` that waits to be computed.
+
+Both arguments are of addresses of a TensorImpl of torch_xla's; TypeError for
+another's. It is soon told where `readers` are all that waits for the tensor.)");
   m.def("_find_symbols", &PyFindSymbols, py::arg("path"), py::arg("names"),
         "Values of function symbols in an ELF file's .symtab; RuntimeError "
         "with the reason where there are none. For tests and the doctor.");

@@ -162,7 +162,7 @@ def update(
             _collect(op.name, buffer)
         elif not isinstance(buffer, tracing.FunctionalTensor):
             ownership.protect([buffer], finish_reads=False)
-            assign(buffer, op(buffer, *args, None))
+            assign(buffer, op(buffer, *args, None), views)
             ownership.renew([view for view in views if view is not buffer])
             return
     old = buffer if given is None else given
@@ -308,8 +308,14 @@ def _compiler_is_inductor() -> bool:
     return all(table.get(op) is function for op, function in own.items())
 
 
-def assign(t: torch.Tensor, value: torch.Tensor) -> None:
-    """Makes `value` the value of `t`, of its base and of all views of them."""
+def assign(
+    t: torch.Tensor, value: torch.Tensor, views: Sequence[torch.Tensor] = ()
+) -> None:
+    """Makes `value` the value of `t`, of its base and of all views of them.
+
+    Args:
+        views: those that the caller knows.
+    """
     wrapper = t.elem if isinstance(t, tracing.FunctionalTensor) else t
     if not torch._is_functional_tensor(wrapper):
         t.copy_(value)  # a fake tensor, or functionalization is off
@@ -322,10 +328,10 @@ def assign(t: torch.Tensor, value: torch.Tensor) -> None:
     if t.device.type != "xla" or wrapper is not t:
         return
     # Carries the alias id over, by which the step marker donates the old buffer. Not
-    # one that another tensor holds. And not that of a view: a sync of the view alone,
-    # as before a compiled step, would take the buffer away from the graph that has yet
-    # to write the view to its base.
-    if not _is_functional_view(t) and ownership.is_owner(old):
+    # one that another tensor holds, or is going to. And not that of a view: a sync of
+    # the view alone, as before a compiled step, would take the buffer away from the
+    # graph that has yet to write the view to its base.
+    if not _is_functional_view(t) and ownership.is_owner(old, (value, *views)):
         torch.ops.aten._propagate_xla_data(old, torch._from_functional_tensor(wrapper))
 
 

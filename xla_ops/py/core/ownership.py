@@ -81,11 +81,28 @@ def compute_all(device: torch.device) -> None:
     torch_xla._XLAC._xla_wait_device_ops([])
 
 
-def is_owner(value: torch.Tensor) -> bool:
-    """Whether a lazy graph that updates a value of torch_xla's may take its buffer."""
+def is_owner(value: torch.Tensor, readers: Sequence[torch.Tensor]) -> bool:
+    """Whether a lazy graph that updates a value of torch_xla's may take its buffer.
+
+    Not from a copy that the same graph has yet to make, as of a clone: whoever reads
+    the copy before that graph runs has it take the very buffer that is given away.
+
+    Args:
+        readers: tensors that are known to wait to read the value; they save a look at
+            all tensors that are alive.
+    """
     _give_data([value])
     (holders,) = _holders([value])
-    return _is_free(holders, finish_reads=False)
+    if not _is_free(holders, finish_reads=False):
+        return False
+    data, node = holders
+    if data == 0 or node <= 1:
+        return True
+    below = [
+        torch._from_functional_tensor(t) if torch._is_functional_tensor(t) else t
+        for t in readers
+    ]
+    return not _runtime.is_copied(value._cdata, [t._cdata for t in below])
 
 
 def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
@@ -198,12 +215,13 @@ def _load() -> None:
             f"xla_ops: torch must be {_TORCH} for XLA tensors to be updated in place,"
             f" got {torch.__version__}"
         )
+    import _XLAC
     import torch_xla
 
     library = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     probe = _value(torch.zeros(1, device=torch_xla.device()))
     assert probe is not None
-    _runtime.load_lazy_tensors(str(library), probe._cdata)
+    _runtime.load_lazy_tensors(str(library), _XLAC.__file__, probe._cdata)
     known = torch_xla._XLAC._xla_get_tensor_id(probe)
     if _runtime.lazy_tensor_id(probe._cdata) != known:
         raise RuntimeError("xla_ops: torch_xla must be 2.9.0, got another layout")
