@@ -19,6 +19,7 @@ from torch_xla._dynamo import dynamo_bridge
 
 import xla_ops
 from xla_ops.programs import backend as backend_module
+from xla_ops.programs.replay import replay
 
 BACKENDS = pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
 
@@ -105,6 +106,40 @@ def test_an_input_that_shares_its_buffer_at_the_first_call(share, sync):
         assert torch.equal(t.cpu(), i * wanted)
     if other is not t:
         assert torch.equal(other.cpu(), wanted)
+
+
+WAYS = pytest.mark.parametrize("way", [compiled, replay], ids=["xla_ops", "replay"])
+
+
+@WAYS
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "dropped"])
+def test_an_input_of_which_a_snapshot_was_read_is_an_input(way, kept):
+    """torch_xla knows the buffer by the snapshot's number."""
+    t, other = xla(1, 2), xla(3, 4)
+    snapshot = t.clone()
+    assert snapshot.tolist() == [1, 2]
+    assert (snapshot + 1).tolist() == [2, 3]
+    if not kept:
+        del snapshot
+    f = way(lambda t: t * 10)
+    assert f(t).tolist() == [10, 20]
+    assert f(other).tolist() == [30, 40]
+    assert f(t).tolist() == [10, 20]
+
+
+@WAYS
+@pytest.mark.parametrize("sync", [True, False], ids=["sync", "pending"])
+def test_an_input_whose_buffer_has_the_number_of_another_input(way, sync):
+    t, source = xla(1, 2), xla(5, 6)
+    snapshot = t.clone()
+    assert (snapshot.tolist(), (snapshot + 1).tolist()) == ([1, 2], [2, 3])
+    snapshot.copy_(source)
+    if sync:
+        torch_xla.sync(wait=True)
+    f = way(lambda a, b: a * 10 + b)
+    assert f(t, snapshot).tolist() == [15, 26]
+    assert f(source, t).tolist() == [51, 62]
+    assert f(snapshot, source).tolist() == [55, 66]
 
 
 @BACKENDS

@@ -15,7 +15,8 @@ the same donations, and replaces what runs around it on every call:
 - Results that are one value, or an input's, come out right, and the tensors of the
   first call are not kept.
 - An input that shares its buffer with another tensor at the first call, as after
-  `snapshot.copy_(cache)`, is an input in later calls too; openxla makes it a constant.
+  `snapshot.copy_(cache)`, or shared it before, is an input in later calls too; openxla
+  makes it a constant, or takes another input for it.
 
 Symbolic sizes and SPMD meshes are left to openxla's own way of calling. Measurements:
 docs/in_place.md.
@@ -36,7 +37,7 @@ from torch_xla._dynamo import dynamo_bridge
 
 from ..core import in_place, ownership
 from ..core.interrupts import Uninterrupted
-from .calls import EXTRACTING, run_cached
+from .calls import EXTRACTING, buffer_of, run_cached
 
 
 def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object]:
@@ -189,6 +190,29 @@ class _Deduper(dynamo_bridge.Deduper):
         return [origlist[ids.index(tensor_id)] for tensor_id in unique]
 
 
+class _InputMatcher(dynamo_bridge.GraphInputMatcher):
+    """Knows inputs by their buffers.
+
+    torch_xla's own goes by the number of the tensor that was read last while it held a
+    buffer. After a snapshot of an input that number is none of an input, which then is
+    taken for a constant, or is another's.
+    """
+
+    def __init__(self, places: dict, ids: list, values: list, argument_ids: set):
+        super().__init__(places, ids, values, argument_ids)
+        self._values = values
+
+    def match(self, args: Sequence[torch.Tensor]) -> None:
+        """Works out which inputs are arguments; to be called once."""
+        places = {where: i for i, t in enumerate(args) if (where := buffer_of(t))}
+        for i, value in enumerate(self._values):
+            if where := buffer_of(value):
+                argument = places.get(where)
+                self.arg_idxs[i] = argument
+                self.graph_input_xla_values[i] = value if argument is None else None
+        self._values = []
+
+
 def _extract(module: torch.fx.GraphModule) -> Callable:
     """Does what dynamo_bridge.extract_internal does, and returns a faster call."""
     args: Sequence = vars(module)["xla_args"]
@@ -204,6 +228,7 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
         returns,
         updated,
     ) = _extract_graph_helper(module, {})
+    matcher.match(args)
     inputs = _input_getter(matcher)
     num_updated = len(updated)
     # What the program was traced with, such as a cache, is not kept.
@@ -260,7 +285,9 @@ class _SpecialReturnHandler(dynamo_bridge.SpecialReturnHandler):
 
 
 _extract_graph_helper = _with_globals(
-    dynamo_bridge.extract_graph_helper, SpecialReturnHandler=_SpecialReturnHandler
+    dynamo_bridge.extract_graph_helper,
+    GraphInputMatcher=_InputMatcher,
+    SpecialReturnHandler=_SpecialReturnHandler,
 )
 _extract_program = _with_globals(
     dynamo_bridge.extract_compiled_graph,

@@ -1,4 +1,5 @@
-"""What the ways to call a program share: one call by hash, and the lock of tracing."""
+"""What the ways to call a program share: one call by hash, which buffer is which, the
+lock of tracing."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch_xla
+import torch_xla.runtime as xr
 
 from ..core import ownership
 
@@ -35,6 +37,18 @@ def run_cached(
             raise
     finish(args)
     return torch_xla._XLAC._run_cached_graph(program, inputs(args))
+
+
+def buffer_of(value: torch.Tensor) -> int:
+    """What tells the buffer of a tensor that has been computed from all others.
+
+    0 of an empty one.
+    """
+    if not value.numel():
+        return 0
+    if xr.is_spmd():  # a buffer on each device
+        return torch_xla._XLAC._get_tensors_handle([value])[0]
+    return torch_xla._XLAC._unsafe_buffer_pointer(value)
 
 
 def finish(args: Sequence[torch.Tensor]) -> None:

@@ -41,7 +41,7 @@ from torch_xla._dynamo import dynamo_bridge
 
 from ..core import autograd, in_place, interrupts, ownership, sharding
 from . import kept
-from .calls import EXTRACTING, finish, run_cached
+from .calls import EXTRACTING, buffer_of, finish, run_cached
 
 _xlac = torch_xla._XLAC
 State = Iterable[torch.Tensor | torch.nn.Module]
@@ -353,7 +353,7 @@ class _Traced:
         self._num_given = num_given
         self.values = [torch._from_functional_tensor(t) for t in args]
         self.ids = [_xlac._xla_get_tensor_id(t) for t in self.values]
-        self.pointers = [_pointer(t) for t in self.values]
+        self.pointers = [buffer_of(t) for t in self.values]
         # aten.copy_ overwrites the tensor below an argument: it alone does.
         self._saved = [torch.clone(t) for t in self.values]
         self.updates: dict[int, int] = {}
@@ -385,7 +385,7 @@ class _Traced:
             if key in self._arguments:
                 continue  # one tensor, given twice
             self._arguments[key] = i
-            if is_pending or _pointer(value) != self.pointers[i]:
+            if is_pending or buffer_of(value) != self.pointers[i]:
                 self.updates[i] = len(self.computed)
                 self.computed.append(value if is_pending else _copied(value))
         self._check_shares()
@@ -431,7 +431,7 @@ class _Traced:
             return _CloneOfArgument(self._arguments[key])
         (is_pending,) = _xlac._check_tensor_need_materialization([value])
         if not is_pending:
-            where = _pointer(value)
+            where = buffer_of(value)
             if where and where in self.pointers:
                 # A copy of what the argument was before any update.
                 i = self.pointers.index(where)
@@ -450,7 +450,7 @@ class _Traced:
         """Gives every argument the value back that it had."""
         for t, value, saved in zip(self._args, self.values, self._saved, strict=True):
             (is_pending,) = _xlac._check_tensor_need_materialization([value])
-            if is_pending or _pointer(value) != _pointer(saved):
+            if is_pending or buffer_of(value) != buffer_of(saved):
                 _xlac._replace_xla_tensor(value, saved)
             if torch._from_functional_tensor(t) is not value:
                 in_place.set_value(t, value)
@@ -492,40 +492,27 @@ def _separate(args: Sequence[torch.Tensor]) -> None:
     seen: set[int] = set()
     for t in {id(t): t for t in args}.values():
         value = torch._from_functional_tensor(t)
-        where = _pointer(value)
+        where = buffer_of(value)
         if where and where in seen:
             ownership.separate(value)
-            where = _pointer(value)
+            where = buffer_of(value)
         seen.add(where)
-
-
-def _pointer(value: torch.Tensor) -> int:
-    """What tells the buffer of a tensor that has been computed from all others.
-
-    0 of an empty one.
-    """
-    if not value.numel():
-        return 0
-    if xr.is_spmd():  # a buffer on each device
-        return _xlac._get_tensors_handle([value])[0]
-    return _xlac._unsafe_buffer_pointer(value)
 
 
 def _inputs(traced: _Traced, args: Sequence[torch.Tensor]) -> Callable:
     """Returns args -> the program's inputs, in its order."""
     ids, values = _xlac._get_tensors_xla_device_data_node(traced.computed)
-    arguments = {tensor_id: i for i, tensor_id in enumerate(traced.ids)}
-    # torch_xla knows a buffer by the first tensor that held it, which may be another
-    # than the argument.
+    # A buffer has the number of the tensor that was read last while it held it. That
+    # may be another argument by now, so only what has no buffer is known by number.
     places = {where: i for i, where in enumerate(traced.pointers) if where}
+    empty = {traced.ids[i]: i for i, where in enumerate(traced.pointers) if not where}
     device = str(args[0].device if args else torch_xla.device())
     seed = _xlac._get_seed_info_id()
     picks: list[int | None] = []
     constants: list[torch.Tensor] = []
     for tensor_id, value in zip(ids, values, strict=True):
-        i = arguments.get(tensor_id)
-        if i is None:
-            i = places.get(_pointer(value) or -1)
+        where = buffer_of(value)
+        i = places.get(where) if where else empty.get(tensor_id)
         # torch_xla takes every buffer that no tensor was given for the seed.
         if i is None and tensor_id == seed and _is_seed(value, device):
             picks.append(None)
