@@ -87,7 +87,7 @@ def test_a_cache_has_none(name, what):
             2,
             0.2,
         )
-    key = "k" if what == "flash" else "key_cache"
+    key = "k" if what == "flash" else "kv_cache"
     op = "flash_attn_varlen" if what == "flash" else "paged_attention"
     with pytest.raises(RuntimeError, match=f"{op}: has no gradient: {key} requires"):
         out.sum().backward()

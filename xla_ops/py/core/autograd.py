@@ -124,7 +124,7 @@ def kernel(op: Op) -> Callable:
         if forward_ad._current_level >= 0:
             for name, t in _tensors(zip(op.arguments, args, strict=True)):
                 if _is_dual(t):
-                    name = op.labels.get(name, name)
+                    name = op.gradient_label(name)
                     raise RuntimeError(message(op.public_name, name, _TANGENT))
         if _is_grad_enabled() and _any_requires_grad(*args):
             with enable_single_level_autograd_function():
@@ -205,7 +205,7 @@ class _Tracked(_SingleLevelFunction):
         missing = {
             name: raises(
                 given,
-                message(op.public_name, op.labels.get(name, name)),
+                message(op.public_name, op.gradient_label(name)),
                 *ctx.specs[name],
             )
             for name in wanted

@@ -80,6 +80,8 @@ class Op:
         gradient: how backward differentiates the op; None: it raises, see `gradients`.
         public_name: of the function that calls the op, for error texts.
         labels: what that function calls its arguments, where its names are others.
+        gradient_labels: the same where a gradient is missing, which is of an argument
+            as the user gave it, not of a part that is checked.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Op:
     gradient: gradients.Gradient | None = None
     public_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    gradient_labels: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     # Of `Foreign` arguments, where one is in use.
     framework: ClassVar[Framework | None] = None
     arguments: tuple[str, ...] = field(init=False)
@@ -107,6 +110,11 @@ class Op:
         object.__setattr__(self, "public_name", self.public_name or self.name)
         OPS[self.name] = self
         lazy.when_torch(self._register)
+
+    def gradient_label(self, argument: str) -> str:
+        """What an error about an argument's gradient calls the argument."""
+        labels = {**self.labels, **self.gradient_labels}
+        return labels.get(argument, argument)
 
     def _register(self) -> None:
         """Defines torch.ops.xla_ops.<name>."""

@@ -305,7 +305,7 @@ def _differentiable(signature: Signature, function: Callable) -> Callable:
 
 
 def _no_gradient(op: Op, argument: str) -> str:
-    argument = op.labels.get(argument, argument)
+    argument = op.gradient_label(argument)
     return (
         f"xla_ops.{op.public_name}: has no gradient: {argument} requires one;"
         f" pass jax.lax.stop_gradient({argument})"

@@ -38,11 +38,17 @@ class Names(NamedTuple):
     block_table: str
     scale: str
     soft_cap: str
+    cache: str = ""  # the one argument that holds key and value, if there is one
 
     @property
     def labels(self) -> dict[str, str]:
         """The op's names of the functional op's arguments."""
-        return {name: label for name, label in self._asdict().items() if name != "op"}
+        others = ("op", "cache")
+        return {n: label for n, label in self._asdict().items() if n not in others}
+
+    @property
+    def gradient_labels(self) -> dict[str, str]:
+        return {"key": self.cache, "value": self.cache} if self.cache else {}
 
 
 class Batch(NamedTuple):
@@ -148,6 +154,7 @@ def declare(names: Names, gradient: Gradient) -> Op:
         splits=lambda args: splits(names, Arguments(**args)),
         gradient=gradient,
         labels=names.labels,
+        gradient_labels=names.gradient_labels,
     )
 
 

@@ -94,6 +94,7 @@ def declare(names: Names) -> Gradient:
         splits=lambda args: _splits(own_names, Arguments(**args)),
         public_name=names.op,
         labels=names.labels,
+        gradient_labels=names.gradient_labels,
     )
     return Gradient(lambda b: _compute(op, b), _TENSORS, keeps_results=(0, 1))
 

@@ -21,6 +21,7 @@ _NAMES = attention.Names(
     block_table="block_tables",
     scale="scale",
     soft_cap="soft_cap",
+    cache="kv_cache",
 )
 _check = Checker(_NAMES.op)
 
