@@ -111,19 +111,59 @@ def test_one_tensor_twice_in_copy_blocks_is_refused(name):
         path.function(lambda c, m: xla_ops.copy_blocks([c], [c], m))(cache, mapping)
 
 
-@given(data=st.data())
-def test_meeting_tensors_are_found(data):
-    """Against all elements of two views of one shape and set of strides."""
-    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
-    strides = data.draw(st.permutations(in_place.dense_strides(torch.Size(shape))))
-    strides = tuple(s * data.draw(st.sampled_from([1, 2, 3])) for s in strides)
-    shape = torch.Size(shape)
-    offset = data.draw(st.integers(0, 30))
+@st.composite
+def strided(draw):
+    """Shape and strides; a factor leaves gaps."""
+    shape = torch.Size(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
+    strides = draw(st.permutations(in_place.dense_strides(shape)))
+    return shape, tuple(s * draw(st.sampled_from([1, 2, 3])) for s in strides)
+
+
+@given(
+    first=strided(), second=strided(), alike=st.booleans(), offset=st.integers(0, 60)
+)
+def test_meeting_tensors_are_found(first, second, alike, offset):
+    """Against all elements of two views, of one shape and set of strides or of two."""
     elements = torch.arange(2000)
-    views = [elements.as_strided(shape, strides, start) for start in (0, offset)]
+    views, spans = [], []
+    for (shape, strides), start in ((first, 0), (first if alike else second, offset)):
+        views.append(elements.as_strided(shape, strides, start))
+        place = in_place.Located(elements, start, strides)
+        spans.append(in_place._span(views[-1], place))
     wanted = bool(torch.isin(*(v.flatten() for v in views)).any())
-    places = [in_place.Located(elements, start, strides) for start in (0, offset)]
-    assert in_place._meet(views[0], places[0], views[1], places[1]) == wanted
+    assert in_place._meet(*spans) == in_place._meet(*reversed(spans)) == wanted
+
+
+@PATHS
+def test_views_of_different_shapes_that_meet_are_refused(name):
+    path = Path(name)
+    cache, mapping = path.put([torch.zeros(SHAPE), torch.tensor([[0, 1]])])
+    text = (
+        r"copy_blocks: value_caches\[0\] must not share memory with key_caches\[0\],"
+        r" got shapes \[6, 4, 2, 8\] and \[3, 4, 2, 8\] of one tensor"
+    )
+
+    def meet(c, m):
+        xla_ops.copy_blocks([c[1:4]], [c], m)
+
+    with pytest.raises(Exception, match=text):
+        path.function(meet)(cache, mapping)
+    path.function(lambda c, m: xla_ops.copy_blocks([c[:2]], [c[2:]], m))(cache, mapping)
+
+
+def test_views_of_different_dtypes_that_meet_are_refused():
+    """Scales in the buffer of the values that they belong to."""
+    x, whole = torch.randn(4, 16), torch.zeros(4, 32)
+    values = whole.view(torch.int8)[:, :16]  # the first four columns of `whole`
+
+    def quantize(scales):
+        torch.ops.xla_ops.dynamic_scaled_int8_quant(values, x, scales, None)
+
+    text = "scale must not share memory with result"
+    with pytest.raises(ValueError, match=text):
+        quantize(whole[:, 3:4])
+    quantize(whole[:, 4:5])
+    assert whole[:, 4].all() and values.any()
 
 
 @pytest.mark.parametrize("name", ["compiled", "dispatched"])

@@ -29,7 +29,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from .dtypes import dtype_name
 from .foreign import Foreign
@@ -420,20 +420,23 @@ def check_writable(op: str, places: Mapping[str, tuple[torch.Tensor, Located]]) 
     Args:
         places: the tensors that are to be written, by name, and where they lie.
     """
-    seen: list[tuple[str, torch.Tensor, Located]] = []
+    seen: list[tuple[str, torch.Tensor, _Span]] = []
     for name, (t, place) in places.items():
         if got := _repeats(t, place):
             raise ValueError(
                 f"{op}: {name} must be dense in its last dimension and free of"
                 f" overlaps, got {got}"
             )
-        for other_name, other, other_place in seen:
-            if t.numel() and other.numel() and _meet(t, place, other, other_place):
+        if len(places) == 1 or not t.numel():
+            continue
+        span = _span(t, place)
+        for other_name, other, other_span in seen:
+            if _meet(span, other_span):
                 raise ValueError(
                     f"{op}: {name} must not share memory with {other_name},"
                     f" got shapes {list(t.shape)} and {list(other.shape)} of one tensor"
                 )
-        seen.append((name, t, place))
+        seen.append((name, t, span))
 
 
 def _repeats(t: torch.Tensor, place: Located) -> str:
@@ -454,41 +457,63 @@ def _repeats(t: torch.Tensor, place: Located) -> str:
     return ""
 
 
-def _meet(
-    t: torch.Tensor, place: Located, other: torch.Tensor, other_place: Located
-) -> bool:
-    """Whether two tensors that are not empty have an element in common."""
+class _Span(NamedTuple):
+    """Where the bytes of a tensor are."""
+
+    of: int | str  # what bytes are counted in: a tensor, by its id, or a device
+    first: int
+    last: int
+    dims: list[tuple[int, int]]  # stride and size, of a byte of an element at the end
+
+
+def _span(t: torch.Tensor, place: Located) -> _Span:
+    size = 1 if isinstance(t, Foreign) else t.element_size()
     if is_value(t):
-        if place.buffer is not other_place.buffer:
-            return False
-        distance = place.offset - other_place.offset
+        of: int | str = id(place.buffer)
+        first, strides = place.offset * size, place.strides
     else:
-        if t.device != other.device:
-            return False
-        distance = (t.data_ptr() - other.data_ptr()) // t.element_size()
-    if distance == 0:
+        of, first, strides = str(t.device), t.data_ptr(), t.stride()
+    dims = [(stride * size, n) for stride, n in zip(strides, t.shape, strict=True)]
+    dims.append((1, size))
+    last = first + sum(stride * (n - 1) for stride, n in dims)
+    return _Span(of, first, last, dims)
+
+
+def _meet(a: _Span, b: _Span) -> bool:
+    """Whether two tensors that are not empty have a byte in common."""
+    if a.of != b.of:
+        return False
+    if a.first == b.first:
         return True
-    if place.strides != other_place.strides or t.shape != other.shape:
-        return False  # known to differ only where they are alike
-    dims = sorted(zip(place.strides, t.shape, strict=True), reverse=True)
-    return _reaches(abs(distance), dims)
+    numbers = (a.first, b.first, *(n for dim in (*a.dims, *b.dims) for n in dim))
+    if a.dims != b.dims and not all(isinstance(n, int) for n in numbers):
+        return False  # of symbols, alike is all that can be told
+    if a.last < b.first or b.last < a.first:
+        return False
+    # a's bytes are at a.first + i * stride and b's at b.last - j * stride, for all i
+    # and j below a size: they meet where a sum of such multiples is b.last - a.first.
+    counts: dict[int, int] = {}
+    for stride, size in (*a.dims, *b.dims):
+        counts[stride] = counts.get(stride, 0) + size - 1
+    return _reaches(b.last - a.first, counts)
 
 
-def _reaches(distance: int, dims: list[tuple[int, int]]) -> bool:
-    """Whether two indices of a strided tensor are `distance` elements apart.
-
-    Args:
-        dims: stride and size of each dimension, the largest stride first.
-    """
-    if not dims:
-        return distance == 0
-    (stride, size), *inner = dims
-    if stride == 0:
-        return _reaches(distance, inner)
-    rest = sum(stride * (size - 1) for stride, size in inner)
-    first = max(-((rest - distance) // stride), 1 - size)
-    last = min((distance + rest) // stride, size - 1)
-    return any(_reaches(distance - n * stride, inner) for n in range(first, last + 1))
+def _reaches(total: int, counts: Mapping[int, int]) -> bool:
+    """Whether a sum of multiples of each stride, up to its count, is `total`."""
+    rest = sum(stride * count for stride, count in counts.items())
+    totals = {total}
+    for stride, count in sorted(counts.items(), reverse=True):
+        if stride == 0 or count == 0:
+            continue
+        rest -= stride * count
+        totals = {
+            total - n * stride
+            for total in totals
+            for n in range(
+                max(-((rest - total) // stride), 0), min(total // stride, count) + 1
+            )
+        }
+    return 0 in totals
 
 
 def _geometry(
