@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from . import sharded_gradients, sharding
@@ -144,7 +145,11 @@ class _Tracked(_SingleLevelFunction):
 
     @staticmethod
     def forward(op: Op, *args: Any) -> Any:
-        with _below_autograd():
+        if _transforms() is None:
+            with _below_autograd():
+                return op.overload(*args)
+        # Torch turns derivatives off in here; levels further out want theirs.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _below_autograd():
             return op.overload(*args)
 
     @staticmethod
