@@ -44,14 +44,16 @@ if TYPE_CHECKING:
 def is_value(t: torch.Tensor) -> bool:
     """Returns whether `t` can only be updated by giving it a new value.
 
-    True of XLA tensors and of everything that is being traced; False of plain CPU and
-    CUDA tensors, whose memory is written.
+    True of XLA tensors and of everything that is being traced or transformed; False of
+    plain CPU and CUDA tensors, whose memory is written.
     """
     return (
         isinstance(t, Foreign)
         or not tracing.is_plain(t)
         or t.device.type not in ("cpu", "cuda")
         or torch._is_functional_tensor(t)
+        or tracing.is_transformed()
+        or tracing.is_recorded()
     )
 
 
@@ -146,6 +148,9 @@ def update(
     if isinstance(buffer, Foreign):
         buffer.become(op(buffer, *args, None))
         return
+    if tracing.is_transformed():
+        buffer.copy_(op(buffer, *args, None))
+        return
     if (
         isinstance(buffer, tracing.FunctionalTensor)
         and _compiler_is_inductor()
@@ -178,6 +183,8 @@ def prepare(
         Their old values, and of each the donor, as `update` has it; `assign` the
         results afterwards. A view has none: its base is made anew around it.
     """
+    if tracing.is_transformed():
+        return list(buffers), [None] * len(buffers)
     old, donors = list(buffers), [donor(t) for t in buffers]
     for i, given in enumerate(donors):
         if given is not None:
@@ -317,8 +324,8 @@ def assign(
         views: those that the caller knows.
     """
     wrapper = t.elem if isinstance(t, tracing.FunctionalTensor) else t
-    if not torch._is_functional_tensor(wrapper):
-        t.copy_(value)  # a fake tensor, or functionalization is off
+    if tracing.is_transformed() or not torch._is_functional_tensor(wrapper):
+        t.copy_(value)  # a fake tensor too, or functionalization is off
         return
     new = value.elem if isinstance(value, tracing.FunctionalTensor) else value
     old = torch._from_functional_tensor(wrapper)

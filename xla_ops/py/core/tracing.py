@@ -24,6 +24,24 @@ def is_plain(t: torch.Tensor) -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work that has tensors of its own.
+
+    Those look like tensors in memory (`is_plain`) and have none. Not functionalize,
+    whose tensors are those that everything here knows.
+    """
+    top = torch._C._functorch.peek_interpreter_stack()
+    return top is not None and top.key() != _FUNCTIONALIZE
+
+
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+
+
+def is_recorded() -> bool:
+    """Whether make_fx takes down what is called, of tensors in memory too."""
+    return proxy_tensor.get_proxy_mode() is not None
+
+
 def node_of(t: torch.Tensor) -> torch.fx.Node | None:
     """Returns the node of `t`'s value in the graph being traced, if any."""
     if not isinstance(t, FunctionalTensor):
