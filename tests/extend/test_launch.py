@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+import torch_xla
 
 import user_kernels
 import xla_ops
@@ -329,6 +330,40 @@ def test_reference_that_gives_something_else():
     rule = r"give float32 \[2\], got float64 \[2\]"
     with pytest.raises(ValueError, match=f"^scale: reference must {rule}"):
         wrong(x)
+
+
+def test_reference_that_gives_a_tensor_of_another_device():
+    scale = make_scale(reference=lambda x, a: x.cpu())
+    rule = r"give float32 \[2\], got float32 \[2\] on cpu"
+    with pytest.raises(ValueError, match=f"^scale: reference must {rule}$"):
+        scale(torch.ones(2, device=torch_xla.device()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "xla"])
+@pytest.mark.parametrize(
+    "reference",
+    [lambda x, y: (x, y), lambda x, y: (x[:], x.detach()), lambda x, y: (y * 1,) * 2],
+    ids=["arguments", "views of one", "one twice"],
+)
+def test_results_of_a_reference_are_tensors_of_their_own(reference, device):
+    both = make_both(reference=reference)
+    given = [t.to(device) for t in (torch.ones(2), torch.ones(2))]
+    results = both(*given)
+    for t in (*given, *results):
+        t.add_(1)
+    assert all(t.tolist() == [2, 2] for t in (*given, *results))
+
+
+@pytest.mark.parametrize("argument", ["parameters", "results", "reference"])
+def test_what_must_be_a_function(argument):
+    rule = r"be a function or None, got \(1, 2\)"
+    with pytest.raises(ValueError, match=f"^scale: {argument} must {rule}"):
+        make_scale(**{argument: (1, 2)})
+
+
+def test_schema_that_is_no_text():
+    with pytest.raises(ValueError, match=r"^scale: schema must be a str, got NoneType"):
+        cuda_kernel(user_kernels.SCALE, "scale", None, grid=1, block=1)
 
 
 def test_no_gpu_and_no_reference():

@@ -34,11 +34,13 @@ def make_scale(**options):
         SCALE,
         "scale",
         "(Tensor x, float a=2.0) -> Tensor",
-        parameters=lambda x, a, out: (x, a, out, x.numel()),
-        grid=lambda x, a: ceil_div(x.numel(), 256),
-        block=256,
-        reference=lambda x, a: a * x,
-        **options,
+        **{
+            "parameters": lambda x, a, out: (x, a, out, x.numel()),
+            "grid": lambda x, a: ceil_div(x.numel(), 256),
+            "block": 256,
+            "reference": lambda x, a: a * x,
+            **options,
+        },
     )
 
 
@@ -66,9 +68,8 @@ def make_both(**options):
         parameters=lambda x, y, a, b: (x, y, a, b, x.numel()),
         grid=lambda x, y: ceil_div(x.numel(), 128),
         block=128,
-        reference=lambda x, y: (x + y, x - y),
         name="both",
-        **options,
+        **{"reference": lambda x, y: (x + y, x - y), **options},
     )
 
 

@@ -113,6 +113,8 @@ def parse(op: str, schema: str) -> Signature:
         ValueError: it is none, or has what a kernel cannot take.
     """
     check = Checker(op)
+    is_text = isinstance(schema, str)
+    check.require(is_text, "schema", "be a str", type(schema).__name__)
     try:
         parsed = torch._C.parse_schema(op + schema)
     except RuntimeError as error:
@@ -146,6 +148,8 @@ def check_takes(
 ) -> None:
     """Checks, where `value` is a function, that it takes arguments of these names."""
     if not callable(value):
+        ok = value is None or argument not in ("parameters", "reference", "results")
+        check.require(ok, argument, "be a function or None", repr(value))
         return
     try:
         signature = inspect.signature(value)
@@ -428,18 +432,36 @@ class _Declaration(NamedTuple):
         results = found if isinstance(found, tuple) else (found,)
         with _only_shapes():
             specs = self.lower(*args).results
-        got = [
-            f"{dtype_name(t.dtype)} {list(t.shape)}"
-            if isinstance(t, torch.Tensor)
-            else type(t).__name__
-            for t in results
-        ]
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        got = [_told(t, device) for t in results]
         wanted = [f"{dtype_name(s.dtype)} {list(s.shape)}" for s in specs]
         rule = f"give {', '.join(wanted)}"
         self.kernel.check.require(got == wanted, "reference", rule, ", ".join(got))
-        # An op returns no tensor that it was given.
-        own = [t.clone() if any(t is a for a in args) else t for t in results]
+        # An op returns no tensor that it was given, no part of one, and none twice.
+        own: list[torch.Tensor] = []
+        for t in results:
+            is_shared = any(_share(t, other) for other in (*args, *own))
+            own.append(t.clone() if is_shared else t)
         return tuple(own) if self.num_values > 1 else own[0]
+
+
+def _told(result: object, device: torch.device) -> str:
+    if not isinstance(result, torch.Tensor):
+        return type(result).__name__
+    where = "" if result.device == device else f" on {result.device}"
+    return f"{dtype_name(result.dtype)} {list(result.shape)}{where}"
+
+
+def _share(t: torch.Tensor, other: object) -> bool:
+    """Whether writing one of them would show in the other."""
+    if t is other:
+        return True
+    if not isinstance(other, torch.Tensor) or "xla" in (
+        t.device.type,
+        other.device.type,
+    ):
+        return False  # what torch_xla computes has memory of its own
+    return t.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _described(value: Any) -> str:
