@@ -230,6 +230,27 @@ def test_int64_where_jax_has_it():
     same_bits(wide, tensor(narrow))
 
 
+def test_integers_of_numpy_that_jax_would_wrap_around():
+    """2**32 + 5 became slot 5, without a word."""
+    rows, cache = random((2, 1, 8)), jnp.zeros((2, 2, 4, 1, 8))
+    for far in (2**32 + 5, -(2**32) + 5):
+        text = f"slot_mapping must fit int32 where jax_enable_x64 is off, got {far}"
+        with pytest.raises(ValueError, match=f"^reshape_and_cache_flash: {text}$"):
+            xj.reshape_and_cache_flash(rows, rows, cache, None, np.array([0, far]))
+        with _x64():
+            found = xj.reshape_and_cache_flash(
+                rows, rows, cache, None, np.array([0, far])
+            )
+        assert not found[:, 1].any()
+    near = xj.reshape_and_cache_flash(rows, rows, cache, None, np.array([0, 5]))
+    assert near[:, 1, 1].any()
+
+
+def test_dtypes_that_jax_alone_has():
+    with pytest.raises(ValueError, match=r"^rms_norm: input must be .*, got key<fry>$"):
+        xj.rms_norm(jax.random.key(0), jnp.ones(4))
+
+
 def _x64():
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)

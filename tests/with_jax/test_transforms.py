@@ -202,3 +202,17 @@ def test_vmap_twice():
     xs, w = random((4, 2, 3, 8)), random((8,))
     found = jax.vmap(jax.vmap(lambda x: xj.rms_norm(x, w)))(xs)
     np.testing.assert_array_equal(found, xj.rms_norm(xs, w))
+
+
+def test_a_batch_of_nothing():
+    xs, w = jnp.zeros((0, 3, 8)), random((8,))
+    assert jax.vmap(lambda x: xj.rms_norm(x, w))(xs).shape == (0, 3, 8)
+    ws = jnp.zeros((0, 8))
+    assert jax.jit(jax.vmap(xj.rms_norm))(xs, ws).shape == (0, 3, 8)
+    grad = jax.vmap(jax.grad(lambda x: xj.rms_norm(x, w).sum()))(xs)
+    assert grad.shape == (0, 3, 8)
+    cache = jnp.zeros((2, 2, 4, 1, 8))
+    write = jax.vmap(xj.reshape_and_cache_flash, in_axes=(0, 0, None, None, None))
+    rows = jnp.zeros((0, 2, 1, 8))
+    found = write(rows, rows, cache, None, jnp.array([0, 1]))
+    assert found.shape == (0, *cache.shape)

@@ -35,7 +35,10 @@ def platform() -> str:
 
 def torch_dtype(dtype: Any) -> Any:
     """Returns torch's dtype of the same name."""
-    name = np.dtype(dtype).name
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:  # of JAX alone, as a key's
+        name = str(dtype)
     try:
         return getattr(torch, name)
     except (AttributeError, RuntimeError):
@@ -178,6 +181,24 @@ def wrap(value: Any) -> Any:
     ):
         return torch_dtype(jnp.dtype(value))
     return value
+
+
+def check_fits(what: str, value: object) -> None:
+    """Raises ValueError for NumPy's integers that JAX would wrap around.
+
+    It makes int32 of int64 where jax_enable_x64 is off, and says nothing.
+    """
+    if isinstance(value, list | tuple):
+        for i, one in enumerate(value):
+            check_fits(f"{what}[{i}]", one)
+    if not (isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size):
+        return
+    limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+    for one in (value.min(), value.max()):
+        if not limits.min <= one <= limits.max:
+            raise ValueError(
+                f"{what} must fit {limits.dtype} where jax_enable_x64 is off, got {one}"
+            )
 
 
 def unwrap(value: Any) -> Any:

@@ -239,6 +239,8 @@ def _batched(signature: Signature, function: Callable) -> Callable:
 
     @call.def_vmap
     def batched(size: int, is_batched: Sequence[bool], *values: Any) -> tuple:
+        if size == 0:
+            return _of_none(call, is_batched, values)
         one = [v[0] if b else v for v, b in zip(values, is_batched, strict=True)]
         way = None
         if signature.op.splits is not None:
@@ -252,6 +254,17 @@ def _batched(signature: Signature, function: Callable) -> Callable:
         return results, (True,) * len(results)
 
     return call
+
+
+def _of_none(
+    call: Callable, is_batched: Sequence[bool], values: Sequence[Any]
+) -> tuple:
+    """The results of a batch that has no element."""
+    pairs = zip(values, is_batched, strict=True)
+    one = [jax.ShapeDtypeStruct(v.shape[b:], v.dtype) for v, b in pairs]
+    results = jax.eval_shape(call, *one)
+    arrays = tuple(jnp.zeros((0, *r.shape), r.dtype) for r in results)
+    return arrays, (True,) * len(arrays)
 
 
 def _one_by_one(

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..core.lazy import torch
-from .arrays import Array, as_int64, unwrap, wrap
+from .arrays import Array, as_int64, check_fits, unwrap, wrap
 
 # JAX has int32 arrays where torch's users have int64.
 _INT64 = ("slot_mapping", "block_mapping")
@@ -36,6 +36,7 @@ def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
             if isinstance(value, torch.Tensor):
                 rule = f"{function.__name__}: {name} must be an array of JAX's"
                 raise TypeError(f"{rule}, got {type(value).__name__}")
+            check_fits(f"{function.__name__}: {name}", value)
             given[name] = _wrapped(name, value)
         returned: Any = tuple(given.get(name) for name in written)
         if "value_cache" in written and given.get("value_cache", ...) is None:
