@@ -328,11 +328,11 @@ def test_find_plugin_info():
     info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", MAJOR=1)))
     assert (info["major"], info["minor"]) == (1, 115)
     assert "speaks PJRT API 1.115" in info["error"]
-    assert info["fix"].startswith("install another release of jax-cuda12-pjrt")
+    assert info["fix"].startswith("install xla_ops[cuda13], or xla_ops[cuda12]")
     info = _runtime.find_plugin_info(str(fakes.build("fake_pjrt_plugin", MINOR=900)))
     assert info["error"] == info["fix"] == ""
     assert "speaks PJRT API 0.900, newer than" in info["warning"]
     info = _runtime.find_plugin_info("/no/such.so")
     assert (info["major"], info["custom_call"]) == (None, False)
     assert "cannot be loaded" in info["error"]
-    assert 'pip install "jax-cuda13-plugin[with-cuda]"' in info["fix"]
+    assert info["fix"].startswith("install xla_ops[cuda13], or xla_ops[cuda12]")

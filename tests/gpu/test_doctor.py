@@ -165,8 +165,8 @@ def test_gpu_machine(machine):
 @pytest.mark.parametrize(
     "setting, name, text, fix",
     [
-        ({"MAJOR": 2}, "plugin", "speaks PJRT API 2.115", "install another release"),
-        ({"EXTENSION": 0}, "PJRT API", "has no custom-call", "install jax-cuda12"),
+        ({"MAJOR": 2}, "plugin", "speaks PJRT API 2.115", "install xla_ops[cuda13]"),
+        ({"EXTENSION": 0}, "PJRT API", "has no custom-call", "install xla_ops["),
         ({"devices": ""}, "driver", "shows no GPU", "check CUDA_VISIBLE_DEVICES"),
         ({"version": "12080"}, "client", "runs CUDA up to 12.8", "update the driver"),
     ],

@@ -216,4 +216,4 @@ def test_a_plugin_that_was_cut_short_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:9000])
     error = use_device(tmp_path, "CUDA", path)
     assert f"{path} was cut short: it has 9000 of " in error
-    assert error.endswith("reinstall jax-cuda13-pjrt")
+    assert error.endswith("reinstall jax-cuda13-pjrt, which xla_ops[cuda13] brings")

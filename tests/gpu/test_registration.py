@@ -77,7 +77,7 @@ def test_register_gpu_without_the_extension(tmp_path):
     assert answer["names"] == []
     why = answer["refused"]["fake.shapes"]
     assert why.startswith("fake.shapes cannot be registered")
-    assert "has no custom-call extension: install jax-cuda12-pjrt" in why
+    assert "has no custom-call extension: install xla_ops[cuda13], or" in why
 
 
 def test_register_gpu_without_a_plugin(tmp_path):

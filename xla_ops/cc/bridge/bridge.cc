@@ -126,8 +126,8 @@ std::string RegisterLocked(State& state, PjrtRegisterCustomCallArgs args) {
   const PjrtGpuCustomCallExtension* extension = state.plugin.custom_call;
   if (extension == nullptr) {
     return target + " cannot be registered: PJRT plugin " + state.path +
-           " has no custom-call extension: install jax-cuda12-pjrt or "
-           "jax-cuda13-pjrt 0.7.1 or newer";
+           " has no custom-call extension: " + kInstall +
+           ", whose plugin has it";
   }
   // A plugin that does not know traits asks the handler itself.
   const bool has_traits =
@@ -208,8 +208,9 @@ const void* GetPjrtApi() {
   const char* path = std::getenv("XLA_OPS_PJRT_PLUGIN");
   if (path == nullptr || *path == '\0') {
     return xla_ops::FailedApi(
-        "no PJRT plugin to wrap: set XLA_OPS_PJRT_PLUGIN to the path of JAX's "
-        "xla_cuda_plugin.so, or install jax-cuda12-pjrt or jax-cuda13-pjrt");
+        std::string("no PJRT plugin to wrap: ") + xla_ops::kInstall +
+        "; or set XLA_OPS_PJRT_PLUGIN to the path of JAX's "
+        "xla_cuda_plugin.so");
   }
   const std::string error = xla_ops::OpenLocked(state, path);
   return error.empty() ? state.table : xla_ops::FailedApi(error);

@@ -14,7 +14,9 @@ namespace {
 // (plugin 0.116 has 11).
 constexpr size_t kMaxExtensions = 1000;
 
-constexpr char kReinstall[] = "reinstall jax-cuda12-pjrt or jax-cuda13-pjrt";
+constexpr char kReinstall[] =
+    "reinstall jax-cuda13-pjrt, which xla_ops[cuda13] brings, or "
+    "jax-cuda12-pjrt, which xla_ops[cuda12] brings";
 
 std::string CheckVersion(const std::string& path, const PjrtApi& api,
                          std::string* fix) {
@@ -23,14 +25,12 @@ std::string CheckVersion(const std::string& path, const PjrtApi& api,
   const std::string found = "PJRT plugin " + path + " speaks PJRT API " +
                             std::to_string(major) + "." + std::to_string(minor);
   if (major != kPjrtMajor) {
-    *fix =
-        "install another release of jax-cuda12-pjrt or jax-cuda13-pjrt (0.7.1 "
-        "to 0.12.0 are known to have it)";
+    *fix = kInstall + std::string(", whose plugin has it");
     return found + ", torch_xla needs major version " +
            std::to_string(kPjrtMajor);
   }
   if (minor < kPjrtMinMinor) {
-    *fix = "install jax-cuda12-pjrt or jax-cuda13-pjrt 0.7.1 or newer";
+    *fix = kInstall + std::string(", whose plugin is newer");
     return found + ", torch_xla needs " + std::to_string(kPjrtMajor) + "." +
            std::to_string(kPjrtMinMinor) + " or newer";
   }
@@ -43,8 +43,8 @@ std::string OpenPjrtPlugin(const std::string& path, PjrtPlugin* plugin) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     plugin->fix =
-        "install it with the CUDA libraries that it loads: pip install "
-        "\"jax-cuda13-plugin[with-cuda]\", or jax-cuda12-plugin";
+        kInstall +
+        std::string(": it brings the CUDA libraries that a plugin loads");
     return "PJRT plugin " + path + " cannot be loaded: " + LastDlError();
   }
   auto* get_api =
@@ -93,8 +93,8 @@ std::string PjrtPluginWarning(const std::string& path, const PjrtApi& api) {
   return "PJRT plugin " + path + " speaks PJRT API " +
          version(api.version.minor_version) + ", newer than " +
          version(kPjrtNewestTestedMinor) +
-         ", the newest that xla_ops was tested with: should something fail, "
-         "try jax-cuda12-pjrt or jax-cuda13-pjrt 0.11.2";
+         ", the newest that xla_ops was tested with: should something fail, " +
+         kInstall + ", whose plugin is older";
 }
 
 std::string TakePjrtErrorText(const PjrtApi& api, PjrtError* error) {

@@ -13,6 +13,10 @@
 
 namespace xla_ops {
 
+// What brings a plugin that fits, with the libraries that it loads.
+inline constexpr char kInstall[] =
+    "install xla_ops[cuda13], or xla_ops[cuda12] for drivers before 580";
+
 struct PjrtPlugin {
   const PjrtApi* api = nullptr;
   std::vector<const PjrtExtension*> extensions;  // in the plugin's order

@@ -153,7 +153,7 @@ def _plugin(report: Report) -> pathlib.Path | None:
             "PJRT API",
             False,
             f"{api}, has no custom-call extension",
-            "install jax-cuda12-pjrt or jax-cuda13-pjrt 0.7.1 or newer",
+            f"{discover.INSTALL}, whose plugin has it",
         )
         return None
     report.add("GPU", "PJRT API", OK, f"{api}, takes custom calls")
@@ -244,6 +244,7 @@ def _cuda_libraries(
             NOTE,
             "nvidia-cudnn-cu12 and nvidia-cudnn-cu13 are both installed, in the same"
             " folder: one has overwritten the other",
-            "use jax-cuda12-pjrt with a CUDA 12 build of torch, and reinstall"
-            " nvidia-cudnn-cu12; or uninstall it",
+            "with a CUDA 12 build of torch use xla_ops[cuda12] alone, pip uninstall"
+            " nvidia-cudnn-cu13 and reinstall nvidia-cudnn-cu12; else pip uninstall"
+            " nvidia-cudnn-cu12 and reinstall nvidia-cudnn-cu13",
         )

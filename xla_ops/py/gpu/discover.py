@@ -17,7 +17,7 @@ PLUGIN_VARIABLE = "XLA_OPS_PJRT_PLUGIN"
 
 _PLUGIN_FILE = "xla_cuda_plugin.so"
 # The extras bring a plugin with all that it opens, in versions that go together.
-_INSTALL = "install xla_ops[cuda13], or xla_ops[cuda12] for drivers before 580"
+INSTALL = "install xla_ops[cuda13], or xla_ops[cuda12] for drivers before 580"
 
 
 def installed_plugins() -> list[pathlib.Path]:
@@ -38,6 +38,14 @@ def distribution_of(path: pathlib.Path) -> str:
     """The distribution that brings the plugin at `path`; "" where it is another."""
     match = re.fullmatch(r"xla_(cuda\d+)", path.parent.name)
     return f"jax-{match[1]}-pjrt" if match else ""
+
+
+def reinstall(path: pathlib.Path) -> str:
+    """What to do about a plugin at `path` that is broken."""
+    match = re.fullmatch(r"jax-(cuda\d+)-pjrt", distribution_of(path))
+    if match is None:
+        return "reinstall it"
+    return f"reinstall {match[0]}, which xla_ops[{match[1]}] brings"
 
 
 def describe_plugin(path: pathlib.Path) -> str:
@@ -66,7 +74,7 @@ def find_plugin() -> pathlib.Path:
     if not found:
         raise Problem(
             "a GPU client needs JAX's CUDA plugin, and none is installed",
-            f"{_INSTALL}; or set {PLUGIN_VARIABLE} to the path of {_PLUGIN_FILE}; or"
+            f"{INSTALL}; or set {PLUGIN_VARIABLE} to the path of {_PLUGIN_FILE}; or"
             " run on the CPU with PJRT_DEVICE=CPU",
         )
     if len(found) > 1:
