@@ -82,7 +82,7 @@ def test_options_reach_a_newer_plugin_through_torch_xla(tmp_path):
 @pytest.mark.parametrize(
     "macros, environ, text",
     [
-        ({"MAJOR": 1}, {}, "torch_xla needs major version 0: install another"),
+        ({"MAJOR": 1}, {}, "torch_xla needs major version 0: install xla_ops[cuda13]"),
         ({}, {"FAKE_CUDA_INIT": "100"}, "no GPU is visible: check nvidia-smi"),
         ({}, {"PJRT_ALLOCATOR_FRACTION": "3"}, "PJRT_ALLOCATOR_FRACTION must be"),
     ],
