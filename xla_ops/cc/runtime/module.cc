@@ -356,9 +356,8 @@ used), "warning" ("" if it is not newer than what was tested), "major", "minor"
       py::arg("library"), py::arg("xlac_path"), py::arg("tensor"),
       "Makes the three functions below usable; library is the path of "
       "libtorch_cpu.so, xlac_path that of the imported module _XLAC, tensor "
-      "the "
-      "address of a TensorImpl of torch_xla's. "
-      "RuntimeError with the reason where the library is another.");
+      "the address of a TensorImpl of torch_xla's. RuntimeError with the "
+      "reason where the library is another.");
   m.def("lazy_tensor_id", &PyLazyTensorId, py::arg("tensor"),
         "torch_xla's number of a tensor, given by the address of its "
         "TensorImpl; TypeError where that is not torch_xla's.");
