@@ -21,11 +21,14 @@ namespace xla_ops {
 
 #if XLA_OPS_HAS_WGMMA
 
+__device__ __forceinline__ void InitBarrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier),
+               "r"(arrivals)
+               : "memory");
+}
+
 __device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
-  asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(SharedAddress(barrier)),
-      "r"(arrivals)
-      : "memory");
+  InitBarrier(SharedAddress(barrier), arrivals);
 }
 
 // Makes new barriers known to the copy engine; the block's barrier follows.
@@ -33,30 +36,41 @@ __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 
+__device__ __forceinline__ void Arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ void Arrive(uint64_t* barrier) {
-  asm volatile(
-      "mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(SharedAddress(barrier))
-      : "memory");
+  Arrive(SharedAddress(barrier));
 }
 
 // Arrives, and adds to what the phase waits for the bytes of copies.
+__device__ __forceinline__ void ArriveExpecting(uint32_t barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
+}
+
 __device__ __forceinline__ void ArriveExpecting(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
-                   SharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
+  ArriveExpecting(SharedAddress(barrier), bytes);
 }
 
 // Waits until the phase of that parity is over, and sees what was written
 // before its arrivals.
-__device__ __forceinline__ void Wait(uint64_t* barrier, int parity) {
+__device__ __forceinline__ void Wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}\n" ::"r"(SharedAddress(barrier)),
+      "@!done bra again;\n}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+__device__ __forceinline__ void Wait(uint64_t* barrier, int parity) {
+  Wait(SharedAddress(barrier), parity);
 }
 
 // Orders this thread's writes to shared memory before reads of the tensor
@@ -72,16 +86,22 @@ __device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
 // Starts the copy of a box of a tensor of rank 5 to shared memory; elements
 // outside the tensor become zero. Its bytes count towards `barrier`'s phase.
 __device__ __forceinline__ void CopyBox(const CUtensorMap* map,
-                                        uint64_t* barrier, uint32_t target,
+                                        uint32_t barrier, uint32_t target,
                                         int c0, int c1, int c2, int c3,
                                         int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile"
       ".mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
       "[%2];\n" ::"r"(target),
-      "l"(map), "r"(SharedAddress(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
-      "r"(c4)
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
+}
+
+__device__ __forceinline__ void CopyBox(const CUtensorMap* map,
+                                        uint64_t* barrier, uint32_t target,
+                                        int c0, int c1, int c2, int c3,
+                                        int c4) {
+  CopyBox(map, SharedAddress(barrier), target, c0, c1, c2, c3, c4);
 }
 
 // How long what a copy reads should stay in the L2 cache, for CopyBox: first

@@ -60,10 +60,12 @@ __device__ __forceinline__ uint64_t DescriptorAt(uint64_t layout,
   return layout | ((address & 0x3FFFF) >> 4);
 }
 
-// The descriptor of what lies `bytes` further, a multiple of 16: shared memory
-// ends long before the field does.
-__device__ __forceinline__ uint64_t Advance(uint64_t descriptor, int bytes) {
-  return descriptor + (bytes >> 4);
+// The descriptor of what lies `bytes` further, a multiple of 16. The address is
+// in the lower half, and shared memory ends long before its field does.
+__device__ __forceinline__ uint64_t Advance(uint64_t descriptor,
+                                            uint32_t bytes) {
+  const uint32_t lower = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & ~uint64_t{0xFFFFFFFF}) | lower;
 }
 
 __device__ __forceinline__ void WgmmaFence() {

@@ -47,9 +47,10 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
   using Shape = Sm90Shape<kHeadDim, kAllPanels>;
   constexpr int kStages = Shape::kStages;
   extern __shared__ uint8_t dynamic_shared[];
-  __shared__ Sm90Barriers<kStages> barriers;
+  __shared__ uint64_t barrier_space[Sm90Barriers<kStages>::kCount];
   __shared__ Sm90Item items[2];
   __shared__ unsigned masks[kStages];
+  const Sm90Barriers<kStages> barriers(barrier_space);
   const uint32_t query = (SharedAddress(dynamic_shared) + 1023) & ~1023u;
   const uint32_t keys = query + Shape::kQueryBytes;
   const uint32_t values = keys + kStages * Shape::kTileBytes;
@@ -58,18 +59,17 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
     // Warps arrive, by one lane, but for the query's copies.
     constexpr int kConsumerWarps = 4 * Shape::kConsumers;
     for (int i = 0; i < 2; ++i) {
-      InitBarrier(&barriers.item_full[i], 1);
-      InitBarrier(&barriers.item_empty[i], 3 + kConsumerWarps);
+      InitBarrier(barriers.item_full(i), 1);
+      InitBarrier(barriers.item_empty(i), 3 + kConsumerWarps);
     }
-    InitBarrier(&barriers.query_full, 96);
-    InitBarrier(&barriers.query_empty, kConsumerWarps);
+    InitBarrier(barriers.query_full(), 96);
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(&barriers.key_full[i], 2);  // the mask's, and the copies'
-      InitBarrier(&barriers.key_empty[i], kConsumerWarps);
-      InitBarrier(&barriers.value_full[i], 1);
-      InitBarrier(&barriers.value_empty[i], kConsumerWarps);
+      InitBarrier(barriers.key_full(i), 2);  // the mask's, and the copies'
+      InitBarrier(barriers.key_empty(i), kConsumerWarps);
+      InitBarrier(barriers.value_full(i), 1);
+      InitBarrier(barriers.value_empty(i), kConsumerWarps);
     }
-    InitBarrier(&barriers.value_tail, 1);
+    InitBarrier(barriers.value_tail(), 1);
     FenceBarrierInit();
     PrefetchMap(&maps.key);
     PrefetchMap(&maps.value);

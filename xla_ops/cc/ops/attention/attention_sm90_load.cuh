@@ -56,9 +56,8 @@ __device__ __forceinline__ Sm90Box FindBox(const AttentionArgs& args,
 // box i.
 template <typename Shape>
 __device__ __forceinline__ void CopyTile(const CUtensorMap* map,
-                                         const Sm90Maps& maps,
-                                         uint64_t* barrier, uint32_t target,
-                                         const Sm90Item& item,
+                                         const Sm90Maps& maps, uint32_t barrier,
+                                         uint32_t target, const Sm90Item& item,
                                          const Sm90Box& box) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) ArriveExpecting(barrier, Shape::kTileBytes);
@@ -126,8 +125,8 @@ __device__ __forceinline__ void CopyQuery(const AttentionArgs& args,
 template <typename Shape>
 __device__ __forceinline__ void LoadKeysAndValues(
     const Sm90Maps& maps, const AttentionArgs& args,
-    Sm90Barriers<Shape::kStages>& barriers, Sm90Item* items, unsigned* masks,
-    uint32_t keys, uint32_t values) {
+    const Sm90Barriers<Shape::kStages>& barriers, Sm90Item* items,
+    unsigned* masks, uint32_t keys, uint32_t values) {
   constexpr int kStages = Shape::kStages;
   const int lane = threadIdx.x % 32;
   Sm90Segments segments;
@@ -138,10 +137,10 @@ __device__ __forceinline__ void LoadKeysAndValues(
   int tail_parity = 0;
   while (true) {
     const Sm90Item item = NextItem<Shape>(args, segments);
-    Wait(&barriers.item_empty[slot.stage], slot.parity ^ 1);
+    Wait(barriers.item_empty(slot.stage), slot.parity ^ 1);
     if (lane == 0) {
       items[slot.stage] = item;
-      Arrive(&barriers.item_full[slot.stage]);
+      Arrive(barriers.item_full(slot.stage));
     }
     slot.Advance();
     if (item.rows.seq == Sm90Item::kNoMore) return;
@@ -160,24 +159,24 @@ __device__ __forceinline__ void LoadKeysAndValues(
             kFullWarp, lane * maps.box_tokens < Shape::kTokens && box.masked
                            ? ((1u << bits) - 1) << lane * bits
                            : 0u);
-        Wait(&barriers.key_empty[key_ring.stage], key_ring.parity ^ 1);
+        Wait(barriers.key_empty(key_ring.stage), key_ring.parity ^ 1);
         if (lane == 0) {
           masks[key_ring.stage] = masked;
-          Arrive(&barriers.key_full[key_ring.stage]);
+          Arrive(barriers.key_full(key_ring.stage));
         }
-        CopyTile<Shape>(&maps.key, maps, &barriers.key_full[key_ring.stage],
+        CopyTile<Shape>(&maps.key, maps, barriers.key_full(key_ring.stage),
                         keys + key_ring.stage * Shape::kTileBytes, item, box);
         key_ring.Advance();
       }
       if (tile < item.tile_end) {
         const uint32_t target = values + value_ring.stage * Shape::kTileBytes;
-        uint64_t* full = &barriers.value_full[value_ring.stage];
-        Wait(&barriers.value_empty[value_ring.stage], value_ring.parity ^ 1);
+        const uint32_t full = barriers.value_full(value_ring.stage);
+        Wait(barriers.value_empty(value_ring.stage), value_ring.parity ^ 1);
         const int left = item.rows.kv_len - tile * Shape::kTokens;
         if (left < Shape::kTokens) {
-          CopyTile<Shape>(&maps.value, maps, &barriers.value_tail, target, item,
-                          before);
-          Wait(&barriers.value_tail, tail_parity);
+          CopyTile<Shape>(&maps.value, maps, barriers.value_tail(), target,
+                          item, before);
+          Wait(barriers.value_tail(), tail_parity);
           tail_parity ^= 1;
           ClearRows<Shape>(target, left);
           if (lane == 0) Arrive(full);
@@ -194,22 +193,26 @@ __device__ __forceinline__ void LoadKeysAndValues(
 // Producer, warps 1 to 3: copy the query tiles.
 template <typename T, typename Shape>
 __device__ __forceinline__ void LoadQueries(
-    const AttentionArgs& args, Sm90Barriers<Shape::kStages>& barriers,
+    const AttentionArgs& args, const Sm90Barriers<Shape::kStages>& barriers,
     const Sm90Item* items, uint32_t query) {
   Ring<2> slot;
-  int parity = 1;
+  bool first = true;
   while (true) {
-    Wait(&barriers.item_full[slot.stage], slot.parity);
+    Wait(barriers.item_full(slot.stage), slot.parity);
     const Sm90Item item = items[slot.stage];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) Arrive(&barriers.item_empty[slot.stage]);
+    if (threadIdx.x % 32 == 0) Arrive(barriers.item_empty(slot.stage));
     slot.Advance();
     if (item.rows.seq == Sm90Item::kNoMore) return;
     if (item.tile_begin == item.tile_end) continue;
-    Wait(&barriers.query_empty, parity);
-    parity ^= 1;
+    // Not by a barrier that is asked again and again: the wait lasts for most
+    // of an item, and asking takes the consumers' turns to issue.
+    if (!first) {
+      SyncNamed(Shape::kQueryEmptyBarrier, Shape::kQueryEmptyThreads);
+    }
+    first = false;
     CopyQuery<T, Shape>(args, item, query);
-    Arrive(&barriers.query_full);
+    Arrive(barriers.query_full());
   }
 }
 

@@ -45,6 +45,18 @@ __device__ __forceinline__ void PingPongPass(int consumer) {
   }
 }
 
+// The tiles of which rows at positions `first` to `last` see all tokens.
+template <int kTokens>
+__device__ __forceinline__ TokenRange WholeTiles(const AttentionArgs& args,
+                                                 const QueryTile& rows,
+                                                 int first, int last) {
+  int begin = 0;
+  int end = rows.kv_len;
+  if (args.window_left >= 0) begin = max(begin, last - args.window_left);
+  if (args.window_right >= 0) end = min(end, first + args.window_right + 1);
+  return {(begin + kTokens - 1) / kTokens, max(end, 0) / kTokens};
+}
+
 // Starts scores = Q K^T of the warpgroup's rows. `query` and `key` are
 // descriptors.
 template <typename T, typename Shape>
@@ -81,11 +93,10 @@ __device__ __forceinline__ void StartOutput(
 
 // A consumer warpgroup.
 template <typename T, int kHeadDim, typename Shape>
-__device__ __forceinline__ void Consume(const AttentionArgs& args,
-                                        Sm90Barriers<Shape::kStages>& barriers,
-                                        const Sm90Item* items,
-                                        const unsigned* masks, uint32_t query,
-                                        uint32_t keys, uint32_t values) {
+__device__ __forceinline__ void Consume(
+    const AttentionArgs& args, const Sm90Barriers<Shape::kStages>& barriers,
+    const Sm90Item* items, const unsigned* masks, uint32_t query, uint32_t keys,
+    uint32_t values) {
   constexpr int kStages = Shape::kStages;
   constexpr int kTokens = Shape::kTokens;
   // From one lane, so that the compiler knows it to be the warp's: descriptors
@@ -115,13 +126,13 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
   if (consumer == Shape::kConsumers - 1) PingPongPass<Shape>(consumer);
 
   while (true) {
-    Wait(&barriers.item_full[slot.stage], slot.parity);
+    Wait(barriers.item_full(slot.stage), slot.parity);
     Sm90Item item = items[slot.stage];
     __syncwarp();
     // From here on a row is that of its split's results, which saves a
     // register.
     item.rows.token += item.split * args.num_tokens;
-    if (elected) Arrive(&barriers.item_empty[slot.stage]);
+    if (elected) Arrive(barriers.item_empty(slot.stage));
     slot.Advance();
     if (item.rows.seq == Sm90Item::kNoMore) return;
 
@@ -140,8 +151,9 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
                             item.rows.Row(args, item.kv_head, row).head);
     }
     // Of the warpgroup's first and last row.
-    const int first_position = item.rows.Position(args, consumer * 64);
-    const int last_position = item.rows.Position(args, consumer * 64 + 63);
+    const TokenRange whole = WholeTiles<kTokens>(
+        args, item.rows, item.rows.Position(args, consumer * 64),
+        item.rows.Position(args, consumer * 64 + 63));
 
     float max[2] = {-CUDART_INF_F, -CUDART_INF_F};
     float sum[2] = {0.0f, 0.0f};
@@ -151,13 +163,8 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
     uint32_t weights[kTokens / 16][4];
     int tile = item.tile_end - 1;
     unsigned masked;  // a bit for each 16 of its tokens that lie in no block
-    const auto hides_some = [&] {
-      const int token = tile * kTokens;
-      return masked != 0 || token + kTokens > item.rows.kv_len ||
-             (args.window_right >= 0 &&
-              token + kTokens - 1 > first_position + args.window_right) ||
-             (args.window_left >= 0 &&
-              token < last_position - args.window_left);
+    const auto sees_all = [&] {
+      return tile >= whole.begin && tile < whole.end && masked == 0;
     };
     const auto transform_and_mask = [&] {
       const int first =
@@ -171,7 +178,7 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
                    scores);
         }
       }
-      if (!hides_some()) return;
+      if (sees_all()) return;
       int begin[2];
       int end[2];
 #pragma unroll
@@ -206,8 +213,8 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
       }
     };
     const auto wait_for_key = [&] {
-      Wait(&barriers.key_full[key_ring.stage], key_ring.parity);
-      masked = masks[key_ring.stage];
+      Wait(barriers.key_full(key_ring.stage), key_ring.parity);
+      masked = args.paged ? masks[key_ring.stage] : 0;
     };
     const auto start_scores = [&] {
       StartScores<T, Shape>(
@@ -216,7 +223,7 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
     };
     const auto release_key = [&] {
       __syncwarp();
-      if (elected) Arrive(&barriers.key_empty[key_ring.stage]);
+      if (elected) Arrive(barriers.key_empty(key_ring.stage));
       key_ring.Advance();
     };
     const auto start_output = [&] {
@@ -227,11 +234,11 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
     const auto end_output = [&] {
       WgmmaWait<0>();
       FenceRegisters(out);
-      if (elected) Arrive(&barriers.value_empty[value_ring.stage]);
+      if (elected) Arrive(barriers.value_empty(value_ring.stage));
       value_ring.Advance();
     };
 
-    Wait(&barriers.query_full, query_parity);
+    Wait(barriers.query_full(), query_parity);
     query_parity ^= 1;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
@@ -252,7 +259,7 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
       PingPongWait<Shape>(consumer);
       start_scores();
       if constexpr (Shape::kLazy) rescale_output();
-      Wait(&barriers.value_full[value_ring.stage], value_ring.parity);
+      Wait(barriers.value_full(value_ring.stage), value_ring.parity);
       start_output();
       PingPongPass<Shape>(consumer);
       WgmmaWait<1>();
@@ -270,7 +277,7 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
       // the wait for P V together, and lets a part of both overlap.
       const auto next_is_plain = [&] {
         wait_for_key();
-        return !args.transform && !hides_some();
+        return !args.transform && sees_all();
       };
       while (tile >= item.tile_begin) {
 #pragma unroll 1
@@ -290,8 +297,8 @@ __device__ __forceinline__ void Consume(const AttentionArgs& args,
         step(std::false_type{});
       }
     }
-    if (elected) Arrive(&barriers.query_empty);
-    Wait(&barriers.value_full[value_ring.stage], value_ring.parity);
+    ArriveNamed(Shape::kQueryEmptyBarrier, Shape::kQueryEmptyThreads);
+    Wait(barriers.value_full(value_ring.stage), value_ring.parity);
     start_output();
     end_output();
     StoreOutput<T>(args, item, warp_row, factor, max, sum, out);

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/device/mma.cuh"
+#include "xla_ops/cc/device/reduce.cuh"
 #include "xla_ops/cc/device/wgmma.cuh"
 
 namespace xla_ops {
@@ -40,6 +42,9 @@ struct Sm90Shape {
   // are computed, and tiles without a mask have a loop of their own: see
   // attention_sm90_mainloop.cuh. On an H200 every shape gains but this one.
   static constexpr bool kLazy = kHeadDim != 128 || kAllPanels;
+  // Named barriers: 1 and on are the consumers' turns.
+  static constexpr int kQueryEmptyBarrier = 1 + kConsumers;
+  static constexpr int kQueryEmptyThreads = 128 * kConsumers + 96;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kTileBytes = kTokens * kHeadDim * 2;
   // The dynamic part begins at the next multiple of 1024.
@@ -58,15 +63,44 @@ struct Sm90Maps {
 
 #if XLA_OPS_HAS_WGMMA
 
-// The barriers of a stage of K or V, and of the other buffers: X_full says
-// that X has arrived, X_empty that its readers are done with it.
+// The barriers of a stage of K or V, and of the other buffers, by address:
+// X_full says that X has arrived, X_empty that its readers are done with it.
+// The address is computed once for all, for the compiler would do so again
+// before every use.
 template <int kStages>
-struct Sm90Barriers {
-  uint64_t item_full[2], item_empty[2];
-  uint64_t query_full, query_empty;
-  uint64_t key_full[kStages], key_empty[kStages];
-  uint64_t value_full[kStages], value_empty[kStages];
-  uint64_t value_tail;  // the copy of a V tile that then is cleared in part
+class Sm90Barriers {
+ public:
+  static constexpr int kCount = 6 + 4 * kStages;
+
+  explicit __device__ __forceinline__ Sm90Barriers(uint64_t* barriers)
+      : first_(__shfl_sync(kFullWarp, SharedAddress(barriers), 0)) {}
+
+  __device__ __forceinline__ uint32_t item_full(int i) const { return At(i); }
+  __device__ __forceinline__ uint32_t item_empty(int i) const {
+    return At(2 + i);
+  }
+  __device__ __forceinline__ uint32_t query_full() const { return At(4); }
+  // The copy of a V tile that then is cleared in part.
+  __device__ __forceinline__ uint32_t value_tail() const { return At(5); }
+  __device__ __forceinline__ uint32_t key_full(int stage) const {
+    return At(6 + stage);
+  }
+  __device__ __forceinline__ uint32_t key_empty(int stage) const {
+    return At(6 + kStages + stage);
+  }
+  __device__ __forceinline__ uint32_t value_full(int stage) const {
+    return At(6 + 2 * kStages + stage);
+  }
+  __device__ __forceinline__ uint32_t value_empty(int stage) const {
+    return At(6 + 3 * kStages + stage);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t At(int i) const {
+    return first_ + 8 * static_cast<uint32_t>(i);
+  }
+
+  uint32_t first_;
 };
 
 // A ring's place: the stage, and the parity of its phase.
