@@ -13,6 +13,7 @@
 
 #include <math_constants.h>
 
+#include <climits>
 #include <cstdint>
 
 #include "xla_ops/cc/device/mma.cuh"
@@ -145,36 +146,94 @@ __device__ __forceinline__ void UpdateSoftmax(float factor,
   }
 }
 
-// The same with maxima that lag behind: `max` follows only where weights would
-// exceed 2^8, which neither sums nor weights of fp16 mind. After the first
-// tiles that is rare, and false says for the whole warp that `rescale` is 1.
-template <int kSize>
-__device__ __forceinline__ bool UpdateSoftmaxLazily(float factor,
-                                                    float (&scores)[kSize],
-                                                    float (&max)[2],
-                                                    float (&sum)[2],
-                                                    float (&rescale)[2]) {
-  constexpr float kMaxLag = 8.0f;
-  float top[2];
-  bool follow[2];
+// The online softmax of two rows whose maxima lag behind: weights are
+// exp2(x - shift) of x = factor * score, factor > 0, and `shift` follows the
+// rows' maxima only where a weight would exceed 2^8, which neither sums nor
+// weights of fp16 mind. After the first tiles that is rare. So the common way
+// holds a comparison and no exchange between lanes; a branch leads to the
+// other.
+struct LaggingSoftmax {
+  static constexpr float kMaxLag = 8.0f;
+
+  float shift[2] = {0.0f, 0.0f};  // of rows of which all scores were -inf, too
+  float sum[2] = {0.0f, 0.0f};    // of this thread's columns
+  // The bits of the largest x - shift that passes: of kMaxLag, or less than any
+  // while a row has no shift yet.
+  int limit = INT_MIN;
+
+  // Replaces scores by weights. True, of the whole warp: the results so far
+  // have to be multiplied by `rescale`.
+  template <int kSize>
+  __device__ __forceinline__ bool Update(float factor, float (&scores)[kSize],
+                                         float (&rescale)[2]) {
+    static_assert(kSize % 4 == 0);
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    top[row] = RowMax(row, max[row], scores);
-    // Not where both are -inf.
-    follow[row] = (top[row] - max[row]) * factor > kMaxLag;
-  }
-  const bool any = __any_sync(kFullWarp, follow[0] || follow[1]);
+    for (int i = 0; i < kSize; ++i) {
+      scores[i] = fmaf(scores[i], factor, -shift[i / 2 % 2]);
+    }
+    // Above a positive number, floats are in the order of their bits, and all
+    // others, but for some NaN, lie below it. Three operands an instruction.
+    int top[2] = {INT_MIN, INT_MIN};
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const float new_max = follow[row] ? top[row] : max[row];
-    rescale[row] = follow[row]
-                       ? Exp2(max[row] * factor - FiniteMax(new_max) * factor)
-                       : 1.0f;
-    max[row] = new_max;
-    WeighRow(row, factor, max[row], rescale[row], sum[row], scores);
+    for (int i = 0; i < kSize; i += 4) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        top[row] = __vimax3_s32(top[row], __float_as_int(scores[i + 2 * row]),
+                                __float_as_int(scores[i + 2 * row + 1]));
+      }
+    }
+    const bool follows = __any_sync(kFullWarp, max(top[0], top[1]) > limit);
+    if (__builtin_expect(follows, 0)) Follow(scores, rescale);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      // Two sums, for additions wait for one another.
+      float even = 0.0f;
+      float odd = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kSize / 4; ++n) {
+        float& x = scores[4 * n + 2 * row];
+        float& y = scores[4 * n + 2 * row + 1];
+        x = Exp2(x);
+        y = Exp2(y);
+        even += x;
+        odd += y;
+      }
+      sum[row] += even + odd;
+    }
+    return follows;
   }
-  return any;
-}
+
+  // The row's maximum for EndSoftmax and its like, which is -inf of a row
+  // without weights. `total` is the row's sum.
+  __device__ __forceinline__ float Max(int row, float total) const {
+    return total == 0.0f ? -CUDART_INF_F : shift[row];
+  }
+
+ private:
+  template <int kSize>
+  __device__ __forceinline__ void Follow(float (&scores)[kSize],
+                                         float (&rescale)[2]) {
+    bool all_seen = true;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float max = RowMax(row, -CUDART_INF_F, scores);
+      // Compared with zero exactly: a NaN sum has seen something.
+      const bool unseen = QuadSum(sum[row]) == 0.0f;
+      const bool follow = max > (unseen ? -CUDART_INF_F : kMaxLag);
+      const float step = follow ? max : 0.0f;
+      rescale[row] = unseen ? 1.0f : Exp2(-step);
+      sum[row] *= rescale[row];
+      shift[row] += step;
+#pragma unroll
+      for (int n = 0; n < kSize / 4; ++n) {
+        scores[4 * n + 2 * row] -= step;
+        scores[4 * n + 2 * row + 1] -= step;
+      }
+      all_seen = all_seen && (follow || !unseen);
+    }
+    limit = all_seen ? __float_as_int(kMaxLag) : INT_MIN;
+  }
+};
 
 // Multiplies the results so far, laid out as scores are.
 template <int kSize>

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
     }
     InitBarrier(barriers.query_full(), 96);
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(barriers.key_full(i), 2);  // the mask's, and the copies'
+      InitBarrier(barriers.key_full(i), 1);
       InitBarrier(barriers.key_empty(i), kConsumerWarps);
       InitBarrier(barriers.value_full(i), 1);
       InitBarrier(barriers.value_empty(i), kConsumerWarps);

@@ -60,13 +60,11 @@ __device__ __forceinline__ void StorePartialRow(const AttentionArgs& args,
 }
 
 // Normalises and writes a warp's 16 rows from `first_row` on, 16 bytes a lane.
-// `max` is that of scores before `factor`, `sum` of this thread's columns. With
-// splits the rows are those of the split's partial results.
+// With splits the rows are those of the split's partial results.
 template <typename T, int kOut>
 __device__ __forceinline__ void StoreOutput(const AttentionArgs& args,
                                             const Sm90Item& item, int first_row,
-                                            float factor, const float (&max)[2],
-                                            const float (&sum)[2],
+                                            const LaggingSoftmax& softmax,
                                             const float (&out)[kOut]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -74,14 +72,13 @@ __device__ __forceinline__ void StoreOutput(const AttentionArgs& args,
     const int row = first_row + lane / 4 + 8 * i;
     const QueryRow query_row = item.rows.Row(args, item.kv_head, row);
     const bool valid = row < item.rows.num_rows;
-    const float total = QuadSum(sum[i]);
+    const float total = QuadSum(softmax.sum[i]);
+    const float max = softmax.Max(i, total);
     const bool empty = total == 0.0f;
-    const SoftmaxEnd end =
-        EndRowSoftmax(args, query_row.head, max[i] * factor, total);
+    const SoftmaxEnd end = EndRowSoftmax(args, query_row.head, max, total);
     if (args.partial_out != nullptr) {
       if (valid) {
-        StorePartialRow(args, query_row.Index(args), max[i] * factor, total, i,
-                        out);
+        StorePartialRow(args, query_row.Index(args), max, total, i, out);
       }
       continue;
     }

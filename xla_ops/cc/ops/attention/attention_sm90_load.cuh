@@ -52,6 +52,24 @@ __device__ __forceinline__ Sm90Box FindBox(const AttentionArgs& args,
   return box;
 }
 
+// Warp 0: whether some of an item's tokens lie in invalid blocks.
+template <typename Shape>
+__device__ __forceinline__ bool HasInvalidBlock(const AttentionArgs& args,
+                                                const Sm90Item& item) {
+  if (!args.paged || item.tile_begin >= item.tile_end) return false;
+  const int end = min(item.tile_end * Shape::kTokens, item.rows.kv_len);
+  const int last = args.page_size.Divide(end - 1);
+  const int* table = args.block_table + item.rows.seq * args.max_blocks;
+  bool invalid = false;
+#pragma unroll 4
+  for (int page = args.page_size.Divide(item.tile_begin * Shape::kTokens) +
+                  static_cast<int>(threadIdx.x % 32);
+       page <= last; page += 32) {
+    invalid |= static_cast<uint32_t>(table[page]) >= args.num_blocks;
+  }
+  return __any_sync(kFullWarp, invalid);
+}
+
 // Warp 0: copies a K or V tile of an item to shared memory. Lane i copies
 // box i.
 template <typename Shape>
@@ -136,7 +154,8 @@ __device__ __forceinline__ void LoadKeysAndValues(
   Ring<kStages> value_ring;
   int tail_parity = 0;
   while (true) {
-    const Sm90Item item = NextItem<Shape>(args, segments);
+    Sm90Item item = NextItem<Shape>(args, segments);
+    if (item.rows.seq >= 0) item.masked = HasInvalidBlock<Shape>(args, item);
     Wait(barriers.item_empty(slot.stage), slot.parity ^ 1);
     if (lane == 0) {
       items[slot.stage] = item;
@@ -153,16 +172,15 @@ __device__ __forceinline__ void LoadKeysAndValues(
       if (tile > item.tile_begin) {
         const int first = (tile - 1) * Shape::kTokens;
         box = FindBox(args, item, first + lane * maps.box_tokens);
-        // A bit for each 16 tokens.
-        const int bits = maps.box_tokens / 16;
-        const unsigned masked = __reduce_or_sync(
-            kFullWarp, lane * maps.box_tokens < Shape::kTokens && box.masked
-                           ? ((1u << bits) - 1) << lane * bits
-                           : 0u);
         Wait(barriers.key_empty(key_ring.stage), key_ring.parity ^ 1);
-        if (lane == 0) {
-          masks[key_ring.stage] = masked;
-          Arrive(barriers.key_full(key_ring.stage));
+        if (item.masked) {
+          // A bit for each 16 tokens. It arrives with the copies.
+          const int bits = maps.box_tokens / 16;
+          const unsigned masked = __reduce_or_sync(
+              kFullWarp, lane * maps.box_tokens < Shape::kTokens && box.masked
+                             ? ((1u << bits) - 1) << lane * bits
+                             : 0u);
+          if (lane == 0) masks[key_ring.stage] = masked;
         }
         CopyTile<Shape>(&maps.key, maps, barriers.key_full(key_ring.stage),
                         keys + key_ring.stage * Shape::kTileBytes, item, box);

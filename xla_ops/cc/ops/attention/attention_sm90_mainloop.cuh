@@ -2,11 +2,15 @@
 // loop over an item's KV tiles.
 //
 // Q K^T of a tile and P V of the one before are started together, as in
-// FlashAttention-3, which has softmax run while P V does. How much of it does
-// is ptxas 13.0's decision: the maxima where a loop holds nothing but the plain
-// step, nothing where masks stand between. More of it, by force, loses
+// FlashAttention-3, which has softmax run while P V does. Of a tile without a
+// mask that is what stands before LaggingSoftmax's branch; ptxas 13.0 moves the
+// rest behind the wait, and more of it, by force, loses
 // (docs/adr/0008-attention.md). What overlaps in any case is one consumer's
-// softmax with another's products (kPingPong).
+// softmax with another's products.
+//
+// A consumer waits for its turn, and then starts sixteen products or more as
+// fast as it can: so all that they need is in the warp's uniform registers, or
+// ptxas computes it anew, by one move a product, when the turn has come.
 //
 // Accumulators are as in xla_ops/cc/device/wgmma.cuh: a thread has two rows of
 // a warp's sixteen, which it shares with the other three lanes of its quad.
@@ -31,18 +35,16 @@ namespace xla_ops {
 
 #if XLA_OPS_HAS_WGMMA
 
-// Ping-pong: consumer i starts its products after consumer i - 1, the first one
-// after the last. Barrier 1 + i is consumer i's.
-template <typename Shape>
-__device__ __forceinline__ void PingPongWait(int consumer) {
-  if constexpr (Shape::kPingPong) SyncNamed(1 + consumer, 256);
+// Ping-pong: consumers take turns at the tensor cores, so that one's softmax
+// runs under another's products. Consumer i starts its products after consumer
+// i - 1, the first one after the last. Barrier 1 + i is consumer i's.
+__device__ __forceinline__ void WaitForTurn(int consumer) {
+  SyncNamed(1 + consumer, 256);
 }
 
 template <typename Shape>
-__device__ __forceinline__ void PingPongPass(int consumer) {
-  if constexpr (Shape::kPingPong) {
-    ArriveNamed(1 + (consumer + 1) % Shape::kConsumers, 256);
-  }
+__device__ __forceinline__ void PassTurn(int consumer) {
+  ArriveNamed(1 + (consumer + 1) % Shape::kConsumers, 256);
 }
 
 // The tiles of which rows at positions `first` to `last` see all tokens.
@@ -119,11 +121,13 @@ __device__ __forceinline__ void Consume(
   const float factor = args.transform ? 1.0f : args.scale;
 
   Ring<2> slot;
+  // Not one for both, values a stage behind: ptxas 13.0 then takes stages for
+  // the threads' own, and moves every descriptor to uniform registers anew.
   Ring<kStages> key_ring;
   Ring<kStages> value_ring;
   int query_parity = 0;
   // The last consumer gives the first one its first turn.
-  if (consumer == Shape::kConsumers - 1) PingPongPass<Shape>(consumer);
+  if (consumer == Shape::kConsumers - 1) PassTurn<Shape>(consumer);
 
   while (true) {
     Wait(barriers.item_full(slot.stage), slot.parity);
@@ -154,18 +158,20 @@ __device__ __forceinline__ void Consume(
     const TokenRange whole = WholeTiles<kTokens>(
         args, item.rows, item.rows.Position(args, consumer * 64),
         item.rows.Position(args, consumer * 64 + 63));
+    const int tile_begin = item.tile_begin;
+    const bool any_plain = !args.transform && !item.masked;
+    // Tiles [plain_begin, plain_end) are computed without masks.
+    int plain_end =
+        any_plain ? max(min(whole.end, item.tile_end), tile_begin) : tile_begin;
+    const int plain_begin =
+        any_plain ? max(whole.begin, tile_begin) : tile_begin;
 
-    float max[2] = {-CUDART_INF_F, -CUDART_INF_F};
-    float sum[2] = {0.0f, 0.0f};
+    LaggingSoftmax softmax;
     float scores[kTokens / 2];
     float rescale[2];
     float out[kHeadDim / 2];
     uint32_t weights[kTokens / 16][4];
     int tile = item.tile_end - 1;
-    unsigned masked;  // a bit for each 16 of its tokens that lie in no block
-    const auto sees_all = [&] {
-      return tile >= whole.begin && tile < whole.end && masked == 0;
-    };
     const auto transform_and_mask = [&] {
       const int first =
           tile * kTokens + 2 * (lane % 4);  // this thread's column
@@ -178,7 +184,9 @@ __device__ __forceinline__ void Consume(
                    scores);
         }
       }
-      if (sees_all()) return;
+      // A bit for each 16 of the tile's tokens that lie in no block.
+      const unsigned masked = item.masked ? masks[key_ring.stage] : 0;
+      if (tile >= whole.begin && tile < whole.end && masked == 0) return;
       int begin[2];
       int end[2];
 #pragma unroll
@@ -197,11 +205,7 @@ __device__ __forceinline__ void Consume(
     };
     bool rescales = true;
     const auto to_weights = [&] {
-      if constexpr (Shape::kLazy) {
-        rescales = UpdateSoftmaxLazily(factor, scores, max, sum, rescale);
-      } else {
-        UpdateSoftmax(factor, scores, max, sum, rescale);
-      }
+      rescales = softmax.Update(factor, scores, rescale);
     };
     const auto rescale_output = [&] {
       if (rescales) Rescale(rescale, out);
@@ -214,17 +218,22 @@ __device__ __forceinline__ void Consume(
     };
     const auto wait_for_key = [&] {
       Wait(barriers.key_full(key_ring.stage), key_ring.parity);
-      masked = args.paged ? masks[key_ring.stage] : 0;
     };
     const auto start_scores = [&] {
+      // Zero, but not for the compiler, which else computes the descriptors of
+      // all panels ahead of the loop, and at head_dim 256 spills them.
+      const int zero = Shape::kPanels > 2 ? key_ring.stage >> 8 << 4 : 0;
       StartScores<T, Shape>(
-          query_rows, Advance(first_keys, key_ring.stage * Shape::kTileBytes),
-          scores);
+          Advance(query_rows, zero),
+          Advance(first_keys, key_ring.stage * Shape::kTileBytes), scores);
     };
     const auto release_key = [&] {
       __syncwarp();
       if (elected) Arrive(barriers.key_empty(key_ring.stage));
+    };
+    const auto next_tile = [&] {
       key_ring.Advance();
+      --tile;
     };
     const auto start_output = [&] {
       StartOutput<T, Shape>(
@@ -246,62 +255,47 @@ __device__ __forceinline__ void Consume(
     start_scores();
     WgmmaWait<0>();
     FenceRegisters(scores);
-    release_key();
     transform_and_mask();
+    release_key();
     to_weights();
     pack_weights();
-    rescales = !Shape::kLazy;  // zeros
-    --tile;
+    rescales = false;  // zeros
+    next_tile();
 
     // Scores of `tile`, whose keys have arrived, and the output of the tile
     // before.
     const auto step = [&](auto is_plain) {
-      PingPongWait<Shape>(consumer);
+      wait_for_key();
+      WaitForTurn(consumer);
       start_scores();
-      if constexpr (Shape::kLazy) rescale_output();
+      rescale_output();
       Wait(barriers.value_full(value_ring.stage), value_ring.parity);
       start_output();
-      PingPongPass<Shape>(consumer);
+      PassTurn<Shape>(consumer);
       WgmmaWait<1>();
       FenceRegisters(scores);
-      release_key();
       if constexpr (!decltype(is_plain)::value) transform_and_mask();
+      release_key();
       to_weights();
       end_output();
-      if constexpr (!Shape::kLazy) rescale_output();
       pack_weights();
-      --tile;
+      next_tile();
     };
-    if constexpr (Shape::kLazy) {
-      // Two loops, not one with a branch: the compiler then finds softmax and
-      // the wait for P V together, and lets a part of both overlap.
-      const auto next_is_plain = [&] {
-        wait_for_key();
-        return !args.transform && sees_all();
-      };
-      while (tile >= item.tile_begin) {
+    // Two loops, not one with a branch: see above.
+    while (true) {
 #pragma unroll 1
-        while (tile >= item.tile_begin && !next_is_plain()) {
-          step(std::false_type{});
-        }
+      while (tile >= plain_end) step(std::false_type{});
 #pragma unroll 1
-        while (tile >= item.tile_begin && next_is_plain()) {
-          step(std::true_type{});
-        }
-      }
-      rescale_output();
-    } else {
-#pragma unroll 1
-      while (tile >= item.tile_begin) {
-        wait_for_key();
-        step(std::false_type{});
-      }
+      while (tile >= plain_begin) step(std::true_type{});
+      if (tile < tile_begin) break;
+      plain_end = tile_begin;
     }
+    rescale_output();
     ArriveNamed(Shape::kQueryEmptyBarrier, Shape::kQueryEmptyThreads);
     Wait(barriers.value_full(value_ring.stage), value_ring.parity);
     start_output();
     end_output();
-    StoreOutput<T>(args, item, warp_row, factor, max, sum, out);
+    StoreOutput<T>(args, item, warp_row, softmax, out);
   }
 }
 

@@ -38,6 +38,7 @@ struct Sm90Item {
   int tile_begin;  // KV tiles [tile_begin, tile_end)
   int tile_end;
   int split;
+  bool masked;  // some of its tokens lie in no block: masks says which
 };
 
 // Warp 0's walk over the segments, 32 at a time: what this lane's segment is,

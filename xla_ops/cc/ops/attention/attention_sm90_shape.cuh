@@ -34,14 +34,6 @@ struct Sm90Shape {
       kAllPanels ? kPanels * kAtomBytes : kAtomBytes;
   static constexpr int kPanelStride =
       kAllPanels ? kAtomBytes : kTokens * kPanelRowBytes;
-  // Ping-pong: consumers take turns at the tensor cores, so that one's softmax
-  // runs under another's products. Not where the copies of small boxes set the
-  // pace: waiting for a turn then only adds to waiting for a tile.
-  static constexpr bool kPingPong = !kAllPanels || kHeadDim == 256;
-  // Rows' maxima lag behind, their results are rescaled while the next scores
-  // are computed, and tiles without a mask have a loop of their own: see
-  // attention_sm90_mainloop.cuh. On an H200 every shape gains but this one.
-  static constexpr bool kLazy = kHeadDim != 128 || kAllPanels;
   // Named barriers: 1 and on are the consumers' turns.
   static constexpr int kQueryEmptyBarrier = 1 + kConsumers;
   static constexpr int kQueryEmptyThreads = 128 * kConsumers + 96;
