@@ -86,6 +86,32 @@ cudaError_t MakeMap(const AttentionParams& params, const Sm90Maps& maps,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorNotSupported;
 }
 
+// Describes the query to the copy engine, [num_tokens, num_heads, head_dim]. A
+// box is a panel of the tokens and heads that a tile's rows are.
+cudaError_t MakeQueryMap(const AttentionParams& params, int group, int tokens,
+                         CUtensorMap* map) {
+  EncodeTiled encode = nullptr;
+  const cudaError_t error = GetEncodeTiled(&encode);
+  if (error != cudaSuccess) return error;
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const cuuint64_t sizes[5] = {size(params.head_dim), size(params.num_heads),
+                               size(params.num_tokens), 1, 1};
+  const cuuint64_t row = size(params.head_dim) * 2;
+  const cuuint64_t steps[4] = {row, row * size(params.num_heads), 16, 16};
+  const cuuint32_t box[5] = {kPanelColumns, static_cast<cuuint32_t>(group),
+                             static_cast<cuuint32_t>(tokens), 1, 1};
+  const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+  const CUresult result = encode(
+      map,
+      params.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      5, const_cast<void*>(params.query), sizes, steps, box, ones,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorNotSupported;
+}
+
 // Whether boxes of pages may hold all panels.
 bool HasAllPanels(const AttentionParams& params) {
   return params.paged && (params.head_dim == 128 || params.head_dim == 256) &&
@@ -134,6 +160,12 @@ cudaError_t LaunchAttentionSm90(cudaStream_t stream,
     if (error != cudaSuccess) return error;
     error = MakeMap(params, maps, all_panels, params.value, &maps.value);
     if (error != cudaSuccess) return error;
+    const int group = static_cast<int>(params.num_heads / params.num_kv_heads);
+    maps.query_tokens = Shape::kRows % group == 0 ? Shape::kRows / group : 0;
+    if (maps.query_tokens > 0) {
+      error = MakeQueryMap(params, group, maps.query_tokens, &maps.query);
+      if (error != cudaSuccess) return error;
+    }
     error = cudaMemsetAsync(args.next_item, 0, sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
     kernel<<<device.multiprocessors, Shape::kThreads, Shape::kSharedBytes,

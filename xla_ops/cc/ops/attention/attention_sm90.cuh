@@ -8,7 +8,7 @@
 // query heads of one KV head folded into rows: packed row r is token r / group,
 // head r % group) of one sequence and KV head. Roles of its warpgroups:
 //   producer, warp 0      takes items, and copies K and V tiles by TMA
-//   producer, warps 1-3   copy the query tile
+//   producer, warps 1-3   copy the query tile, row by row where it is no box
 //   consumers             64 query rows each
 // KV tiles are taken from the last to the first, so that those that need a
 // mask come first.
@@ -56,13 +56,13 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
   const uint32_t values = keys + kStages * Shape::kTileBytes;
 
   if (threadIdx.x == 0) {
-    // Warps arrive, by one lane, but for the query's copies.
+    // Warps arrive, by one lane, but for the query's copies row by row.
     constexpr int kConsumerWarps = 4 * Shape::kConsumers;
     for (int i = 0; i < 2; ++i) {
       InitBarrier(barriers.item_full(i), 1);
       InitBarrier(barriers.item_empty(i), 3 + kConsumerWarps);
     }
-    InitBarrier(barriers.query_full(), 96);
+    InitBarrier(barriers.query_full(), maps.query_tokens > 0 ? 1 : 96);
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(barriers.key_full(i), 1);
       InitBarrier(barriers.key_empty(i), kConsumerWarps);
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
     FenceBarrierInit();
     PrefetchMap(&maps.key);
     PrefetchMap(&maps.value);
+    if (maps.query_tokens > 0) PrefetchMap(&maps.query);
   }
   __syncthreads();
 
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(Sm90Shape<kHeadDim, kAllPanels>::kThreads, 1)
       LoadKeysAndValues<Shape>(maps, args, barriers, items, masks, keys,
                                values);
     } else {
-      LoadQueries<T, Shape>(args, barriers, items, query);
+      LoadQueries<T, Shape>(maps, args, barriers, items, query);
     }
   } else {
     AllocateRegisters<Shape::kConsumerRegisters>();

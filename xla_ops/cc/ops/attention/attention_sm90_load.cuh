@@ -208,11 +208,14 @@ __device__ __forceinline__ void LoadKeysAndValues(
   }
 }
 
-// Producer, warps 1 to 3: copy the query tiles.
+// Producer, warps 1 to 3: copy the query tiles. One lane does where the copy
+// engine takes them: rows past the segment's end are then other rows, whose
+// results nobody stores.
 template <typename T, typename Shape>
 __device__ __forceinline__ void LoadQueries(
-    const AttentionArgs& args, const Sm90Barriers<Shape::kStages>& barriers,
-    const Sm90Item* items, uint32_t query) {
+    const Sm90Maps& maps, const AttentionArgs& args,
+    const Sm90Barriers<Shape::kStages>& barriers, const Sm90Item* items,
+    uint32_t query) {
   Ring<2> slot;
   bool first = true;
   while (true) {
@@ -229,8 +232,19 @@ __device__ __forceinline__ void LoadQueries(
       SyncNamed(Shape::kQueryEmptyBarrier, Shape::kQueryEmptyThreads);
     }
     first = false;
-    CopyQuery<T, Shape>(args, item, query);
-    Arrive(barriers.query_full());
+    if (maps.query_tokens == 0) {
+      CopyQuery<T, Shape>(args, item, query);
+      Arrive(barriers.query_full());
+    } else if (threadIdx.x == 32) {
+      ArriveExpecting(barriers.query_full(), Shape::kQueryBytes);
+#pragma unroll
+      for (int panel = 0; panel < Shape::kPanels; ++panel) {
+        CopyBox(&maps.query, barriers.query_full(),
+                query + panel * Shape::kRows * kPanelRowBytes,
+                panel * kPanelColumns, item.kv_head * args.group.value(),
+                item.rows.token, 0, 0);
+      }
+    }
   }
 }
 

@@ -49,6 +49,8 @@ struct Sm90Shape {
 struct Sm90Maps {
   CUtensorMap key;
   CUtensorMap value;
+  CUtensorMap query;
+  int query_tokens;  // of the query's box; 0: rows are copied one by one
   int box_tokens;
   int head_step;  // from a KV head to the next, in the map's coordinate
 };
