@@ -8,9 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <new>
 #include <string>
-#include <type_traits>
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
@@ -19,6 +17,7 @@
 #include "xla_ops/cc/core/parallel.h"
 #include "xla_ops/cc/ops/grouped_matmul/grouped_matmul.h"
 #include "xla_ops/cc/ops/grouped_matmul/grouped_matmul_checks.h"
+#include "xla_ops/cc/ops/grouped_matmul/grouped_matmul_rows.h"
 
 namespace xla_ops {
 namespace {
@@ -28,37 +27,12 @@ constexpr int64_t kTileColumns = 32;
 constexpr int64_t kTileDepth = 128;
 constexpr int kLanes = 4;  // partial sums of a dot product
 
-// Rows of fp32, `stride` elements apart.
-struct Rows {
-  const float* data;
-  int64_t stride;
-
-  const float* operator[](int64_t row) const { return data + row * stride; }
-};
-
 // One worker's memory, on its stack.
 struct Scratch {
   float input[kTileRows * kTileDepth];
   float weight[kTileColumns * kTileDepth];
   float sums[kTileRows * kTileColumns];
 };
-
-// Elements [at, at + size) of `count` rows of `depth` elements, as fp32: where
-// they lie if they are that already, else in `scratch`.
-template <typename T>
-Rows Widen(const T* rows, int64_t count, int64_t depth, int64_t at,
-           int64_t size, float* scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    return {rows + at, depth};
-  } else {
-    for (int64_t row = 0; row < count; ++row) {
-      const T* from = rows + row * depth + at;
-      float* to = scratch + row * kTileDepth;
-      for (int64_t i = 0; i < size; ++i) to[i] = ToFloat(from[i]);
-    }
-    return {scratch, kTileDepth};
-  }
-}
 
 // Adds the products of kRows rows and kColumns columns to `sums`. Partial sums
 // vectorise; the compiler must not reorder a single one.
@@ -118,8 +92,10 @@ void MultiplyTile(const GroupedMatmulParams& params, int64_t group,
     std::fill_n(scratch.sums, rows * kTileColumns, 0.0f);
     for (int64_t at = 0; at < depth; at += kTileDepth) {
       const int64_t size = std::min(kTileDepth, depth - at);
-      const Rows a = Widen(input, rows, depth, at, size, scratch.input);
-      const Rows b = Widen(weight, columns, depth, at, size, scratch.weight);
+      const Rows a =
+          Widen<kTileDepth>(input, rows, depth, at, size, scratch.input);
+      const Rows b =
+          Widen<kTileDepth>(weight, columns, depth, at, size, scratch.weight);
       int64_t r = 0;
       for (; r + 2 <= rows; r += 2) {
         MultiplyRows<2>(a, r, b, columns, size, scratch.sums);
@@ -140,18 +116,12 @@ ffi::Error GroupedMatmul(const GroupedMatmulParams& params,
   if (params.num_rows == 0 || params.num_columns == 0) {
     return ffi::Error::Success();
   }
-  // group_offsets, ascending and in bounds.
   const int64_t groups = params.num_groups;
-  std::unique_ptr<int64_t[]> offsets(new (std::nothrow) int64_t[groups + 1]);
+  const std::unique_ptr<int64_t[]> offsets =
+      AscendingOffsets(params.group_offsets, groups, params.num_rows);
   if (offsets == nullptr) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       "grouped_matmul: out of host memory");
-  }
-  int64_t previous = 0;
-  for (int64_t e = 0; e <= groups; ++e) {
-    previous =
-        std::clamp<int64_t>(params.group_offsets[e], previous, params.num_rows);
-    offsets[e] = previous;
   }
 
   const int64_t row_bytes = params.num_columns * SizeOf(params.dtype);

@@ -62,6 +62,31 @@ __device__ __forceinline__ void CopyRows(const T* rows, int num_rows, int depth,
   }
 }
 
+// sums += a b of the kDepth elements of a stage, where load_a(k, m, fragment)
+// and load_b(k, n, fragment) give step k's rows [16 m, 16 m + 16) of a and
+// columns [16 n, 16 n + 16) of b, of this warp's.
+template <typename T, typename Shape, typename LoadA, typename LoadB>
+__device__ __forceinline__ void MultiplyFragments(
+    LoadA&& load_a, LoadB&& load_b,
+    float (&sums)[Shape::kRowTiles][Shape::kColumnTiles][4]) {
+#pragma unroll
+  for (int k = 0; k < Shape::kDepth / 16; ++k) {
+    uint32_t a[Shape::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < Shape::kRowTiles; ++m) load_a(k, m, a[m]);
+#pragma unroll
+    for (int n = 0; n < Shape::kColumnTiles / 2; ++n) {
+      uint32_t b[4];
+      load_b(k, n, b);
+#pragma unroll
+      for (int m = 0; m < Shape::kRowTiles; ++m) {
+        Mma<T>(a[m], b[0], b[1], sums[m][2 * n]);
+        Mma<T>(a[m], b[2], b[3], sums[m][2 * n + 1]);
+      }
+    }
+  }
+}
+
 // sums += input tile * weight tile^T, of this warp's rows and columns.
 template <typename T, typename Shape>
 __device__ __forceinline__ void MultiplyStage(
@@ -74,27 +99,43 @@ __device__ __forceinline__ void MultiplyStage(
   // columns 8-15.
   const int column = warp % Shape::kWarpsN * Shape::kColumnTiles * 8 +
                      lane % 8 + lane / 16 * 8;
-#pragma unroll
-  for (int k = 0; k < Shape::kDepth / 16; ++k) {
-    uint32_t a[Shape::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < Shape::kRowTiles; ++m) {
-      LoadMatrices(
-          TileAddress<Shape::kDepth>(stage, row + 16 * m, 2 * k + lane / 16),
-          a[m]);
+  MultiplyFragments<T, Shape>(
+      [&](int k, int m, uint32_t (&a)[4]) {
+        LoadMatrices(
+            TileAddress<Shape::kDepth>(stage, row + 16 * m, 2 * k + lane / 16),
+            a);
+      },
+      [&](int k, int n, uint32_t (&b)[4]) {
+        LoadMatrices(TileAddress<Shape::kDepth>(weight, column + 16 * n,
+                                                2 * k + lane / 8 % 2),
+                     b);
+      },
+      sums);
+}
+
+// Calls multiply(stage) for each of `steps` steps, in order, with the shared
+// address that copy(step, stage) has filled by then: it starts copies
+// kStages - 1 steps ahead.
+template <typename Shape, typename Copy, typename Multiply>
+__device__ __forceinline__ void ForEachStage(uint32_t ring, int steps,
+                                             Copy&& copy, Multiply&& multiply) {
+  const auto start = [&](int step) {
+    if (step < steps) {
+      copy(step, ring + step % Shape::kStages * Shape::kStageBytes);
     }
+    // An empty group of copies, too, so that their number tells the step.
+    CommitCopies();
+  };
+  // The last tile's stages have been read by all warps.
+  __syncthreads();
 #pragma unroll
-    for (int n = 0; n < Shape::kColumnTiles / 2; ++n) {
-      uint32_t b[4];
-      LoadMatrices(TileAddress<Shape::kDepth>(weight, column + 16 * n,
-                                              2 * k + lane / 8 % 2),
-                   b);
-#pragma unroll
-      for (int m = 0; m < Shape::kRowTiles; ++m) {
-        Mma<T>(a[m], b[0], b[1], sums[m][2 * n]);
-        Mma<T>(a[m], b[2], b[3], sums[m][2 * n + 1]);
-      }
-    }
+  for (int step = 0; step < Shape::kStages - 1; ++step) start(step);
+  for (int step = 0; step < steps; ++step) {
+    WaitForCopies<Shape::kStages - 2>();
+    // All of the stage has arrived, and the one before it has been read.
+    __syncthreads();
+    start(step + Shape::kStages - 1);
+    multiply(ring + step % Shape::kStages * Shape::kStageBytes);
   }
 }
 
@@ -156,33 +197,18 @@ __global__ void __launch_bounds__(Shape::kThreads)
     const T* weight = args.weight + (int64_t{tile.group} * args.num_columns +
                                      tile.first_column) *
                                         args.depth;
-    const auto copy = [&](int step) {
-      if (step < steps) {
-        const uint32_t stage =
-            ring + step % Shape::kStages * Shape::kStageBytes;
-        CopyRows<Shape::kTileRows, Shape::kDepth, Shape::kThreads>(
-            input, tile.end_row - tile.first_row, args.depth,
-            step * Shape::kDepth, stage);
-        CopyRows<Shape::kTileColumns, Shape::kDepth, Shape::kThreads>(
-            weight, args.num_columns - tile.first_column, args.depth,
-            step * Shape::kDepth, stage + Shape::kInputBytes);
-      }
-      // An empty group of copies, too, so that their number tells the step.
-      CommitCopies();
-    };
     float sums[Shape::kRowTiles][Shape::kColumnTiles][4] = {};
-    // The last tile's stages have been read by all warps.
-    __syncthreads();
-#pragma unroll
-    for (int step = 0; step < Shape::kStages - 1; ++step) copy(step);
-    for (int step = 0; step < steps; ++step) {
-      WaitForCopies<Shape::kStages - 2>();
-      // All of the stage has arrived, and the one before it has been read.
-      __syncthreads();
-      copy(step + Shape::kStages - 1);
-      MultiplyStage<T, Shape>(ring + step % Shape::kStages * Shape::kStageBytes,
-                              sums);
-    }
+    ForEachStage<Shape>(
+        ring, steps,
+        [&](int step, uint32_t stage) {
+          CopyRows<Shape::kTileRows, Shape::kDepth, Shape::kThreads>(
+              input, tile.end_row - tile.first_row, args.depth,
+              step * Shape::kDepth, stage);
+          CopyRows<Shape::kTileColumns, Shape::kDepth, Shape::kThreads>(
+              weight, args.num_columns - tile.first_column, args.depth,
+              step * Shape::kDepth, stage + Shape::kInputBytes);
+        },
+        [&](uint32_t stage) { MultiplyStage<T, Shape>(stage, sums); });
     StoreTile<T, Shape>(args, tile, sums);
   }
   WriteZeroRows(args, tiles.FirstRow(), tiles.EndRow());

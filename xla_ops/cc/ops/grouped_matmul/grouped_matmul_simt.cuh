@@ -29,6 +29,50 @@ __device__ __forceinline__ void LoadTransposed(const T* rows, int num_rows,
   }
 }
 
+// sums += the products of kDepth elements of depth-major tiles of 16 kRows rows
+// and 16 kColumns columns; each depth has one element more than that.
+template <int kDepth, int kRows, int kColumns>
+__device__ __forceinline__ void MultiplyStep(const float* rows,
+                                             const float* columns,
+                                             float (&sums)[kRows][kColumns]) {
+  const int row = threadIdx.x / 16;
+  const int column = threadIdx.x % 16;
+#pragma unroll
+  for (int k = 0; k < kDepth; ++k) {
+    float b[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      b[c] = columns[k * (16 * kColumns + 1) + column + 16 * c];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float a = rows[k * (16 * kRows + 1) + row + 16 * r];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) sums[r][c] += a * b[c];
+    }
+  }
+}
+
+// Writes a tile, as far as it is in the group and in out.
+template <typename T, int kRows, int kColumns>
+__device__ __forceinline__ void StoreSums(
+    const GroupedMatmulArgs<T>& args, const GroupedTile& tile,
+    const float (&sums)[kRows][kColumns]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = tile.first_row + threadIdx.x / 16 + 16 * r;
+    if (row >= tile.end_row) continue;
+    T* out = args.out + int64_t{row} * args.num_columns;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int column = tile.first_column + threadIdx.x % 16 + 16 * c;
+      if (column < args.num_columns) {
+        out[column] = FromFloat<T>(sums[r][c] + BiasAt(args, column));
+      }
+    }
+  }
+}
+
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kGroupedSimtThreads)
     GroupedMatmulSimtKernel(const __grid_constant__ GroupedMatmulArgs<T> args) {
@@ -39,8 +83,6 @@ __global__ void __launch_bounds__(kGroupedSimtThreads)
   // One more than the rows, to spread a row's elements over the banks.
   __shared__ float input_tile[kDepth * (kTileRows + 1)];
   __shared__ float weight_tile[kDepth * (kTileColumns + 1)];
-  const int row = threadIdx.x / 16;
-  const int column = threadIdx.x % 16;
   GroupedTiles<kTileRows, kTileColumns> tiles(args);
   GroupedTile tile;
   for (int64_t i = blockIdx.x; tiles.Find(i, &tile); i += gridDim.x) {
@@ -57,34 +99,9 @@ __global__ void __launch_bounds__(kGroupedSimtThreads)
           weight, args.num_columns - tile.first_column, args.depth, at,
           weight_tile);
       __syncthreads();
-#pragma unroll
-      for (int k = 0; k < kDepth; ++k) {
-        float b[kColumns];
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          b[c] = weight_tile[k * (kTileColumns + 1) + column + 16 * c];
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const float a = input_tile[k * (kTileRows + 1) + row + 16 * r];
-#pragma unroll
-          for (int c = 0; c < kColumns; ++c) sums[r][c] += a * b[c];
-        }
-      }
+      MultiplyStep<kDepth>(input_tile, weight_tile, sums);
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int out_row = tile.first_row + row + 16 * r;
-      if (out_row >= tile.end_row) continue;
-      T* out = args.out + int64_t{out_row} * args.num_columns;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int out_column = tile.first_column + column + 16 * c;
-        if (out_column < args.num_columns) {
-          out[out_column] = FromFloat<T>(sums[r][c] + BiasAt(args, out_column));
-        }
-      }
-    }
+    StoreSums(args, tile, sums);
   }
   WriteZeroRows(args, tiles.FirstRow(), tiles.EndRow());
 }
