@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Checks the kernels of gradients against numpy: norms, activations
-and merge_attn_states.
+"""Checks the kernels of gradients against numpy: norms, activations,
+merge_attn_states and grouped_matmul's weight.
 
     check_gradients.py --lib-dir DIR [--out results.json] [--quick] [--cpu]
+                       [--only CHECK]
 
-Options and needs are those of check_elementwise.py.
+Options and needs are those of check_elementwise.py; `--only grouped_matmul` needs no
+library but libxla_ops_grouped_matmul_cuda.so.
 """
 
 import itertools
@@ -14,7 +16,8 @@ import sys
 import numpy as np
 
 from check_elementwise import call, main
-from kernel_cases import BF16, DTYPES, F32, ROUNDING, rms_norm_cases
+from check_grouped_matmul import BAD_OFFSETS, sorted_offsets
+from kernel_cases import BF16, DTYPES, F16, F32, ROUNDING, rms_norm_cases
 
 
 def drawn(rng, shape, dtype, scale=1.0):
@@ -162,6 +165,27 @@ def check_merge(rng, dtype, tokens, heads, head_dim, has_lse):
     assert_close(got[3], ws * lse - wp * ws * change, bound)
 
 
+def check_grouped_matmul(rng, dtype, rows, columns, depth, offsets):
+    """Each group's matrix, sums in order: equal runs; NaN where no group looks."""
+    groups = len(offsets) - 1
+    g, x = drawn(rng, (rows, columns), dtype), drawn(rng, (rows, depth), dtype)
+    ends = np.maximum.accumulate(np.clip(offsets, 0, rows))
+    g[: ends[0]], x[ends[-1] :] = np.nan, np.nan
+    results = [((groups, columns, depth), dtype)]
+    (got,), (again,) = (
+        call("grouped_matmul_backward_weight", results, g, x, offsets) for _ in range(2)
+    )
+    assert np.array_equal(np.asarray(got), np.asarray(again)), "two runs differ"
+    for group, matrix in enumerate(np.asarray(got)):
+        part = slice(ends[group], ends[group + 1])
+        a, b = g[part].astype(np.float64), x[part].astype(np.float64)
+        want = a.T @ b
+        bound = ROUNDING[dtype] * np.abs(want) * 1.01 + 2.0**-25 * (dtype == F16)
+        # A rounding each row, and tensor cores, which cut products off.
+        bound = bound + (len(a) + 8) * 2.0**-24 * (np.abs(a).T @ np.abs(b))
+        assert_close(matrix, want, bound)
+
+
 def norm_cases(quick):
     for i, (_, case) in enumerate(rms_norm_cases(quick)):
         rows = max(1, min(case["tokens"], 480))
@@ -193,10 +217,33 @@ def merge_cases(quick):
         yield check_merge, case | {"dtype": dtype, "has_lse": has_lse}
 
 
+def grouped_matmul_cases(quick):
+    rng = np.random.default_rng(0)
+    # Rows, columns, depth, groups, rows outside: tiles whole and partial; groups that
+    # end within a step; rows that are not aligned.
+    shapes = [(1, 1, 1, 1, 0), (40, 33, 72, 3, 0), (70, 64, 61, 40, 2)]
+    shapes += [(300, 136, 200, 2, 5), (160, 96, 64, 4, 0), (100, 8, 8, 3, 1)]
+    if not quick:
+        shapes += [(512, 768, 512, 64, 0), (3000, 1000, 1000, 7, 100)]
+        shapes += [(2000, 777, 333, 13, 0), (20000, 128, 256, 4, 1)]
+        shapes += [(0, 40, 48, 3, 0), (5, 0, 8, 2, 0), (5, 8, 0, 2, 0)]
+        shapes += [(64, 2056, 1032, 5, 3), (300, 129, 8, 40, 0)]
+    for dtype, (rows, columns, depth, groups, outside) in itertools.product(
+        DTYPES, shapes
+    ):
+        case = {"dtype": dtype, "rows": rows, "columns": columns, "depth": depth}
+        case["offsets"] = sorted_offsets(rng, rows, groups, outside)
+        yield check_grouped_matmul, case
+    for dtype, offsets in itertools.product(DTYPES, (*BAD_OFFSETS, [3])):
+        case = {"dtype": dtype, "rows": 60, "columns": 40, "depth": 48}
+        yield check_grouped_matmul, case | {"offsets": np.array(offsets, np.int32)}
+
+
 def cases(quick):
     yield from norm_cases(quick)
     yield from activation_cases(quick)
     yield from merge_cases(quick)
+    yield from grouped_matmul_cases(quick)
 
 
 if __name__ == "__main__":

@@ -298,15 +298,16 @@ void Cases::AddPenalties(DType dtype) {
 }
 
 // grouped_matmul: tiles of 16, 64 and 128 rows, several a block; rows of no
-// group; rows that are not aligned.
+// group; rows that are not aligned. Its weight's gradient: groups of no step,
+// of one and of more than the ring holds; several tiles a matrix.
 void Cases::AddGroups(DType dtype) {
   struct Shape {
     int64_t rows, columns, depth;
     std::vector<double> offsets;
   };
   for (const Shape& s :
-       {Shape{20, 70, 72, {2, 2, 9, 19}}, Shape{150, 130, 64, {0, 33, 150}},
-        Shape{300, 260, 136, {0, 290}}, Shape{40, 33, 61, {0, 1, 30, 40}}}) {
+       {Shape{20, 72, 72, {2, 2, 9, 19}}, Shape{150, 136, 64, {0, 33, 150}},
+        Shape{300, 264, 136, {0, 290}}, Shape{40, 33, 61, {0, 1, 30, 40}}}) {
     const auto groups = static_cast<int64_t>(s.offsets.size()) - 1;
     Add("grouped_matmul",
         NameOf(dtype) + " " + NameOf({s.rows, s.columns, s.depth}),
@@ -314,6 +315,11 @@ void Cases::AddGroups(DType dtype) {
          Random(dtype, {groups, s.columns, s.depth}),
          TestTensor(kS32, {groups + 1}, s.offsets)},
         {{dtype, {s.rows, s.columns}}});
+    Add("grouped_matmul_backward_weight",
+        NameOf(dtype) + " " + NameOf({s.rows, s.columns, s.depth}),
+        {Random(dtype, {s.rows, s.columns}), Random(dtype, {s.rows, s.depth}),
+         TestTensor(kS32, {groups + 1}, s.offsets)},
+        {{dtype, {groups, s.columns, s.depth}}});
   }
 }
 

@@ -61,7 +61,7 @@ class Cases {
   void AddRotary(DType dtype);
   void AddQkNormRope(DType dtype);
   void AddMerges(DType dtype);
-  void AddGroups(DType dtype);  // grouped_matmul
+  void AddGroups(DType dtype);  // grouped_matmul, and its weight's gradient
   void AddLinears(DType dtype);
   void AddPenalties(DType dtype);          // apply_repetition_penalties
   void AddWrites(DType dtype);             // reshape_and_cache_flash

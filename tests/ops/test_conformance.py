@@ -73,6 +73,9 @@ SAMPLES = {
         *(False, None),
     ),
     "grouped_matmul": (torch.randn(5, 16), torch.randn(3, 8, 16), int32(1, 2, 2, 4)),
+    "grouped_matmul_backward_weight": (
+        *(torch.randn(5, 8), torch.randn(5, 16), int32(1, 2, 2, 4)),
+    ),
     "linear": (torch.randn(5, 16), torch.randn(7, 16), torch.randn(7)),
     "merge_attn_states": (
         *(torch.randn(3, 2, 8), torch.randn(2, 3)),

@@ -1,4 +1,4 @@
-"""Gradients that are other ops: fused_add_rms_norm's, rotary_embedding's, products'."""
+"""Gradients that are other ops: fused_add_rms_norm's, rotary_embedding's, linear's."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import xla_ops
 from differentiated import assert_gradients, gradients_of
 from rows import DTYPES, any_rows, each_shape_and_dtype, residual_inputs
-from support import Path, int32
+from support import Path
 from xla_ops.ops import rms_norm_backward
 
 EPS = 1e-5
@@ -171,28 +171,3 @@ def test_linear(rows, columns, depth, dtype, bias, seed):
     tensors = [torch.randn(size).to(dtype) for size in sizes]
     plain = torch.nn.functional.linear
     assert_gradients(Path("cpu"), xla_ops.linear, plain, tensors)
-
-
-def grouped(x, w, offsets):
-    """Each group by itself; rows of no group are zero."""
-    bounds = offsets.tolist()
-    parts = [x[a:b] @ m.t() for a, b, m in zip(bounds, bounds[1:], w, strict=False)]
-    zeros = x.new_zeros((len(x), w.shape[1]))
-    before, after = zeros[: bounds[0]], zeros[bounds[-1] :]
-    return torch.cat([before, *parts, after])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grouped_matmul(path, dtype):
-    x, w = torch.randn(9, 24).to(dtype), torch.randn(3, 16, 24).to(dtype)
-    args = [x, w, int32(1, 4, 4, 8)]
-    assert_gradients(path, xla_ops.grouped_matmul, grouped, args, wanted=[0])
-
-
-def test_the_weight_of_grouped_matmul_has_no_gradient():
-    args = [torch.randn(4, 8), torch.randn(2, 6, 8), int32(0, 2, 4)]
-    message = "grouped_matmul: has no gradient: weight requires one"
-    with pytest.raises(RuntimeError, match=message):
-        gradients_of(
-            Path("cpu"), xla_ops.grouped_matmul, args, [torch.randn(4, 6)], [0, 1]
-        )

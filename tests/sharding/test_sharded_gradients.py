@@ -52,6 +52,12 @@ def normalise(qkv, q_weight, k_weight):
     )
 
 
+def project(weight):
+    x = torch.linspace(-1, 1, TOKENS * HIDDEN, device=weight.device)
+    offsets = torch.tensor([0, 1, 6, 8], dtype=torch.int32, device=weight.device)
+    return xla_ops.grouped_matmul(x.view(TOKENS, HIDDEN), weight, offsets)
+
+
 def randn(*shapes):
     return [torch.randn(shape) for shape in shapes]
 
@@ -90,6 +96,7 @@ CASES: dict[str, tuple] = {
             ((None, "tp", None), ("tp", None)) * 2,
         ],
     ),
+    "grouped_matmul": (project, ((3, 16, HIDDEN),), [((None, "tp", None),)]),
     "rotary_embedding": (
         rotate,
         ((TOKENS, 4, 16), (TOKENS, 4, 16)),

@@ -213,6 +213,11 @@ def cases():
             (floats(8, 32), floats(4, 16, 32), torch.tensor([0, 2, 4, 6, 8]).int()),
             {(1, 1): (1,)},
         ),
+        "grouped_matmul_backward_weight": (
+            OP.grouped_matmul_backward_weight,
+            (floats(8, 16), floats(8, 32), torch.tensor([0, 2, 4, 6, 8]).int()),
+            {(0, 1): (1,)},
+        ),
         "linear": (
             xla_ops.linear,
             (floats(TOKENS, 32), floats(16, 32), floats(16)),

@@ -32,6 +32,10 @@ def _cases(dtype):
             (positions, heads, keys, 8, random((8, 8), dtype, 6)),
             (1, 2),
         ),
+        "grouped_matmul": (
+            (x, random((2, 6, 16), dtype, 8), integers(0, 1, 3)),
+            (0, 1),
+        ),
         "merge_attn_states": ((heads, lse, heads[::-1], lse[::-1]), (0, 1, 2, 3)),
         "flash_attn_varlen": (
             (heads, keys, values, starts, starts, 3, 3, None, True),

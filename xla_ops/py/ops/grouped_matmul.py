@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..core import autocast, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall
@@ -12,6 +14,7 @@ from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("grouped_matmul")
+_check_weight = Checker("grouped_matmul_backward_weight")
 
 
 def grouped_matmul(
@@ -27,7 +30,7 @@ def grouped_matmul(
     Offsets are read on the device and not trusted: one below the offset before it
     (below 0 for the first) or above M is taken for that bound.
 
-    Differentiable in input, by this op; weight has no gradient, and backward says so.
+    Differentiable in input, by this op, and in weight, by another.
 
     Under torch.autocast, input is taken as it is, and weight is cast to its dtype.
 
@@ -78,30 +81,89 @@ def _lower(
     )
 
 
+def _lower_weight(
+    grad: torch.Tensor, input: torch.Tensor, group_offsets: torch.Tensor
+) -> CustomCall:
+    _check_weight.dtype("input", input, FLOAT_DTYPES)
+    _check_weight.rank("input", input, "[M, K]")
+    num_rows, depth = input.shape
+    _check_weight.dtype("grad", grad, [input.dtype])
+    if grad.dim() != 2 or grad.shape[0] != num_rows:
+        rule = f"have shape [{num_rows}, N]"
+        _check_weight.require(False, "grad", rule, list(grad.shape))
+    _check_weight.dtype("group_offsets", group_offsets, [torch.int32])
+    if group_offsets.dim() != 1 or group_offsets.shape[0] == 0:
+        rule, got = "have shape [E + 1]", list(group_offsets.shape)
+        _check_weight.require(False, "group_offsets", rule, got)
+    _check_weight.same_device("input", input, grad=grad, group_offsets=group_offsets)
+    shape = (group_offsets.shape[0] - 1, grad.shape[1], depth)
+    return CustomCall(
+        "xla_ops.grouped_matmul_backward_weight",
+        ("grad", "input", "group_offsets"),
+        (Spec(shape, input.dtype),),
+    )
+
+
+def _groups(group_offsets: torch.Tensor, num_rows: int) -> Iterator[torch.Tensor]:
+    """Yields for each group which of the rows are its own, as [M, 1].
+
+    No shape may depend on an offset's value.
+    """
+    rows = torch.arange(num_rows, device=group_offsets.device).unsqueeze(-1)
+    begin = group_offsets[0].clamp(0, num_rows)
+    for offset in group_offsets[1:].unbind(0):
+        end = torch.maximum(offset.clamp(0, num_rows), begin)
+        yield (rows >= begin) & (rows < end)
+        begin = end
+
+
 def _reference(
     input: torch.Tensor, weight: torch.Tensor, group_offsets: torch.Tensor
 ) -> torch.Tensor:
-    # Every group over all rows, as no shape may depend on an offset's value.
     num_rows = input.shape[0]
-    rows = torch.arange(num_rows, device=input.device).unsqueeze(-1)
     out = input.new_zeros((num_rows, weight.shape[1]))
-    begin = group_offsets[0].clamp(0, num_rows)
-    for group, matrix in enumerate(weight.unbind(0)):
-        end = torch.maximum(group_offsets[group + 1].clamp(0, num_rows), begin)
+    groups = _groups(group_offsets, num_rows)
+    for is_own, matrix in zip(groups, weight.unbind(0), strict=True):
         product = (input.float() @ matrix.float().t()).to(input.dtype)
-        out = torch.where((rows >= begin) & (rows < end), product, out)
-        begin = end
+        out = torch.where(is_own, product, out)
     return out
+
+
+def _reference_weight(
+    grad: torch.Tensor, input: torch.Tensor, group_offsets: torch.Tensor
+) -> torch.Tensor:
+    # Zeros for other rows in both, as what they hold may be NaN.
+    matrices = [
+        torch.where(is_own, grad, 0).float().t() @ torch.where(is_own, input, 0).float()
+        for is_own in _groups(group_offsets, input.shape[0])
+    ]
+    if not matrices:
+        return input.new_zeros((0, grad.shape[1], input.shape[1]))
+    return torch.stack(matrices).to(input.dtype)
 
 
 def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
     """Of input: each row by its group's matrix again, transposed."""
-    (grad,), args = backward.grads, backward.args
+    (grad,), args, found = backward.grads, backward.args, {}
     assert grad is not None
-    if "input" not in backward.wanted:
-        return {}
-    back = args["weight"].transpose(1, 2)
-    return {"input": _op(grad, back, args["group_offsets"])}
+    offsets = args["group_offsets"]
+    if "input" in backward.wanted:
+        found["input"] = _op(grad, args["weight"].transpose(1, 2), offsets)
+    if "weight" in backward.wanted:
+        found["weight"] = _weight(grad, args["input"], offsets)
+    return found
+
+
+def _gradient_weight(backward: Backward) -> dict[str, torch.Tensor]:
+    """Products of rows by the gradient's matrices: linear in either operand."""
+    (grad,), args, found = backward.grads, backward.args, {}
+    assert grad is not None
+    offsets = args["group_offsets"]
+    if "grad" in backward.wanted:
+        found["grad"] = _op(args["input"], grad, offsets)
+    if "input" in backward.wanted:
+        found["input"] = _op(args["grad"], grad.transpose(1, 2), offsets)
+    return found
 
 
 _op = Op(
@@ -114,5 +176,17 @@ _op = Op(
         {"input": "!rows !depth", "weight": "!groups columns !depth"},
         ("!rows columns",),
     ),
-    gradient=Gradient(_gradient, keeps=("weight", "group_offsets")),
+    gradient=Gradient(_gradient, keeps=("input", "weight", "group_offsets")),
+)
+_weight = Op(
+    "grouped_matmul_backward_weight",
+    "(Tensor grad, Tensor input, Tensor group_offsets) -> Tensor",
+    _lower_weight,
+    _reference_weight,
+    autocast=autocast.like("input", "grad"),
+    splits=sharding.Rule(
+        {"grad": "!rows columns", "input": "!rows !depth"},
+        ("!groups columns !depth",),
+    ),
+    gradient=Gradient(_gradient_weight, keeps=("grad", "input", "group_offsets")),
 )

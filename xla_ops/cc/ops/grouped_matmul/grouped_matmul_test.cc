@@ -215,6 +215,7 @@ XLA_OPS_TEST(TableNamesTheTargets) {
     targets.insert(handlers[i].target);
   }
   const std::set<std::string> want = {"xla_ops.grouped_matmul",
+                                      "xla_ops.grouped_matmul_backward_weight",
                                       "xla_ops.linear"};
   EXPECT_EQ(count, want.size());
   EXPECT_TRUE(targets == want);
