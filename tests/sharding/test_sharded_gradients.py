@@ -121,6 +121,19 @@ def test_gradients(name, number, how, mesh):
     check(gradients_of(function, given), expected)
 
 
+def test_a_sum_over_split_columns_raises(mesh):
+    x, w = randn(ROWS, (3, 16, HIDDEN))
+    leaves = [put(x), put(w, mesh, (None, "tp", None))]
+    offsets = put(torch.tensor([0, 1, 6, 8], dtype=torch.int32))
+
+    def grouped(x, w):
+        return xla_ops.grouped_matmul(x, w, offsets)
+
+    message = r"grouped_matmul: input must be whole in dimension 1 \(depth\)"
+    with pytest.raises(ValueError, match=message):
+        gradients_of(grouped, leaves)
+
+
 def test_a_weight_is_summed_over_devices_and_nothing_else_is_sent(mesh, hlo_dump):
     x, w, g = randn((64, HIDDEN), (HIDDEN,), (64, HIDDEN))
     leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
