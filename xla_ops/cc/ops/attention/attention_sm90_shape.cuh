@@ -22,7 +22,10 @@ struct Sm90Shape {
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kTokens = kHeadDim == 256 ? 80 : 128;  // of a KV tile
-  static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
+  // As many as fit, but that head_dim 64 gains nothing by a fourth, and pages
+  // nothing by a third.
+  static constexpr int kStages =
+      kHeadDim == 256 || (kHeadDim == 128 && kAllPanels) ? 2 : 3;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Of a thread: 64 K registers in all.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
