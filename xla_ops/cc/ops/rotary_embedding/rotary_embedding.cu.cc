@@ -239,10 +239,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (rotate) {
       const auto cos = LoadTable<kPairs, T>(cos_row + place.pair);
       const auto sin = LoadTable<kPairs, T>(cos_row + pairs + place.pair);
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        Rotate(cos[j], sin[j], &loaded[i].x[j], &loaded[i].y[j]);
-      }
+      RotateVector(cos, sin, &loaded[i].x, &loaded[i].y);
     } else if (in_place) {
       continue;
     }
