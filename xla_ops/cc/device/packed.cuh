@@ -27,12 +27,12 @@ constexpr bool kHasPacked = std::is_same_v<T, __half>;
 #endif
 
 // a[i] * b[i], rounded once: the bits that a product in fp32 rounds to, which
-// is exact for 16-bit factors.
-template <typename T, int kSize>
+// is exact for 16-bit factors. kPacked: whether to use what the GPU has.
+template <bool kPacked = true, typename T, int kSize>
 __device__ __forceinline__ Vector<T, kSize> Product(const Vector<T, kSize>& a,
                                                     const Vector<T, kSize>& b) {
   Vector<T, kSize> product;
-  if constexpr (kHasPacked<T> && kSize % 2 == 0) {
+  if constexpr (kPacked && kHasPacked<T> && kSize % 2 == 0) {
     using T2 = Packed<T>;
 #pragma unroll
     for (int i = 0; i < kSize / 2; ++i) {
