@@ -14,6 +14,7 @@
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/occupancy.h"
+#include "xla_ops/cc/device/packed.cuh"
 #include "xla_ops/cc/device/quant.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/activation/activation_launch.h"
@@ -46,23 +47,29 @@ __device__ __forceinline__ float Activate(float x, float threshold) {
   }
 }
 
-// The two roundings of the contract. The product of two 16-bit floats is
-// exact in fp32, so the multiplication rounds once.
-template <Activation kActivation, typename T>
-__device__ __forceinline__ T Gate(T x, T y, float threshold) {
+// The two roundings of the contract.
+template <Activation kActivation, typename T, int kSize>
+__device__ __forceinline__ Vector<T, kSize> Gate(const Vector<T, kSize>& x,
+                                                 const Vector<T, kSize>& y,
+                                                 float threshold) {
   if constexpr (kActivation == Activation::kMulAndSilu) {
     return Gate<Activation::kSiluAndMul>(y, x, threshold);
   } else {
-    const T activated =
-        FromFloat<T>(Activate<kActivation, T>(ToFloat(x), threshold));
-    return FromFloat<T>(ToFloat(activated) * ToFloat(y));
+    Vector<T, kSize> activated;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      activated[j] =
+          FromFloat<T>(Activate<kActivation, T>(ToFloat(x[j]), threshold));
+    }
+    return Product(activated, y);
   }
 }
 
 // Threads: x and blockIdx.y run over the vectors of a row, kVectors for each
-// thread, y and blockIdx.x over rows. All pointers are aligned to a vector
-// (checked by the launcher).
-template <Activation kActivation, typename T, int kSize, int kVectors>
+// thread, again and again if kLoops, y and blockIdx.x over rows. All pointers
+// are aligned to a vector (checked by the launcher).
+template <Activation kActivation, typename T, int kSize, int kVectors,
+          bool kLoops>
 __global__ void __launch_bounds__(kThreads,
                                   MinBlocks(kVectors == 1 ? 3 : 2, kThreads))
     ActivationKernel(const T* __restrict__ input,      // [num_rows, 2 * size]
@@ -78,40 +85,41 @@ __global__ void __launch_bounds__(kThreads,
   const T* up = gate + size;
   float inverse_scale = 1.0f;
   if constexpr (kQuant) inverse_scale = 1.0f / *scale;
-  const int64_t step = int64_t{blockDim.x} * gridDim.y;
-  for (int64_t first = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
-       first < row_vectors; first += kVectors * step) {
+  // A row that one pass does is short.
+  using Index = std::conditional_t<kLoops, int64_t, int>;
+  const Index vectors = static_cast<Index>(row_vectors);
+  const Index threads = blockDim.x;
+  const Index step = threads * static_cast<Index>(gridDim.y);
+  Index first = static_cast<Index>(blockIdx.y) * threads +
+                static_cast<Index>(threadIdx.x);
+  for (; first < vectors; first += kVectors * step) {
     Vector<T, kSize> x[kVectors];
     Vector<T, kSize> y[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int64_t v = first + i * step;
-      if (i > 0 && v >= row_vectors) break;
+      const Index v = first + i * step;
+      if (i > 0 && v >= vectors) break;
       x[i] = LoadEagerly<kSize>(gate + v * kSize);
       y[i] = LoadEagerly<kSize>(up + v * kSize);
     }
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int64_t v = first + i * step;
-      if (i > 0 && v >= row_vectors) break;
+      const Index v = first + i * step;
+      if (i > 0 && v >= vectors) break;
+      const Vector<T, kSize> result = Gate<kActivation>(x[i], y[i], threshold);
       if constexpr (kQuant) {
         float values[kSize];
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          values[j] = ToFloat(Gate<kActivation>(x[i][j], y[i][j], threshold)) *
-                      inverse_scale;
+          values[j] = ToFloat(result[j]) * inverse_scale;
         }
         StoreGlobal(static_cast<uint8_t*>(out) + row * size + v * kSize,
                     PackFp8(values));
       } else {
-        Vector<T, kSize> result;
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          result[j] = Gate<kActivation>(x[i][j], y[i][j], threshold);
-        }
         StoreGlobal(static_cast<T*>(out) + row * size + v * kSize, result);
       }
     }
+    if constexpr (!kLoops) return;
   }
 }
 
@@ -129,12 +137,22 @@ cudaError_t LaunchVectors(cudaStream_t stream, const ActivationParams& params,
             static_cast<unsigned>(grid_x),
             BlocksPerRow(CeilDivide(needed, block.x), grid_x, kManyBlocks));
         const int64_t out_bytes = kQuant ? 1 : sizeof(T);
-        return LaunchKernel<ActivationKernel<kActivation, T, kSize, kVectors>>(
-            stream, grid, block,
-            static_cast<const T*>(params.input) + first * 2 * params.size,
-            params.scale, params.constants.threshold,
-            static_cast<char*>(params.out) + first * params.size * out_bytes,
-            rows, row_vectors);
+        const auto launch = [&](auto loops) {
+          return LaunchKernel<ActivationKernel<kActivation, T, kSize, kVectors,
+                                               decltype(loops)::value>>(
+              stream, grid, block,
+              static_cast<const T*>(params.input) + first * 2 * params.size,
+              params.scale, params.constants.threshold,
+              static_cast<char*>(params.out) + first * params.size * out_bytes,
+              rows, row_vectors);
+        };
+        // Others are as fast with the loop, or faster.
+        if constexpr (kSize > 1 && kVectors == 1) {
+          if (needed <= block.x && block.x > kSmallThreads) {
+            return launch(std::false_type{});
+          }
+        }
+        return launch(std::true_type{});
       });
 }
 
