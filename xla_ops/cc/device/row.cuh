@@ -116,6 +116,20 @@ class RowThreads {
     }
     return BlockSum<kMaxWarps, Plan::kWhole>(x, scratch);
   }
+  // Of two sums a thread, in the order in which twice the threads, the first of
+  // which have x[0], add up.
+  __device__ __forceinline__ float Sum(const float (&x)[2],
+                                       WarpResults& scratch) const {
+    static_assert(Plan::kWhole && 2 * kMaxWarps <= 32);
+    const float sums[] = {WarpSum(x[0]), WarpSum(x[1])};
+    ShareWarps<kMaxWarps, true>(sums[0], 0.0f, scratch);
+    if (threadIdx.x % 32 == 0) {
+      scratch.value[kMaxWarps + threadIdx.x / 32] = sums[1];
+    }
+    __syncthreads();
+    return CombineShared<2 * kMaxWarps>([](float a, float b) { return a + b; },
+                                        scratch);
+  }
   __device__ __forceinline__ float Max(float x, WarpResults& scratch) const {
     return WithinWarp() ? WarpMax(x, blockDim.x)
                         : BlockMax<kMaxWarps, Plan::kWhole>(x, scratch);

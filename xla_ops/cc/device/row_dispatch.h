@@ -27,19 +27,22 @@ struct RowGrid {
 
 // Calls f(RowPlan, RowGrid) with the plan for rows of `hidden_size` elements
 // of T. `aligned`: all pointers are aligned to a vector. num_rows fits in a
-// grid; see ForEachGrid.
-template <typename T, typename F>
+// grid; see ForEachGrid. kUsualThreads and kLongThreads: of a row of the usual
+// hidden sizes, 4096 and 8192 for 16-bit elements; what an op holds and
+// computes decides which are fastest.
+template <typename T, int kUsualThreads = 256, int kLongThreads = 512,
+          typename F>
 cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
                         F&& f) {
   constexpr int kWidth = kWideSize<T>;
-  // Held by a thread, of rows that kLongThreads threads then hold, and of
+  // Held by a thread, of rows that kHeldThreads threads then hold, and of
   // longer ones. Blocks of more threads leave a multiprocessor nothing to do
   // while they wait for each other.
   constexpr int kVectors = 2;
   constexpr int kMaxVectors = 4;
-  constexpr int kLongThreads = 512;
-  // Of a block that holds several rows, or a row of usual length.
-  constexpr int kUsualThreads = 256;
+  constexpr int kHeldThreads = 512;
+  // Of a block that holds several rows.
+  constexpr int kSharedThreads = 256;
   RowGrid grid;
   if (!aligned || hidden_size % kWidth != 0 ||
       hidden_size / kWidth > kMaxVectors * kMaxRowThreads) {
@@ -51,21 +54,27 @@ cudaError_t DispatchRow(int64_t num_rows, int64_t hidden_size, bool aligned,
   }
   grid.row_vectors = hidden_size / kWidth;
   const int64_t vectors =
-      grid.row_vectors <= kVectors * kLongThreads ? kVectors : kMaxVectors;
+      grid.row_vectors <= kVectors * kHeldThreads ? kVectors : kMaxVectors;
   const int64_t needed = CeilDivide(grid.row_vectors, vectors);
   // A row that takes more than a warp has a block of its own.
   grid.threads =
-      RowBlock(needed, kMaxRowThreads, needed <= 32 ? kUsualThreads : 1);
+      RowBlock(needed, kMaxRowThreads, needed <= 32 ? kSharedThreads : 1);
   grid.blocks = static_cast<unsigned>(CeilDivide(num_rows, grid.threads.y));
   if (vectors != kVectors) return f(RowPlan<kWidth, kMaxVectors>{}, grid);
-  // The usual hidden sizes, 4096 and 8192 for 16-bit elements.
-  if (grid.row_vectors == kVectors * kUsualThreads) {
-    return f(RowPlan<kWidth, kVectors, kUsualThreads, true>{}, grid);
+  constexpr int kUsualVectors = 512;
+  if (grid.row_vectors == kUsualVectors) {
+    grid.threads = kUsualThreads;
+    return f(
+        RowPlan<kWidth, kUsualVectors / kUsualThreads, kUsualThreads, true>{},
+        grid);
   }
-  if (grid.row_vectors == kVectors * kLongThreads) {
-    return f(RowPlan<kWidth, kVectors, kLongThreads, true>{}, grid);
+  constexpr int kLongVectors = 1024;
+  if (grid.row_vectors == kLongVectors) {
+    grid.threads = kLongThreads;
+    return f(RowPlan<kWidth, kLongVectors / kLongThreads, kLongThreads, true>{},
+             grid);
   }
-  return f(RowPlan<kWidth, kVectors, kLongThreads>{}, grid);
+  return f(RowPlan<kWidth, kVectors, kHeldThreads>{}, grid);
 }
 
 }  // namespace xla_ops

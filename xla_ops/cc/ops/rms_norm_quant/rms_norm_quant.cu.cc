@@ -24,6 +24,18 @@ namespace {
 
 enum class Quant { kStaticFp8, kDynamicFp8, kDynamicInt8 };
 
+// Rows of 8192 16-bit elements get 256 threads of four vectors: blocks of 512
+// leave a multiprocessor idle while they wait for each other. But few rows,
+// where one load waits for another, are done sooner by 512, and 256 have no
+// registers for what a dynamic scale and a residual keep.
+template <typename T, Quant kQuant, bool kResidual>
+constexpr bool kAlways =
+    sizeof(T) == 2 && kQuant == Quant::kStaticFp8 && !kResidual;
+template <typename T, Quant kQuant, bool kResidual>
+constexpr bool kByRows =
+    sizeof(T) == 2 && (kQuant == Quant::kStaticFp8) == kResidual;
+constexpr int64_t kManyRows = 1024;
+
 // One set of rows; names and shapes as in RmsNormQuantParams.
 template <typename T>
 struct Rows {
@@ -81,18 +93,29 @@ __global__ void __launch_bounds__(Plan::kMaxThreads,
   };
   if constexpr (Plan::kHeld) row.ForEach(load);
   if constexpr (Plan::kLoadWeightsFirst) row.ForEach(load_weight);
-  float sum = 0.0f;
+  // The long rows' bits must not depend on their number, so that 256 threads
+  // add up as 512 do (LaunchRows).
+  constexpr int kSums = kByRows<T, kQuant, kResidual> && Plan::kWhole &&
+                                Plan::kMaxThreads == 256 && Plan::kSlots == 4
+                            ? 2
+                            : 1;
+  float sums[kSums] = {};
   row.ForEach([&](int i, int64_t v) {
     if constexpr (!Plan::kHeld) load(i, v);
     float part = 0.0f;  // a sum a vector, so that they do not wait
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) part += value(i, j) * value(i, j);
-    sum += part;
+    sums[i % kSums] += part;
     KeepPacked(x[i]);
     if constexpr (kResidual) KeepPacked(r[i]);
   });
-  const float s = RootMeanSquareScale(row.Sum(sum, sum_scratch),
-                                      rows.hidden_size, rows.eps);
+  float sum;
+  if constexpr (kSums == 2) {
+    sum = row.Sum(sums, sum_scratch);
+  } else {
+    sum = row.Sum(sums[0], sum_scratch);
+  }
+  const float s = RootMeanSquareScale(sum, rows.hidden_size, rows.eps);
 
   // Turns x[i] into y of the contract and r[i] into the rounded sum.
   const auto normalize = [&](int i, int64_t v) {
@@ -161,24 +184,22 @@ cudaError_t LaunchRows(cudaStream_t stream, Rows<T> rows, int64_t hidden_size) {
       IsAligned(rows.input, 16) && IsAligned(rows.residual, 16) &&
       IsAligned(rows.weight, 16) && IsAligned(rows.residual_out, 16) &&
       IsAligned(rows.out, kWideSize<T>);
-  // Blocks of 512 threads, DispatchRow's choice for rows of 8192, leave a
-  // multiprocessor idle while they wait for each other.
-  if constexpr (kQuant == Quant::kStaticFp8 && !kResidual && sizeof(T) == 2) {
-    constexpr int kThreads = 256;
-    using Plan = RowPlan<kWideSize<T>, 4, kThreads, true>;
-    rows.row_vectors = Plan::kSlots * kThreads;
-    if (aligned && hidden_size == rows.row_vectors * Plan::kWidth) {
-      return LaunchKernel<RmsNormQuantKernel<T, Plan, kQuant, kResidual>>(
-          stream, static_cast<unsigned>(rows.num_rows), kThreads, rows);
+  const auto launch = [&](auto plan, const RowGrid& grid) {
+    rows.row_vectors = grid.row_vectors;
+    return LaunchKernel<
+        RmsNormQuantKernel<T, decltype(plan), kQuant, kResidual>>(
+        stream, grid.blocks, grid.threads, rows);
+  };
+  constexpr int kUsualThreads = 256;
+  constexpr int kLongThreads = kAlways<T, kQuant, kResidual> ? 256 : 512;
+  if constexpr (kByRows<T, kQuant, kResidual>) {
+    if (rows.num_rows >= kManyRows) {
+      return DispatchRow<T, kUsualThreads, 256>(rows.num_rows, hidden_size,
+                                                aligned, launch);
     }
   }
-  return DispatchRow<T>(
-      rows.num_rows, hidden_size, aligned, [&](auto plan, const RowGrid& grid) {
-        rows.row_vectors = grid.row_vectors;
-        return LaunchKernel<
-            RmsNormQuantKernel<T, decltype(plan), kQuant, kResidual>>(
-            stream, grid.blocks, grid.threads, rows);
-      });
+  return DispatchRow<T, kUsualThreads, kLongThreads>(rows.num_rows, hidden_size,
+                                                     aligned, launch);
 }
 
 template <bool kResidual, typename T>
