@@ -31,7 +31,7 @@ def assert_close(got, want, bound):
     assert (error <= bound).all(), f"{(~(error <= bound)).sum()} elements are off"
 
 
-def check_rms_norm(rng, dtype, tokens, hidden, parts, added):
+def check_rms_norm(rng, dtype, tokens, hidden, parts, added, blocks):
     """dx and parts against the derivative without roundings; equal runs."""
     g, x = (drawn(rng, (tokens, hidden), dtype, 3) for _ in "gx")
     w = (1 + 0.3 * rng.standard_normal(hidden)).astype(dtype)
@@ -47,16 +47,17 @@ def check_rms_norm(rng, dtype, tokens, hidden, parts, added):
     if added:
         want, size = want + more.astype(np.float64), size + np.abs(more)
     bound = ROUNDING[dtype] * np.abs(want) + 2.0**-18 * size + 2.0**-24
-    results = [((tokens, hidden), dtype), ((parts, hidden), F32)]
+    sums = [((rows, hidden), F32) for rows in (parts, blocks)]
+    results = [((tokens, hidden), dtype), *sums]
     runs = [
         call("rms_norm_backward", results, g, x, w, more, eps=eps) for _ in range(2)
     ]
-    (dx, sums), again = runs[0], runs[1]
+    (dx, sums), again = runs[0][:2], runs[1][:2]
     assert_close(dx, want, bound)
     total = np.asarray(sums).astype(np.float64).sum(0)
     each = np.abs(g64 * normed)
     assert_close(total, (g64 * normed).sum(0), 2.0**-17 * each.sum(0) + 2.0**-24)
-    for a, b in zip(runs[0], again, strict=True):
+    for a, b in zip((dx, sums), again, strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b)), "two runs differ"
     (alone,) = call("rms_norm_backward_input", results[:1], g, x, w, more, eps=eps)
     assert_close(alone, want, bound)
@@ -189,11 +190,14 @@ def check_grouped_matmul(rng, dtype, rows, columns, depth, offsets):
 def norm_cases(quick):
     for i, (_, case) in enumerate(rms_norm_cases(quick)):
         rows = max(1, min(case["tokens"], 480))
-        for parts, added in itertools.product({rows, 1 + i % 7}, (False, True)):
-            yield check_rms_norm, case | {"parts": parts, "added": added}
+        sums = {(rows, 0), (1 + i % 7, 0), (1, rows), (1 + i % 7, 2 * rows)}
+        for (parts, blocks), added in itertools.product(sums, (False, True)):
+            counts = {"parts": parts, "blocks": blocks}
+            yield check_rms_norm, case | counts | {"added": added}
     if not quick:
-        large = {"dtype": BF16, "tokens": 16384, "hidden": 4096, "parts": 480}
-        yield check_rms_norm, large | {"added": False}
+        large = {"dtype": BF16, "tokens": 16384, "hidden": 4096, "added": False}
+        for parts, blocks in ((480, 0), (1, 528), (8, 528)):
+            yield check_rms_norm, large | {"parts": parts, "blocks": blocks}
 
 
 def activation_cases(quick):

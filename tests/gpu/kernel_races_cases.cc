@@ -100,8 +100,13 @@ void Cases::AddRows(DType dtype) {
     Add("rms_norm", detail, {x(), weight()}, {like_x}, eps);
     for (const TestTensor& added : {TestTensor(dtype, {0}), x()}) {
       const std::string kind = added.size() == 0 ? "" : " added";
+      // A block for each part, and blocks whose sums are added up.
+      const int64_t blocks = std::min<int64_t>(rows, 40);
       Add("rms_norm_backward", detail + kind, {x(), x(), weight(), added},
-          {like_x, {kF32, {std::min<int64_t>(rows, 40), shape[1]}}}, eps);
+          {like_x, {kF32, {blocks, shape[1]}}, {kF32, {0, shape[1]}}}, eps);
+      Add("rms_norm_backward", detail + kind + " by blocks",
+          {x(), x(), weight(), added},
+          {like_x, {kF32, {1, shape[1]}}, {kF32, {blocks, shape[1]}}}, eps);
       Add("rms_norm_backward_input", detail + kind, {x(), x(), weight(), added},
           {like_x}, eps);
     }

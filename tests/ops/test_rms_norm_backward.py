@@ -7,6 +7,8 @@ import xla_ops
 from differentiated import assert_gradients, gradients_of
 from rows import any_rows, each_shape_and_dtype, numbers, weights
 from support import Path
+from xla_ops.core import handlers
+from xla_ops.core.foreign import Foreign
 from xla_ops.ops import rms_norm_backward
 
 EPS = 1e-5
@@ -127,4 +129,44 @@ def test_errors(change, message):
     ],
 )
 def test_number_of_parts(leading, parts):
-    assert rms_norm_backward._parts(leading) == parts
+    assert rms_norm_backward._parts(leading, one=False) == parts
+    assert rms_norm_backward._parts(leading, one=True) == [min(n, 1) for n in leading]
+
+
+@pytest.mark.parametrize(
+    "shape, parts, blocks",
+    [
+        *[((16384, 4096), [1], 480), ((2, 300, 4096), [1, 1], 480)],
+        *[((16384, 1024), [1], 1920), ((16384, 32768), [1], 264), ((7, 64), [1], 7)],
+        *[((1, 64), [1], 0), ((64,), [], 0), ((0, 64), [0], 0), ((600, 64), [480], 0)],
+    ],
+)
+def test_number_of_blocks(shape, parts, blocks, monkeypatch):
+    x = torch.empty(shape, device="meta")
+    assert rms_norm_backward._num_blocks(x, parts) == 0
+    monkeypatch.setattr(handlers, "platform_of", lambda device: handlers.CUDA)
+    assert rms_norm_backward._num_blocks(x, parts) == blocks
+
+
+def test_one_part_on_one_gpu(monkeypatch):
+    x = torch.ones(2, 8)
+    assert not rms_norm_backward._adds_up(x)
+    monkeypatch.setattr(handlers, "platform_of", lambda device: handlers.CUDA)
+    assert rms_norm_backward._adds_up(x)
+
+    class Array(Foreign):
+        device = x.device
+
+    assert not rms_norm_backward._adds_up(Array())
+    monkeypatch.setattr(handlers, "is_spmd", lambda: True)
+    assert not rms_norm_backward._adds_up(x)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (8,), (0, 8)])
+def test_one_part_gives_the_gradient(shape, monkeypatch):
+    x, w = torch.randn(shape), torch.randn(8)
+    args = (torch.ones_like(x), x, w, None, EPS, ("input", "weight"))
+    want = rms_norm_backward.gradients(*args)
+    monkeypatch.setattr(rms_norm_backward, "_adds_up", lambda input: True)
+    got = rms_norm_backward.gradients(*args)
+    torch.testing.assert_close(got, want)

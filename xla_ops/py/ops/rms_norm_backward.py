@@ -9,14 +9,20 @@ from typing import Any
 from ..core import autocast, handlers, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
+from ..core.foreign import Foreign
 from ..core.hlo import Spec
 from ..core.lazy import torch
 from ..core.op import Op
 
 _check = Checker("rms_norm_backward")
 
-# Parts of the weight's gradient on a device, about: blocks that it runs at once.
+# Parts of the weight's gradient on a device that shares the tokens with others, or
+# whose kernel does not add them up, about: what it works on at once.
 _NUM_PARTS = 480
+# Of the sums of the CUDA kernel's blocks, which it then adds up to parts, elements
+# that are enough for a large GPU to be full of blocks, and blocks of long rows.
+_BLOCK_SUMS = 480 * 4096
+_LONG_BLOCKS = 264
 
 
 def gradients(
@@ -37,20 +43,34 @@ def gradients(
     """
     if "weight" not in wanted:
         return {"input": _input(grad, input, weight, added, eps)}
-    parts = _parts(input.shape[:-1])
+    parts = _parts(input.shape[:-1], _adds_up(input))
     dx, sums = _both(grad, input, weight, added, eps, parts)
     # A sum of torch's: where tokens are split over devices, XLA adds theirs up.
-    if parts:
+    if math.prod(parts) == 1:
+        sums = sums.reshape(weight.shape)
+    else:
         sums = sums.sum(tuple(range(len(parts))))
     return {"input": dx, "weight": sums.to(weight.dtype)}
 
 
-def _parts(leading: Sequence[int]) -> list[int]:
+def _adds_up(input: torch.Tensor) -> bool:
+    """Returns whether the kernel may add up all parts.
+
+    CUDA's does, on one device: JAX may split any program over several.
+    """
+    is_cuda = handlers.platform_of(input.device) == handlers.CUDA
+    return is_cuda and not handlers.is_spmd() and not isinstance(input, Foreign)
+
+
+def _parts(leading: Sequence[int], one: bool) -> list[int]:
     """Returns how many parts each of a matrix' leading dimensions is cut into.
 
-    All of the first few elements; beyond it numbers that 8 divides, if that many are
-    needed, since the parts of a split dimension are shared out to its devices.
+    One, or none of no rows, if `one`. Else all of the first few elements; beyond it
+    numbers that 8 divides, if that many are needed, since the parts of a split
+    dimension are shared out to its devices.
     """
+    if one:
+        return [min(size, 1) for size in leading]
     wanted = _NUM_PARTS * (sharding.num_devices() if handlers.is_spmd() else 1)
     parts: list[int] = []
     for size in leading:
@@ -114,7 +134,21 @@ def _lower_both(
         ("grad", "input", "weight", OptionalOperand("added", input.dtype)),
         (Spec.of(input), Spec((*parts, input.shape[-1]), torch.float32)),
         {"eps": eps},
+        scratch=(Spec((_num_blocks(input, parts), input.shape[-1]), torch.float32),),
     )
+
+
+def _num_blocks(input: torch.Tensor, parts: Sequence[int]) -> int:
+    """0 where a block has a part, and while a graph with symbolic sizes is traced."""
+    sizes = (*input.shape, *parts)
+    if handlers.platform_of(input.device) != handlers.CUDA:
+        return 0
+    if not all(isinstance(size, int) for size in sizes):
+        return 0
+    *leading, hidden = input.shape
+    blocks = max(_BLOCK_SUMS // max(1, hidden), _LONG_BLOCKS)
+    blocks = min(math.prod(leading), blocks)
+    return blocks if blocks >= 2 * math.prod(parts) else 0
 
 
 def _reference_both(

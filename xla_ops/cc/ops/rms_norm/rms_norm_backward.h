@@ -9,7 +9,8 @@
 // differentiated. The gradient of the weight is the sum of the parts: left to
 // the caller, because rows may be split over devices. Each row belongs to one
 // part, which one depends on shapes alone, and a part's rows are added up in a
-// fixed order: the same call gives the same bits on one platform.
+// fixed order: the same call gives the same bits on one platform and one kind
+// of device.
 //
 // Target `xla_ops.rms_norm_backward`:
 //   args     grad   [..., hidden]  fp32, fp16 or bf16
@@ -18,11 +19,13 @@
 //            added  [..., hidden]  same dtype; [0]: nothing is added
 //   results  dx     [..., hidden]  same dtype
 //            parts  [..., hidden]  fp32
+//            scratch [rows, hidden]  fp32: sums of the CUDA kernel's blocks
 //   attrs    eps    f32, > 0
 // Target `xla_ops.rms_norm_backward_input`: the same without parts, for a
 // weight that needs no gradient.
 // Leading dimensions are flattened, those of parts to num_parts. Any size may
-// be zero.
+// be zero. `scratch` lets CUDA run many blocks for few parts: as many as it has
+// rows, and one a part where it has less.
 //
 // Tested by rms_norm_backward_test.cc and tests/ops/test_rms_norm_backward.py.
 
@@ -47,6 +50,8 @@ struct RmsNormBackwardParams {
   const void* added;   // [num_tokens, hidden_size] or null
   void* dx;            // [num_tokens, hidden_size]
   float* parts;        // [num_parts, hidden_size] or null
+  int64_t scratch_rows;
+  float* scratch;  // [scratch_rows, hidden_size] or null
 };
 
 }  // namespace xla_ops

@@ -16,6 +16,8 @@
 //   parts must be float32, got float16
 //   parts must have shape [..., 64], got [4, 32]
 //   parts must have 1 row or more, got shape [0, 64]
+//   scratch must be float32, got float16
+//   scratch must have shape [..., 64], got [4, 32]
 //   eps must be positive and finite, got 0
 //
 // Tested by rms_norm_backward_test.cc.
@@ -47,6 +49,7 @@ inline auto RmsNormBackwardBinding() {
       .Arg<xla::ffi::AnyBuffer>()  // added
       .Ret<xla::ffi::AnyBuffer>()  // dx
       .Ret<xla::ffi::AnyBuffer>()  // parts
+      .Ret<xla::ffi::AnyBuffer>()  // scratch
       .Attr<float>("eps");
 }
 
@@ -61,7 +64,8 @@ xla::ffi::Error MakeRmsNormBackwardParams(
     xla::ffi::AnyBuffer grad, xla::ffi::AnyBuffer input,
     xla::ffi::AnyBuffer weight, xla::ffi::AnyBuffer added,
     xla::ffi::Result<xla::ffi::AnyBuffer> dx,
-    xla::ffi::Result<xla::ffi::AnyBuffer> parts, float eps,
+    xla::ffi::Result<xla::ffi::AnyBuffer> parts,
+    xla::ffi::Result<xla::ffi::AnyBuffer> scratch, float eps,
     RmsNormBackwardParams* params);
 
 }  // namespace xla_ops

@@ -18,6 +18,21 @@ bool IsAbsent(ffi::AnyBuffer buffer) {
   return dims.size() == 1 && dims[0] == 0;
 }
 
+// A result of fp32 rows of `size`; `rows`: how many.
+ffi::Error BindSums(const char* name, ffi::AnyBuffer buffer, int64_t size,
+                    int64_t* rows) {
+  XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, name, buffer, {DType::kF32}));
+  const auto dims = buffer.dimensions();
+  if (dims.size() == 0 || dims.back() != size) {
+    return MustError(kOp, name,
+                     "have shape [..., " + std::to_string(size) + "]",
+                     FormatShape(dims));
+  }
+  *rows = 1;
+  for (const int64_t dim : dims.first(dims.size() - 1)) *rows *= dim;
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 ffi::Error MakeRmsNormBackwardInputParams(
@@ -45,6 +60,8 @@ ffi::Error MakeRmsNormBackwardInputParams(
   params->weight = weight.untyped_data();
   params->dx = dx->untyped_data();
   params->parts = nullptr;
+  params->scratch_rows = 0;
+  params->scratch = nullptr;
   return ffi::Error::Success();
 }
 
@@ -53,26 +70,20 @@ ffi::Error MakeRmsNormBackwardParams(ffi::AnyBuffer grad, ffi::AnyBuffer input,
                                      ffi::AnyBuffer added,
                                      ffi::Result<ffi::AnyBuffer> dx,
                                      ffi::Result<ffi::AnyBuffer> parts,
+                                     ffi::Result<ffi::AnyBuffer> scratch,
                                      float eps, RmsNormBackwardParams* params) {
   XLA_OPS_RETURN_IF_ERROR(MakeRmsNormBackwardInputParams(
       grad, input, weight, added, dx, eps, params));
-  XLA_OPS_RETURN_IF_ERROR(CheckDType(kOp, "parts", parts, {DType::kF32}));
-  const auto dims = parts->dimensions();
-  if (dims.size() == 0 || dims.back() != params->hidden_size) {
-    return MustError(
-        kOp, "parts",
-        "have shape [..., " + std::to_string(params->hidden_size) + "]",
-        FormatShape(dims));
-  }
-  params->num_parts = 1;
-  for (const int64_t dim : dims.first(dims.size() - 1)) {
-    params->num_parts *= dim;
-  }
+  XLA_OPS_RETURN_IF_ERROR(
+      BindSums("parts", *parts, params->hidden_size, &params->num_parts));
   if (params->num_parts == 0 && params->num_tokens > 0) {
     return MustError(kOp, "parts", "have 1 row or more",
-                     "shape " + FormatShape(dims));
+                     "shape " + FormatShape(parts->dimensions()));
   }
+  XLA_OPS_RETURN_IF_ERROR(BindSums("scratch", *scratch, params->hidden_size,
+                                   &params->scratch_rows));
   params->parts = static_cast<float*>(parts->untyped_data());
+  params->scratch = static_cast<float*>(scratch->untyped_data());
   return ffi::Error::Success();
 }
 

@@ -36,13 +36,14 @@ const TestTensor& Absent() {
 CallStatus Run(const TestTensor& grad, const TestTensor& input,
                const TestTensor& weight, const TestTensor& added,
                TestTensor* dx, TestTensor* parts, float eps = 1e-5f,
-               TaskRunner* threads = nullptr) {
+               TaskRunner* threads = nullptr, TestTensor* scratch = nullptr) {
   CallFrame frame;
+  TestTensor none(DType::kF32, {0, weight.size()});
   AddArgs(&frame, {&grad, &input, &weight, &added});
   if (parts == nullptr) {
     AddResults(&frame, {dx});
   } else {
-    AddResults(&frame, {dx, parts});
+    AddResults(&frame, {dx, parts, scratch == nullptr ? &none : scratch});
   }
   frame.AddAttr("eps", eps).SetTaskRunner(threads);
   return frame.Call(parts == nullptr ? xla_ops_rms_norm_backward_input_cpu
@@ -244,6 +245,12 @@ XLA_OPS_TEST(Errors) {
   TestTensor no_parts(kF32, {0, 64});
   expect(Run(x, x, weight, x, &dx, &no_parts),
          "parts must have 1 row or more, got shape [0, 64]");
+  expect(Run(x, x, weight, x, &dx, &parts, 1e-5f, /*threads=*/nullptr,
+             &half_parts),
+         "scratch must be float32, got float16");
+  expect(Run(x, x, weight, x, &dx, &parts, 1e-5f, /*threads=*/nullptr,
+             &narrow_parts),
+         "scratch must have shape [..., 64], got [4, 32]");
   expect(Run(x, x, weight, x, &dx, &parts, 0.0f),
          "eps must be positive and finite, got 0");
   // No error wrote anything.
