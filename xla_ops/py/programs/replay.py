@@ -357,6 +357,8 @@ class _Traced:
         # aten.copy_ overwrites the tensor below an argument: it alone does.
         self._saved = [torch.clone(t) for t in self.values]
         self.updates: dict[int, int] = {}
+        self.computed: list[torch.Tensor] = []
+        self._new: list[torch.Tensor] = []
         places = {id(t): i for i, t in enumerate(args)}
         try:
             with (
@@ -376,10 +378,9 @@ class _Traced:
     def _collect(self, result: object) -> None:
         for t in self._args:
             torch._functionalize_sync(t)  # updates through views
-        now = [torch._from_functional_tensor(t) for t in self._args]
+        self._new = now = [torch._from_functional_tensor(t) for t in self._args]
         pending = _xlac._check_tensor_need_materialization(now)
         self._arguments: dict[int, int] = {}
-        self.computed: list[torch.Tensor] = []
         for i, (value, is_pending) in enumerate(zip(now, pending, strict=True)):
             key = _xlac._xla_get_tensor_id(value)
             if key in self._arguments:
@@ -456,6 +457,12 @@ class _Traced:
                 in_place.set_value(t, value)
             _xlac._set_buffer_donation(t, False)
         self._saved.clear()
+        # The next sync would give an argument's buffer to its new value, if that is
+        # still alive, as in a traceback.
+        for value, new in zip(self.values, self._new, strict=False):
+            if new is not value:
+                _xlac._replace_xla_tensor(new, value)
+        self.computed.clear()
         # Collectives of a lazy graph run in order, each after a token that the one
         # before it has left. The next graph would compute the traced ones again.
         for device in {str(t.device) for t in self._args} or {str(torch_xla.device())}:
