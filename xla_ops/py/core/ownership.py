@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -37,6 +38,12 @@ from .tracing import is_plain, node_of
 NAMESPACE = "xla_ops"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("owned(Tensor[] caches) -> Tensor[]")
+
+# Held by a call of a program from its look at who holds the buffers until the tensors
+# that it updates have their new ones, and by what traces one. Of two calls, one would
+# take a buffer that the other is about to read. What a trace leaves is a lazy graph of
+# the device, of which whoever computes all that is pending would compute a part.
+LOCK = threading.RLock()
 
 # The release whose lazy tensors lazy_tensors.cc knows.
 _TORCH = "2.9.0"
@@ -58,7 +65,7 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
     found = _holders(held)
     waits = finish_reads and any(data == 0 and node for data, node in found)
     if waits and not _is_traced():
-        compute_all(held[0].device)
+        compute(held)
         found = _holders(held)
     if all(_is_free(holders, finish_reads) for holders in found):
         return
@@ -69,16 +76,40 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
         _protect_one(tensor, finish_reads)
 
 
-def compute_all(device: torch.device) -> None:
-    """Computes whatever is pending on a device.
+def compute(tensors: Sequence[torch.Tensor]) -> None:
+    """Computes what is pending of `tensors`, with all else that is pending.
 
     The new value of a tensor by itself would be given the old one's buffer, although
-    other graphs have yet to read that.
+    other graphs have yet to read that. Beside other threads it is all the same computed
+    by itself, into another buffer.
     """
     import torch_xla
 
-    torch_xla._XLAC._xla_sync_live_tensors(str(device), [], True)
-    torch_xla._XLAC._xla_wait_device_ops([])
+    xlac = torch_xla._XLAC
+    with LOCK:
+        if may_compute_all():
+            xlac._xla_sync_live_tensors(str(tensors[0].device), [], True)
+            xlac._xla_wait_device_ops([])
+        else:
+            give_buffers(tensors)
+
+
+def may_compute_all() -> bool:
+    """Whether no other thread can be at work on a tensor of the device.
+
+    torch_xla makes a tensor that comes from the host as zeros which then take their
+    values. Whoever computes all that is pending in between leaves zeros, silently.
+    """
+    return threading.active_count() == 1
+
+
+def give_buffers(tensors: Sequence[torch.Tensor]) -> None:
+    """Has each tensor, pending or not used so far, in a buffer, and takes none away."""
+    import torch_xla
+
+    torch_xla._XLAC._xla_sync_multi(
+        list(tensors), devices=[], wait=True, sync_xla_data=False
+    )
 
 
 def is_owner(value: torch.Tensor, readers: Sequence[torch.Tensor]) -> bool:
@@ -115,7 +146,7 @@ def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
     if pending:
         return  # its value will have a buffer of its own
     if finish_reads:
-        compute_all(tensor.device)
+        compute([tensor])
         if _is_free(_holders([tensor])[0], finish_reads):
             return
     separate(tensor)

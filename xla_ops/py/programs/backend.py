@@ -37,7 +37,7 @@ from torch_xla._dynamo import dynamo_bridge
 
 from ..core import in_place, ownership
 from ..core.interrupts import Uninterrupted
-from .calls import EXTRACTING, buffer_of, run_cached
+from .calls import buffer_of, run_cached
 
 
 def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object]:
@@ -52,28 +52,27 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
 
     def forward(args: list) -> object:
         nonlocal program
-        if donated:
-            ownership.protect([args[i] for i in donated], finish_reads=True)
-        if program is None:
-            with EXTRACTING:
-                if program is None:  # no other thread has been here
-                    # torch_xla knows inputs by their buffers, and takes one that
-                    # another tensor filled for a constant.
-                    tensors = [t for t in args if isinstance(t, torch.Tensor)]
-                    ownership.protect(tensors, finish_reads=True)
-                    program = _extract_whole(modules[0], args, donated)
-                    modules.clear()
-        with Uninterrupted():
-            results = program(*args)
-            if isinstance(results, torch.Tensor):  # openxla's way of calling
-                results = (results,)
-            if updated and not updates:
-                updates.extend(
-                    (i, argument, _update(args, argument, results, i))
-                    for i, argument in enumerate(updated)
-                )
-            for i, argument, update in updates:
-                update(args[argument], results[i])
+        with ownership.LOCK:
+            if donated:
+                ownership.protect([args[i] for i in donated], finish_reads=True)
+            if program is None:
+                # torch_xla knows inputs by their buffers, and takes one that another
+                # tensor filled for a constant.
+                tensors = [t for t in args if isinstance(t, torch.Tensor)]
+                ownership.protect(tensors, finish_reads=True)
+                program = _extract_whole(modules[0], args, donated)
+                modules.clear()
+            with Uninterrupted():
+                results = program(*args)
+                if isinstance(results, torch.Tensor):  # openxla's way of calling
+                    results = (results,)
+                if updated and not updates:
+                    updates.extend(
+                        (i, argument, _update(args, argument, results, i))
+                        for i, argument in enumerate(updated)
+                    )
+                for i, argument, update in updates:
+                    update(args[argument], results[i])
         return results[len(updated) :]
 
     # AOTAutograd: takes one list.

@@ -19,14 +19,15 @@ argument by value, autocast, default dtype and the precision of products. And be
 torch_xla's own key, a hash, takes graphs for one that differ in which input an
 operation takes (pytorch/xla#8353), a program is held to the HLO it was compiled from.
 
-Tested by tests/programs/test_replay.py.
+Several threads may call programs, and trace them: `ownership.LOCK` has them take turns.
+The rest of what other threads may do to a trace is found out, and it begins again.
+
+Tested by tests/programs/test_replay.py and tests/programs/test_replay_threads.py.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -34,14 +35,13 @@ from typing import Any, NamedTuple
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.debug.metrics as met
 import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
-from torch_xla._dynamo import dynamo_bridge
 
 from ..core import autograd, in_place, interrupts, ownership, sharding
-from . import kept
-from .calls import EXTRACTING, buffer_of, finish, run_cached
+from . import reachable
+from .calls import buffer_of, compile_graph, finish, run_cached
+from .reads import Reads
 
 _xlac = torch_xla._XLAC
 State = Iterable[torch.Tensor | torch.nn.Module]
@@ -67,46 +67,44 @@ class Replay:
             return self._function(*args, **kwargs)  # a part of another program
         leaves, form = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if self._shares is None:
-            self._shares = _Shares(_tensors_of(self._state))
-        shares = self._shares.of(tensors)
-        key: Hashable = (form, _signature(leaves), shares, _surroundings())
-        if xr.is_spmd():
-            key = (key, sharding.signature(tensors))
-        program = self._programs.get(key)
-        if program is None:
-            program = self._trace(key, leaves, tensors, form)
-        return program(tensors)
+        with ownership.LOCK:
+            if self._shares is None:
+                self._shares = _Shares(_tensors_of(self._state))
+            shares = self._shares.of(tensors)
+            key: Hashable = (form, _signature(leaves), shares, _surroundings())
+            if xr.is_spmd():
+                key = (key, sharding.signature(tensors))
+            program = self._programs.get(key)
+            if program is None:
+                program = self._trace(key, leaves, tensors, form)
+            return program(tensors)
 
     def _trace(
         self, key: Hashable, leaves: list, tensors: list[torch.Tensor], form: object
     ) -> _Program:
         _check(leaves)
-        with EXTRACTING:
-            program = self._programs.get(key)
-            if program is None:  # no other thread has been here
-                # The function is kept, for a program that torch_xla drops; the tensors
-                # of this call are not.
-                places = [isinstance(leaf, torch.Tensor) for leaf in leaves]
-                values = [
-                    None if is_tensor else leaf
-                    for leaf, is_tensor in zip(leaves, places, strict=True)
-                ]
+        # The function is kept, for a program that torch_xla drops; the tensors of this
+        # call are not.
+        places = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        values = [
+            None if is_tensor else leaf
+            for leaf, is_tensor in zip(leaves, places, strict=True)
+        ]
 
-                def call(*given: torch.Tensor) -> Any:
-                    rest = iter(given)
-                    args, kwargs = _unflatten(
-                        [
-                            next(rest) if is_tensor else value
-                            for value, is_tensor in zip(values, places, strict=True)
-                        ],
-                        form,
-                    )
-                    return self._function(*args, **kwargs)
+        def call(*given: torch.Tensor) -> Any:
+            rest = iter(given)
+            args, kwargs = _unflatten(
+                [
+                    next(rest) if is_tensor else value
+                    for value, is_tensor in zip(values, places, strict=True)
+                ],
+                form,
+            )
+            return self._function(*args, **kwargs)
 
-                program = _Program(call, tensors, _tensors_of(self._state))
-                self._programs[key] = program
-                self._shares = None  # the state may have grown
+        program = _Program(call, tensors, _tensors_of(self._state))
+        self._programs[key] = program
+        self._shares = None  # the state may have grown
         return program
 
 
@@ -147,6 +145,9 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
         return functools.partial(replay, state=state)
     return Replay(function, state)
 
+
+# How often a function is traced that other threads may have disturbed.
+_MAX_TRACES = 8
 
 # A call without keywords, of leaves alone: most are.
 _FLAT = "flat"
@@ -256,17 +257,33 @@ class _Program:
         self._rebuild(*tensors)
 
     def _build(self, function: Callable, args: tuple[torch.Tensor, ...]) -> None:
-        num_given = len(args) - len(self._state)
-        traced = _Traced(function, args, num_given)
-        try:
-            self._hash = _compile(traced.computed, str(traced.donated))
-            self._inputs = _inputs(traced, args)
-        finally:
-            traced.restore()
+        traced = self._compile(function, args)
         self._updates = list(traced.updates.items())
         self._donated = traced.donated
         self._outputs = traced.outputs
         self._form = traced.form
+
+    def _compile(self, function: Callable, args: tuple[torch.Tensor, ...]) -> _Traced:
+        """Traces and compiles, until no other thread has had a part in it."""
+        reads = Reads()
+        for _ in range(_MAX_TRACES):
+            traced = _Traced(function, args, len(args) - len(self._state), reads)
+            try:
+                if reads.are_clear:
+                    self._hash = compile_graph(traced.computed, str(traced.donated))
+                    self._inputs = _inputs(traced, args)
+                    if traced.is_whole():
+                        return traced
+            finally:
+                traced.restore()
+            del traced  # what is left of its graph is no part of the next one
+        if not reads.are_clear:
+            raise reads.error()
+        raise RuntimeError(
+            "replay: a function must be traced while no other thread runs lazy graphs,"
+            f" by torch_xla.sync() or a compilation, got {_MAX_TRACES} traces of which"
+            " one has run parts"
+        )
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
         args = (*tensors, *self._state)
@@ -292,8 +309,7 @@ class _Program:
         except RuntimeError as error:
             if "Failed to get computation by hash" not in str(error):
                 raise
-        with EXTRACTING:  # torch_xla keeps so many programs, and no more
-            self._rebuild(*tensors)
+        self._rebuild(*tensors)  # torch_xla keeps so many programs, and no more
         return run_cached(self._hash, self._inputs, args)
 
 
@@ -340,14 +356,22 @@ class _Traced:
     """
 
     def __init__(
-        self, function: Callable, args: tuple[torch.Tensor, ...], num_given: int
+        self,
+        function: Callable,
+        args: tuple[torch.Tensor, ...],
+        num_given: int,
+        reads: Reads,
     ):
         # Whatever is pending would become a part of the program.
-        torch_xla.sync(reset_scope=False)
+        if ownership.may_compute_all():
+            torch_xla.sync(reset_scope=False)
+        else:
+            ownership.give_buffers(reachable.tensors(function))
         xm.wait_device_ops()
         for t in args:
             torch._functionalize_sync(t)
         finish(args)
+        ownership.give_buffers(args)
         _separate(args)
         self._args = args
         self._num_given = num_given
@@ -356,6 +380,8 @@ class _Traced:
         self.pointers = [buffer_of(t) for t in self.values]
         # aten.copy_ overwrites the tensor below an argument: it alone does.
         self._saved = [torch.clone(t) for t in self.values]
+        # Computed by whoever computes all that is pending.
+        self._witness = torch.ones(1, device=torch_xla.device()) * 2
         self.updates: dict[int, int] = {}
         self.computed: list[torch.Tensor] = []
         self._new: list[torch.Tensor] = []
@@ -365,10 +391,9 @@ class _Traced:
                 in_place.collecting(args) as updated,
                 torch.inference_mode(False),
                 torch.no_grad(),
+                reads.watching(),
             ):
-                reads = _host_reads()
                 result = function(*args[:num_given])
-                _check_host_reads(reads)
             self.donated = sorted({places[id(t)] for t in updated})
             self._collect(result)
         except BaseException:
@@ -447,6 +472,14 @@ class _Traced:
             self.computed.append(value)
         return _Result(self._results[key])
 
+    def is_whole(self) -> bool:
+        """Whether nothing of the graph was computed before it was compiled.
+
+        What was would be a constant of the program.
+        """
+        needed = [self._witness, *self.computed]
+        return all(_xlac._check_tensor_need_materialization(needed))
+
     def restore(self) -> None:
         """Gives every argument the value back that it had."""
         for t, value, saved in zip(self._args, self.values, self._saved, strict=True):
@@ -473,25 +506,6 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
     """A computation of what `value`, which is an argument's, is; a clone is none."""
     always = torch.ones((), dtype=torch.bool, device=value.device)
     return torch.where(always, value, value)
-
-
-def _host_reads() -> int:
-    """How many times tensors have been read back from a device."""
-    return (met.metric_data("TransferFromDeviceTime") or (0,))[0]
-
-
-def _check_host_reads(before: int) -> None:
-    """Raises RuntimeError where a traced function read a tensor's value.
-
-    What it made of the value would be a constant of the program.
-    """
-    if _host_reads() == before:
-        return
-    fallbacks = ", ".join(dynamo_bridge.get_fallback_ops()) or "none"
-    raise RuntimeError(
-        "replay: the function must not read a tensor's value on the host, got one that"
-        f" does; operations that torch_xla runs on the host: {fallbacks}"
-    )
 
 
 def _separate(args: Sequence[torch.Tensor]) -> None:
@@ -556,39 +570,3 @@ def _with_seed(values: tuple, picks: list[int | None], device: str) -> list:
     state = 1012031 + _xlac._xla_get_rng_seed() * 7012063
     xm.set_rng_state(state % 2**64, device)
     return [seed if i is None else values[i] for i in picks]
-
-
-# What each program that was compiled here computes, by its hash in torch_xla.
-_computes: dict[bytes, str] = {}
-_guard = threading.Lock()
-
-
-def _compile(computed: list[torch.Tensor], donated: str) -> bytes | None:
-    """Compiles the graph of `computed`; returns its hash, None where it is empty.
-
-    A program that torch_xla has already under that hash is taken only if it is known to
-    be of the same HLO. Otherwise the graph gets a further result, of no element, until
-    its hash is its own.
-    """
-    computed = list(computed)
-    if not computed:
-        return None
-    hlo = _xlac._get_xla_tensors_hlo(computed)
-    computes = hashlib.sha256(f"{donated}\n{hlo}".encode()).hexdigest()
-    for attempt in range(1, 10):
-        with _guard, dynamo_bridge.alias_with_buffer_donor_config():
-            program = _xlac._get_graph_hash(computed)
-            known = _computes.get(program) or kept.recall(program)
-            if known in (None, computes):
-                compiled_before = met.counter_value("UncachedCompile") or 0
-                _xlac._xla_warm_up_cache(computed, [])
-                is_new = (met.counter_value("UncachedCompile") or 0) > compiled_before
-                if is_new or known == computes:
-                    _computes[program] = computes
-                    if is_new:
-                        kept.remember(program, computes)
-                    return program
-        computed.append(torch.empty((attempt, 0), device=computed[0].device))
-    raise RuntimeError(
-        "replay: the graph's hash must be its own, got one of another program ten times"
-    )
