@@ -102,6 +102,10 @@ def test_vjp():
         ({"scale": torch.ones(3)}, "scale must have 1 element or 2, got shape [3]"),
         ({"scale": torch.ones(1).half()}, "scale must be float32, got float16"),
         ({"azp": torch.ones(1)}, "azp must be int32, got float32"),
+        (
+            {"scale": torch.ones(1, device="meta")},
+            "scale must be on input's device cpu, got meta",
+        ),
     ],
 )
 def test_errors(change, message):

@@ -18,6 +18,17 @@ from .hlo import Spec
 from .lazy import torch
 
 
+def not_dense(t: Any) -> str:
+    """What `t` is if it is no dense tensor, for which torch finds no kernel; or ""."""
+    if isinstance(t, Foreign):
+        return ""
+    if t.is_nested:
+        return "a nested tensor"
+    if t.layout is not torch.strided:
+        return f"one of layout {t.layout}"
+    return f"a quantized one of {dtype_name(t.dtype)}" if t.is_quantized else ""
+
+
 def float32(value: float) -> float:
     """Rounds to what a float attribute can hold: 1e39 is infinite and 1e-50 is 0."""
     return ctypes.c_float(value).value
@@ -58,6 +69,7 @@ class Checker:
             raise TypeError(
                 f"{self.op}: {argument} must be a tensor, got {type(value).__name__}"
             )
+        self._dense(argument, value)
 
     def optional_tensors(self, **values: Any) -> None:
         """Checks arguments that are tensors or None."""
@@ -66,6 +78,12 @@ class Checker:
                 got = type(value).__name__
                 rule = f"{self.op}: {argument} must be a tensor or None"
                 raise TypeError(f"{rule}, got {got}")
+            if value is not None:
+                self._dense(argument, value)
+
+    def _dense(self, argument: str, t: torch.Tensor | Foreign) -> None:
+        if got := not_dense(t):
+            self.require(False, argument, "be a dense tensor", got)
 
     def text(self, argument: str, value: Any) -> None:
         if not isinstance(value, str):

@@ -7,12 +7,13 @@ and on plain tensors alike, with the tensors that the user passed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from . import lazy, op, wrapped_tensors
 from .autocast import Rule
 from .autocast import register as register_autocast
+from .checks import Checker, not_dense
 from .lazy import autograd, torch
 
 # Which of its arguments a front writes, by its name.
@@ -60,6 +61,12 @@ def define(
     )
 
 
+def _refuse_sparse(name: str, given: Iterable[tuple[str, object]]) -> None:
+    for argument, value in given:
+        if isinstance(value, torch.Tensor) and not_dense(value):
+            Checker(name).tensor(argument, value)
+
+
 def _define(
     namespace: str,
     schema: str,
@@ -77,6 +84,7 @@ def _define(
     def refusing(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
         wrapped_tensors.refuse(name, given)
+        _refuse_sparse(name, given)
         if differentiable and autograd.asks(given, differentiable.arguments):
             others = (pair for pair in given if pair[0] not in differentiable.arguments)
             autograd.refuse(name, others)

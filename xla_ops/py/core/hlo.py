@@ -10,6 +10,7 @@ is needed and none can clash with the one inside torch_xla.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -323,7 +324,8 @@ def _attribute(value: AttributeValue) -> str:
     if isinstance(value, int):
         return f"{value} : i64"
     if isinstance(value, float):
-        (bits,) = struct.unpack("<I", struct.pack("<f", value))
+        # Not by struct, which refuses what is infinite as a float32.
+        (bits,) = struct.unpack("<I", bytes(ctypes.c_float(value)))
         return f"0x{bits:08X} : f32"
     if isinstance(value, str):
         return '"' + "".join(_escape(byte) for byte in value.encode()) + '"'

@@ -64,6 +64,7 @@ def straight_through(
     _check.dtype("codes", codes, list(_BOUNDS))
     _check.shape("codes", codes, input.shape)
     _check.dtype("scale", scale, [torch.float32])
+    _check.same_device("input", input, codes=codes, scale=scale, azp=azp)
     factor = _of_rows("scale", scale, input)
     offset: torch.Tensor | float = 0.0
     if azp is not None:

@@ -117,6 +117,7 @@ def paged_attention(
     if not isinstance(num_seqs, (torch.Tensor, Foreign)):
         count = scalars.integer(_check.op, "num_seqs", num_seqs)
         num_seqs = _on_device(count, query.device)
+    _check.tensor("num_seqs", num_seqs)
     stacked = isinstance(kv_cache, (torch.Tensor, Foreign))
     if not stacked:
         if not isinstance(kv_cache, (list, tuple)):
@@ -124,6 +125,8 @@ def paged_attention(
             rule = f"{_check.op}: kv_cache must be a tensor or two in a list"
             raise TypeError(f"{rule}, got {got}")
         kv_cache = list(kv_cache)
+    for cache in (kv_cache,) if stacked else kv_cache:
+        _check.tensor("kv_cache", cache)
     if isinstance(query, Foreign):
         call = _front if return_lse else _front_out
     else:

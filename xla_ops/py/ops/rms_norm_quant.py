@@ -127,11 +127,21 @@ def rms_norm_dynamic_per_token_quant(
     """
     _dynamic_check.tensor("input", input)
     _dynamic_check.tensor("weight", weight)
+    _dynamic_check.optional_tensors(scale_ub=scale_ub, residual=residual)
+    _check_quant_dtype(quant_dtype)
     eps = scalars.number(_dynamic_check.op, "eps", eps)
     if residual is None:
         return _dynamic(input, weight, quant_dtype, eps, scale_ub)
-    _dynamic_check.tensor("residual", residual)
     return _fused_dynamic(input, residual, weight, quant_dtype, eps, scale_ub)
+
+
+def _check_quant_dtype(quant_dtype: torch.dtype) -> None:
+    _dynamic_check.require(
+        quant_dtype in _QUANT_DTYPES,
+        "quant_dtype",
+        "be float8_e4m3fn or int8",
+        str(quant_dtype).removeprefix("torch."),
+    )
 
 
 def _check_common(
@@ -181,12 +191,7 @@ def _lower_dynamic(
     scale_ub: torch.Tensor | None,
 ) -> CustomCall:
     check = _dynamic_check
-    check.require(
-        quant_dtype in _QUANT_DTYPES,
-        "quant_dtype",
-        "be float8_e4m3fn or int8",
-        str(quant_dtype).removeprefix("torch."),
-    )
+    _check_quant_dtype(quant_dtype)
     _check_common(check, input, residual, weight, eps)
     rows = ("input",) if residual is None else ("input", "residual")
     sums = () if residual is None else (Spec.of(residual),)
