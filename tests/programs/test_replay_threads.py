@@ -9,6 +9,7 @@ import torch
 import torch_xla
 
 import xla_ops
+from xla_ops.core import ownership
 from xla_ops.programs.replay import replay
 
 
@@ -214,3 +215,24 @@ def test_pending_tensors_that_a_function_closes_over(other):
     wanted = [noise, model.held["noise"][0], state]
     for a, b, w in zip(first, second, wanted, strict=True):
         assert a.tolist() == b.tolist() == w.tolist()
+
+
+@pytest.mark.parametrize(
+    "module, may", [("tqdm._monitor", True), ("tqdm", False), (__name__, False)]
+)
+def test_threads_that_draw_leave_tensors_alone(module, may):
+    stop = threading.Event()
+
+    def wait():
+        stop.wait(60)
+
+    wait.__module__ = module
+    thread = threading.Thread(target=wait, daemon=True)
+    before = ownership.may_compute_all()
+    thread.start()
+    try:
+        assert ownership.may_compute_all() == (before and may)
+        assert before
+    finally:
+        stop.set()
+        thread.join()

@@ -45,6 +45,19 @@ _library.define("owned(Tensor[] caches) -> Tensor[]")
 # the device, of which whoever computes all that is pending would compute a part.
 LOCK = threading.RLock()
 
+# Modules whose threads refresh progress bars and serve notebooks, whose cells run in
+# the main thread.
+_NEVER_COMPUTE = frozenset(
+    {
+        "IPython.core.history",
+        "ipykernel.control",
+        "ipykernel.heartbeat",
+        "ipykernel.iostream",
+        "ipykernel.parentpoller",
+        "tqdm._monitor",
+        "zmq.utils.garbage",
+    }
+)
 # The release whose lazy tensors lazy_tensors.cc knows.
 _TORCH = "2.9.0"
 # A program that was started holds its results until it has been handed over to the
@@ -100,7 +113,17 @@ def may_compute_all() -> bool:
     torch_xla makes a tensor that comes from the host as zeros which then take their
     values. Whoever computes all that is pending in between leaves zeros, silently.
     """
-    return threading.active_count() == 1
+    return all(map(_never_computes, threading.enumerate()))
+
+
+def _never_computes(thread: threading.Thread) -> bool:
+    """Whether a thread is this one, or one that leaves tensors alone."""
+    if thread is threading.current_thread():
+        return True
+    # A Thread of the standard library runs a function, which it forgets at its end.
+    target = getattr(thread, "_target", None)
+    owner = getattr(target, "__module__", None) or type(thread).__module__
+    return owner in _NEVER_COMPUTE
 
 
 def give_buffers(tensors: Sequence[torch.Tensor]) -> None:

@@ -10,7 +10,6 @@ Tested by tests/programs/test_replay_threads.py.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import torch_xla.debug.metrics as met
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_xla._dynamo import dynamo_bridge
+
+from ..core import ownership
 
 
 class Reads:
@@ -40,7 +41,7 @@ class Reads:
             self._is_first = False
             yield
             self.are_clear = _num_reads() == before
-            if not self.are_clear and threading.active_count() == 1:
+            if not self.are_clear and ownership.may_compute_all():
                 raise self.error()
             return
         with _ByOperation() as operations:
