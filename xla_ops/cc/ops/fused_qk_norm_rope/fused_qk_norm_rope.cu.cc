@@ -22,6 +22,7 @@
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/reduce.cuh"
 #include "xla_ops/cc/device/rms.cuh"
+#include "xla_ops/cc/device/rope.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/fused_qk_norm_rope/fused_qk_norm_rope_launch.h"
 
@@ -61,9 +62,7 @@ struct Head {
     const int token = task.token_heads.Divide(index);
     const int head = index - token * task.token_heads.value();
     const int64_t position =
-        task.positions_are_32_bits
-            ? static_cast<const int32_t*>(task.positions)[token]
-            : static_cast<const int64_t*>(task.positions)[token];
+        LoadPosition(task.positions, task.positions_are_32_bits, token);
     const bool rotate = position >= 0 && position < task.max_position;
     return {
         task.qkv + token * task.row_size + int64_t{head} * task.head_dim,
@@ -72,62 +71,6 @@ struct Head {
     };
   }
 };
-
-template <typename T>
-__device__ __forceinline__ void Rotate(float x, float y, float cos, float sin,
-                                       T* a, T* b) {
-  *a = FromFloat<T>(x * cos - y * sin);
-  *b = FromFloat<T>(y * cos + x * sin);
-}
-
-// `x` normed, as floats.
-template <int kSize, typename T>
-__device__ __forceinline__ void Normalise(const Vector<T, kSize>& x,
-                                          const T* weight, float scale,
-                                          float (&out)[kSize]) {
-  const auto w = LoadVector<kSize>(weight);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    out[i] = ToFloat(x[i]) * (scale * ToFloat(w[i]));
-  }
-}
-
-// Entries of the cache as floats, or the cosine and sine of no rotation.
-template <int kSize, typename Table>
-__device__ __forceinline__ void LoadAngles(const Table* cos, const Table* sin,
-                                           bool rotate, float (&c)[kSize],
-                                           float (&s)[kSize]) {
-  if (!rotate) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      c[i] = 1.0f;
-      s[i] = 0.0f;
-    }
-    return;
-  }
-  const auto cosines = LoadVector<kSize>(cos);
-  const auto sines = LoadVector<kSize>(sin);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    c[i] = ToFloat(cosines[i]);
-    s[i] = ToFloat(sines[i]);
-  }
-}
-
-// A vector of neighbours, whose pairs are (2 i, 2 i + 1). `pair`: the first.
-template <int kSize, typename T, typename Table>
-__device__ __forceinline__ void RotateNeighbours(const float (&x)[kSize],
-                                                 const Table* row, int pair,
-                                                 int pairs,
-                                                 Vector<T, kSize>& out) {
-  float c[kSize / 2];
-  float s[kSize / 2];
-  LoadAngles(row + pair, row + pairs + pair, row != nullptr, c, s);
-#pragma unroll
-  for (int i = 0; i < kSize / 2; ++i) {
-    Rotate(x[2 * i], x[2 * i + 1], c[i], s[i], &out[2 * i], &out[2 * i + 1]);
-  }
-}
 
 // Threads: x is the lane of a head, a power of two of them; y and blockIdx.x
 // run over heads. All vectors are aligned, and a half of a head is whole
@@ -141,36 +84,23 @@ __global__ void __launch_bounds__(kThreads)
   const int at = threadIdx.x * kWidth;  // in each half
   const bool active = index < task.num_heads && at < pairs;
   Head<T, Table> head = {};
-  Vector<T, kWidth> low;
-  Vector<T, kWidth> high;
+  Halves<T, kWidth> x;
   float sum = 0.0f;
   if (active) {
     head = Head<T, Table>::Of(task, index);
-    low = LoadVector<kWidth>(head.x + at);
-    high = LoadVector<kWidth>(head.x + pairs + at);
-    sum = SumOfSquares(low) + SumOfSquares(high);
+    x = Halves<T, kWidth>::Load(head.x, at, pairs);
+    sum = SumOfSquares(x.low) + SumOfSquares(x.high);
   }
   sum = WarpSum(sum, blockDim.x);
   if (!active) return;
   const float scale = RootMeanSquareScale(sum, task.mean_of, task.eps);
-  float x[kWidth];
-  float y[kWidth];
-  Normalise(low, head.weight + at, scale, x);
-  Normalise(high, head.weight + pairs + at, scale, y);
-  if constexpr (kNeox) {
-    float c[kWidth];
-    float s[kWidth];
-    LoadAngles(head.row + at, head.row + pairs + at, head.row != nullptr, c, s);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      Rotate(x[i], y[i], c[i], s[i], &low[i], &high[i]);
-    }
-  } else {
-    RotateNeighbours(x, head.row, at / 2, pairs, low);
-    RotateNeighbours(y, head.row, (pairs + at) / 2, pairs, high);
-  }
-  StoreGlobal(head.x + at, low);
-  StoreGlobal(head.x + pairs + at, high);
+  using Turn = Angles<Table, kWidth, kNeox>;
+  const auto weight = Halves<T, kWidth>::Load(head.weight, at, pairs);
+  const auto angles =
+      head.row != nullptr ? Turn::Load(head.row, at, pairs) : Turn::None();
+  NormAndRotate(weight, scale, angles, x);
+  StoreGlobal(head.x + at, x.low);
+  StoreGlobal(head.x + pairs + at, x.high);
 }
 
 // Any head, of a warp. Threads: x is the lane, y and blockIdx.x run over heads.
@@ -192,12 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < pairs; i += 32) {
     const int a = is_neox ? i : 2 * i;
     const int b = is_neox ? i + pairs : 2 * i + 1;
-    const float x = ToFloat(head.x[a]) * (scale * ToFloat(head.weight[a]));
-    const float y = ToFloat(head.x[b]) * (scale * ToFloat(head.weight[b]));
-    const bool rotate = head.row != nullptr;
-    const float c = rotate ? ToFloat(head.row[i]) : 1.0f;
-    const float s = rotate ? ToFloat(head.row[pairs + i]) : 0.0f;
-    Rotate(x, y, c, s, &head.x[a], &head.x[b]);
+    NormAndRotatePair(head.weight, scale, head.row, i, pairs, a, b, head.x);
   }
 }
 

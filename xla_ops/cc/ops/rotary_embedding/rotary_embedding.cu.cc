@@ -18,7 +18,7 @@
 #include "xla_ops/cc/device/fast_div.h"
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/occupancy.h"
-#include "xla_ops/cc/device/packed.cuh"
+#include "xla_ops/cc/device/rope.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_launch.h"
 
@@ -44,59 +44,6 @@ constexpr int kMinHeadBlocks = MinBlocks(6, kHeadThreads);
 constexpr int kMinHeadBlocks = MinBlocks(4, kHeadThreads);
 #endif
 constexpr int kHeads = 4;
-
-// T(a * b), as a float. __fmul_rn keeps fp32 products from being fused with
-// the addition: the contract rounds them.
-template <typename T>
-__device__ __forceinline__ float Product(T a, T b) {
-  return ToFloat(FromFloat<T>(__fmul_rn(ToFloat(a), ToFloat(b))));
-}
-
-template <typename T>
-__device__ __forceinline__ void Rotate(T cos, T sin, T* x, T* y) {
-  const T new_x = FromFloat<T>(Product(*x, cos) - Product(*y, sin));
-  *y = FromFloat<T>(Product(*y, cos) + Product(*x, sin));
-  *x = new_x;
-}
-
-// Rotates every pair. Packed arithmetic too rounds every product and sum once,
-// to the same bits.
-template <typename T, int kPairs>
-__device__ __forceinline__ void RotateVector(const Vector<T, kPairs>& cos,
-                                             const Vector<T, kPairs>& sin,
-                                             Vector<T, kPairs>* x,
-                                             Vector<T, kPairs>* y) {
-  if constexpr (kHasPacked<T> && kPairs % 2 == 0) {
-    using T2 = Packed<T>;
-#pragma unroll
-    for (int i = 0; i < kPairs / 2; ++i) {
-      const T2 c = reinterpret_cast<const T2*>(&cos)[i];
-      const T2 s = reinterpret_cast<const T2*>(&sin)[i];
-      T2& a = reinterpret_cast<T2*>(x)[i];
-      T2& b = reinterpret_cast<T2*>(y)[i];
-      const T2 new_a = __hsub2_rn(__hmul2_rn(a, c), __hmul2_rn(b, s));
-      b = __hadd2_rn(__hmul2_rn(b, c), __hmul2_rn(a, s));
-      a = new_a;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      Rotate(cos[i], sin[i], &(*x)[i], &(*y)[i]);
-    }
-  }
-}
-
-// Entries of the table, rounded to T where it has floats.
-template <int kPairs, typename T, typename Table>
-__device__ __forceinline__ Vector<T, kPairs> LoadTable(const Table* entries) {
-  const Vector<Table, kPairs> loaded = LoadVector<kPairs>(entries);
-  Vector<T, kPairs> rounded;
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    rounded[i] = FromFloat<T>(ToFloat(loaded[i]));
-  }
-  return rounded;
-}
 
 template <typename T>
 struct Shape {
@@ -203,9 +150,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                           const Shape<T> shape) {
   const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (token >= shape.num_tokens) return;
-  const int64_t position = shape.positions_are_32_bits
-                               ? static_cast<const int32_t*>(positions)[token]
-                               : static_cast<const int64_t*>(positions)[token];
+  const int64_t position =
+      LoadPosition(positions, shape.positions_are_32_bits, token);
   const bool rotate = position >= 0 && position < shape.max_position;
   const int64_t pairs = shape.rotary_dim / 2;
   const Table* cos_row = cos_sin_cache + position * shape.rotary_dim;
@@ -258,9 +204,8 @@ __global__ void __launch_bounds__(kHeadThreads, kMinHeadBlocks)
                       int block_heads) {
   using V = Vector<T, kPairs>;
   const int64_t token = blockIdx.x;
-  const int64_t position = shape.positions_are_32_bits
-                               ? static_cast<const int32_t*>(positions)[token]
-                               : static_cast<const int64_t*>(positions)[token];
+  const int64_t position =
+      LoadPosition(positions, shape.positions_are_32_bits, token);
   const int row = parts.Divide(threadIdx.x);
   const int pair = (threadIdx.x - row * parts.value()) * kPairs;
   const int step = parts.Divide(blockDim.x);

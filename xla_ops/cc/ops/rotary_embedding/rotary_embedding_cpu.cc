@@ -9,40 +9,12 @@
 #include "xla_ops/cc/core/float.h"
 #include "xla_ops/cc/core/handler.h"
 #include "xla_ops/cc/core/parallel.h"
+#include "xla_ops/cc/core/rope_math.h"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding.h"
 #include "xla_ops/cc/ops/rotary_embedding/rotary_embedding_checks.h"
 
 namespace xla_ops {
 namespace {
-
-// T(a * b), as a float.
-template <typename T>
-float Product(T a, T b) {
-  return ToFloat(FromFloat<T>(ToFloat(a) * ToFloat(b)));
-}
-
-// Rotates one head. `head`: [head_size]; `cos`, `sin`: [rotary_dim / 2], of T
-// or float.
-template <typename T, typename Table>
-void RotateHead(T* head, const Table* cos, const Table* sin, int64_t pairs,
-                bool is_neox) {
-  const int64_t step = is_neox ? 1 : 2;
-  const int64_t distance = is_neox ? pairs : 1;
-  for (int64_t i = 0; i < pairs; ++i) {
-    const T x = head[i * step];
-    const T y = head[i * step + distance];
-    const T c = FromFloat<T>(ToFloat(cos[i]));
-    const T s = FromFloat<T>(ToFloat(sin[i]));
-    head[i * step] = FromFloat<T>(Product(x, c) - Product(y, s));
-    head[i * step + distance] = FromFloat<T>(Product(y, c) + Product(x, s));
-  }
-}
-
-int64_t PositionOf(const RotaryEmbeddingParams& params, int64_t token) {
-  return params.positions_dtype == DType::kS32
-             ? static_cast<const int32_t*>(params.positions)[token]
-             : static_cast<const int64_t*>(params.positions)[token];
-}
 
 template <typename T, typename Table>
 void RotateToken(const RotaryEmbeddingParams& params, const RotaryHeads& heads,
@@ -54,7 +26,8 @@ void RotateToken(const RotaryEmbeddingParams& params, const RotaryHeads& heads,
     std::memcpy(out, static_cast<const T*>(heads.in) + token * row,
                 static_cast<size_t>(row) * sizeof(T));
   }
-  const int64_t position = PositionOf(params, token);
+  const int64_t position =
+      PositionOf(params.positions, params.positions_dtype, token);
   if (position < 0 || position >= params.max_position) return;
   const int64_t pairs = params.rotary_dim / 2;
   const Table* cos = static_cast<const Table*>(params.cos_sin_cache) +
