@@ -14,8 +14,8 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "xla_ops/cc/device/cache_write.cuh"
 #include "xla_ops/cc/device/dtype.cuh"
-#include "xla_ops/cc/device/fp8.cuh"
 #include "xla_ops/cc/device/launch.h"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_launch.h"
@@ -44,21 +44,7 @@ struct Fp8Unit {
   using Target = Vector<uint8_t, kSize>;
   static constexpr bool kScaled = true;
   __device__ static Target Convert(const Source& source, float scale) {
-    Target target;
-    if constexpr (kSize % 2 == 0) {
-      auto* pairs = reinterpret_cast<uint16_t*>(target.data);
-#pragma unroll
-      for (int i = 0; i < kSize / 2; ++i) {
-        pairs[i] = ToFp8Pair<kFormat>(ToFloat(source[2 * i]) / scale,
-                                      ToFloat(source[2 * i + 1]) / scale);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        target[i] = ToFp8<kFormat>(ToFloat(source[i]) / scale);
-      }
-    }
-    return target;
+    return ToFp8Vector<kFormat>(source, scale);
   }
 };
 

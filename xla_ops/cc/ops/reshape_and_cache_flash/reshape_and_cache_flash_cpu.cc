@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 
 #include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/cache_write.h"
 #include "xla_ops/cc/core/dispatch.h"
 #include "xla_ops/cc/core/float.h"
 #include "xla_ops/cc/core/handler.h"
@@ -18,40 +18,6 @@
 
 namespace xla_ops {
 namespace {
-
-constexpr int kMaxReports = 8;
-
-void ReportSkippedSlots(const ReshapeAndCacheFlashParams& params,
-                        int64_t num_slots) {
-  int reports = 0;
-  for (int64_t t = 0; t < params.num_tokens && reports < kMaxReports; ++t) {
-    const int64_t slot = params.slot_mapping[t];
-    if (slot < num_slots) continue;
-    ++reports;
-    std::fprintf(stderr,
-                 "xla_ops: reshape_and_cache_flash: slot_mapping[%lld] must "
-                 "be less than %lld, got %lld; skipped\n",
-                 static_cast<long long>(t), static_cast<long long>(num_slots),
-                 static_cast<long long>(slot));
-  }
-}
-
-// How one head's vector becomes cache elements; `scale` is read for fp8.
-template <typename T, typename CacheT>
-struct Convert {
-  static void Run(const T* from, int64_t size, float scale, CacheT* to) {
-    for (int64_t d = 0; d < size; ++d) {
-      to[d] = FromFloat<CacheT>(ToFloat(from[d]) / scale);
-    }
-  }
-};
-
-template <typename T>
-struct Convert<T, T> {
-  static void Run(const T* from, int64_t size, float, T* to) {
-    std::memcpy(to, from, static_cast<size_t>(size) * sizeof(T));
-  }
-};
 
 // Writes head `head` of every token. `rows`: [num_tokens, num_kv_heads,
 // head_dim]; `cache`: the view's first element.
@@ -64,7 +30,7 @@ void WriteHead(const ReshapeAndCacheFlashParams& params, const T* rows,
     if (slot < 0 || slot >= num_slots) continue;
     const int64_t block = slot / params.page_size;
     const int64_t page_offset = slot % params.page_size;
-    Convert<T, CacheT>::Run(
+    ToCache<T, CacheT>::Run(
         rows + (t * params.num_kv_heads + head) * params.head_dim,
         params.head_dim, scale,
         cache + block * params.block_stride + page_offset * params.page_stride +
@@ -100,7 +66,8 @@ void ReshapeAndCacheFlash(const ReshapeAndCacheFlashParams& params,
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   }
   if (params.debug) {
-    ReportSkippedSlots(params, params.num_blocks * params.page_size);
+    ReportSkippedSlots("reshape_and_cache_flash", params.slot_mapping,
+                       params.num_tokens, params.num_blocks * params.page_size);
   }
   if (IsEmpty(params)) return;
   DispatchFloat(params.dtype, [&](auto dtype) {
