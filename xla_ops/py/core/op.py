@@ -68,7 +68,9 @@ class Op:
         schema: arguments and results in torch's schema language. An op that gives its
             first argument a new value takes a last one, `Tensor? donor`: that argument
             again where its memory may become the result's, see `in_place`. It has a
-            twin that writes the argument, `torch.ops.xla_ops.<name>_`.
+            twin that writes the argument, `torch.ops.xla_ops.<name>_`. One that gives
+            several arguments new values takes as many, `Tensor? donor_<argument>`, and
+            has no twin.
         lower: (*args) -> CustomCall. Checks its arguments first, so it is the one
             place that knows what is legal. Sees tensors of any device, fake ones too,
             and may use of a tensor its shape, dtype and device only: on XLA it runs
@@ -97,6 +99,7 @@ class Op:
     # Of `Foreign` arguments, where one is in use.
     framework: ClassVar[Framework | None] = None
     arguments: tuple[str, ...] = field(init=False)
+    num_donors: int = field(init=False)  # the last arguments
     overload: torch._ops.OpOverload = field(init=False, repr=False, compare=False)
     _plans: dict[tuple, Plan] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -107,6 +110,7 @@ class Op:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arguments", argument_names(self.schema))
+        object.__setattr__(self, "num_donors", sum(map(is_donor, self.arguments)))
         object.__setattr__(self, "public_name", self.public_name or self.name)
         OPS[self.name] = self
         lazy.when_torch(self._register)
@@ -171,8 +175,8 @@ class Op:
 
     def lowered(self, args: Sequence) -> BoundCall:
         """Checks the arguments and returns the call that they make."""
-        values = dict(zip(self.arguments, args, strict=True))
-        values.pop("donor", None)
+        given = zip(self.arguments, args, strict=True)
+        values = {name: value for name, value in given if not is_donor(name)}
         return self.lower(*values.values()).bind(values)
 
     def update_at_once(self, *args: Any) -> list[torch.Tensor]:
@@ -266,7 +270,7 @@ class Op:
         return ask(platform, target)
 
     def _reference(self, args: Sequence) -> Results:
-        return self.reference(*(args[:-1] if self.has_donor else args))
+        return self.reference(*args[: len(args) - self.num_donors])
 
     def _fake(self, *args: Any) -> Results:
         bound = self.lowered(args)
@@ -291,10 +295,11 @@ class Op:
         if handlers.is_spmd():
             node = self._sharded(plan, signature, args, operands) or node
         results = node.add(operands)
-        if self.has_donor and args[-1] is not None:
-            import torch_xla
+        for t in args[len(args) - self.num_donors :]:
+            if t is not None:
+                import torch_xla
 
-            torch_xla._XLAC._set_buffer_donation(args[-1], True)
+                torch_xla._XLAC._set_buffer_donation(t, True)
         return _unpack(results)
 
     def _sharded(
@@ -371,6 +376,11 @@ class Op:
             old = new.copy_(old)
         self.update_at_once(old, *rest)
         return old
+
+
+def is_donor(argument: str) -> bool:
+    """Whether an argument of this name is a donor, see `Op.schema`."""
+    return argument == "donor" or argument.startswith("donor_")
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..core import autocast as autocasts
 from ..core import front, handlers, in_place, mutable, ownership, paths
 from ..core.checks import Checker
-from ..core.custom_call import BoundCall, CustomCall
+from ..core.custom_call import CustomCall
 from ..core.dtypes import dtype_name
 from ..core.errors import Problem
 from ..core.gradients import Backward, Gradient
@@ -128,30 +128,12 @@ def _find(name: str) -> torch._ops.OpOverload:
         raise ValueError(f"{_check.op}: name must {rule}, got {name!r}") from None
 
 
-@dataclass(frozen=True)
 class _Call(Op):
     """The functional op of one operator with one number of operands and results.
 
     Its arguments are the operands, the call's text, that of the results' shapes, and a
     donor for each operand that is updated.
     """
-
-    num_donors: int = field(kw_only=True)
-
-    def lowered(self, args: Sequence) -> BoundCall:
-        args = args[: len(args) - self.num_donors]
-        names = self.arguments[: len(args)]
-        return self.lower(*args).bind(dict(zip(names, args, strict=True)))
-
-    def _in_graph(self, *args: Any) -> Any:
-        results = super()._in_graph(*args)
-        donors = [t for t in args[len(args) - self.num_donors :] if t is not None]
-        if donors:
-            import torch_xla
-
-            for t in donors:
-                torch_xla._XLAC._set_buffer_donation(t, True)
-        return results
 
 
 class _Plan(NamedTuple):
@@ -508,7 +490,6 @@ class _Operator:
             gradient=gradient,
             public_name=self.name,
             labels=taken.labels,
-            num_donors=len(donors),
         )
 
 

@@ -34,12 +34,12 @@ __all__ += ops.__all__
 def functional(name: str) -> Callable:
     """Returns a functional op by its name in xla_ops/py/core/op.py's OPS.
 
-    It takes and returns JAX arrays, with the arguments of its schema but for `donor`.
+    It takes and returns JAX arrays, with the arguments of its schema but for donors.
     For layouts of caches that are not those of the functions here, say, which ops are
     told by `geometry`.
     """
     op = OPS[name]
-    return fronts.functional(lambda *args: op(*args, *(None,) * op.has_donor))
+    return fronts.functional(lambda *args: op(*args, *(None,) * op.num_donors))
 
 
 def __getattr__(name: str) -> Callable:
