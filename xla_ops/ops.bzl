@@ -29,6 +29,7 @@ OPS = [
     "fp8_quant",
     "fused_add_rms_norm",
     "fused_qk_norm_rope",
+    "fused_qk_norm_rope_and_cache",
     "grouped_matmul",
     "int8_quant",
     "merge_attn_states",

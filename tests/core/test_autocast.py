@@ -134,6 +134,23 @@ def normed_and_rotated(**args):
     return args["qkv"]
 
 
+def prepared(**args):
+    xla_ops.fused_qk_norm_rope_and_cache(**args)
+    return args["qkv"], args["key_cache"], args["value_cache"]
+
+
+def projection_and_caches(dtype, table_dtype):
+    given = projection(dtype, table_dtype)
+    for name in ("num_heads_q", "num_heads_k", "num_heads_v"):
+        del given[name]
+    return dict(
+        **given,
+        **dict(num_heads=2, num_kv_heads=1, slot_mapping=torch.tensor([5, -1, 0])),
+        **dict.fromkeys(("key_cache", "value_cache"), torch.zeros(2, 4, 1, 8).byte()),
+        **dict(kv_cache_dtype="fp8", k_scale=TO_HALF, v_scale=TO_HALF),
+    )
+
+
 def projection(dtype, table_dtype):
     return dict(
         qkv=randn(3, 32, dtype=dtype),
@@ -265,6 +282,14 @@ def cases() -> dict[str, Case]:
             normed_and_rotated,
             projection(HALF, torch.float32),
             {"q_weight": HALF, "k_weight": HALF},
+        ),
+        "fused_qk_norm_rope_and_cache": (
+            prepared,
+            projection_and_caches(HALF, torch.float16),
+            {
+                **dict.fromkeys(("q_weight", "k_weight", "cos_sin_cache"), HALF),
+                **dict.fromkeys(("k_scale", "v_scale"), torch.float32),
+            },
         ),
         "silu_and_mul_quant": (
             x.silu_and_mul_quant,

@@ -148,6 +148,7 @@ def all_groups(options):
     groups = {
         "rms_norm": kernel_cases.rms_norm_cases,
         "reshape_and_cache_flash": kernel_cases.reshape_cases,
+        "fused_qk_norm_rope_and_cache": kernel_cases.prepare_cases,
         **attention_checks.groups(),
     }
     if not (options.quick or options.cpu):

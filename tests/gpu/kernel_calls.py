@@ -125,6 +125,14 @@ def reshape_and_cache_flash_one(
     return one(cache, key, slots, scale, kv_cache_dtype, geometry[:-1], False)
 
 
+def fused_qk_norm_rope_and_cache(qkv, caches, *rest):
+    """Returns the new qkv and the list of cache buffers, as above."""
+    form = "stacked" if len(caches) == 1 else "both"
+    op = xj.functional(f"fused_qk_norm_rope_and_cache_{form}")
+    qkv, *caches = op(qkv, *caches, *rest)
+    return qkv, caches
+
+
 def attention(query, key, value, cu_seqlens_q, *, op="flash_attn_varlen", **arguments):
     """Attention as xla_ops/cc/ops/attention/attention.h defines it.
 

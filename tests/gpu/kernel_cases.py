@@ -5,6 +5,7 @@ compares with a float64 reference; it raises AssertionError, or returns what is
 worth reporting.
 """
 
+import itertools
 import traceback
 
 import jax
@@ -70,15 +71,17 @@ def to_fp8(x, scale, dtype):
     return np.clip(scaled, -limit, limit).astype(dtype)
 
 
+CACHE_DTYPES = {
+    "e4m3": ("fp8_e4m3", np.dtype(ml_dtypes.float8_e4m3fn)),
+    "e5m2": ("fp8_e5m2", np.dtype(ml_dtypes.float8_e5m2)),
+    "uint8": ("fp8", np.dtype(np.uint8)),
+}
+
+
 def check_reshape(
     rng, dtype, cache, layout, tokens, heads, head_dim, page, blocks=7, one=False
 ):
-    kv_cache_dtype, cache_dtype = {
-        "auto": ("auto", dtype),
-        "e4m3": ("fp8_e4m3", np.dtype(ml_dtypes.float8_e4m3fn)),
-        "e5m2": ("fp8_e5m2", np.dtype(ml_dtypes.float8_e5m2)),
-        "uint8": ("fp8", np.dtype(np.uint8)),
-    }[cache]
+    kv_cache_dtype, cache_dtype = CACHE_DTYPES.get(cache, ("auto", dtype))
     # Two rows more than slots: they must be ignored.
     shape = (tokens + 2, heads, head_dim)
     key, value = ((rng.standard_normal(shape) * 40).astype(dtype) for _ in "kv")
@@ -143,6 +146,90 @@ def check_reshape(
     return {}
 
 
+def check_prepare(
+    rng, dtype, cache, layout, tokens, heads, head_dim, normed, is_neox, wide
+):
+    """fused_qk_norm_rope_and_cache of two query heads a KV head, eight tokens a page.
+
+    With weights qkv is compared with float64, without bit by bit with every step
+    rounded; the caches bit by bit with what came out in qkv.
+    """
+    kv_cache_dtype, cache_dtype = CACHE_DTYPES.get(cache, ("auto", dtype))
+    blocks, page, turned, pairs = tokens // 8 + 2, 8, 3 * heads, head_dim // 2
+    shape = (tokens, 4 * heads, head_dim)
+    qkv = (rng.standard_normal(shape) * 2).astype(dtype)
+    weights = [(1 + 0.3 * rng.standard_normal(head_dim)).astype(dtype) for _ in "qk"]
+    table = rng.standard_normal((11, head_dim)).astype(F32 if wide else dtype)
+    positions = rng.integers(-1, 12, tokens)
+    slots = rng.permutation(blocks * page)[: tokens - tokens // 4].astype(np.int64)
+    slots[rng.random(len(slots)) < 0.2] = -1
+    slots[rng.random(len(slots)) < 0.1] = blocks * page
+    scales = np.float32([0.37]), np.float32([1.9])
+    buffer_shape, geometry = kernel_calls.geometry(
+        layout, blocks, page, heads, head_dim
+    )
+    before = [
+        rng.integers(0, 100, buffer_shape).astype(np.uint8).astype(cache_dtype)
+        for _ in range(2 if layout in ("NHD", "HND") else 1)
+    ]
+    given = weights if normed else (None, None)
+    rest = (*given, table, positions, slots, *scales, 2 * heads, heads, head_dim)
+    rest = (*rest, 1e-5, is_neox, kv_cache_dtype, geometry, False)
+    arrays = [r for r in rest if isinstance(r, np.ndarray)]
+
+    def run(qkv, caches, *arrays):
+        given = iter(arrays)
+        filled = [next(given) if isinstance(r, np.ndarray) else r for r in rest]
+        return kernel_calls.fused_qk_norm_rope_and_cache(qkv, caches, *filled)
+
+    got, caches = jax.jit(run)(
+        qkv.reshape(tokens, 4 * heads * head_dim), before, *arrays
+    )
+    got = np.asarray(got).reshape(shape)
+    assert np.array_equal(got[:, turned:], qkv[:, turned:]), "values changed"
+
+    # numpy's and ml_dtypes' arithmetic on 16-bit floats rounds every step.
+    y = qkv[:, :turned].astype(np.float64) if normed else qkv[:, :turned]
+    if normed:
+        mean = (y**2).mean(-1, keepdims=True)
+        weight = np.repeat(np.stack(weights).astype(np.float64), [2 * heads, heads], 0)
+        y = y / np.sqrt(mean + np.float32(1e-5)) * weight
+    valid = (positions >= 0) & (positions < len(table))
+    row = table[positions.clip(0, len(table) - 1)].astype(y.dtype)[:, None]
+    cos, sin = row[..., :pairs], row[..., pairs:]
+    first = np.s_[..., :pairs] if is_neox else np.s_[..., ::2]
+    second = np.s_[..., pairs:] if is_neox else np.s_[..., 1::2]
+    want = y.copy()
+    want[first] = y[first] * cos - y[second] * sin
+    want[second] = y[second] * cos + y[first] * sin
+    want = np.where(valid[:, None, None], want, y)
+    if normed:
+        parts = np.abs(y) * 2 + np.abs(want)
+        parts = np.maximum(parts, parts.max(-1, keepdims=True))
+        bound = ROUNDING[dtype] * np.abs(want) + 2.0**-18 * parts + 2.0**-25
+        off = np.abs(got[:, :turned].astype(np.float64) - want) > bound
+        assert not off.any(), f"{off.sum()} elements are off"
+    else:
+        assert np.array_equal(got[:, :turned], want), "not the same to the bit"
+
+    expected = [b.copy() for b in before]
+    views = kernel_calls.logical_caches(
+        expected, layout, (blocks, page, heads, head_dim)
+    )
+    sides = (got[:, 2 * heads : turned], got[:, turned:])
+    for rows, target, scale in zip(sides, views, scales, strict=True):
+        if cache != "auto":
+            fp8 = ml_dtypes.float8_e4m3fn if cache == "uint8" else cache_dtype
+            rows = to_fp8(rows, scale[0], fp8).view(cache_dtype)
+        for i, slot in enumerate(slots):
+            if 0 <= slot < blocks * page:
+                target[slot // page, slot % page] = rows[i]
+    for g, w in zip(caches, expected, strict=True):
+        same = np.asarray(g).view(np.uint8) == w.view(np.uint8)
+        assert same.all(), f"{(~same).sum()} of {same.size} bytes differ"
+    return {}
+
+
 def rms_norm_cases(quick):
     shapes = [
         (0, 8),
@@ -186,3 +273,20 @@ def reshape_cases(quick):
                     yield check_reshape, case | {"layout": layouts[(i + 2) % 5]}
                     one = layouts[i % 2]
                     yield check_reshape, case | {"layout": one, "one": True}
+
+
+def prepare_cases(quick):
+    # Single elements; whole vectors; idle lanes; too long for 32 lanes.
+    shapes = [(13, 1, 6), (37, 2, 64), (9, 2, 80)]
+    if not quick:
+        shapes += [(64, 8, 128), (5, 1, 1040), (0, 2, 64), (3, 0, 64), (2100, 4, 128)]
+    layouts = ("NHD", "HND", "stacked", "interleaved", "odd")
+    choices = itertools.product(
+        DTYPES, ("auto", *CACHE_DTYPES), (True, False), (True, False), shapes
+    )
+    for i, (dtype, cache, normed, is_neox, shape) in enumerate(choices):
+        tokens, heads, head_dim = shape
+        case = {"dtype": dtype, "cache": cache, "layout": layouts[i % 5]}
+        case |= {"tokens": tokens, "heads": heads, "head_dim": head_dim}
+        case |= {"normed": normed, "is_neox": is_neox, "wide": i % 2 == 1}
+        yield check_prepare, case

@@ -43,6 +43,7 @@ std::vector<Case> Cases::TakeAll() {
     AddActivations(dtype);
     AddRotary(dtype);
     AddQkNormRope(dtype);
+    AddQkNormRopeAndCache(dtype);
     AddMerges(dtype);
     AddGroups(dtype);
     AddLinears(dtype);
@@ -260,6 +261,69 @@ void Cases::AddQkNormRope(DType dtype) {
         Add("fused_qk_norm_rope", detail, args(), {{dtype, qkv}}, attrs);
         Add("fused_qk_norm_rope", detail + " in place", args(),
             {{dtype, qkv, 0}}, attrs);
+      }
+    }
+  }
+}
+
+void Cases::AddQkNormRopeAndCache(DType dtype) {
+  constexpr int64_t kTokens = 21, kBlocks = 5, kPage = 8, kHeads = 2;
+  // A few lanes a head; single elements.
+  for (const int64_t dim : {128, 6}) {
+    const Dims qkv = {kTokens, 4 * kHeads * dim};
+    const Dims cache = {kBlocks, kPage, kHeads, dim};
+    const Dims stacked = {2, kBlocks, kPage, kHeads, dim};
+    TestTensor positions(kS64, {kTokens});
+    // Distinct slots, padding and one that does not exist.
+    TestTensor slots(kS64, {kTokens});
+    for (int64_t i = 0; i < kTokens; ++i) {
+      positions.Set(i, i % 13 - 1);
+      slots.Set(i, i * 17 % (kBlocks * kPage));
+    }
+    slots.Set(3, -1);
+    slots.Set(4, kBlocks * kPage);
+    for (const char* kv_cache_dtype : {"auto", "fp8_e4m3", "fp8_e5m2"}) {
+      const bool is_auto = kv_cache_dtype == std::string_view("auto");
+      const DType cache_dtype = is_auto ? dtype : kU8;
+      for (const int form : {0, 1, 2, 3}) {
+        const bool is_neox = form % 2 == 0, is_normed = form / 2 == 0;
+        const auto attrs = [=](CallFrame* frame, int64_t value_offset) {
+          frame->AddAttr("num_heads", 2 * kHeads)
+              .AddAttr("num_kv_heads", kHeads)
+              .AddAttr("head_dim", dim)
+              .AddAttr("eps", 1e-5f)
+              .AddAttr("is_neox", is_neox)
+              .AddAttr("kv_cache_dtype", kv_cache_dtype)
+              .AddAttr("num_blocks", kBlocks)
+              .AddAttr("page_size", kPage)
+              .AddAttr("block_stride", kPage * kHeads * dim)
+              .AddAttr("page_stride", kHeads * dim)
+              .AddAttr("head_stride", dim)
+              .AddAttr("key_offset", int64_t{0})
+              .AddAttr("value_offset", value_offset)
+              .AddAttr("debug", false);
+        };
+        const auto weight = [&] {
+          return is_normed ? Random(dtype, {dim}) : Absent(dtype);
+        };
+        const DType table = form == 1 ? kF32 : dtype;
+        const std::string detail = NameOf(dtype) + " " + kv_cache_dtype + " " +
+                                   NameOf(qkv) + (is_neox ? " neox" : " gptj") +
+                                   (is_normed ? " norm" : "");
+        Add("fused_qk_norm_rope_and_cache", detail,
+            {Random(table, {11, dim}), positions, slots, weight(), weight(),
+             Scalar(0.05), Scalar(0.05), Random(cache_dtype, cache),
+             Random(cache_dtype, cache), Random(dtype, qkv)},
+            {{dtype, qkv, 9}, {cache_dtype, cache, 8}, {cache_dtype, cache, 7}},
+            [=](CallFrame* frame) { attrs(frame, 0); });
+        // Not aliased, so that the handler copies first.
+        Add("fused_qk_norm_rope_and_cache_stacked", detail,
+            {Random(table, {11, dim}), positions, slots, weight(), weight(),
+             Scalar(0.05), Scalar(0.05), Random(cache_dtype, stacked),
+             Random(dtype, qkv)},
+            {{dtype, qkv}, {cache_dtype, stacked}}, [=](CallFrame* frame) {
+              attrs(frame, kBlocks * kPage * kHeads * dim);
+            });
       }
     }
   }

@@ -60,6 +60,7 @@ class Cases {
   void AddActivations(DType dtype);
   void AddRotary(DType dtype);
   void AddQkNormRope(DType dtype);
+  void AddQkNormRopeAndCache(DType dtype);
   void AddMerges(DType dtype);
   void AddGroups(DType dtype);  // grouped_matmul, and its weight's gradient
   void AddLinears(DType dtype);

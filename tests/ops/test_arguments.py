@@ -103,6 +103,38 @@ def fused_qk_norm_rope(path, **given):
     return qkv
 
 
+def fused_qk_norm_rope_and_cache(path, **given):
+    sizes = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
+    # As above: two heads of queries, two of keys and values, or heads of 12.
+    columns = {"num_heads": 32, "num_kv_heads": 40, "head_dim": 36}
+    changed = [name for name in sizes if name in given]
+    columns = columns[changed[0]] if changed else 24
+    dim = 12 if "head_dim" in given else 8
+    kv_heads = 2 if "num_kv_heads" in given else 1
+    cache = torch.zeros(2, 2, 2, kv_heads, dim)
+    qkv, weight, table, ids, cache = path.put(
+        (
+            torch.linspace(-2, 3, 3 * columns).reshape(3, columns),
+            torch.linspace(1, 2, dim),
+            rows()[:, :dim].contiguous(),
+            torch.arange(3),
+            cache,
+        )
+    )
+    xla_ops.fused_qk_norm_rope_and_cache(
+        qkv,
+        q_weight=weight,
+        k_weight=weight,
+        cos_sin_cache=table,
+        position_ids=ids,
+        key_cache=cache[0],
+        value_cache=cache[1],
+        slot_mapping=ids,
+        **sizes | {"eps": 1e-6, "is_neox": True} | given,
+    )
+    return qkv, cache
+
+
 def heads():
     return torch.linspace(-1, 1, 9 * 2 * 8).reshape(9, 2, 8)
 
@@ -131,6 +163,9 @@ INTS = [
     Number(fused_qk_norm_rope, "num_heads_k", 2),
     Number(fused_qk_norm_rope, "num_heads_v", 1),
     Number(fused_qk_norm_rope, "head_dim", 12),
+    Number(fused_qk_norm_rope_and_cache, "num_heads", 2),
+    Number(fused_qk_norm_rope_and_cache, "num_kv_heads", 2),
+    Number(fused_qk_norm_rope_and_cache, "head_dim", 12),
 ]
 FLOATS = [
     Number(rms_norm, "eps", 0.5),
@@ -143,6 +178,7 @@ FLOATS = [
     Number(swigluoai_and_mul, "limit", 0.5),
     Number(convert_fp8, "scale", 0.5),
     Number(fused_qk_norm_rope, "eps", 0.5),
+    Number(fused_qk_norm_rope_and_cache, "eps", 0.5),
     Number(flash_attn_varlen, "softmax_scale", 0.25),
     Number(flash_attn_varlen, "softcap", 2.0),
     Number(paged_attention, "scale", 0.25),
@@ -153,6 +189,7 @@ FLAGS = [
     Number(paged_attention, "return_lse", True),
     Number(rotary_embedding, "is_neox", False),
     Number(fused_qk_norm_rope, "is_neox", False),
+    Number(fused_qk_norm_rope_and_cache, "is_neox", False),
     Number(dynamic_scaled_int8_quant, "symmetric", False),
 ]
 # What a value may be given as; a float may be an int too.

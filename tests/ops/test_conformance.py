@@ -20,6 +20,10 @@ CACHE = torch.zeros(3, 4, 2, 16)
 ONE = torch.ones(1)
 WRITE = ("auto", GEOMETRY)
 
+NORM_AND_ROTATION = (
+    *(torch.randn(16), torch.randn(16), torch.randn(4, 16), torch.arange(5), SLOTS),
+    *(ONE, ONE, 2, 2, 16, 1e-5, True),
+)
 GATED = torch.randn(3, 16)
 QUERY, KEYS = torch.randn(5, 4, 16), torch.randn(9, 2, 16)
 
@@ -98,6 +102,14 @@ SAMPLES = {
         *(torch.randn(3, 32), 2, 1, 1, 8, 1e-5, torch.randn(8), torch.randn(8)),
         *(torch.randn(4, 8), False, torch.arange(3), None),
     ),
+    "fused_qk_norm_rope_and_cache_both": (
+        *(torch.randn(5, 6 * 16), CACHE, CACHE.clone(), *NORM_AND_ROTATION),
+        *("auto", [*GEOMETRY, 0], False, None, None, None),
+    ),
+    "fused_qk_norm_rope_and_cache_stacked": (
+        *(torch.randn(5, 6 * 16), torch.zeros(2, 3, 4, 2, 16), *NORM_AND_ROTATION),
+        *("auto", [*GEOMETRY, 384], False, None, None),
+    ),
     "reshape_and_cache_flash_both": (
         *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),
         *("auto", [*GEOMETRY, 0], False),
@@ -165,7 +177,7 @@ def test_every_op_has_a_sample():
 def test_handlers_and_declarations_agree():
     """Each target that a lowering names has a handler, and none is left over."""
     wanted = {
-        OPS[name].lower(*(args[:-1] if OPS[name].has_donor else args)).target
+        OPS[name].lower(*(args[: len(args) - OPS[name].num_donors])).target
         for name, args in SAMPLES.items()
     }
     # What no op calls: the CPU client's stand-in for XLA's own collectives.
@@ -185,7 +197,7 @@ def test_opcheck(name):
 def test_handler_matches_reference_and_fake(name):
     op = OPS[name]
     args = SAMPLES[name]
-    bare = args[:-1] if op.has_donor else args
+    bare = args[: len(args) - op.num_donors]
     wanted = op.reference(*bare)
     got = op(*args)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
@@ -201,7 +213,7 @@ def test_handler_matches_reference_and_fake(name):
 def test_reference_on_xla_matches(name):
     op = OPS[name]
     args = SAMPLES[name]
-    bare = args[:-1] if op.has_donor else args
+    bare = args[: len(args) - op.num_donors]
     wanted = op.reference(*bare)
     got, _ = Path("lazy").run(op.reference, *bare)
     as_tuple = lambda r: r if isinstance(r, tuple) else (r,)  # noqa: E731

@@ -56,6 +56,15 @@ def attention_gradient():
     return call, [grads[0], q, k, v, out, lse, grads[1], starts, sinks]
 
 
+def prepare(qkv, key_cache, value_cache, *rest):
+    """fused_qk_norm_rope_and_cache of whole caches of four pages of four tokens."""
+    geometry = [4, 4, KV_HEADS, DIM, 4 * KV_HEADS * DIM, KV_HEADS * DIM, DIM, 0, 0]
+    return OP.fused_qk_norm_rope_and_cache_both(
+        *(qkv, key_cache, value_cache, *rest, None, None, HEADS, KV_HEADS, DIM),
+        *(1e-6, True, "auto", geometry, False, None, None, None),
+    )
+
+
 # name -> (function of tensors, tensors), the (operand, dimension)s that may be split
 # and, for each, how the results are: which dimension of each; None: whole.
 def cases():
@@ -246,6 +255,16 @@ def cases():
             ),
             {(0, 0): (0,), (4, 0): (0,)},
         ),
+        # Nothing of it: a row has all heads, and each device sees all tokens.
+        "fused_qk_norm_rope_and_cache": (
+            prepare,
+            (
+                floats(TOKENS, (HEADS + 2 * KV_HEADS) * DIM),
+                *(floats(4, 4, KV_HEADS, DIM), floats(4, 4, KV_HEADS, DIM)),
+                *(floats(DIM), floats(DIM), table, positions(), torch.arange(TOKENS)),
+            ),
+            {},
+        ),
         "flash_attn_varlen": (*attention(), heads),
         "flash_attn_varlen differentiated": (
             *attention_gradient(),
@@ -272,6 +291,7 @@ _WITH_CACHES = {
     "paged_attention_backward",
     "copy_blocks_one",
     "swap_blocks_functional",
+    "fused_qk_norm_rope_and_cache_stacked",
     *(
         f"reshape_and_cache{f}_{n}"
         for f in ("", "_flash")

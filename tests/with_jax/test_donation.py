@@ -38,6 +38,14 @@ def _normalise(qkv):
     return (xj.fused_qk_norm_rope(*qkv, *args),)
 
 
+def _prepare(arrays):
+    weight, table = jnp.ones(8), random((8, 8))
+    qkv, *caches = arrays
+    caches = caches if len(caches) == 2 else [*caches, None]
+    args = (2, 1, 8, 1e-6, weight, weight, table, True, integers(1, 2))
+    return xj.fused_qk_norm_rope_and_cache(qkv, *args, *caches, integers(3, 9))
+
+
 def _penalise(logits):
     mask = jnp.ones((2, 32), bool)
     return (xj.apply_repetition_penalties_(*logits, mask, mask, jnp.ones(2)),)
@@ -49,6 +57,8 @@ _CASES = {
     "old_layout": (_write_old_layout, [(3, 1, 2, 4, 4), (3, 1, 8, 4)]),
     "copy_blocks": (_copy, [(3, 4, 1, 8)] * 2),
     "fused_qk_norm_rope": (_normalise, [(2, 32)]),
+    "fused_qk_norm_rope_and_cache": (_prepare, [(2, 32), *[(3, 4, 1, 8)] * 2]),
+    "fused_qk_norm_rope_and_cache stacked": (_prepare, [(2, 32), (2, 3, 4, 1, 8)]),
     "apply_repetition_penalties_": (_penalise, [(2, 32)]),
 }
 

@@ -140,6 +140,8 @@ def _updates(dtype):
     logits = random((2, 9), dtype)
     qkv = random((3, 4 * 8), dtype)
     weights, places = random((2, 8), dtype), integers(1, 0, 7)
+    table, sizes, pair = random((8, 8), dtype), (2, 1, 8, 1e-6), (keys, pages)
+    pair = tuple(cache[:, :, :1] for cache in pair)
     return {
         "reshape_and_cache_flash": [
             ({}, (rows, values, keys, pages, slots)),
@@ -159,6 +161,16 @@ def _updates(dtype):
                 (qkv, 2, 1, 1, 8, 1e-6, *weights, random((8, 8), dtype), True, places),
             )
         ],
+        "fused_qk_norm_rope_and_cache": [
+            ({}, (qkv, *sizes, *weights, table, True, places, *pair, slots)),
+            (
+                {"kv_cache_dtype": "fp8", "k_scale": _scale(), "v_scale": _scale(2.0)},
+                (
+                    *(qkv, *sizes, None, None, table, False, places),
+                    *(eight[:, :, :1], eight[:, :, 1:], slots),
+                ),
+            ),
+        ],
         "apply_repetition_penalties_": [
             ({}, (logits, logits > 0, logits < -1, jnp.asarray([1.5, 2.0], dtype))),
         ],
@@ -172,6 +184,7 @@ _WRITTEN = {
     "copy_blocks": (0, 1),
     "swap_blocks": (1,),
     "fused_qk_norm_rope": (0,),
+    "fused_qk_norm_rope_and_cache": (0, 10, 11),
     "apply_repetition_penalties_": (0,),
 }
 
@@ -195,6 +208,7 @@ def _wide(name, index, value):
     """Slots and pairs of blocks, int32 for JAX, are int64 for torch."""
     is_index = (name, index) in {
         ("reshape_and_cache_flash", 4),
+        ("fused_qk_norm_rope_and_cache", 12),
         ("reshape_and_cache", 4),
         ("copy_blocks", 2),
         ("swap_blocks", 2),

@@ -1,7 +1,7 @@
 // What kernels share that write rows of keys and values into a paged cache.
 //
 // Tested through reshape_and_cache_flash and fused_qk_norm_rope_and_cache by
-// tests/gpu/check_kernels.py and tests/gpu/check_elementwise.py.
+// tests/gpu/check_kernels.py.
 
 #ifndef XLA_OPS_CC_DEVICE_CACHE_WRITE_CUH_
 #define XLA_OPS_CC_DEVICE_CACHE_WRITE_CUH_

@@ -5,8 +5,9 @@
 //   RotateVector(), RotateHalves()   each product and each sum rounded to the
 //                                    tensor's type
 //
-// Tested through fused_qk_norm_rope, rotary_embedding and
-// fused_qk_norm_rope_and_cache by tests/gpu/check_elementwise.py.
+// Tested through fused_qk_norm_rope and rotary_embedding by
+// tests/gpu/check_elementwise.py, fused_qk_norm_rope_and_cache by
+// tests/gpu/check_kernels.py.
 
 #ifndef XLA_OPS_CC_DEVICE_ROPE_CUH_
 #define XLA_OPS_CC_DEVICE_ROPE_CUH_

@@ -24,7 +24,7 @@ def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
             ops.
         written: the arguments that it writes. The new function returns their new
             values, in this order. Of key_cache and value_cache the latter may be None:
-            the former is then both, stacked in its first dimension.
+            the former is then both, stacked in its first dimension, and returned so.
     """
     signature = inspect.signature(function)
 
@@ -40,8 +40,9 @@ def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
             given[name] = _wrapped(name, value)
         returned: Any = tuple(given.get(name) for name in written)
         if "value_cache" in written and given.get("value_cache", ...) is None:
-            returned = returned[:1]
-            given["key_cache"], given["value_cache"] = returned[0][0], returned[0][1]
+            returned = tuple(given[name] for name in written if name != "value_cache")
+            stacked = given["key_cache"]
+            given["key_cache"], given["value_cache"] = stacked[0], stacked[1]
         results = function(*bound.args, **bound.kwargs)
         if not written:
             return unwrap(results)

@@ -23,6 +23,7 @@ from .fp8_quant import (
 )
 from .fused_add_rms_norm import fused_add_rms_norm
 from .fused_qk_norm_rope import fused_qk_norm_rope
+from .fused_qk_norm_rope_and_cache import fused_qk_norm_rope_and_cache
 from .grouped_matmul import grouped_matmul
 from .int8_quant import dynamic_scaled_int8_quant, static_scaled_int8_quant
 from .linear import linear
@@ -51,6 +52,7 @@ __all__ = [
     "fused_add_rms_norm",
     "fused_add_rms_norm_static_fp8_quant",
     "fused_qk_norm_rope",
+    "fused_qk_norm_rope_and_cache",
     "gelu_and_mul",
     "gelu_fast",
     "gelu_new",

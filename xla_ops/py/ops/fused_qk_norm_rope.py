@@ -176,7 +176,7 @@ def _lower(
     )
 
 
-def _reference(
+def reference(
     qkv: torch.Tensor,
     num_heads_q: int,
     num_heads_k: int,
@@ -189,6 +189,7 @@ def _reference(
     is_neox: bool,
     position_ids: torch.Tensor,
 ) -> torch.Tensor:
+    """What the op means, in plain torch."""
     heads = num_heads_q + num_heads_k
     split = qkv.reshape(-1, heads + num_heads_v, head_dim)
     x = split[:, :heads].float()
@@ -266,7 +267,7 @@ _op = Op(
     "fused_qk_norm_rope_functional",
     f"(Tensor qkv, {_ARGUMENTS}, Tensor? donor) -> Tensor",
     _lower,
-    _reference,
+    reference,
     autocast=_autocast,
     # Queries, keys and values lie one after the other: no piece has its own of each.
     splits=sharding.Rule(

@@ -328,7 +328,7 @@ def _reference_one(
     geometry: list[int],
     debug_mode: bool,
 ) -> torch.Tensor:
-    return _reference_write(
+    return reference_write(
         cache, rows, slot_mapping, scale, kv_cache_dtype, geometry[:-1], geometry[-1]
     )
 
@@ -349,7 +349,7 @@ def _reference_stacked(
         (key, k_scale, key_offset),
         (value, v_scale, value_offset),
     ):
-        kv_cache = _reference_write(
+        kv_cache = reference_write(
             kv_cache, rows, slot_mapping, scale, kv_cache_dtype, shape, offset
         )
     return kv_cache
@@ -369,10 +369,10 @@ def _reference_both(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *shape, key_offset, value_offset = geometry
     return (
-        _reference_write(
+        reference_write(
             key_cache, key, slot_mapping, k_scale, kv_cache_dtype, shape, key_offset
         ),
-        _reference_write(
+        reference_write(
             value_cache,
             value,
             slot_mapping,
@@ -384,7 +384,7 @@ def _reference_both(
     )
 
 
-def _reference_write(
+def reference_write(
     buffer: torch.Tensor,
     rows: torch.Tensor,
     slot_mapping: torch.Tensor,

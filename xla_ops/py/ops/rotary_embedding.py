@@ -186,13 +186,14 @@ def _lower_one(
     )
 
 
-def _rotate(
+def rotate(
     positions: torch.Tensor,
     heads: torch.Tensor,
     head_size: int,
     cos_sin_cache: torch.Tensor,
     is_neox: bool,
 ) -> torch.Tensor:
+    """What the op means, in plain torch, of queries or of keys."""
     max_position, rotary_dim = cos_sin_cache.shape
     if max_position == 0 or heads.numel() == 0:
         return heads.clone()
@@ -217,7 +218,7 @@ def _rotate(
 def _reference_both(
     positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _rotate(positions, query, *rest), _rotate(positions, key, *rest)
+    return rotate(positions, query, *rest), rotate(positions, key, *rest)
 
 
 def rotate_back(
@@ -289,7 +290,7 @@ _one = Op(
     "(Tensor positions, Tensor query, int head_size, Tensor cos_sin_cache,"
     " bool is_neox) -> Tensor",
     _lower_one,
-    _rotate,
+    rotate,
     autocast=autocast.like("query", "cos_sin_cache"),
     splits=_splits,
     gradient=Gradient(_gradient, keeps=("positions", "cos_sin_cache")),

@@ -1,0 +1,550 @@
+"""RMSNorm and rotary embedding of new queries and keys and the write of keys and values
+into a paged KV cache, in one pass and in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..core import debug, front, in_place, paged_cache, scalars, sharding
+from ..core.checks import Checker
+from ..core.custom_call import CustomCall, OptionalOperand
+from ..core.dtypes import FLOAT_DTYPES
+from ..core.foreign import Foreign
+from ..core.hlo import Spec
+from ..core.lazy import ownership, torch, tracing
+from ..core.op import NAMESPACE, Op
+from .fused_qk_norm_rope import reference as norm_and_rotate
+from .reshape_and_cache_flash import reference_write
+from .rotary_embedding import rotate
+
+_check = Checker("fused_qk_norm_rope_and_cache")
+
+
+def fused_qk_norm_rope_and_cache(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str = "auto",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Prepares a fused projection for paged attention, by one kernel.
+
+    Normalises each head of queries and keys in `qkv` and rotates it, in place, then
+    writes the new keys, and the values, into the caches. It is
+
+    - with weights, `fused_qk_norm_rope`: RMSNorm and rotation in fp32, rounded once,
+    - with neither weight, `rotary_embedding`: no norm, every step of the rotation
+      rounded,
+
+    and then `reshape_and_cache_flash` of the new keys and the values: to the bit on a
+    CPU, and on CUDA but for the order in which a head's squares are added up. A token
+    at a position outside [0, max_position) is not rotated, one whose slot is negative
+    or past the cache is not written. Values in `qkv` stay.
+
+    In place: lazily, under torch.compile(backend="openxla"), and through views such as
+    `kv.unbind(0)`. A `qkv` that the same program computes is overwritten where it is.
+    Separate K and V caches, as a stacked one, are written by the one kernel. Where CPU
+    or CUDA tensors are compiled, and where the caches' strides are not alike, the ops
+    above are called one after the other.
+
+    It has no gradient. Under torch.autocast, the weights are cast to qkv's dtype, so is
+    a cos_sin_cache that is not float32, and the scales are cast to float32.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], float32, float16
+            or bfloat16: of each token the heads of queries, of keys and of values.
+        num_heads, num_kv_heads: heads of queries, and of keys as of values.
+        head_dim: elements of a head; even.
+        eps: positive; read with weights.
+        q_weight, k_weight: [head_dim], qkv's dtype; or both None.
+        cos_sin_cache: [max_position, head_dim], qkv's dtype or float32.
+        is_neox: whether pair i of a head is elements (i, i + head_dim / 2), not
+            (2 i, 2 i + 1).
+        position_ids: [num_tokens], int64 or int32.
+        key_cache, value_cache: [num_blocks, page_size, num_kv_heads, head_dim], the
+            last dimension dense; permuted views give other layouts. Of qkv's dtype with
+            kv_cache_dtype "auto", else uint8 or the fp8 type.
+        slot_mapping: [num_cached_tokens], int64, num_cached_tokens <= num_tokens: where
+            the first tokens go, page slot // page_size at offset slot % page_size. The
+            others go nowhere.
+        kv_cache_dtype: "auto", "fp8", "fp8_e4m3" (the same) or "fp8_e5m2".
+        k_scale, v_scale: one float32 element each (default 1); read for fp8 caches.
+
+    Raises:
+        ValueError: an argument breaks one of the rules above.
+
+    Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019; Su et al.,
+    RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021; Kwon et al.,
+    Efficient Memory Management for Large Language Model Serving with PagedAttention,
+    2023.
+
+    Example:
+        >>> qkv = torch.tensor([[3.0, 4.0, 6.0, 8.0, 1.0, 2.0]])
+        >>> kv = torch.zeros(2, 1, 2, 1, 2)  # one block of two tokens
+        >>> table = torch.tensor([[0.0, 1.0]])  # 90 degrees
+        >>> zero, one = torch.tensor([0]), torch.tensor([1])
+        >>> fused_qk_norm_rope_and_cache(
+        ...     qkv, 1, 1, 2, 1e-6, None, None, table, True, zero, *kv.unbind(0), one
+        ... )
+        >>> qkv
+        tensor([[-4.,  3., -8.,  6.,  1.,  2.]])
+        >>> kv[:, 0, 1, 0]
+        tensor([[-8.,  6.],
+                [ 1.,  2.]])
+    """
+    for name, t in (
+        ("qkv", qkv),
+        ("cos_sin_cache", cos_sin_cache),
+        ("position_ids", position_ids),
+        ("key_cache", key_cache),
+        ("value_cache", value_cache),
+        ("slot_mapping", slot_mapping),
+    ):
+        _check.tensor(name, t)
+    _check.optional_tensors(
+        q_weight=q_weight, k_weight=k_weight, k_scale=k_scale, v_scale=v_scale
+    )
+    _check.text("kv_cache_dtype", kv_cache_dtype)
+    is_foreign = isinstance(qkv, Foreign)
+    op = _front if is_foreign else torch.ops.xla_ops.fused_qk_norm_rope_and_cache
+    op(
+        qkv,
+        scalars.integer(_check.op, "num_heads", num_heads),
+        scalars.integer(_check.op, "num_kv_heads", num_kv_heads),
+        scalars.integer(_check.op, "head_dim", head_dim),
+        scalars.number(_check.op, "eps", eps),
+        q_weight,
+        k_weight,
+        cos_sin_cache,
+        scalars.flag(_check.op, "is_neox", is_neox),
+        position_ids,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        kv_cache_dtype,
+        k_scale,
+        v_scale,
+    )
+
+
+def _front(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    position_ids: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str = "auto",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    sizes: tuple[Any, ...] = (num_heads, num_kv_heads, head_dim)
+    rotation: tuple[Any, ...] = (q_weight, k_weight, cos_sin_cache, position_ids)
+    _check_heads(
+        *(qkv, num_heads, num_kv_heads, head_dim, eps),
+        *(q_weight, k_weight, cos_sin_cache, position_ids),
+    )
+    paged_cache.check_caches(_check, key_cache, value_cache)
+    _check.dtype(
+        "key_cache", key_cache, paged_cache.dtypes(_check, qkv, kv_cache_dtype)
+    )
+    _check.require(
+        list(key_cache.shape[2:]) == [num_kv_heads, head_dim],
+        "key_cache",
+        f"have heads and head_dim {[num_kv_heads, head_dim]}",
+        list(key_cache.shape[2:]),
+    )
+    _check_slots(qkv, slot_mapping, k_scale, v_scale)
+    _check.same_device("qkv", qkv, key_cache=key_cache, value_cache=value_cache)
+    in_place.check_graph_inputs(_check.op, key_cache=key_cache, value_cache=value_cache)
+    cache = paged_cache.locate(_check, key_cache, value_cache, to_write=True)
+    _check_writable(qkv, key_cache, value_cache)
+    if not qkv.numel():
+        return
+    if cache is None or _is_taken_apart(qkv, key_cache):
+        _one_by_one(
+            qkv,
+            *sizes,
+            eps,
+            *rotation,
+            is_neox,
+            key_cache,
+            value_cache,
+            slot_mapping,
+            kv_cache_dtype,
+            k_scale,
+            v_scale,
+        )
+        return
+    is_stacked = cache.is_stacked
+    op = _stacked if is_stacked else _both
+    buffers = (
+        [cache.key_buffer] if is_stacked else [cache.key_buffer, cache.value_buffer]
+    )
+    rest = (
+        *(*rotation, slot_mapping, k_scale, v_scale),
+        *(*sizes, eps, is_neox, kv_cache_dtype, cache.geometry, debug.enabled()),
+    )
+    if not in_place.is_value(qkv):
+        # A view's elements are not those of a dense projection.
+        dense = qkv.contiguous()
+        op.update_at_once(dense, *buffers, *rest, *[None] * op.num_donors)
+        if dense is not qkv:
+            qkv.copy_(dense)
+        return
+    _update(op, [qkv, *buffers], rest, [key_cache, value_cache])
+
+
+def _is_taken_apart(qkv: torch.Tensor, key_cache: torch.Tensor) -> bool:
+    """Whether ops of one result each keep in place what one of several would not.
+
+    What compiles programs of CPU and CUDA tensors knows those.
+    """
+    if isinstance(qkv, Foreign):
+        return False
+    is_traced = in_place.is_value(qkv) or in_place.is_value(key_cache)
+    return is_traced and (qkv.device.type != "xla" or tracing.is_transformed())
+
+
+def _update(
+    op: Op, targets: list[torch.Tensor], rest: tuple, views: list[torch.Tensor]
+) -> None:
+    """Gives XLA tensors, or another framework's arrays, their new values."""
+    if isinstance(targets[0], Foreign):
+        results = op(*targets, *rest, *[None] * op.num_donors)
+        for target, value in zip(targets, results, strict=True):
+            target.become(value)
+        return
+    old, donors = in_place.prepare(op.name, targets)
+    results = op(*old, *rest, *donors)
+    for target, value in zip(targets, results, strict=True):
+        in_place.assign(target, value, [] if target is targets[0] else views)
+    others = [v for v in views if all(v is not target for target in targets)]
+    ownership.renew(others)
+
+
+def _one_by_one(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+    is_neox: bool,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *rest: Any,
+) -> None:
+    """The same by the ops that this one joins."""
+    ops = torch.ops.xla_ops
+    rotated = (num_heads + num_kv_heads) * head_dim
+    if q_weight is None:
+        heads = qkv[:, :rotated]
+        ops.rotary_embedding(
+            position_ids, heads, None, head_dim, cos_sin_cache, is_neox
+        )
+    else:
+        counts = (num_heads, num_kv_heads, num_kv_heads)
+        weights = (q_weight, k_weight)
+        ops.fused_qk_norm_rope(
+            *(qkv, *counts, head_dim, eps, *weights),
+            *(cos_sin_cache, is_neox, position_ids),
+        )
+    shape = (qkv.shape[0], num_kv_heads, head_dim)
+    key = qkv[:, num_heads * head_dim : rotated].reshape(shape)
+    value = qkv[:, rotated:].reshape(shape)
+    ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, *rest)
+
+
+def _check_writable(
+    qkv: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
+) -> None:
+    places = {
+        "qkv": (qkv, in_place.locate(qkv)),
+        "key_cache": (key_cache, in_place.locate(key_cache, to_write=True)),
+        "value_cache": (value_cache, in_place.locate(value_cache, to_write=True)),
+    }
+    in_place.check_writable(_check.op, places)
+
+
+def _check_heads(
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> None:
+    _check.dtype("qkv", qkv, FLOAT_DTYPES)
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        _check.require(count >= 0, name, "be at least 0", count)
+    _check.require(
+        head_dim >= 2 and head_dim % 2 == 0,
+        "head_dim",
+        "be even and at least 2",
+        head_dim,
+    )
+    columns = (num_heads + 2 * num_kv_heads) * head_dim
+    _check.require(
+        qkv.dim() == 2 and qkv.shape[1] == columns,
+        "qkv",
+        f"have shape [num_tokens, {columns}]",
+        list(qkv.shape),
+    )
+    _check.positive_finite("eps", eps)
+    if q_weight is None:
+        _check.absent("k_weight", k_weight, "without q_weight")
+    else:
+        k_weight = _check.given("k_weight", k_weight, "with q_weight")
+        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+            _check.dtype(name, weight, [qkv.dtype])
+            _check.shape(name, weight, [head_dim])
+    wide = [] if qkv.dtype == torch.float32 else [torch.float32]
+    _check.dtype("cos_sin_cache", cos_sin_cache, [qkv.dtype, *wide])
+    _check.require(
+        cos_sin_cache.dim() == 2 and cos_sin_cache.shape[1] == head_dim,
+        "cos_sin_cache",
+        f"have shape [max_position, {head_dim}]",
+        list(cos_sin_cache.shape),
+    )
+    _check.dtype("position_ids", position_ids, [torch.int64, torch.int32])
+    _check.shape("position_ids", position_ids, qkv.shape[:1])
+    _check.same_device(
+        "qkv",
+        qkv,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        cos_sin_cache=cos_sin_cache,
+        position_ids=position_ids,
+    )
+
+
+def _check_slots(
+    qkv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    _check.dtype("slot_mapping", slot_mapping, [torch.int64])
+    _check.rank("slot_mapping", slot_mapping, "[num_tokens]")
+    _check.require(
+        slot_mapping.shape[0] <= qkv.shape[0],
+        "slot_mapping",
+        f"have at most {qkv.shape[0]} elements",
+        slot_mapping.shape[0],
+    )
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            _check.scale(name, scale)
+    _check.same_device(
+        "qkv", qkv, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
+    )
+
+
+def _lower_both(
+    qkv: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *rest: Any
+) -> CustomCall:
+    caches = {"key_cache": key_cache, "value_cache": value_cache}
+    return _lower("xla_ops.fused_qk_norm_rope_and_cache", qkv, caches, *rest)
+
+
+def _lower_stacked(qkv: torch.Tensor, kv_cache: torch.Tensor, *rest: Any) -> CustomCall:
+    target = "xla_ops.fused_qk_norm_rope_and_cache_stacked"
+    return _lower(target, qkv, {"kv_cache": kv_cache}, *rest)
+
+
+def _lower(
+    target: str,
+    qkv: torch.Tensor,
+    caches: dict[str, torch.Tensor],
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    is_neox: bool,
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
+) -> CustomCall:
+    """Writes keys and values into `caches`, by name: a buffer for each, or one."""
+    _check_heads(
+        *(qkv, num_heads, num_kv_heads, head_dim, eps),
+        *(q_weight, k_weight, cos_sin_cache, position_ids),
+    )
+    _check_slots(qkv, slot_mapping, k_scale, v_scale)
+    places = dict(zip(paged_cache.ATTRIBUTES, geometry, strict=True))
+    updated = {"qkv": qkv, **caches}
+    return CustomCall(
+        target,
+        (
+            "cos_sin_cache",
+            "position_ids",
+            "slot_mapping",
+            OptionalOperand("q_weight", qkv.dtype),  # absent, there is no norm
+            OptionalOperand("k_weight", qkv.dtype),
+            OptionalOperand("k_scale", torch.float32),  # absent, it is 1
+            OptionalOperand("v_scale", torch.float32),
+            # From the last result's to the first's: so XLA, which pairs donated
+            # buffers with results by order, gives each the buffer that it updates.
+            *reversed(updated),
+        ),
+        tuple(Spec.of(t) for t in updated.values()),
+        {
+            **places,  # num_kv_heads and head_dim among them
+            "num_heads": num_heads,
+            "eps": eps,
+            "is_neox": is_neox,
+            "kv_cache_dtype": kv_cache_dtype,
+            "debug": debug_mode,
+        },
+        dict(enumerate(updated)),
+        nothing_to_do=qkv.numel() == 0,
+    )
+
+
+def _reference_both(
+    qkv: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    qkv, (keys, values) = _reference(qkv, *rest)
+    return qkv, keys(key_cache), values(value_cache)
+
+
+def _reference_stacked(
+    qkv: torch.Tensor, kv_cache: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    qkv, (keys, values) = _reference(qkv, *rest)
+    return qkv, values(keys(kv_cache))
+
+
+def _reference(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    is_neox: bool,
+    kv_cache_dtype: str,
+    geometry: list[int],
+    debug_mode: bool,
+) -> tuple[torch.Tensor, list[Any]]:
+    """Returns the new qkv, and functions that write keys and values into a buffer."""
+    rotated = (num_heads + num_kv_heads) * head_dim
+    if q_weight is None or k_weight is None:
+        rotation = (head_dim, cos_sin_cache, is_neox)
+        heads = rotate(position_ids, qkv[:, :rotated], *rotation)
+        qkv = torch.cat([heads, qkv[:, rotated:]], dim=1)
+    else:
+        counts = (num_heads, num_kv_heads, num_kv_heads)
+        qkv = norm_and_rotate(
+            *(qkv, *counts, head_dim, eps, q_weight, k_weight),
+            *(cos_sin_cache, is_neox, position_ids),
+        )
+    *shape, key_offset, value_offset = geometry
+    rows = (qkv[:, num_heads * head_dim : rotated], qkv[:, rotated:])
+    places = ((k_scale, key_offset), (v_scale, value_offset))
+
+    def writer(rows: torch.Tensor, scale: torch.Tensor | None, offset: int) -> Any:
+        rows = rows.reshape(-1, num_kv_heads, head_dim)
+        tail = (scale, kv_cache_dtype, shape, offset)
+        return lambda buffer: reference_write(buffer, rows, slot_mapping, *tail)
+
+    return qkv, [writer(r, *place) for r, place in zip(rows, places, strict=True)]
+
+
+def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    given, table = args["qkv"].dtype, args["cos_sin_cache"].dtype
+    casts = dict.fromkeys(("q_weight", "k_weight"), given)
+    casts |= dict.fromkeys(("k_scale", "v_scale"), torch.float32)
+    # A float32 table is legal, and worth more than one that was rounded.
+    return casts if table == torch.float32 else {**casts, "cos_sin_cache": given}
+
+
+def _splits(args: Mapping[str, Any]) -> sharding.Rule:
+    """None: a row has all heads, and every device sees all tokens and slots."""
+    caches = [name for name in ("key_cache", "value_cache", "kv_cache") if name in args]
+    whole = {
+        name: " ".join(f"!dimension{i}" for i in range(args[name].dim()))
+        for name in caches
+    }
+    rows = {"qkv": "!tokens ~heads", "position_ids": "!tokens"}
+    results = (rows["qkv"], *whole.values())
+    return sharding.Rule({**rows, **whole}, results)
+
+
+_REST = (
+    "Tensor? q_weight, Tensor? k_weight, Tensor cos_sin_cache, Tensor position_ids,"
+    " Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale, int num_heads,"
+    " int num_kv_heads, int head_dim, float eps, bool is_neox, str kv_cache_dtype,"
+    " SymInt[] geometry, bool debug, Tensor? donor_qkv"
+)
+_both = Op(
+    "fused_qk_norm_rope_and_cache_both",
+    f"(Tensor qkv, Tensor key_cache, Tensor value_cache, {_REST},"
+    " Tensor? donor_key_cache, Tensor? donor_value_cache) -> (Tensor, Tensor, Tensor)",
+    _lower_both,
+    _reference_both,
+    autocast=_autocast,
+    splits=_splits,
+    public_name=_check.op,
+)
+_stacked = Op(
+    "fused_qk_norm_rope_and_cache_stacked",
+    f"(Tensor qkv, Tensor kv_cache, {_REST}, Tensor? donor_kv_cache)"
+    " -> (Tensor, Tensor)",
+    _lower_stacked,
+    _reference_stacked,
+    autocast=_autocast,
+    splits=_splits,
+    public_name=_check.op,
+)
+
+front.define(
+    NAMESPACE,
+    "fused_qk_norm_rope_and_cache(Tensor(a!) qkv, int num_heads, int num_kv_heads,"
+    " int head_dim, float eps, Tensor? q_weight, Tensor? k_weight,"
+    " Tensor cos_sin_cache, bool is_neox, Tensor position_ids, Tensor(b!) key_cache,"
+    " Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype='auto',"
+    " Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    _front,
+    autocast=_autocast,
+)
