@@ -29,6 +29,7 @@ def declare(device: str) -> list[Case]:
         attention_cases.decode,
         elementwise_cases.elementwise,
         elementwise_cases.qk_norm_ropes,
+        elementwise_cases.qk_norm_ropes_and_writes,
         elementwise_cases.penalties,
         elementwise_cases.cache_writes,
     )

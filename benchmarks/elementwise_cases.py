@@ -291,6 +291,54 @@ def qk_norm_ropes(device: str) -> Iterator[Case]:
         )
 
 
+def _make_prepare(tokens, device):
+    blocks = max(tokens // PAGE + 8, 64)
+    _, _, *caches, slots = _make_write(tokens, QKV_HEADS[1], blocks, device)
+    return *_make_qk_norm_rope(tokens, device), *caches, slots
+
+
+def _prepare(qkv, q_weight, k_weight, table, positions, *cache):
+    xla_ops.fused_qk_norm_rope_and_cache(
+        *(qkv, *QKV_HEADS[:2], HEAD_DIM, EPS, q_weight, k_weight),
+        *(table, True, positions, *cache),
+    )
+    return qkv, *cache[:2]
+
+
+def _prepare_apart(qkv, q_weight, k_weight, table, positions, *cache):
+    """As before there was one call: keys and values are copied out of the row."""
+    _qk_norm_rope(qkv, q_weight, k_weight, table, positions)
+    heads = qkv.unflatten(1, (-1, HEAD_DIM)).split(QKV_HEADS, 1)
+    xla_ops.reshape_and_cache_flash(*heads[1:], *cache)
+    return qkv, *cache[:2]
+
+
+def _prepare_eagerly(qkv, q_weight, k_weight, table, positions, *cache):
+    qkv.copy_(_qk_norm_rope_eagerly(qkv, q_weight, k_weight, table, positions))
+    heads = qkv.unflatten(1, (-1, HEAD_DIM)).split(QKV_HEADS, 1)
+    _write_by_index(*heads[1:], *cache)
+    return qkv, *cache[:2]
+
+
+def qk_norm_ropes_and_writes(device: str) -> Iterator[Case]:
+    for tokens in (4096, 64) if device == "cuda" else (64,):
+        rotated, written = sum(QKV_HEADS[:2]) * HEAD_DIM, 2 * QKV_HEADS[1] * HEAD_DIM
+        yield Case(
+            "fused_qk_norm_rope_and_cache",
+            f"{tokens}x{sum(QKV_HEADS) * HEAD_DIM}",
+            "cache",
+            functools.partial(_make_prepare, tokens),
+            _prepare,
+            _prepare_eagerly,
+            # Reads a row; writes queries and keys, then keys and values to the cache.
+            2 * tokens * (2 * rotated + written // 2 + written),
+            peers={"torch eager": _prepare_eagerly, "separate calls": _prepare_apart},
+            target=Target("us", 4, 2) if tokens == 64 else None,
+            in_place=True,
+            quick=True,
+        )
+
+
 def _make_penalties(seqs, vocab, device):
     # What a sequence of a thousand tokens has of a vocabulary.
     marked = [torch.rand(seqs, vocab, device=device) < 512 / vocab for _ in "po"]
