@@ -83,18 +83,16 @@ def forward(weights: dict, caches: list, batch: Batch) -> tuple[list, jax.Array]
     new = []
     for layer, cache in zip(weights["layers"], caches, strict=True):
         x, residual = xj.fused_add_rms_norm(x, residual, layer["attention_norm"])
-        query, key, value = jnp.split(
-            x @ layer["qkv"].T, [HEADS * HEAD_DIM, (HEADS + KV_HEADS) * HEAD_DIM], -1
+        # Rotates queries and keys, without a norm, and writes keys and values.
+        qkv, cache = xj.fused_qk_norm_rope_and_cache(
+            x @ layer["qkv"].T,
+            *(HEADS, KV_HEADS, HEAD_DIM, 1e-6, None, None, weights["rotary"], True),
+            *(batch.positions, cache, None, batch.slots),
         )
-        query, key = xj.rotary_embedding(
-            batch.positions, query, key, HEAD_DIM, weights["rotary"]
-        )
-        query = query.reshape(-1, HEADS, HEAD_DIM)
-        rows = (part.reshape(-1, KV_HEADS, HEAD_DIM) for part in (key, value))
-        new.append(xj.reshape_and_cache_flash(*rows, cache, None, batch.slots))
+        new.append(cache)
         attended = xj.paged_attention(
-            query,
-            new[-1],
+            qkv[:, : HEADS * HEAD_DIM].reshape(-1, HEADS, HEAD_DIM),
+            cache,
             batch.lengths,
             batch.tables,
             batch.starts,
