@@ -21,11 +21,14 @@ assert SPEC is not None and SPEC.submodule_search_locations
 PACKAGE = pathlib.Path(SPEC.submodule_search_locations[0])
 LIBRARY = PACKAGE / "lib" / "libxla_ops_attention_cuda.so"
 
-# sm90: head_dim, whether a box holds all panels. mma: decode, query's type or fp8 keys,
-# head_dim.
+# sm90: head_dim, whether a box holds all panels. mma.sync: query's type or fp8 keys,
+# head_dim; prefill: rows of a tile too.
 SM90 = re.compile(r"AttentionSm90KernelI(?:13__nv_bfloat16|6__half)Li(\d+)ELb([01])E")
 DECODE = re.compile(
-    r"AttentionMmaKernelI(13__nv_bfloat16|6__half)Lb([01])ELi(\d+)ELi1E"
+    r"AttentionMmaDecodeKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)E"
+)
+PREFILL = re.compile(
+    r"AttentionMmaPrefillKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)ELi(\d+)E"
 )
 
 # The hot loop, of tiles without a mask where those have their own: instructions,
@@ -37,15 +40,25 @@ BOUNDS = {
     ("sm90", 128, "all panels"): (596, 16, 0, 0),
     ("sm90", 256, "panel"): (566, 21, 0, 0),
     ("sm90", 256, "all panels"): (566, 21, 0, 0),
-    ("decode", 64, "16 bits"): (924, 32, 0, 0),
-    ("decode", 128, "16 bits"): (875, 32, 0, 0),
-    ("decode", 256, "16 bits"): (1214, 64, 0, 0),
-    ("decode", 64, "8 bits"): (1033, 64, 0, 0),
-    ("decode", 128, "8 bits"): (1549, 128, 0, 0),
-    ("decode", 256, "8 bits"): (2573, 256, 0, 0),
+    ("decode", 64, "16 bits"): (871, 32, 0, 0),
+    ("decode", 128, "16 bits"): (768, 32, 0, 0),
+    ("decode", 256, "16 bits"): (1075, 64, 0, 0),
+    ("decode", 64, "8 bits"): (1007, 64, 0, 0),
+    ("decode", 128, "8 bits"): (1509, 128, 0, 0),
+    ("decode", 256, "8 bits"): (2508, 256, 0, 0),
+    ("128 rows", 64, "16 bits"): (1954, 128, 0, 0),
+    ("128 rows", 128, "16 bits"): (2293, 256, 0, 0),
+    ("128 rows", 64, "8 bits"): (2491, 256, 0, 0),
+    ("128 rows", 128, "8 bits"): (3352, 512, 0, 0),
+    ("64 rows", 64, "16 bits"): (1161, 64, 0, 0),
+    ("64 rows", 128, "16 bits"): (1093, 96, 0, 0),
+    ("64 rows", 256, "16 bits"): (1870, 256, 0, 0),
+    ("64 rows", 64, "8 bits"): (1531, 128, 0, 0),
+    ("64 rows", 128, "8 bits"): (2162, 256, 0, 0),
+    ("64 rows", 256, "8 bits"): (3426, 512, 0, 0),
 }
-# Of all threads, or for decode of the four blocks that a multiprocessor should hold
-# (two at head_dim 256).
+# Of all threads, or by mma.sync of the blocks that a multiprocessor should hold: 4 of
+# decode (2 at head_dim 256), 2 of prefill (3 of 64 rows at head_dim 64).
 REGISTERS = {
     ("sm90", 64): 128,
     ("sm90", 128): 168,
@@ -53,6 +66,11 @@ REGISTERS = {
     ("decode", 64): 128,
     ("decode", 128): 128,
     ("decode", 256): 255,
+    ("128 rows", 64): 255,
+    ("128 rows", 128): 255,
+    ("64 rows", 64): 168,
+    ("64 rows", 128): 255,
+    ("64 rows", 256): 255,
 }
 
 
@@ -61,7 +79,10 @@ def key_of(name):
     if found := SM90.search(name):
         return "sm90", int(found[1]), "all panels" if found[2] == "1" else "panel"
     if found := DECODE.search(name):
-        return "decode", int(found[3]), "8 bits" if found[2] == "1" else "16 bits"
+        return "decode", int(found[2]), "8 bits" if found[1] == "1" else "16 bits"
+    if found := PREFILL.search(name):
+        bits = "8 bits" if found[1] == "1" else "16 bits"
+        return f"{found[3]} rows", int(found[2]), bits
     return None
 
 

@@ -61,6 +61,14 @@ __device__ __forceinline__ void CopyAsync(uint32_t target, const void* source,
       : "memory");
 }
 
+// The same where it is valid.
+__device__ __forceinline__ void CopyAsync(uint32_t target, const void* source) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(target),
+      "l"(__cvta_generic_to_global(source))
+      : "memory");
+}
+
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }

@@ -3,7 +3,8 @@
 //
 //   attention_sm90.h       prefill on Hopper's own tensor cores, alone or
 //                          beside the next one for sequences that decode
-//   attention_mma.cuh      fp16 and bf16 on tensor cores, sm_80 on; its
+//   attention_mma_prefill.cuh, attention_mma_decode.cuh
+//                          fp16 and bf16 on tensor cores, sm_80 on; their
 //                          pieces in attention_mma_tile.cuh
 //   attention_simt.cuh     everything else
 //   attention_combine.cuh  splits; debug report
@@ -42,7 +43,7 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   // a GPU before 8.0 their bodies are empty.
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(
-      &attributes, AttentionMmaKernel<__half, false, 64, 1>);
+      &attributes, AttentionMmaDecodeKernel<__half, false, 64>);
   if (error != cudaSuccess) return error;
   device->has_mma = attributes.ptxVersion >= 80;
   device->can_overlap = CanOverlap(attributes);
@@ -56,11 +57,16 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
 cudaError_t LaunchAttentionMma(cudaStream_t stream,
                                const AttentionParams& params,
                                const AttentionArgs& args,
-                               const AttentionDevice&) {
-  if (params.kv_dtype != params.dtype) return LaunchMmaFp8(stream, args);
+                               const AttentionDevice& device) {
+  const int rows =
+      args.few_rows > 0 ? kDecodeRows : MmaTileRows(params, device);
+  const int processors = device.multiprocessors;
+  if (params.kv_dtype != params.dtype) {
+    return LaunchMmaFp8(stream, args, rows, processors);
+  }
   return params.dtype == DType::kF16
-             ? LaunchMma<__half, false>(stream, args)
-             : LaunchMma<__nv_bfloat16, false>(stream, args);
+             ? LaunchMma<__half, false>(stream, args, rows, processors)
+             : LaunchMma<__nv_bfloat16, false>(stream, args, rows, processors);
 }
 
 // Its kernels are prepared where they are the only ones.

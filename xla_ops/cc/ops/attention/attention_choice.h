@@ -71,6 +71,16 @@ bool IsTmaStep(int64_t size, int64_t stride);
 // this holds its average sequence. Of kMixed, sequences of at most this many
 // run by it, all others by the Hopper kernel: which ones is read on the device.
 constexpr int kDecodeRows = 16;
+// Of the tiles that it has for prefill, and up to which head_dim it has the
+// larger one.
+constexpr int kMmaFewRows = 64;
+constexpr int kMmaManyRows = 128;
+constexpr int kMmaManyRowsMaxHeadDim = 128;
+
+// Packed rows of the tile of a call by mma.sync: one of the three. Many rows
+// get the most out of K and V, but a short sequence does not fill them, and few
+// tiles leave multiprocessors idle.
+int MmaTileRows(const AttentionParams& params, const AttentionDevice& device);
 
 // Of the Hopper kernel. Pages are copied in boxes of at least this many
 // tokens, a divisor of every tile.

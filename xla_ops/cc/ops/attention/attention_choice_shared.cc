@@ -122,6 +122,20 @@ AttentionKernel ChooseAttentionKernel(const AttentionParams& params,
   return FirstFrom(0, params, device);
 }
 
+int MmaTileRows(const AttentionParams& params, const AttentionDevice& device) {
+  const int64_t rows = PackedRows(params);
+  if (rows <= kDecodeRows * params.max_num_seqs) return kDecodeRows;
+  const int64_t tiles = rows / kMmaManyRows;
+  const bool fills_tiles = tiles >= params.max_num_seqs;
+  // With fewer, twice as many of half the rows run at once.
+  const bool fills_device =
+      tiles * params.num_kv_heads * params.num_splits > device.multiprocessors;
+  return params.head_dim <= kMmaManyRowsMaxHeadDim && fills_tiles &&
+                 fills_device
+             ? kMmaManyRows
+             : kMmaFewRows;
+}
+
 std::string DescribeChoice(AttentionKernel kernel,
                            const AttentionParams& params) {
   const auto text = [](int64_t n) { return std::to_string(n); };

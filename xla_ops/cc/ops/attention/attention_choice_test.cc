@@ -146,6 +146,42 @@ XLA_OPS_TEST(RowsOfTheAverageSequence) {
   EXPECT_EQ(kernel(15, 1), "mma");
 }
 
+XLA_OPS_TEST(RowsOfATileByMmaSync) {
+  // 4 query heads on each of 8 KV heads: 4096 tokens are 128 tiles of 128 rows
+  // a KV head.
+  const auto rows = [](int64_t tokens, int64_t seqs, int64_t head_dim = 128,
+                       int64_t splits = 1, int16_t multiprocessors = 108) {
+    AttentionParams params = Paged();
+    params.num_tokens = tokens;
+    params.max_num_seqs = seqs;
+    params.head_dim = head_dim;
+    params.num_splits = splits;
+    AttentionDevice device = Ampere();
+    device.multiprocessors = multiprocessors;
+    return MmaTileRows(params, device);
+  };
+  for (const int64_t head_dim : {64, 96, 128}) {
+    EXPECT_EQ(rows(4096, 4, head_dim), 128);
+  }
+  for (const int64_t head_dim : {136, 256}) {
+    EXPECT_EQ(rows(4096, 4, head_dim), 64);
+  }
+  // The average sequence: 16 rows and less are decode, from 128 on it fills a
+  // tile.
+  EXPECT_EQ(rows(256, 64), 16);
+  EXPECT_EQ(rows(257, 64), 64);
+  EXPECT_EQ(rows(2047, 64), 64);
+  EXPECT_EQ(rows(2048, 64), 128);
+  EXPECT_EQ(rows(2048, 64, 256), 64);
+  // More tiles than multiprocessors.
+  EXPECT_EQ(rows(447, 1), 64);
+  EXPECT_EQ(rows(448, 1), 128);
+  EXPECT_EQ(rows(448, 1, 128, 1, 112), 64);
+  EXPECT_EQ(rows(224, 1), 64);
+  EXPECT_EQ(rows(224, 1, 128, 2), 128);
+  EXPECT_EQ(rows(1, 0), 64);
+}
+
 XLA_OPS_TEST(SplitsDoNotChangeTheKernel) {
   const auto chunk = [](AttentionParams& p) {
     p.num_tokens = 512;

@@ -11,8 +11,9 @@ cudaError_t PrepareMmaFp8() { return PrepareMma<__half, true>(); }
 
 cudaError_t PrepareSimtFp8() { return PrepareSimt<uint8_t>(); }
 
-cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args) {
-  return LaunchMma<__half, true>(stream, args);
+cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args,
+                         int rows, int multiprocessors) {
+  return LaunchMma<__half, true>(stream, args, rows, multiprocessors);
 }
 
 cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args) {

@@ -12,8 +12,9 @@
 
 namespace xla_ops {
 
-// In ascending order. Shapes of tiles are given for each of them: MmaShape,
-// Sm90Shape; a new one needs wgmma's overloads for it too (device/wgmma.cuh).
+// In ascending order. Shapes of tiles are given for each of them:
+// MmaDecodeShape, MmaPrefillShape, Sm90Shape; a new one needs wgmma's
+// overloads for it too (device/wgmma.cuh).
 using AttentionHeadDims = std::integer_sequence<int, 64, 128, 256>;
 
 // Calls f(std::integral_constant<int, N>) for each until one fails.

@@ -7,13 +7,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
-#include "xla_ops/cc/ops/attention/attention_mma.cuh"
+#include "xla_ops/cc/ops/attention/attention_mma_decode.cuh"
+#include "xla_ops/cc/ops/attention/attention_mma_prefill.cuh"
 #include "xla_ops/cc/ops/attention/attention_simt.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
@@ -22,19 +24,40 @@ namespace xla_ops {
 // Those for 8-bit keys and values.
 cudaError_t PrepareMmaFp8();
 cudaError_t PrepareSimtFp8();
-cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args);
+cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args,
+                         int rows, int multiprocessors);
 cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args);
+
+// Calls f(shape, kernel) for the kernel of tiles of `rows` packed rows.
+template <typename T, bool kFp8, int kHeadDim, typename F>
+cudaError_t WithMmaKernel(int rows, F&& f) {
+  if (rows == kDecodeRows) {
+    return f(MmaDecodeShape<kFp8, kHeadDim>{},
+             AttentionMmaDecodeKernel<T, kFp8, kHeadDim>);
+  }
+  if constexpr (kHeadDim <= kMmaManyRowsMaxHeadDim) {
+    if (rows == kMmaManyRows) {
+      return f(MmaPrefillShape<kFp8, kHeadDim, kMmaManyRows>{},
+               AttentionMmaPrefillKernel<T, kFp8, kHeadDim, kMmaManyRows>);
+    }
+  }
+  return f(MmaPrefillShape<kFp8, kHeadDim, kMmaFewRows>{},
+           AttentionMmaPrefillKernel<T, kFp8, kHeadDim, kMmaFewRows>);
+}
 
 template <typename T, bool kFp8>
 cudaError_t PrepareMma() {
   return ForEachHeadDim([](auto padded) {
     constexpr int kHeadDim = decltype(padded)::value;
-    const cudaError_t error =
-        LoadKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 1>,
-                   MmaShape<kFp8, kHeadDim, 1>::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    return LoadKernel(AttentionMmaKernel<T, kFp8, kHeadDim, 4>,
-                      MmaShape<kFp8, kHeadDim, 4>::kSharedBytes);
+    cudaError_t error = cudaSuccess;
+    for (const int rows : {kDecodeRows, kMmaFewRows, kMmaManyRows}) {
+      if (error != cudaSuccess) return error;
+      error =
+          WithMmaKernel<T, kFp8, kHeadDim>(rows, [](auto shape, auto* kernel) {
+            return LoadKernel(kernel, decltype(shape)::kSharedBytes);
+          });
+    }
+    return error;
   });
 }
 
@@ -45,42 +68,71 @@ cudaError_t PrepareSimt() {
   });
 }
 
-// Launches a kernel over as many tiles of `tile_rows` packed rows as any
-// cu_seqlens_q could need (attention_tiles.cuh), KV heads and splits. All
-// fit: the limits in attention.h and kTileRows >= 4 keep `tiles` below 2^31.
+// As many tiles of `tile_rows` packed rows as any cu_seqlens_q could need
+// (attention_tiles.cuh). The limits in attention.h and kTileRows >= 4 keep them
+// below 2^31. With few_rows, a tile a segment.
+inline int64_t NumTiles(const AttentionArgs& args, int tile_rows) {
+  const int64_t group = args.group.value();
+  return (args.few_rows > 0 ? 0 : args.num_tokens * group / tile_rows) +
+         args.max_num_seqs + 2;
+}
+
+// Launches a kernel over tiles, KV heads and splits.
 template <typename Kernel>
 cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
                         int threads, int shared_bytes,
                         const AttentionArgs& args) {
-  const int64_t group = args.group.value();
-  // With few_rows, a tile a segment.
-  const int64_t tiles =
-      (args.few_rows > 0 ? 0 : args.num_tokens * group / tile_rows) +
-      args.max_num_seqs + 2;
-  const dim3 grid(static_cast<unsigned>(tiles),
+  const dim3 grid(static_cast<unsigned>(NumTiles(args, tile_rows)),
                   static_cast<unsigned>(args.num_kv_heads),
                   static_cast<unsigned>(args.num_splits));
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cudaGetLastError();
 }
 
+// The same in sections of heads, tile by tile from the last. Where later rows
+// see more, blocks so end together: the heaviest tile of the last section's
+// last sequence takes twice as long as the average one, so that the section has
+// to hold twice the blocks that run at once. More heads would only ask for more
+// of the L2 cache at a time.
+template <typename Kernel>
+cudaError_t LaunchSections(cudaStream_t stream, Kernel* kernel, int tile_rows,
+                           int threads, int shared_bytes, int multiprocessors,
+                           AttentionArgs args) {
+  constexpr int64_t kBlocks = 2;  // of a multiprocessor
+  const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t tiles = NumTiles(args, tile_rows);
+  int64_t heads = 1;
+  if (args.window_right >= 0) {
+    const int64_t seqs = std::max(1, args.max_num_seqs);
+    heads = std::min({ceil_divide(2 * kBlocks * multiprocessors * seqs, tiles),
+                      int64_t{args.num_kv_heads}, INT32_MAX / tiles});
+  }
+  const int64_t sections = ceil_divide(args.num_kv_heads, heads);
+  args.section_heads =
+      static_cast<int>(ceil_divide(args.num_kv_heads, sections));
+  const dim3 grid(static_cast<unsigned>(tiles * args.section_heads),
+                  static_cast<unsigned>(sections),
+                  static_cast<unsigned>(args.num_splits));
+  kernel<<<grid, threads, shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+// `rows`: MmaTileRows, or kDecodeRows with few_rows.
 template <typename T, bool kFp8>
-cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args) {
+cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args, int rows,
+                      int multiprocessors) {
   return DispatchHeadDim(args.head_dim, [&](auto padded) {
-    constexpr int kHeadDim = decltype(padded)::value;
-    const auto launch = [&](auto warps_m) {
-      constexpr int kWarpsM = decltype(warps_m)::value;
-      using Shape = MmaShape<kFp8, kHeadDim, kWarpsM>;
-      return LaunchTiles(stream, AttentionMmaKernel<T, kFp8, kHeadDim, kWarpsM>,
-                         Shape::kTileRows, Shape::kThreads, Shape::kSharedBytes,
-                         args);
-    };
-    // The short tile where it holds the average sequence, as in decode.
-    const int64_t rows = int64_t{args.num_tokens} * args.group.value();
-    if (args.few_rows > 0 || rows <= int64_t{kDecodeRows} * args.max_num_seqs) {
-      return launch(std::integral_constant<int, 1>{});
-    }
-    return launch(std::integral_constant<int, 4>{});
+    return WithMmaKernel<T, kFp8, decltype(padded)::value>(
+        rows, [&](auto shape, auto* kernel) {
+          using Shape = decltype(shape);
+          if (Shape::kTileRows == kDecodeRows) {
+            return LaunchTiles(stream, kernel, Shape::kTileRows,
+                               Shape::kThreads, Shape::kSharedBytes, args);
+          }
+          return LaunchSections(stream, kernel, Shape::kTileRows,
+                                Shape::kThreads, Shape::kSharedBytes,
+                                multiprocessors, args);
+        });
   });
 }
 

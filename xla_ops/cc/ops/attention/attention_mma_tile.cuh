@@ -29,46 +29,6 @@
 
 namespace xla_ops {
 
-// kFp8: 8-bit keys and values. kHeadDim is the padded head_dim: 64, 128 or
-// 256.
-template <bool kFp8, int kHeadDim, int kWarpsM>
-struct MmaShape {
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpsN = kWarps / kWarpsM;
-  static constexpr int kTileRows = 16 * kWarpsM;
-  // Tokens that one warp loads, and that one warp multiplies.
-  static constexpr int kLoadTokens =
-      kWarpsM == 1 && (kFp8 || kHeadDim == 64) ? 32 : 16;
-  static constexpr int kTileTokens = kLoadTokens * kWarps;
-  static constexpr int kWarpTokens = kTileTokens / kWarpsN;
-  // Shared memory: the query tile, then a ring of K and V tiles.
-  static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
-  static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
-  static constexpr int kTileBytes = kTileTokens * kKvColumns * 2;
-  // A block has 99 KB on the smaller GPUs of a generation (8.6, 8.9, 12.0).
-  static constexpr int kSlots = kWarpsM == 1 && kHeadDim <= 128 ? 3 : 2;
-  // The warps' accumulators, merged through the same memory; rows are padded
-  // by 32 bytes to spread them over the banks.
-  static constexpr int kMergeStride = kHeadDim + 8;
-  static constexpr int kMergeBytes =
-      kWarpsN > 1 ? kWarps * 16 * kMergeStride * 4 : 0;
-  static constexpr int kCopyBytes = kQueryBytes + kSlots * kTileBytes;
-  static constexpr int kSharedBytes =
-      kCopyBytes > kMergeBytes ? kCopyBytes : kMergeBytes;
-  static_assert(kSharedBytes <= 97 * 1024);
-  // Query fragments stay in registers where they leave room for the
-  // accumulator and matter to speed, else they are read for every tile;
-  // decode waits for memory, and gains from more blocks.
-  static constexpr bool kQueryInRegisters = kHeadDim <= 128 && kWarpsM > 1;
-  // Blocks that a multiprocessor should hold, which bounds registers; the
-  // numbers are the largest that do not spill inside the loop.
-  static constexpr int kMinBlocks = kWarpsM > 1 ? (kHeadDim <= 64    ? 3
-                                                   : kHeadDim <= 128 ? 2
-                                                                     : 1)
-                                                : (kHeadDim <= 128 ? 4 : 2);
-};
-
 // What a row of a tile needs beside its operands.
 struct TileRow {
   TokenRange visible;
@@ -401,6 +361,25 @@ __device__ __forceinline__ void MaskTokens(const TileRow* rows, int token,
       {Distance(rows[0].visible.end, first),
        Distance(rows[8].visible.end, first)},
       [&](int c) { return (valid >> c & 1) != 0; }, scores);
+}
+
+// Writes two neighbouring elements of a row: to `out` or, with splits, to
+// the split's partial result.
+template <typename T, bool kFp8>
+__device__ __forceinline__ void StorePair(const AttentionArgs& args,
+                                          int64_t out_row, int64_t partial_row,
+                                          int column, float x, float y) {
+  if (args.partial_out != nullptr) {
+    *reinterpret_cast<float2*>(args.partial_out + partial_row * args.head_dim +
+                               column) = make_float2(x, y);
+    return;
+  }
+  // The operands of 8-bit keys are fp16 whatever the query is.
+  const uint32_t pair = kFp8 && args.dtype == DType::kBF16
+                            ? PackPair<__nv_bfloat16>(x, y)
+                            : PackPair<T>(x, y);
+  reinterpret_cast<uint32_t*>(
+      args.out)[(out_row * args.head_dim + column) / 2] = pair;
 }
 
 #endif  // XLA_OPS_HAS_MMA

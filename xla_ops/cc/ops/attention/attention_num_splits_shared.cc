@@ -19,8 +19,8 @@ constexpr int64_t kMostBlocks = 512;
 // A piece is not worth a block of its own below the kernels' tile of tokens.
 constexpr int64_t kLeastTokens = 64;
 
-// Packed rows of a tile in prefill on Hopper (Sm90Shape). Tiles of 64 rows, as
-// of mma.sync, fill a GPU sooner.
+// Packed rows of a tile in prefill on Hopper (Sm90Shape). By mma.sync small
+// calls have tiles of 64 rows (MmaTileRows), which fill a GPU sooner.
 constexpr int64_t PrefillRows(int64_t head_dim) {
   return head_dim <= 64 ? 192 : 128;
 }

@@ -76,10 +76,10 @@ struct AttentionArgs {
   // at most this many packed rows, the one for prefill all other rows. 0: one
   // kernel takes all.
   int few_rows;
-  int window_left;   // -1: hides nothing; else below max_kv_len
-  int window_right;  // -1: hides nothing; else below num_tokens
-  float scale;       // times log2(e); with soft_cap, over soft_cap
-  float soft_cap;    // times log2(e); 0: none
+  int window_left;    // -1: hides nothing; else below max_kv_len
+  int window_right;   // -1: hides nothing; else below num_tokens
+  float scale;        // times log2(e); with soft_cap, over soft_cap
+  float soft_cap;     // times log2(e); 0: none
   // Logits need more than a positive factor: soft_cap, ALiBi or scale <= 0.
   bool transform;
   AttentionOp op;  // for reports
@@ -87,6 +87,8 @@ struct AttentionArgs {
   bool paged;
   bool e5m2;     // 8-bit keys and values are e5m2, else e4m3
   bool aligned;  // every row of query, key, value and out to 16 bytes
+  // Prefill by mma.sync: KV heads of a section (LaunchSections).
+  int section_heads;
 };
 
 // A row of query and out.

@@ -1,0 +1,346 @@
+// Decode on tensor cores by mma.sync, for fp16 and bf16 from compute
+// capability 8.0 on: few query rows a sequence, so that time is that of the
+// bytes of K and V. Online softmax as in FlashAttention-2 (Dao, 2023,
+// https://arxiv.org/abs/2307.08691), query heads packed by KV head, KV tokens
+// gathered through the block table by 16-byte asynchronous copies.
+//
+// A block of four warps works on one tile of 16 query rows, one KV head and one
+// split of the KV tokens, 64 or 128 tokens at a time. Each warp takes a quarter
+// of them and keeps its own softmax, merged at the end. A warp then reads only
+// what it loaded itself: no block barrier. A ring of two or three tiles (K, V,
+// K, V, ...) keeps 8 to 16 KB a warp on the way, which is what hides memory's
+// latency where there are few blocks.
+//
+// Alignment: query, key, value and strides to 16 bytes, checked by the
+// launcher.
+//
+// Tested by tests/gpu/check_kernels.py.
+
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_DECODE_CUH_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_DECODE_CUH_
+
+#include <cstdint>
+
+#include "xla_ops/cc/device/mma.cuh"
+#include "xla_ops/cc/device/overlap.cuh"
+#include "xla_ops/cc/device/softmax.cuh"
+#include "xla_ops/cc/device/softmax_fragment.cuh"
+#include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
+#include "xla_ops/cc/ops/attention/attention_rows.cuh"
+#include "xla_ops/cc/ops/attention/attention_tiles.cuh"
+
+namespace xla_ops {
+
+// kFp8: 8-bit keys and values. kHeadDim is the padded head_dim: 64, 128 or
+// 256.
+template <bool kFp8, int kHeadDim>
+struct MmaDecodeShape {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTileRows = 16;
+  static constexpr int kWarpTokens = kFp8 || kHeadDim == 64 ? 32 : 16;
+  static constexpr int kTileTokens = kWarpTokens * kWarps;
+  // Shared memory: the query tile, then a ring of K and V tiles.
+  static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
+  static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
+  static constexpr int kTileBytes = kTileTokens * kKvColumns * 2;
+  // A block has 99 KB on the smaller GPUs of a generation (8.6, 8.9, 12.0).
+  static constexpr int kSlots = kHeadDim <= 128 ? 3 : 2;
+  // The warps' accumulators, merged through the same memory; rows are padded
+  // by 32 bytes to spread them over the banks.
+  static constexpr int kMergeStride = kHeadDim + 8;
+  static constexpr int kMergeBytes = kWarps * 16 * kMergeStride * 4;
+  static constexpr int kCopyBytes = kQueryBytes + kSlots * kTileBytes;
+  static constexpr int kSharedBytes =
+      kCopyBytes > kMergeBytes ? kCopyBytes : kMergeBytes;
+  static_assert(kSharedBytes <= 97 * 1024);
+  // Blocks that a multiprocessor should hold, which bounds registers; the
+  // numbers are the largest that do not spill inside the loop. Query fragments
+  // are read for every tile: decode waits for memory, and gains from blocks.
+  static constexpr int kMinBlocks = kHeadDim <= 128 ? 4 : 2;
+};
+
+#if XLA_OPS_HAS_MMA
+
+// Each warp holds a part of the tokens of the same 16 rows: bring them to
+// one maximum, add them up through shared memory, and write.
+template <typename T, bool kFp8, int kHeadDim>
+__device__ __forceinline__ void MergeAndStoreRows(
+    const AttentionArgs& args, const QueryTile& tile, int kv_head,
+    int64_t split_start, float value_scale, float* shared,
+    const MmaAccumulator<kHeadDim>& acc) {
+  using Shape = MmaDecodeShape<kFp8, kHeadDim>;
+  constexpr int kStride = Shape::kMergeStride;
+  __shared__ float warp_max[Shape::kWarps][16];
+  __shared__ float warp_sum[Shape::kWarps][16];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  if (lane % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      warp_max[warp][lane / 4 + 8 * i] = acc.max[i];
+      warp_sum[warp][lane / 4 + 8 * i] = acc.sum[i];
+    }
+  }
+  __syncthreads();  // also: every warp is done with the tiles
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    float max = warp_max[0][row];
+#pragma unroll
+    for (int w = 1; w < Shape::kWarps; ++w) {
+      max = fmaxf(max, warp_max[w][row]);
+    }
+    const float rescale = Exp2(acc.max[i] - FiniteMax(max));
+#pragma unroll
+    for (int pair = 0; pair < kHeadDim / 8; ++pair) {
+      const float2 out = OutPair<kFp8>(acc.out, pair, i);
+      *reinterpret_cast<float2*>(shared + (warp * 16 + row) * kStride +
+                                 OutColumn<kFp8>(pair)) =
+          make_float2(out.x * rescale, out.y * rescale);
+    }
+  }
+  __syncthreads();
+  for (int row = warp; row < 16; row += Shape::kWarps) {
+    if (row >= tile.num_rows) break;
+    float max = warp_max[0][row];
+#pragma unroll
+    for (int w = 1; w < Shape::kWarps; ++w) {
+      max = fmaxf(max, warp_max[w][row]);
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) {
+      sum += warp_sum[w][row] * Exp2(warp_max[w][row] - FiniteMax(max));
+    }
+    const QueryRow query_row = tile.Row(args, kv_head, row);
+    const int64_t out_row = query_row.Index(args);
+    const int64_t partial_row = split_start + out_row;
+    const float factor =
+        value_scale *
+        EndOrSplitRow(args, query_row, partial_row, max, sum, lane == 0);
+    for (int column = 2 * lane; column < args.head_dim; column += 64) {
+      float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int w = 0; w < Shape::kWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(
+            shared + (w * 16 + row) * kStride + column);
+        total.x += part.x;
+        total.y += part.y;
+      }
+      StorePair<T, kFp8>(args, out_row, partial_row, column, total.x * factor,
+                         total.y * factor);
+    }
+  }
+}
+
+// The ring of K and V tiles: where the next tile goes, or is.
+template <typename Shape>
+__device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
+  const uint32_t next = slot + Shape::kTileBytes;
+  return next == Shape::kSlots * Shape::kTileBytes ? 0 : next;
+}
+
+#endif  // XLA_OPS_HAS_MMA
+
+// T is the tensor cores' operand type: query's, or __half with 8-bit keys
+// and values (kFp8). Grid: x query tiles, y KV heads, z splits.
+template <typename T, bool kFp8, int kHeadDim>
+__global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
+                                  MmaDecodeShape<kFp8, kHeadDim>::kMinBlocks)
+    AttentionMmaDecodeKernel(const __grid_constant__ AttentionArgs args) {
+#if XLA_OPS_HAS_MMA
+  using Shape = MmaDecodeShape<kFp8, kHeadDim>;
+  constexpr int kTileTokens = Shape::kTileTokens;
+  constexpr int kWarpTokens = Shape::kWarpTokens;
+  constexpr int kKvSize = kFp8 ? 1 : 2;
+  constexpr bool kThreeSlots = Shape::kSlots == 3;
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ TileSearch search;
+  __shared__ TileRow rows[Shape::kTileRows];
+  __shared__ float row_scale[kFp8 ? Shape::kTileRows : 1];
+
+  // Last tiles first: under a causal mask they have the most to do.
+  QueryTile tile;
+  if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(
+          args, static_cast<int>(gridDim.x - 1 - blockIdx.x), search, &tile)) {
+    return;
+  }
+  const int kv_head = blockIdx.y;
+  const int64_t split_start =
+      int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const TokenRange visible =
+      VisibleTokens(args, tile.kv_len, tile.Position(args, 0),
+                    tile.Position(args, tile.num_rows - 1));
+  const TokenRange tiles = TilesOf<kTileTokens>(visible);
+  const TokenRange split =
+      SplitRange(tiles.end - tiles.begin, args.num_splits, blockIdx.z);
+  if (args.num_splits > 1 && split.begin == split.end) {
+    StoreEmptySplit(args, tile, kv_head, split_start);
+    return;
+  }
+  int t = tiles.begin + split.begin;
+  const int t_end = tiles.begin + split.end;
+
+  const uint8_t* keys = static_cast<const uint8_t*>(args.key);
+  const uint8_t* values = static_cast<const uint8_t*>(args.value);
+  const int32_t* table = args.block_table + max(tile.seq, 0) * args.max_blocks;
+  const uint32_t query_tile = SharedAddress(shared);
+  const uint32_t ring = query_tile + Shape::kQueryBytes;
+  // This lane's token in a tile, as CopyTokens wants it.
+  const int load_row = kWarpTokens * warp;
+  const int load_token = load_row + lane % kWarpTokens;
+  // Tiles ahead of the last one are asked for too, and found to be empty.
+  const auto find = [&](uint32_t index) {
+    return FindToken(args, tile, table, visible,
+                     index * kTileTokens + load_token);
+  };
+
+  // Copies are started in the order in which the tiles are used, each as one
+  // group, which is empty past the end.
+  int copy_tile = t;
+  uint32_t copy_slot = 0;
+  int64_t offset = -1;
+  uint32_t copy_valid = 0;
+  const auto copy_keys = [&](const TokenPlace& place) {
+    if (copy_tile < t_end) {
+      offset = TokenOffset(args, place, kv_head) * kKvSize;
+      copy_valid = __ballot_sync(kFullWarp, offset >= 0);
+      CopyTokens<Shape::kKvColumns, kWarpTokens>(
+          keys, ring + copy_slot, load_row, offset, args.head_dim * kKvSize);
+    }
+    CommitCopies();
+    ++copy_tile;
+    copy_slot = NextSlot<Shape>(copy_slot);
+  };
+  const auto copy_values = [&] {
+    if (copy_tile <= t_end) {
+      CopyTokens<Shape::kKvColumns, kWarpTokens>(
+          values, ring + copy_slot, load_row, offset, args.head_dim * kKvSize);
+    }
+    CommitCopies();
+    copy_slot = NextSlot<Shape>(copy_slot);
+  };
+  constexpr int kPending = Shape::kSlots - 1;
+  const auto copy_next_keys = [&](TokenPlace& place) {
+    copy_keys(place);
+    place = find(copy_tile);  // a tile ahead of its use
+  };
+
+  // Started first, for the copies wait for the block ids.
+  const TokenPlace first = find(t);
+  TokenPlace place = find(t + 1);
+  if constexpr (!kFp8) {
+    CopyQuery<T, kHeadDim, Shape::kTileRows>(args, tile, kv_head, query_tile);
+  }
+  copy_keys(first);
+  uint32_t own_valid = copy_valid;
+  copy_values();
+  if constexpr (kThreeSlots) copy_next_keys(place);
+  if constexpr (kFp8) {
+    StoreQuery<kHeadDim, Shape::kTileRows>(args, tile, kv_head, shared,
+                                           row_scale);
+  }
+  for (int i = threadIdx.x; i < Shape::kTileRows; i += Shape::kThreads) {
+    // Rows past the end see what the last one does.
+    const int row = min(i, tile.num_rows - 1);
+    const int position = tile.Position(args, row);
+    rows[i] = {VisibleTokens(args, tile.kv_len, position, position), position,
+               AlibiSlope(args, tile.seq, tile.Row(args, kv_head, row).head)};
+  }
+  float scale[2] = {args.scale, args.scale};
+  float value_scale = 1.0f;
+  if constexpr (kFp8) {
+    scale[0] *= KvScale<0>(args, tile.seq, kv_head);
+    scale[1] = scale[0];
+    value_scale = KvScale<1>(args, tile.seq, kv_head);
+  }
+  WaitForCopies<kPending>();
+  __syncthreads();
+
+  const int warp_token = kWarpTokens * warp;
+  const QueryOperand<kHeadDim, false> query(query_tile, 0);
+  const TileRow* lane_rows = rows + lane / 4;
+  if constexpr (kFp8) {
+    scale[0] *= row_scale[lane / 4];
+    scale[1] *= row_scale[lane / 4 + 8];
+  }
+  // Tokens that all rows see.
+  const TokenRange common = {rows[15].visible.begin, rows[0].visible.end};
+
+  MmaAccumulator<kHeadDim> acc;
+  acc.Clear();
+  uint32_t slot = 0;
+  for (; t < t_end; ++t) {
+    WaitForCopies<kPending>();
+    __syncwarp();  // K is here
+    float scores[kWarpTokens / 8][4] = {};
+    const uint32_t key_tile = ring + slot;
+    if constexpr (!kFp8) {
+      MultiplyKeys<T, kHeadDim, kWarpTokens>(query, key_tile, warp_token,
+                                             scores);
+    } else if (args.e5m2) {
+      MultiplyKeysFp8<__NV_E5M2, kHeadDim, kWarpTokens>(query, key_tile,
+                                                        warp_token, scores);
+    } else {
+      MultiplyKeysFp8<__NV_E4M3, kHeadDim, kWarpTokens>(query, key_tile,
+                                                        warp_token, scores);
+    }
+    slot = NextSlot<Shape>(slot);
+    __syncwarp();  // the K tile is free
+    if constexpr (kThreeSlots) {
+      copy_values();
+    } else {
+      copy_next_keys(place);
+    }
+    // The last tile of the longest sequence may begin or end past 2^31 for
+    // this warp; then it has no token, and what follows masks them all.
+    const int token =
+        static_cast<int>(static_cast<uint32_t>(t) * kTileTokens + warp_token);
+    FinishScores(args, scale, lane_rows, token, Flat(scores));
+    constexpr uint64_t kAllValid = ~uint64_t{0} >> (64 - kWarpTokens);
+    const uint64_t valid = own_valid & kAllValid;
+    if (valid != kAllValid || token < common.begin ||
+        token > common.end - kWarpTokens) {
+      MaskTokens(lane_rows, token, valid, Flat(scores));
+    }
+    float rescale[2];
+    UpdateSoftmax(1.0f, Flat(scores), acc.max, acc.sum, rescale);
+    Rescale(rescale, Flat(acc.out));
+    WaitForCopies<kPending>();
+    __syncwarp();  // V is here
+    const uint32_t value_tile = ring + slot;
+    if constexpr (!kFp8) {
+      MultiplyValues<T, kHeadDim, kWarpTokens>(scores, value_tile, warp_token,
+                                               acc.out);
+    } else if (args.e5m2) {
+      MultiplyValuesFp8<__NV_E5M2, kHeadDim, kWarpTokens>(scores, value_tile,
+                                                          warp_token, acc.out);
+    } else {
+      MultiplyValuesFp8<__NV_E4M3, kHeadDim, kWarpTokens>(scores, value_tile,
+                                                          warp_token, acc.out);
+    }
+    slot = NextSlot<Shape>(slot);
+    __syncwarp();  // the V tile is free
+    own_valid = copy_valid;
+    if constexpr (kThreeSlots) {
+      copy_next_keys(place);
+    } else {
+      copy_values();
+    }
+  }
+
+  // The one that combines splits; sooner, it would take room from others.
+  LetNextKernelStart();
+#pragma unroll
+  for (float& sum : acc.sum) sum = QuadSum(sum);
+  MergeAndStoreRows<T, kFp8>(args, tile, kv_head, split_start, value_scale,
+                             reinterpret_cast<float*>(shared), acc);
+#endif  // XLA_OPS_HAS_MMA
+}
+
+}  // namespace xla_ops
+
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_DECODE_CUH_
