@@ -486,6 +486,9 @@ def fp8(quick, dtype):
         for heads in ((4, 1, 256), (8, 1, 96), (6, 2, 72), (4, 2, 40), (7, 1, 192)):
             yield _cases(**values, heads=heads, seqs=both, scales="one")
             yield _cases(**values, heads=heads, seqs=DECODE, splits=2)
+        # Enough tiles for the larger ones.
+        for heads in ((64, 32, 128), (32, 32, 64)):
+            yield _cases(**values, heads=heads, seqs=LONG, scales="heads")
         # Queries beyond fp16's range, and below it.
         if dtype != F16:
             for size in (1e6, 1e-9):
@@ -506,6 +509,16 @@ def prefill(quick, dtype, contiguous, page=16):
         yield _cases(**values, seqs=LONG, splits=3, lead_tokens=131)
         yield _cases(**values, seqs=MIXED, pad_tokens=5)
         yield _cases(**values, seqs=MIXED, pad_tokens=5, splits=4, lead_tokens=3)
+    # Enough tiles for the larger ones of mma.sync.
+    for heads in ((32, 32, 128), (64, 32, 64)):
+        values = {"dtype": dtype, "heads": heads, "seqs": LONG} | keys
+        for window in ((-1, 0),) if quick else WINDOWS:
+            yield _cases(**values, window=window)
+        if not quick:
+            yield _cases(**values, sinks=True, alibi="seqs", soft_cap=9.0, splits=2)
+            yield _cases(**values, pad_tokens=300, lead_tokens=129, pad_seqs=3)
+            if not contiguous:
+                yield _cases(**values, bad_blocks=True, slack=2)
     heads = (8, 2, 128)
     for seqs in (LONG[:1],) if quick else (LONG, MIXED, SHUFFLED):
         values = {"dtype": dtype, "heads": heads, "seqs": seqs} | keys

@@ -125,6 +125,8 @@ def cases(quick):
         for heads, given in (
             ((8, 2), features[: 3 if quick else None]),
             ((5, 5), features[:2]),
+            # Enough tiles for the larger ones of mma.sync, up to head_dim 128.
+            ((64, 16), features[: 1 if quick else None] * (head_dim <= 128)),
         ):
             for options in given:
                 case = {"head_dim": head_dim, "dtype": dtype, "page": page}
