@@ -76,10 +76,10 @@ struct AttentionArgs {
   // at most this many packed rows, the one for prefill all other rows. 0: one
   // kernel takes all.
   int few_rows;
-  int window_left;    // -1: hides nothing; else below max_kv_len
-  int window_right;   // -1: hides nothing; else below num_tokens
-  float scale;        // times log2(e); with soft_cap, over soft_cap
-  float soft_cap;     // times log2(e); 0: none
+  int window_left;   // -1: hides nothing; else below max_kv_len
+  int window_right;  // -1: hides nothing; else below num_tokens
+  float scale;       // times log2(e); with soft_cap, over soft_cap
+  float soft_cap;    // times log2(e); 0: none
   // Logits need more than a positive factor: soft_cap, ALiBi or scale <= 0.
   bool transform;
   AttentionOp op;  // for reports
