@@ -107,7 +107,10 @@ void Cases::AddRows(DType dtype) {
           {like_x, {kF32, {blocks, shape[1]}}, {kF32, {0, shape[1]}}}, eps);
       Add("rms_norm_backward", detail + kind + " by blocks",
           {x(), x(), weight(), added},
-          {like_x, {kF32, {1, shape[1]}}, {kF32, {blocks, shape[1]}}}, eps);
+          {like_x,
+           {kF32, {1, shape[1]}},
+           {kF32, {blocks, shape[1]}, -1, /*scratch=*/true}},
+          eps);
       Add("rms_norm_backward_input", detail + kind, {x(), x(), weight(), added},
           {like_x}, eps);
     }

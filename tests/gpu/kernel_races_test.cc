@@ -283,7 +283,8 @@ int Main(int argc, char** argv) {
   std::set<std::string> without_case;
   int failed = 0;
   for (const auto& [target, bundle] : handlers) {
-    without_case.insert(target);
+    // What it runs is a user's: see check_user_kernels.py.
+    if (target != "xla_ops.launch_kernel") without_case.insert(target);
     if (bundle.initialize != nullptr) continue;
     ++failed;
     std::printf("FAIL %s: has no initialize stage\n", target.c_str());
