@@ -110,6 +110,7 @@ def cases(quick):
     features = [
         {"right": 0},
         {"right": 0, "climbing": True},
+        {"right": 0, "deep": True},
         {},
         {"right": 0, "left": 200},
         {"right": 0, "cap": 20.0},
@@ -147,6 +148,13 @@ def check(library, device, head_dim, dtype, page, heads, options):
     if options.pop("climbing", False):
         # The rows' maxima rise along the keys.
         query, key = 4 * query, key * torch.linspace(0.1, 6, len(key))[:, None, None]
+    if options.pop("deep", False):
+        # The last keys, which come first, are far below all others.
+        query[..., 0], key[..., 0] = 256, 0
+        end = 0
+        for length in key_lengths:
+            end += length
+            key[end - min(length, 128) : end, :, 0] = -256
     query, key, value = (t.to(dtype).to(device) for t in (query, key, value))
     extra = {}
     if options.pop("slopes", False):

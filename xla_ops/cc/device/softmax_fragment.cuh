@@ -147,18 +147,26 @@ __device__ __forceinline__ void UpdateSoftmax(float factor,
 }
 
 // The online softmax of two rows whose maxima lag behind: weights are
-// exp2(x - shift) of x = factor * score, factor > 0, and `shift` follows the
+// exp2(x - base) of x = factor * score, factor > 0, and `base` follows the
 // rows' maxima only where a weight would exceed 2^8, which neither sums nor
-// weights of fp16 mind. After the first tiles that is rare. So the common way
-// holds a comparison and no exchange between lanes; a branch leads to the
-// other.
+// weights of fp16 mind (values beyond 1e36 would overflow sooner by as much).
+// After the first tiles that is rare. So the common way holds a comparison and
+// no exchange between lanes; a branch leads to the other.
+//
+// The common way subtracts `shift`, the base, before it knows whether the base
+// has to follow, and what the base then is far above would be rounded away:
+// so a base far below zero is no shift, and its rows take the branch.
 struct LaggingSoftmax {
   static constexpr float kMaxLag = 8.0f;
+  static constexpr float kDeep = 256.0f;
 
-  float shift[2] = {0.0f, 0.0f};  // of rows of which all scores were -inf, too
-  float sum[2] = {0.0f, 0.0f};    // of this thread's columns
+  // The base of a row is shift + deep, of which one is zero; both are while all
+  // its scores were -inf.
+  float shift[2] = {0.0f, 0.0f};
+  float deep[2] = {0.0f, 0.0f};  // below -kDeep
+  float sum[2] = {0.0f, 0.0f};   // of this thread's columns
   // The bits of the largest x - shift that passes: of kMaxLag, or less than any
-  // while a row has no shift yet.
+  // while a row has no shift.
   int limit = INT_MIN;
 
   // Replaces scores by weights. True, of the whole warp: the results so far
@@ -182,7 +190,8 @@ struct LaggingSoftmax {
                                 __float_as_int(scores[i + 2 * row + 1]));
       }
     }
-    const bool follows = __any_sync(kFullWarp, max(top[0], top[1]) > limit);
+    // Not >, for -0.0f is INT_MIN.
+    const bool follows = __any_sync(kFullWarp, max(top[0], top[1]) >= limit);
     if (__builtin_expect(follows, 0)) Follow(scores, rescale);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -206,32 +215,35 @@ struct LaggingSoftmax {
   // The row's maximum for EndSoftmax and its like, which is -inf of a row
   // without weights. `total` is the row's sum.
   __device__ __forceinline__ float Max(int row, float total) const {
-    return total == 0.0f ? -CUDART_INF_F : shift[row];
+    return total == 0.0f ? -CUDART_INF_F : shift[row] + deep[row];
   }
 
  private:
   template <int kSize>
   __device__ __forceinline__ void Follow(float (&scores)[kSize],
                                          float (&rescale)[2]) {
-    bool all_seen = true;
+    bool all_shifted = true;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float max = RowMax(row, -CUDART_INF_F, scores);
       // Compared with zero exactly: a NaN sum has seen something.
       const bool unseen = QuadSum(sum[row]) == 0.0f;
-      const bool follow = max > (unseen ? -CUDART_INF_F : kMaxLag);
-      const float step = follow ? max : 0.0f;
-      rescale[row] = unseen ? 1.0f : Exp2(-step);
+      const bool follow = max - deep[row] > (unseen ? -CUDART_INF_F : kMaxLag);
+      const float step = follow ? max : deep[row];
+      rescale[row] = unseen ? 1.0f : Exp2(deep[row] - step);
       sum[row] *= rescale[row];
-      shift[row] += step;
+      const float base = shift[row] + step;
+      const bool is_deep = base < -kDeep;
+      shift[row] = is_deep ? 0.0f : base;
+      deep[row] = is_deep ? base : 0.0f;
 #pragma unroll
       for (int n = 0; n < kSize / 4; ++n) {
         scores[4 * n + 2 * row] -= step;
         scores[4 * n + 2 * row + 1] -= step;
       }
-      all_seen = all_seen && (follow || !unseen);
+      all_shifted = all_shifted && (follow || !unseen) && !is_deep;
     }
-    limit = all_seen ? __float_as_int(kMaxLag) : INT_MIN;
+    limit = all_shifted ? __float_as_int(kMaxLag) : INT_MIN;
   }
 };
 
