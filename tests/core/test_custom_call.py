@@ -210,3 +210,16 @@ def test_strings_are_escaped():
 def test_other_attribute_types_are_refused():
     with pytest.raises(TypeError, match="attribute must be bool, int, float or str"):
         hlo.encode_attributes({"x": None})
+
+
+@pytest.mark.parametrize(
+    "schema, number",
+    [
+        ("(Tensor x, Tensor? donor) -> Tensor", 1),
+        ("(Tensor x, Tensor? donor_x, Tensor? donor_1) -> (Tensor, Tensor)", 2),
+        ("(Tensor donor_sites, Tensor donor) -> Tensor", 0),
+        ("(Tensor? donor_mask, Tensor x) -> Tensor", 0),
+    ],
+)
+def test_donors_are_the_last_arguments_that_may_be_none(schema, number):
+    assert op.num_donors(schema) == number

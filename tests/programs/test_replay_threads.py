@@ -1,5 +1,6 @@
 """programs.replay where several threads are at work."""
 
+import _thread
 import sys
 import threading
 from concurrent import futures
@@ -9,7 +10,8 @@ import torch
 import torch_xla
 
 import xla_ops
-from xla_ops.core import ownership
+from xla_ops.core import interrupts, ownership
+from xla_ops.programs import reachable
 from xla_ops.programs.replay import replay
 
 
@@ -236,3 +238,75 @@ def test_threads_that_draw_leave_tensors_alone(module, may):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_thread_that_torch_made_counts_for_nothing_once_it_ended():
+    ended = _thread.allocate_lock()
+    ended.acquire()
+
+    def work():
+        with interrupts.Uninterrupted():
+            pass
+        ended.release()
+
+    _thread.start_new_thread(work, ())
+    assert ended.acquire(timeout=60)
+    assert ownership.may_compute_all()
+
+
+def test_a_read_by_a_thread_that_ends_in_the_trace_is_not_the_function_s():
+    value, x = ready(1.0), ready(2.0)
+    reader = threading.Thread(target=lambda: stop.wait(60) and value.cpu())
+    stop = threading.Event()
+    reader.start()
+
+    @replay
+    def f(x):
+        if reader.is_alive():
+            stop.set()
+            reader.join()
+        return x + 1
+
+    assert f(x).item() == 3
+    assert f(x).item() == 3
+
+
+def test_a_function_that_syncs_is_refused_at_once():
+    traces = []
+
+    @replay
+    def f(x):
+        traces.append(1)
+        y = x * 2
+        torch_xla.sync()
+        return y + 1
+
+    with pytest.raises(RuntimeError, match="replay: the function must not run lazy"):
+        f(ready(1.0))
+    assert len(traces) == 1
+
+
+class Holder:
+    shared = None
+
+    def __init__(self, own):
+        self.own = own
+
+    def __call__(self, x):
+        return x + self.own + Holder.shared + NAMED[0]
+
+
+NAMED: list[torch.Tensor] = []
+
+
+def test_tensors_that_a_function_names_are_found():
+    tensors = [torch.ones(1, device=device()) for _ in range(4)]
+    Holder.shared, NAMED[:] = tensors[0], [tensors[1]]
+
+    def inner(x, *, other=tensors[2]):
+        return (lambda y: y + NAMED[0])(x) + other
+
+    found = {id(t) for t in reachable.tensors(inner)}
+    assert found == {id(tensors[1]), id(tensors[2])}
+    found = {id(t) for t in reachable.tensors(Holder(tensors[3]))}
+    assert found == {id(tensors[i]) for i in (0, 1, 3)}

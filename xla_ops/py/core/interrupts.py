@@ -26,7 +26,9 @@ class Uninterrupted:
     def __enter__(self) -> Uninterrupted:
         self._handler = None
         self._is_pending = False
-        if threading.current_thread() is threading.main_thread():
+        # Not current_thread(), which makes an object of a thread that is torch's own,
+        # and keeps it.
+        if threading.get_ident() == threading.main_thread().ident:
             handler = signal.getsignal(signal.SIGINT)
             if callable(handler):
                 # Before the other is replaced, so that __exit__ always puts it back.

@@ -36,6 +36,7 @@ NAMESPACE = "xla_ops"
 # What an op returns: one tensor, or several.
 Results = torch.Tensor | tuple[torch.Tensor, ...]
 
+_DONORS = re.compile(r"(?:, Tensor\? donor(?:_\w+)?)+(?=\) -> )")
 _SCHEMA = re.compile(r"\((?P<arguments>.*?)\) -> ", re.DOTALL)
 
 # Every declared op by name; the conformance test walks it.
@@ -110,7 +111,7 @@ class Op:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arguments", argument_names(self.schema))
-        object.__setattr__(self, "num_donors", sum(map(is_donor, self.arguments)))
+        object.__setattr__(self, "num_donors", num_donors(self.schema))
         object.__setattr__(self, "public_name", self.public_name or self.name)
         OPS[self.name] = self
         lazy.when_torch(self._register)
@@ -171,13 +172,19 @@ class Op:
 
     @property
     def has_donor(self) -> bool:
-        return self.arguments[-1] == "donor"
+        return self.num_donors == 1 and self.arguments[-1] == "donor"
 
     def lowered(self, args: Sequence) -> BoundCall:
         """Checks the arguments and returns the call that they make."""
-        given = zip(self.arguments, args, strict=True)
-        values = {name: value for name, value in given if not is_donor(name)}
+        values = self.given(args)
         return self.lower(*values.values()).bind(values)
+
+    def given(self, args: Sequence) -> dict[str, Any]:
+        """The arguments by name, but for donors."""
+        values = dict(zip(self.arguments, args, strict=True))
+        for name in self.arguments[len(args) - self.num_donors :]:
+            del values[name]
+        return values
 
     def update_at_once(self, *args: Any) -> list[torch.Tensor]:
         """Runs the handler on CPU or CUDA tensors, updating aliased operands.
@@ -378,9 +385,13 @@ class Op:
         return old
 
 
-def is_donor(argument: str) -> bool:
-    """Whether an argument of this name is a donor, see `Op.schema`."""
-    return argument == "donor" or argument.startswith("donor_")
+def num_donors(schema: str) -> int:
+    """How many of a schema's last arguments are donors, see `Op.schema`.
+
+    A user's op may have arguments of such names; they are no optional tensors.
+    """
+    match = _DONORS.search(schema)
+    return match[0].count("?") if match else 0
 
 
 @functools.cache

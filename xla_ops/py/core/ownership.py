@@ -118,7 +118,7 @@ def may_compute_all() -> bool:
 
 def _never_computes(thread: threading.Thread) -> bool:
     """Whether a thread is this one, or one that leaves tensors alone."""
-    if thread is threading.current_thread():
+    if thread.ident == threading.get_ident():
         return True
     # A Thread of the standard library runs a function, which it forgets at its end.
     target = getattr(thread, "_target", None)

@@ -26,7 +26,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from ..core.custom_call import CustomCall
 from ..core.gradients import Backward, Gradient
 from ..core.hlo import AttributeValue
-from ..core.op import Op, is_donor
+from ..core.op import Op
 from ..core.sharding import Rule
 from . import partition, registration
 from .arrays import Array, Device, jax_dtype, platform, torch_dtype
@@ -66,7 +66,7 @@ class Signature(NamedTuple):
         arrays = dict(
             zip(self.names, map(self._wrap, values, self.dtypes), strict=True)
         )
-        names = (n for n in self.op.arguments if not is_donor(n))
+        names = self.op.arguments[: len(self.op.arguments) - self.op.num_donors]
         return {n: arrays.get(n, self.others.get(n)) for n in names}
 
     def _wrap(self, value: Any, dtype: Any) -> Array:
@@ -92,8 +92,7 @@ class Signature(NamedTuple):
 
 def call(op: Op, args: Sequence[object]) -> Any:
     """Calls `op` on arguments of which some are `Array`s; results are `Array`s."""
-    given = zip(op.arguments, args, strict=True)
-    values = {name: value for name, value in given if not is_donor(name)}
+    values = op.given(args)
     arrays = {n: a for n, a in values.items() if isinstance(a, Array)}
     values_of = {n: a.value for n, a in arrays.items()}
     signature = Signature(

@@ -180,7 +180,7 @@ def _front(
     _check_writable(qkv, key_cache, value_cache)
     if not qkv.numel():
         return
-    if cache is None or _is_taken_apart(qkv, key_cache):
+    if cache is None or _is_taken_apart(qkv, key_cache) or _share(qkv, cache):
         _one_by_one(
             qkv,
             *sizes,
@@ -223,6 +223,29 @@ def _is_taken_apart(qkv: torch.Tensor, key_cache: torch.Tensor) -> bool:
         return False
     is_traced = in_place.is_value(qkv) or in_place.is_value(key_cache)
     return is_traced and (qkv.device.type != "xla" or tracing.is_transformed())
+
+
+def _share(qkv: torch.Tensor, cache: paged_cache.PagedCache) -> bool:
+    """Whether tensors that are given new values are parts of one.
+
+    A new value of the whole, which is computed from the old one, would undo that of a
+    part: so each is given its own before the next is computed.
+    """
+    if isinstance(qkv, Foreign) or not in_place.is_value(qkv):
+        return False
+    targets = [qkv, cache.key_buffer]
+    if not cache.is_stacked:
+        targets.append(cache.value_buffer)
+    return len(set(map(_storage, targets))) < len(targets)
+
+
+def _storage(t: torch.Tensor) -> int:
+    """What tells whether tensors are of one: views of one, tracked or not, are."""
+    if isinstance(t, tracing.FunctionalTensor):
+        t = t.elem
+    elif not tracing.is_plain(t):
+        return id(t._base if t._is_view() else t)
+    return t.untyped_storage()._cdata
 
 
 def _update(

@@ -87,8 +87,9 @@ def _front(src: torch.Tensor, dst: torch.Tensor, block_mapping: torch.Tensor) ->
     if src.device == dst.device:
         _on_one_device(src, dst, block_mapping)
         return
+    kinds = (src.device.type, dst.device.type)
     _check.require(
-        "cpu" in (src.device.type, dst.device.type),
+        "cpu" in kinds and "meta" not in kinds,
         "src",
         f"be on dst's device {dst.device} or the CPU",
         src.device,

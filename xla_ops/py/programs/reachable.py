@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import torch
 
@@ -18,8 +18,8 @@ _LIMIT = 100_000
 def tensors(function: Callable) -> list[torch.Tensor]:
     """The XLA tensors in what a function closes over and in the globals that it names.
 
-    Looked for in functions that it calls by such names, in containers, and in the
-    attributes of objects.
+    Looked for in functions within it and those that it calls by such names, in
+    containers, in the attributes of objects and modules, and in the methods of objects.
     """
     found: list[torch.Tensor] = []
     seen: dict[int, object] = {}
@@ -39,12 +39,12 @@ def tensors(function: Callable) -> list[torch.Tensor]:
 
 def _parts(value: object) -> Iterator[object]:
     if isinstance(value, (type, ModuleType, str, bytes, int, float)):
-        return
+        return  # of a module see _named
     if isinstance(value, FunctionType):
         yield from map(_content, value.__closure__ or ())
         yield from value.__defaults__ or ()
-        names = value.__code__.co_names
-        yield from (value.__globals__[n] for n in names if n in value.__globals__)
+        yield from (value.__kwdefaults__ or {}).values()
+        yield from _named(value)
     elif isinstance(value, MethodType):
         yield from (value.__func__, value.__self__)
     elif isinstance(value, functools.partial):
@@ -54,6 +54,29 @@ def _parts(value: object) -> Iterator[object]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from list(value)
     yield from list(getattr(value, "__dict__", {}).values())
+    if not type(value).__module__.startswith("torch."):
+        yield from (
+            part
+            for base in type(value).__mro__
+            for part in list(vars(base).values())
+            if isinstance(part, (FunctionType, torch.Tensor))
+        )
+
+
+def _named(function: FunctionType) -> Iterator[object]:
+    """The globals that a function's text names, and what it names of modules."""
+    codes = [function.__code__]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes.extend(part for part in code.co_consts if isinstance(part, CodeType))
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType):
+            yield from (vars(value)[n] for n in names & vars(value).keys())
+        else:
+            yield value
 
 
 def _content(cell: CellType) -> object:

@@ -36,12 +36,12 @@ class Reads:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Runs one trace. Raises RuntimeError where nobody else can have read."""
-        before = _num_reads()
+        before, is_alone = _num_reads(), ownership.may_compute_all()
         if self._is_first:
             self._is_first = False
             yield
             self.are_clear = _num_reads() == before
-            if not self.are_clear and ownership.may_compute_all():
+            if not self.are_clear and is_alone:
                 raise self.error()
             return
         with _ByOperation() as operations:

@@ -112,9 +112,10 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
     """Makes a function of XLA tensors one that is traced once and then replayed.
 
     The function must be pure, but for updates in place of its arguments and of `state`:
-    its Python runs once a signature. What it computes must depend on nothing but its
-    arguments, `state`, and what the module's text names; a tensor that it closes over
-    is taken as the constant that it is at the first call. Results have no gradient.
+    its Python runs once a signature, beside other threads up to eight times. What it
+    computes must depend on nothing but its arguments, `state`, and what the module's
+    text names; a tensor that it closes over is taken as the constant that it is at the
+    first call. Results have no gradient.
 
     Args:
         function: takes any tree (tuples, lists, dicts) of XLA tensors and of values
@@ -266,6 +267,7 @@ class _Program:
     def _compile(self, function: Callable, args: tuple[torch.Tensor, ...]) -> _Traced:
         """Traces and compiles, until no other thread has had a part in it."""
         reads = Reads()
+        is_alone = ownership.may_compute_all()
         for _ in range(_MAX_TRACES):
             traced = _Traced(function, args, len(args) - len(self._state), reads)
             try:
@@ -274,6 +276,11 @@ class _Program:
                     self._inputs = _inputs(traced, args)
                     if traced.is_whole():
                         return traced
+                    if is_alone:
+                        raise RuntimeError(
+                            "replay: the function must not run lazy graphs, by"
+                            " torch_xla.sync() or a compilation, got one that does"
+                        )
             finally:
                 traced.restore()
             del traced  # what is left of its graph is no part of the next one

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(
                               Shape::kAlign * Shape::kAlign;
   const uint32_t key_tile = query_tile + Shape::kQueryBytes;
   const uint32_t value_tile = key_tile + Shape::kTileBytes;
-  // This lane's token in a tile, as CopyTokens wants it.
+  // This lane's token in a tile, as CopyTokenLines wants it.
   const int load_row = kLoadTokens * warp;
   const int load_token = load_row + lane % kLoadTokens;
   // Tiles behind the last one are asked for too, and found to be empty.

@@ -58,9 +58,10 @@ struct MmaPrefillShape {
 
 #if XLA_OPS_HAS_MMA
 
-// The same with eight lanes a token, each for every eighth chunk of it: as many
-// lines of memory at a time, and an eighth to a half of the addresses. Worth it
-// where the tile's tokens all exist, as in prefill they mostly do.
+// As CopyTokens (attention_mma_tile.cuh) with eight lanes a token, each for
+// every eighth chunk of it: as many lines of memory at a time, and an eighth to
+// a half of the addresses. Worth it where the tile's tokens all exist, as in
+// prefill they mostly do.
 template <int kColumns, int kTokens>
 __device__ __forceinline__ void CopyTokenLines(const uint8_t* cache,
                                                uint32_t tile, int first_row,

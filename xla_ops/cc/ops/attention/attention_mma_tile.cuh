@@ -1,6 +1,6 @@
-// The pieces of the tensor-core attention kernel that work on one tile: its
-// shape, copies to shared memory, products, masks and the online softmax.
-// The kernel that strings them together is in attention_mma.cuh.
+// Pieces of the mma.sync attention kernels that work on one tile: copies to
+// shared memory, products and masks. The kernels that string them together are
+// in attention_mma_decode.cuh and attention_mma_prefill.cuh.
 //
 // Fragments: lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of
 // every eight (xla_ops/cc/device/mma.cuh).

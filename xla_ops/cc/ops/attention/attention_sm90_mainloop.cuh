@@ -281,7 +281,7 @@ __device__ __forceinline__ void Consume(
       pack_weights();
       next_tile();
     };
-    // Two loops, not one with a branch: see above.
+    // Two loops, not one with a branch on masks, behind which ptxas moves all.
     while (true) {
 #pragma unroll 1
       while (tile >= plain_end) step(std::false_type{});

@@ -47,8 +47,8 @@ struct Sm90Shape {
       1024 + kQueryBytes + 2 * kStages * kTileBytes;
 };
 
-// K and V as the copy engine sees them: tensors of rank 5, which MakeMap in
-// attention_sm90.cu.cc describes.
+// K, V and the query as the copy engine sees them: tensors of rank 5, which
+// MakeMap and MakeQueryMap in attention_sm90.cu.cc describe.
 struct Sm90Maps {
   CUtensorMap key;
   CUtensorMap value;

@@ -117,7 +117,7 @@ struct Head {
 
   // The first element in its cache.
   __device__ __forceinline__ int64_t Start(const Task<T, Table>& task) const {
-    const int64_t block = slot <= INT32_MAX
+    const int64_t block = slot < INT32_MAX
                               ? task.page.Divide(static_cast<int>(slot))
                               : slot / task.page_size;
     const int64_t offset = slot - block * task.page_size;
