@@ -137,8 +137,8 @@ def rms_norm_dynamic_per_token_quant(
 
 def _check_quant_dtype(quant_dtype: torch.dtype) -> None:
     _dynamic_check.require(
-        # Not `in`, which compares arrays of NumPy element by element.
-        any(type(quant_dtype) is type(d) and quant_dtype == d for d in _QUANT_DTYPES),
+        # Not `in`: NumPy compares arrays element by element.
+        any((quant_dtype == d) is True for d in _QUANT_DTYPES),
         "quant_dtype",
         "be float8_e4m3fn or int8",
         str(quant_dtype).removeprefix("torch."),

@@ -19,7 +19,7 @@ def tensors(function: Callable) -> list[torch.Tensor]:
     """The XLA tensors in what a function closes over and in the globals that it names.
 
     Looked for in functions within it and those that it calls by such names, in
-    containers, in the attributes of objects and modules, and in the methods of objects.
+    containers, and in the attributes of objects.
     """
     found: list[torch.Tensor] = []
     seen: dict[int, object] = {}
@@ -39,7 +39,7 @@ def tensors(function: Callable) -> list[torch.Tensor]:
 
 def _parts(value: object) -> Iterator[object]:
     if isinstance(value, (type, ModuleType, str, bytes, int, float)):
-        return  # of a module see _named
+        return
     if isinstance(value, FunctionType):
         yield from map(_content, value.__closure__ or ())
         yield from value.__defaults__ or ()
@@ -50,33 +50,22 @@ def _parts(value: object) -> Iterator[object]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, dict):
-        yield from list(value.values())
+        # Not its own method, by which a table of models imports them all.
+        yield from list(dict.values(value))
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from list(value)
     yield from list(getattr(value, "__dict__", {}).values())
-    if not type(value).__module__.startswith("torch."):
-        yield from (
-            part
-            for base in type(value).__mro__
-            for part in list(vars(base).values())
-            if isinstance(part, (FunctionType, torch.Tensor))
-        )
 
 
 def _named(function: FunctionType) -> Iterator[object]:
-    """The globals that a function's text names, and what it names of modules."""
+    """The globals that a function's text names."""
     codes = [function.__code__]
     names: set[str] = set()
     while codes:
         code = codes.pop()
         names.update(code.co_names)
         codes.extend(part for part in code.co_consts if isinstance(part, CodeType))
-    for name in names & function.__globals__.keys():
-        value = function.__globals__[name]
-        if isinstance(value, ModuleType):
-            yield from (vars(value)[n] for n in names & vars(value).keys())
-        else:
-            yield value
+    yield from (function.__globals__[n] for n in names & function.__globals__.keys())
 
 
 def _content(cell: CellType) -> object:
