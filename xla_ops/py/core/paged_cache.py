@@ -122,6 +122,18 @@ def check_caches(
     check.require(key_cache.shape[1] > 0, "page_size", "be at least 1", 0)
 
 
+def check_slots(check: Checker, rows: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Checks the slots of the first tokens of `rows`."""
+    check.dtype("slot_mapping", slot_mapping, [torch.int64])
+    check.rank("slot_mapping", slot_mapping, "[num_tokens]")
+    check.require(
+        slot_mapping.shape[0] <= rows.shape[0],
+        "slot_mapping",
+        f"have at most {rows.shape[0]} elements",
+        slot_mapping.shape[0],
+    )
+
+
 def locate(
     check: Checker,
     key_cache: torch.Tensor,

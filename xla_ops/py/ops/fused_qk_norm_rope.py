@@ -126,45 +126,11 @@ def _lower(
     is_neox: bool,
     position_ids: torch.Tensor,
 ) -> CustomCall:
-    _check.dtype("qkv", qkv, FLOAT_DTYPES)
     heads = {"num_heads_q": num_heads_q, "num_heads_k": num_heads_k}
     heads["num_heads_v"] = num_heads_v
-    for name, count in heads.items():
-        _check.require(count >= 0, name, "be at least 0", count)
-    _check.require(
-        head_dim >= 2 and head_dim % 2 == 0,
-        "head_dim",
-        "be even and at least 2",
-        head_dim,
-    )
-    columns = sum(heads.values()) * head_dim
-    _check.require(
-        qkv.dim() == 2 and qkv.shape[1] == columns,
-        "qkv",
-        f"have shape [num_tokens, {columns}]",
-        list(qkv.shape),
-    )
-    _check.positive_finite("eps", eps)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        _check.dtype(name, weight, [qkv.dtype])
-        _check.shape(name, weight, [head_dim])
-    wide = [] if qkv.dtype == torch.float32 else [torch.float32]
-    _check.dtype("cos_sin_cache", cos_sin_cache, [qkv.dtype, *wide])
-    _check.require(
-        cos_sin_cache.dim() == 2 and cos_sin_cache.shape[1] == head_dim,
-        "cos_sin_cache",
-        f"have shape [max_position, {head_dim}]",
-        list(cos_sin_cache.shape),
-    )
-    _check.dtype("position_ids", position_ids, [torch.int64, torch.int32])
-    _check.shape("position_ids", position_ids, qkv.shape[:1])
-    _check.same_device(
-        "qkv",
-        qkv,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        cos_sin_cache=cos_sin_cache,
-        position_ids=position_ids,
+    check_heads(
+        *(_check, qkv, heads, sum(heads.values()), head_dim, eps),
+        *(q_weight, k_weight, cos_sin_cache, position_ids),
     )
     return CustomCall(
         "xla_ops.fused_qk_norm_rope",
@@ -173,6 +139,67 @@ def _lower(
         {**heads, "head_dim": head_dim, "eps": eps, "is_neox": is_neox},
         aliases={0: "qkv"},
         nothing_to_do=qkv.numel() == 0 or num_heads_q + num_heads_k == 0,
+    )
+
+
+def check_heads(
+    check: Checker,
+    qkv: torch.Tensor,
+    counts: Mapping[str, int],
+    num_heads: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> None:
+    """Checks a fused projection of `num_heads` heads and what is done to it.
+
+    `counts` are the arguments that say how many heads there are. Both weights are given
+    or neither is.
+    """
+    check.dtype("qkv", qkv, FLOAT_DTYPES)
+    for name, count in counts.items():
+        check.require(count >= 0, name, "be at least 0", count)
+    check.require(
+        head_dim >= 2 and head_dim % 2 == 0,
+        "head_dim",
+        "be even and at least 2",
+        head_dim,
+    )
+    columns = num_heads * head_dim
+    check.require(
+        qkv.dim() == 2 and qkv.shape[1] == columns,
+        "qkv",
+        f"have shape [num_tokens, {columns}]",
+        list(qkv.shape),
+    )
+    check.positive_finite("eps", eps)
+    if q_weight is None:
+        check.absent("k_weight", k_weight, "without q_weight")
+    else:
+        k_weight = check.given("k_weight", k_weight, "with q_weight")
+        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+            check.dtype(name, weight, [qkv.dtype])
+            check.shape(name, weight, [head_dim])
+    wide = [] if qkv.dtype == torch.float32 else [torch.float32]
+    check.dtype("cos_sin_cache", cos_sin_cache, [qkv.dtype, *wide])
+    check.require(
+        cos_sin_cache.dim() == 2 and cos_sin_cache.shape[1] == head_dim,
+        "cos_sin_cache",
+        f"have shape [max_position, {head_dim}]",
+        list(cos_sin_cache.shape),
+    )
+    check.dtype("position_ids", position_ids, [torch.int64, torch.int32])
+    check.shape("position_ids", position_ids, qkv.shape[:1])
+    check.same_device(
+        "qkv",
+        qkv,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        cos_sin_cache=cos_sin_cache,
+        position_ids=position_ids,
     )
 
 
@@ -251,7 +278,8 @@ def _gradient(backward: Backward) -> dict[str, torch.Tensor]:
     return found
 
 
-def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+def autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What the weights and the table are cast to."""
     given, table = args["qkv"].dtype, args["cos_sin_cache"].dtype
     # A float32 table is legal, and worth more than one that was rounded.
     casts = dict.fromkeys(("q_weight", "k_weight"), given)
@@ -268,7 +296,7 @@ _op = Op(
     f"(Tensor qkv, {_ARGUMENTS}, Tensor? donor) -> Tensor",
     _lower,
     reference,
-    autocast=_autocast,
+    autocast=autocast,
     # Queries, keys and values lie one after the other: no piece has its own of each.
     splits=sharding.Rule(
         {"qkv": "tokens ~heads", "position_ids": "tokens"}, ("tokens !heads",)
@@ -284,7 +312,7 @@ front.define(
     NAMESPACE,
     f"fused_qk_norm_rope(Tensor(a!) qkv, {_ARGUMENTS}) -> ()",
     _front,
-    autocast=_autocast,
+    autocast=autocast,
     differentiable=front.Differentiable(
         _differentiable_front, ("qkv", "q_weight", "k_weight")
     ),

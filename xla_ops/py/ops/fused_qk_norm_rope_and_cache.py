@@ -9,11 +9,11 @@ from typing import Any
 from ..core import debug, front, in_place, paged_cache, scalars, sharding
 from ..core.checks import Checker
 from ..core.custom_call import CustomCall, OptionalOperand
-from ..core.dtypes import FLOAT_DTYPES
 from ..core.foreign import Foreign
 from ..core.hlo import Spec
 from ..core.lazy import ownership, torch, tracing
 from ..core.op import NAMESPACE, Op
+from .fused_qk_norm_rope import autocast, check_heads
 from .fused_qk_norm_rope import reference as norm_and_rotate
 from .reshape_and_cache_flash import reference_write
 from .rotary_embedding import rotate
@@ -324,47 +324,10 @@ def _check_heads(
     cos_sin_cache: torch.Tensor,
     position_ids: torch.Tensor,
 ) -> None:
-    _check.dtype("qkv", qkv, FLOAT_DTYPES)
-    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        _check.require(count >= 0, name, "be at least 0", count)
-    _check.require(
-        head_dim >= 2 and head_dim % 2 == 0,
-        "head_dim",
-        "be even and at least 2",
-        head_dim,
-    )
-    columns = (num_heads + 2 * num_kv_heads) * head_dim
-    _check.require(
-        qkv.dim() == 2 and qkv.shape[1] == columns,
-        "qkv",
-        f"have shape [num_tokens, {columns}]",
-        list(qkv.shape),
-    )
-    _check.positive_finite("eps", eps)
-    if q_weight is None:
-        _check.absent("k_weight", k_weight, "without q_weight")
-    else:
-        k_weight = _check.given("k_weight", k_weight, "with q_weight")
-        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-            _check.dtype(name, weight, [qkv.dtype])
-            _check.shape(name, weight, [head_dim])
-    wide = [] if qkv.dtype == torch.float32 else [torch.float32]
-    _check.dtype("cos_sin_cache", cos_sin_cache, [qkv.dtype, *wide])
-    _check.require(
-        cos_sin_cache.dim() == 2 and cos_sin_cache.shape[1] == head_dim,
-        "cos_sin_cache",
-        f"have shape [max_position, {head_dim}]",
-        list(cos_sin_cache.shape),
-    )
-    _check.dtype("position_ids", position_ids, [torch.int64, torch.int32])
-    _check.shape("position_ids", position_ids, qkv.shape[:1])
-    _check.same_device(
-        "qkv",
-        qkv,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        cos_sin_cache=cos_sin_cache,
-        position_ids=position_ids,
+    counts = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    check_heads(
+        *(_check, qkv, counts, num_heads + 2 * num_kv_heads, head_dim, eps),
+        *(q_weight, k_weight, cos_sin_cache, position_ids),
     )
 
 
@@ -374,14 +337,7 @@ def _check_slots(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    _check.dtype("slot_mapping", slot_mapping, [torch.int64])
-    _check.rank("slot_mapping", slot_mapping, "[num_tokens]")
-    _check.require(
-        slot_mapping.shape[0] <= qkv.shape[0],
-        "slot_mapping",
-        f"have at most {qkv.shape[0]} elements",
-        slot_mapping.shape[0],
-    )
+    paged_cache.check_slots(_check, qkv, slot_mapping)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
             _check.scale(name, scale)
@@ -515,11 +471,8 @@ def _reference(
 
 
 def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    given, table = args["qkv"].dtype, args["cos_sin_cache"].dtype
-    casts = dict.fromkeys(("q_weight", "k_weight"), given)
-    casts |= dict.fromkeys(("k_scale", "v_scale"), torch.float32)
-    # A float32 table is legal, and worth more than one that was rounded.
-    return casts if table == torch.float32 else {**casts, "cos_sin_cache": given}
+    scales = dict.fromkeys(("k_scale", "v_scale"), torch.float32)
+    return {**autocast(args, dtype), **scales}
 
 
 def _splits(args: Mapping[str, Any]) -> sharding.Rule:

@@ -188,14 +188,7 @@ def _check_rows(
     _check.rank("key", key, "[num_tokens, num_kv_heads, head_dim]")
     if value is not None:
         _check.same_as("value", value, key)
-    _check.dtype("slot_mapping", slot_mapping, [torch.int64])
-    _check.rank("slot_mapping", slot_mapping, "[num_tokens]")
-    _check.require(
-        slot_mapping.shape[0] <= key.shape[0],
-        "slot_mapping",
-        f"have at most {key.shape[0]} elements",
-        slot_mapping.shape[0],
-    )
+    paged_cache.check_slots(_check, key, slot_mapping)
 
 
 def _check_caches(

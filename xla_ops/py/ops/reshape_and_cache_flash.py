@@ -180,7 +180,7 @@ def _check_tensors(
         f"have heads and head_dim {list(key.shape[1:])}",
         list(key_cache.shape[2:]),
     )
-    _check_slots(key, slot_mapping)
+    paged_cache.check_slots(_check, key, slot_mapping)
     _check_scale("k_scale", k_scale, key)
     _check_scale("v_scale", v_scale, key)
     _check.same_device(
@@ -199,22 +199,10 @@ def _check_rows(name: str, rows: torch.Tensor) -> None:
     _check.rank(name, rows, "[num_tokens, num_kv_heads, head_dim]")
 
 
-def _check_slots(rows: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    _check.dtype("slot_mapping", slot_mapping, [torch.int64])
-    _check.rank("slot_mapping", slot_mapping, "[num_tokens]")
-    _check.require(
-        slot_mapping.shape[0] <= rows.shape[0],
-        "slot_mapping",
-        f"have at most {rows.shape[0]} elements",
-        slot_mapping.shape[0],
-    )
-
-
 def _check_scale(name: str, scale: torch.Tensor | None, rows: torch.Tensor) -> None:
     if scale is None:
         return
-    _check.dtype(name, scale, [torch.float32])
-    _check.one_element(name, scale)
+    _check.scale(name, scale)
     _check.same_device("key", rows, **{name: scale})
 
 
@@ -272,7 +260,7 @@ def _lower_pair(
 ) -> CustomCall:
     """Writes keys and values into `caches`, by name: a buffer for each, or one."""
     _check_pair(key, value)
-    _check_slots(key, slot_mapping)
+    paged_cache.check_slots(_check, key, slot_mapping)
     _check_scale("k_scale", k_scale, key)
     _check_scale("v_scale", v_scale, key)
     return CustomCall(
@@ -302,7 +290,7 @@ def _lower_one(
     debug_mode: bool,
 ) -> CustomCall:
     _check_rows("key", rows)
-    _check_slots(rows, slot_mapping)
+    paged_cache.check_slots(_check, rows, slot_mapping)
     _check_scale("k_scale", scale, rows)
     return CustomCall(
         "xla_ops.reshape_and_cache_flash_one",
