@@ -146,18 +146,21 @@ __device__ __forceinline__ void UpdateSoftmax(float factor,
   }
 }
 
+// Where maxima lag behind: they follow where weights would exceed 2^8, which
+// neither sums nor weights of fp16 mind (values beyond 1e36 would overflow
+// sooner by as much).
+constexpr float kMaxLag = 8.0f;
+
 // The online softmax of two rows whose maxima lag behind: weights are
 // exp2(x - base) of x = factor * score, factor > 0, and `base` follows the
-// rows' maxima only where a weight would exceed 2^8, which neither sums nor
-// weights of fp16 mind (values beyond 1e36 would overflow sooner by as much).
-// After the first tiles that is rare. So the common way holds a comparison and
-// no exchange between lanes; a branch leads to the other.
+// rows' maxima as kMaxLag has it. After the first tiles that is rare. So the
+// common way holds a comparison and no exchange between lanes; a branch leads
+// to the other.
 //
 // The common way subtracts `shift`, the base, before it knows whether the base
 // has to follow, and what the base then is far above would be rounded away:
 // so a base far below zero is no shift, and its rows take the branch.
 struct LaggingSoftmax {
-  static constexpr float kMaxLag = 8.0f;
   static constexpr float kDeep = 256.0f;
 
   // The base of a row is shift + deep, of which one is zero; both are while all

@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   __syncthreads();
 
   const int warp_token = kWarpTokens * warp;
-  const QueryOperand<kHeadDim, false> query(query_tile, 0);
+  const QueryOperand<kHeadDim> query(query_tile, 0);
   const TileRow* lane_rows = rows + lane / 4;
   if constexpr (kFp8) {
     scale[0] *= row_scale[lane / 4];

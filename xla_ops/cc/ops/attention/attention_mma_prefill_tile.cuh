@@ -259,17 +259,14 @@ __device__ __forceinline__ void MultiplyKeyTileFp8(
   });
 }
 
-// UpdateSoftmax with maxima that lag behind: `max` follows only where weights
-// would exceed 2^8, which neither sums nor weights of fp16 mind. After the
-// first tiles that is rare, and false says for the whole warp that `rescale`
-// is 1.
+// UpdateSoftmax with maxima that lag behind (kMaxLag). After the first tiles
+// they seldom follow, and false says for the whole warp that `rescale` is 1.
 template <int kSize>
 __device__ __forceinline__ bool UpdateSoftmaxLazily(float factor,
                                                     float (&scores)[kSize],
                                                     float (&max)[2],
                                                     float (&sum)[2],
                                                     float (&rescale)[2]) {
-  constexpr float kMaxLag = 8.0f;
   float top[2];
   bool follow[2];
 #pragma unroll

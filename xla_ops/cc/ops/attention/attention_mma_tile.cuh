@@ -193,30 +193,17 @@ __device__ __forceinline__ void LoadQueryFragment(uint32_t query, int row,
                fragment);
 }
 
-// The query operand of a warp: held in registers, or read as it is needed.
-template <int kHeadDim, bool kInRegisters>
+// The query operand of a warp, read as it is needed.
+template <int kHeadDim>
 struct QueryOperand {
   uint32_t tile;
   int row;
-  uint32_t fragments[kInRegisters ? kHeadDim / 16 : 1][4];
 
   __device__ __forceinline__ QueryOperand(uint32_t tile, int row)
-      : tile(tile), row(row) {
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        LoadQueryFragment<kHeadDim>(tile, row, k, fragments[k]);
-      }
-    }
-  }
+      : tile(tile), row(row) {}
 
   __device__ __forceinline__ void Get(int k, uint32_t (&a)[4]) const {
-    if constexpr (kInRegisters) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = fragments[k][i];
-    } else {
-      LoadQueryFragment<kHeadDim>(tile, row, k, a);
-    }
+    LoadQueryFragment<kHeadDim>(tile, row, k, a);
   }
 };
 

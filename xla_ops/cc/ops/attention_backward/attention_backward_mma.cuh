@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(BackwardMmaShape<kHeadDim>::kThreads,
   float dv[Shape::kColumns / 8][4];
   Clear(dk);
   Clear(dv);
-  const QueryOperand<kHeadDim, false> key_rows(keys, warp_row);
-  const QueryOperand<kHeadDim, false> value_rows(values, warp_row);
+  const QueryOperand<kHeadDim> key_rows(keys, warp_row);
+  const QueryOperand<kHeadDim> value_rows(values, warp_row);
   const int group = batch.group.value();
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const float alibi_slope = AlibiSlope(batch, tile.seq, head);
@@ -282,8 +282,8 @@ __global__ void __launch_bounds__(BackwardMmaShape<kHeadDim>::kThreads,
   }
   float dq[Shape::kColumns / 8][4];
   Clear(dq);
-  const QueryOperand<kHeadDim, false> query_rows(queries, warp_row);
-  const QueryOperand<kHeadDim, false> grad_rows(grads, warp_row);
+  const QueryOperand<kHeadDim> query_rows(queries, warp_row);
+  const QueryOperand<kHeadDim> grad_rows(grads, warp_row);
   for (int first = visible.begin / kKeys * kKeys; first < visible.end;
        first += kKeys) {
     const auto key_offset = [&](int row) {
