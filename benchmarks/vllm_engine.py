@@ -18,8 +18,6 @@ steps, memory before and after); host (ms of each thing that the host does in a 
 """
 
 import argparse
-import collections
-import gzip
 import json
 import os
 import pathlib
@@ -29,6 +27,7 @@ import sys
 import tempfile
 import time
 
+import device_trace
 import shapes
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -132,42 +131,10 @@ def step_ms(worker, count, context):
 
 def kernels_of_step(worker, count, context, new, repeats, folder):
     """In the engine's process: each kernel's ms in a step, from a device trace."""
-    import torch_xla.debug.profiler as xp
-
     run_steps(worker, count, context, new, 2)
-    xp.start_trace(folder)
-    try:
-        whole = run_steps(worker, count, context, new, repeats)
-    finally:
-        xp.stop_trace()
-    (path,) = pathlib.Path(folder).rglob("*.trace.json.gz")
-    with gzip.open(path) as file:
-        events = json.load(file)["traceEvents"]
-    devices = {
-        event["pid"]
-        for event in events
-        if event.get("name") == "process_name" and "/device:" in event["args"]["name"]
-    }
-    streams = {
-        (event["pid"], event["tid"])
-        for event in events
-        if event.get("name") == "thread_name" and "Stream" in event["args"]["name"]
-    }
-    total = collections.Counter()
-    calls = collections.Counter()
-    for event in events:
-        if event.get("ph") != "X" or event["pid"] not in devices:
-            continue
-        if (event["pid"], event["tid"]) in streams:
-            total[event["name"]] += event["dur"] / 1e3 / repeats
-            calls[event["name"]] += 1 / repeats
-    return {
-        "step_ms": whole,
-        "device_ms": sum(total.values()),
-        "kernels": {
-            name: {"ms": ms, "calls": calls[name]} for name, ms in total.most_common(40)
-        },
-    }
+    return device_trace.kernels(
+        lambda: run_steps(worker, count, context, new, repeats), repeats, folder
+    )
 
 
 # What a step of the engine does on the host, by the function that does it; what is
