@@ -102,7 +102,8 @@ both = cuda_kernel(
 
 def _numbers(x):
     values = [x[0].double(), *map(float, (1, -2, -3, 2**32 - 1, -(2**40), 0.5, 0.1, 1))]
-    return torch.stack([torch.as_tensor(v, device=x.device).double() for v in values])
+    double = {"dtype": torch.float64, "device": x.device}
+    return torch.stack([torch.as_tensor(v, **double) for v in values])
 
 
 numbers = cuda_kernel(
