@@ -7,14 +7,18 @@
 The ways are docs/several_gpus.md's: tensors of one process that are split over its
 devices, and a process a device. The model is that of examples/llm, with weights that
 are the same for every N. `right` compares greedy tokens of a small shape with one
-device's; then, of --shape: `one` request, `many` of them, and the `prefill` of one
-prompt. Asserts that no byte of a cache is copied or gathered, and prints, for one
-device and for N: ms a token, tokens/s, bytes that a decode step moves between devices
-beside those of two all-reduces a layer, and a device's memory. Needs the installed
-wheel; PJRT_DEVICE=CPU does it with N devices of the CPU client.
+device's; then, of --shape: `one` request, `many` of them, more in `wide`, and the
+`prefill` of one prompt. Asserts that no byte of a cache is copied or gathered, and
+prints, for one device and for N: ms a token with this engine, which waits for each
+token before it prepares the next step, and of the step's program alone, as an engine
+has it that works ahead; tokens/s of the latter; bytes that a decode step moves between
+devices beside those of two all-reduces a layer, and a device's memory. A way that fails
+costs the cases that it had not ended. Needs the installed wheel; PJRT_DEVICE=CPU does
+it with N devices of the CPU client.
 """
 
 import argparse
+import gc
 import json
 import os
 import pathlib
@@ -23,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import shapes
 
@@ -43,14 +48,20 @@ SHAPES = shapes.LLAMA | {
     ),
 }
 # Requests, and tokens of each one's prompt.
-CASES = {"one": (1, 1024), "many": (32, 2048), "prefill": (1, 8192)}
-SMALL_CASES = {"one": (1, 32), "many": (4, 64), "prefill": (1, 256)}
+CASES = {
+    "one": (1, 1024),
+    "many": (32, 2048),
+    "wide": (64, 4096),
+    "prefill": (1, 8192),
+}
+SMALL_CASES = {"one": (1, 32), "many": (4, 64), "wide": (8, 64), "prefill": (1, 256)}
 NEW_TOKENS = 32
 WAYS = ("sharded", "ranks")
 ELEMENT_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4}
 COLLECTIVE = re.compile(
     r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) "
-    r"(?:all-reduce|all-gather|all-to-all|reduce-scatter)(?:-start)?\(",
+    r"(?P<op>all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
+    r"(?:-start)?\(",
     re.MULTILINE,
 )
 
@@ -66,59 +77,56 @@ def bytes_of(shapes: str) -> int:
     return total
 
 
-def moved_bytes(hlo: str) -> int:
-    """Bytes of what a program's collectives give on each device."""
-    total = sum(bytes_of(found["type"]) for found in COLLECTIVE.finditer(hlo))
+def collectives(hlo: str) -> list[tuple[int, str]]:
+    """Of a program's collectives, the bytes that each gives on each device, and what it
+    is; the largest first."""
+    found = [
+        (bytes_of(match["type"]), match["op"]) for match in COLLECTIVE.finditer(hlo)
+    ]
     # What stands for them between processes of the CPU client.
     for line in hlo.splitlines():
         if 'custom_call_target="xla_ops.host_collective"' in line:
-            total += bytes_of(line.partition(" = ")[2].partition(" custom-call(")[0])
-    return total
+            result = line.partition(" = ")[2].partition(" custom-call(")[0]
+            found.append((bytes_of(result), "host_collective"))
+    return sorted(found, reverse=True)
+
+
+def moved_bytes(hlo: str) -> int:
+    """Bytes of what a program's collectives give on each device."""
+    return sum(size for size, _ in collectives(hlo))
 
 
 # ------------------------------------------------------------------ within a child
-def weight(name, shape, dtype):
-    """A weight that depends on its name and shape alone, made at memory's speed."""
-    import zlib
-
-    import torch
-
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype)
-    block = torch.empty(1 << 20, dtype=dtype)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    block.normal_(0, shape[1] ** -0.5, generator=generator)
-    whole = torch.empty(shape, dtype=dtype)
-    for part in whole.view(-1).split(block.numel()):
-        part.copy_(block[: part.numel()])
-    return whole
-
-
-def make_engine(config, parallel, case, dtype):
+def make_decoder(config, parallel, max_len, dtype):
     import torch
     import torch_xla
 
     import weights
-    from engine import Engine
-    from kv_cache import round_up
     from model import Decoder
 
-    requests, length = case
-    max_len = round_up(length + NEW_TOKENS)
     with torch.device("meta"):
-        shapes = weights.unpacked(Decoder(config, max_len=1).state_dict())
+        wanted = weights.unpacked(Decoder(config, max_len=1).state_dict())
     parts = {
-        name: parallel.part_of_weight(name, weight(name, meta.shape, dtype), config)
-        for name, meta in shapes.items()
+        name: parallel.part_of_weight(
+            name, shapes.weight(name, meta.shape, dtype), config
+        )
+        for name, meta in wanted.items()
     }
-    decoder = weights.assemble(
+    return weights.assemble(
         parts, config, max_len, dtype, torch_xla.device(), "all", parallel
     )
+
+
+def make_engine(decoder, parallel, case):
+    from engine import Engine
+
+    requests, length = case
     return Engine(
         decoder,
-        max_len,
+        max_len_of(case),
         max_seqs=requests,
         max_prefill_tokens=max(length, 16),
+        buckets=[max(length, 16)],  # a program of 80 layers compiles for long
         backend="replay",
         parallel=parallel,
     )
@@ -142,13 +150,19 @@ def memory():
         return None
 
 
-def measure(config, parallel, case, dtype, dump):
+def max_len_of(case):
+    from kv_cache import round_up
+
+    return round_up(case[1] + NEW_TOKENS)
+
+
+def measure(decoder, config, parallel, case, dtype, dump):
     import hlo
 
     for path in dump.iterdir():  # of the case before
         if path.is_file():
             path.unlink()
-    engine = make_engine(config, parallel, case, dtype)
+    engine = make_engine(decoder, parallel, case)
     engine.warm_up()
     used = memory()
     prompts = prompts_of(case, config.vocab_size)
@@ -161,46 +175,92 @@ def measure(config, parallel, case, dtype, dump):
     assert copied == 0 and stats.cache_bytes_moved == 0, "a cache was copied"
     assert stats.compilations == 0, "a step was compiled again"
     # A decode step is the program of the fewest rows.
-    moved = min(moved_bytes((dump / p.name).read_text()) for p in programs)
+    moved = min(
+        (collectives((dump / p.name).read_text()) for p in programs),
+        key=lambda found: sum(size for size, _ in found),
+    )
+    moved_bytes = sum(size for size, _ in moved)
     rows = engine.max_seqs
     needed = 2 * config.num_layers * rows * config.hidden_size * dtype.itemsize
     decode = statistics.median(stats.decode_s)
+    program = program_seconds(engine, prompts)
     return {
         "tokens": answers,
         "ms_a_step": decode * 1e3,
-        "tokens_per_s": rows / decode,
+        "program_ms": program * 1e3,
+        "tokens_per_s": rows / program,
         "prefill_ms": sum(stats.prefill_s) * 1e3,
-        "bytes_moved": moved,
-        "of_two_all_reduces_a_layer": moved / needed if parallel.size > 1 else None,
+        "bytes_moved": moved_bytes,
+        "largest_moves": moved[:3],
+        "of_two_all_reduces_a_layer": (
+            moved_bytes / needed if parallel.size > 1 else None
+        ),
         "bytes_used": used,
     }
 
 
+def program_seconds(engine, prompts, steps=30):
+    """A decode step's program without the host: steps that do not wait for tokens."""
+    import torch_xla.core.xla_model as xm
+
+    from engine import _Sequence
+    from kv_cache import blocks_for
+
+    batch = []
+    for i, prompt in enumerate(prompts):
+        sequence = _Sequence(i, [*prompt, 1], len(prompt), len(prompt) + 1, None)
+        sequence.blocks = engine.cache.allocator.take(blocks_for(sequence.max_len))
+        sequence.num_cached = len(prompt)
+        batch.append(sequence)
+    inputs = engine._inputs(batch, [1] * len(batch), engine.max_seqs)
+    times = []
+    for _ in range(3):
+        xm.wait_device_ops()
+        start = time.perf_counter()
+        for _ in range(steps):
+            with engine.parallel.step():
+                tokens, _ = engine._compiled(inputs)
+        tokens.cpu()
+        times.append((time.perf_counter() - start) / steps)
+    return min(times)
+
+
 def child(args):
     import torch
+    import torch_xla.backends
 
     from config import ModelConfig
     from parallel import OneDevice, Ranks, Sharded
 
     on_gpu = os.environ["PJRT_DEVICE"] != "CPU"
     torch.set_grad_enabled(False)
+    # In `right`, which is in float32, an H200 would multiply in TF32.
+    torch_xla.backends.set_mat_mul_precision("highest")
     found = {}
-    parallel = None
+    parallel = decoder = None
+    made = None  # what `decoder` is
     for name in args.only:
         shape = "tiny" if name == "right" else args.shape
         config = ModelConfig.from_dict(LLAMA | SHAPES[shape])
-        # A process's part is one of this shape; devices are taken once.
-        if args.child == "ranks":
-            parallel = Ranks(config)
-        elif parallel is None:
-            is_sharded = args.child == "sharded"
-            parallel = Sharded(args.devices, config) if is_sharded else OneDevice()
         dtype = torch.bfloat16 if on_gpu and name != "right" else torch.float32
         cases = SMALL_CASES if shape == "tiny" else CASES
         case = (4, 40) if name == "right" else cases[name]
-        found[name] = measure(config, parallel, case, dtype, args.dump)
-    if int(os.environ.get("RANK", "0")) == 0:
-        args.out.write_text(json.dumps(found))
+        if made != (shape, dtype):
+            # A process's part is one of this shape; devices are taken once.
+            if args.child == "ranks":
+                parallel = Ranks(config)
+            elif parallel is None:
+                is_sharded = args.child == "sharded"
+                parallel = Sharded(args.devices, config) if is_sharded else OneDevice()
+            of_shape = (cases[n] for n in args.only if n != "right")
+            max_len = max(map(max_len_of, [case, *of_shape]))
+            decoder = None  # before the next takes its place
+            decoder = make_decoder(config, parallel, max_len, dtype)
+            made = (shape, dtype)
+        found[name] = measure(decoder, config, parallel, case, dtype, args.dump)
+        gc.collect()  # the engine and its caches
+        if int(os.environ.get("RANK", "0")) == 0:
+            args.out.write_text(json.dumps(found))
 
 
 # ------------------------------------------------------------------ the parent
@@ -216,19 +276,30 @@ def run(way, devices, args, folder):
         env["CPU_NUM_DEVICES"] = str(devices)
     elif way == "one":
         env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    subprocess.run(command, env=env, check=True, timeout=args.timeout)
-    return json.loads(out.read_text())
+    failure = None
+    process = subprocess.Popen(command, env=env)
+    try:
+        if status := process.wait(args.timeout):
+            failure = f"exit status {status}"
+    except subprocess.TimeoutExpired:
+        failure = f"stopped after {args.timeout} s"
+        process.terminate()  # torchrun ends its processes then
+        process.wait()
+    return json.loads(out.read_text()) if out.exists() else {}, failure
 
 
 def table(record):
     for name, ways in record["cases"].items():
         one = ways.get("one")
         for way, found in ways.items():
-            line = f"{name:8} {way:8} {found['ms_a_step']:9.2f} ms a step"
+            line = f"{name:8} {way:8} {found['ms_a_step']:9.2f} ms a step,"
+            line += f" {found['program_ms']:.2f} its program,"
             line += f" {found['tokens_per_s']:9.1f} tokens/s"
             line += f" {found['prefill_ms']:9.1f} ms of prompts"
             if one and way != "one":
-                line += f"  {found['ms_a_step'] / one['ms_a_step']:.2f} of one's time,"
+                line += (
+                    f"  {found['program_ms'] / one['program_ms']:.2f} of one's time,"
+                )
                 line += f" {found['of_two_all_reduces_a_layer']:.2f} of the bytes"
             print(line)
 
@@ -261,12 +332,14 @@ def main():
         return 0
 
     record = {"devices": args.devices, "shape": args.shape, "cases": {}}
-    wrong = []
+    wrong, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         for way in (() if args.no_one else ("one",)) + tuple(args.ways):
-            found = run(
+            found, failure = run(
                 way, 1 if way == "one" else args.devices, args, pathlib.Path(folder)
             )
+            if failure:
+                failed.append(f"{way}: {failure}")
             for name, result in found.items():
                 tokens = result.pop("tokens")
                 if name == "right":
@@ -277,11 +350,14 @@ def main():
             args.out.write_text(json.dumps(record, indent=1))
     record.pop("tokens", None)
     record["right"] = not wrong
+    record["failed"] = failed
     args.out.write_text(json.dumps(record, indent=1))
     table(record)
     if wrong:
         print(f"tokens differ from one device's: {', '.join(wrong)}")
-    return 1 if wrong else 0
+    for line in failed:
+        print(f"FAILED: {line}")
+    return 1 if wrong or failed else 0
 
 
 if __name__ == "__main__":

@@ -115,6 +115,8 @@ class Engine:
       max_len: most tokens a sequence may have, prompt and answer.
       max_seqs: sequences that run together.
       max_prefill_tokens: prompt tokens that one step takes at most.
+      buckets: row lengths of prefill, ascending, a program each; default:
+        prefill_buckets(max_prefill_tokens).
       num_blocks: size of the cache in blocks of 16 tokens; default: enough for
         max_seqs sequences of max_len tokens.
       backend: of torch.compile, "openxla" or "xla_ops", which is the same program
@@ -129,6 +131,7 @@ class Engine:
         max_len: int,
         max_seqs: int = 8,
         max_prefill_tokens: int = 256,
+        buckets: Sequence[int] | None = None,
         num_blocks: int | None = None,
         backend: str = "openxla",
         parallel: OneDevice | None = None,
@@ -151,7 +154,7 @@ class Engine:
         self.device = decoder.cos_sin_cache.device
         self.max_len = max_len
         self.max_seqs = max_seqs
-        self.buckets = prefill_buckets(max_prefill_tokens)
+        self.buckets = tuple(buckets or prefill_buckets(max_prefill_tokens))
         # Row lengths of all steps: decoding first, then prefill.
         self.shapes = tuple(dict.fromkeys((max_seqs, *self.buckets)))
         self.max_blocks = blocks_for(max_len)
@@ -181,8 +184,7 @@ class Engine:
         self._compiled_before = compilations()
 
     def _run(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.decoder(step, self.cache.layers)
-        return logits.argmax(dim=-1), logits
+        return self.parallel.run(self.decoder, step, self.cache.layers)
 
     def warm_up(self, progress: Callable[[int], None] = lambda tokens: None) -> None:
         """Compiles every shape, with steps that hold padding alone."""
@@ -285,7 +287,8 @@ class Engine:
         prefill = batch[0].num_cached < batch[0].num_prompt
         greedy, logits = self._step(batch, counts, num_tokens)
         tokens = greedy.tolist()
-        logits = logits.cpu() if sampling.temperature > 0 else None
+        if sampling.temperature > 0:
+            logits = self._on_host(logits)
         for sequence, count in zip(batch, counts, strict=True):
             sequence.num_cached += count
         # A prompt that is only part way through predicts a token that we know.
@@ -294,7 +297,7 @@ class Engine:
             for row, sequence in enumerate(batch)
             if sequence.num_cached == len(sequence.tokens)
         ]
-        if logits is not None:
+        if sampling.temperature > 0:
             for row in ready:
                 tokens[row] = sample(logits[row], sampling, batch[row].generator)
         elapsed = time.perf_counter() - start
@@ -314,6 +317,11 @@ class Engine:
         greedy = greedy.cpu()  # waits for the step
         self.stats.cache_bytes_moved += self.cache.bytes_moved(before)
         return greedy, logits
+
+    @torch.no_grad()
+    def _on_host(self, logits: torch.Tensor) -> torch.Tensor:
+        with self.parallel.step():
+            return self.parallel.whole_logits(logits).cpu()
 
     def _inputs(self, batch, counts, num_tokens: int) -> StepInputs:
         """Packs `counts[i]` uncached tokens of `batch[i]` into one padded row."""

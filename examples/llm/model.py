@@ -10,7 +10,7 @@ gate_up_proj alone holds two of theirs (`PACKED`).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -203,8 +203,6 @@ class Decoder(nn.Module):
     """
 
     cos_sin_cache: torch.Tensor
-    # (part of the logits, dim) -> all, where several processes have parts of the head.
-    gather_logits: Callable = staticmethod(lambda logits, dim: logits)
 
     def __init__(self, config: ModelConfig, max_len: int, ops: str = "all"):
         super().__init__()
@@ -250,7 +248,7 @@ class Decoder(nn.Module):
         """Of the last norm's result."""
         embedding = self.model.embed_tokens.weight
         head = embedding if self.config.tie_word_embeddings else self.lm_head.weight
-        return self.gather_logits(F.linear(x, head).float(), -1)
+        return F.linear(x, head).float()
 
     def add_norm(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None):
         """The norm of the sum, and the sum."""

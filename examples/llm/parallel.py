@@ -31,6 +31,7 @@ import xla_ops
 from config import ModelConfig
 from model import MLP, Attention, Decoder
 from xla_ops.programs import processes
+from xla_ops.programs.replay import replay
 
 AXIS = "tp"
 ROWS, COLUMNS = (AXIS, None), (None, AXIS)  # of weights [out, in]
@@ -76,6 +77,15 @@ class OneDevice:
         """Around each step."""
         yield
 
+    def run(self, decoder: Decoder, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step's likeliest tokens, and its logits or this process's part of them."""
+        logits = decoder(*inputs)
+        return logits.argmax(dim=-1), logits
+
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """All logits of a step, of the part that `run` returned."""
+        return logits
+
 
 def _check_divides(size: int, name: str, count: int) -> None:
     if count % size:
@@ -112,6 +122,8 @@ class Sharded(OneDevice):
         self.mesh = xs.Mesh(np.arange(size), (size,), (AXIS,))
 
     def place(self, decoder: Decoder, device: torch.device) -> Decoder:
+        embedding = SplitEmbedding(decoder.model.embed_tokens)
+        decoder.model.embed_tokens = embedding  # type: ignore[assignment]
         for module in decoder.modules():
             if isinstance(module, MLP):
                 packed = module.gate_up_proj
@@ -150,6 +162,24 @@ class Sharded(OneDevice):
     def step(self) -> Iterator[None]:
         with xla_ops.sharding(self.mesh, tokens=None, heads=AXIS, columns=AXIS):
             yield
+
+
+class SplitEmbedding(nn.Module):
+    """An embedding whose rows are split over devices.
+
+    XLA makes the lookup of one row a slice before it partitions, and a slice of what is
+    split moves a part of the whole matrix to every device. So one row is two.
+    """
+
+    def __init__(self, whole: nn.Embedding):
+        super().__init__()
+        self.weight = whole.weight
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if token_ids.shape[0] > 1:
+            return F.embedding(token_ids, self.weight)
+        two = torch.cat((token_ids, torch.zeros_like(token_ids)))
+        return F.embedding(two, self.weight)[:1]
 
 
 class GateAndUp(nn.Module):
@@ -216,6 +246,9 @@ class Ranks(OneDevice):
         world = dist.group.WORLD
         assert world is not None
         self.group = processes.join(world)
+        # The first token of this process's part of the vocabulary, if it is split.
+        self._first_token: int | None = None
+        self._gathered = replay(self._gather)
 
     def part_of_config(self, config: ModelConfig) -> ModelConfig:
         return dataclasses.replace(
@@ -257,15 +290,29 @@ class Ranks(OneDevice):
         if rows < decoder.config.vocab_size:
             part = PartOfEmbedding(body.embed_tokens.weight, self.group)
             body.embed_tokens = part  # type: ignore[assignment]
-            decoder.gather_logits = self.group.all_gather
-        forward = decoder.forward
-
-        def in_order(*args):
-            with self.group.in_order():
-                return forward(*args)
-
-        decoder.forward = in_order  # type: ignore[method-assign]
+            self._first_token = self.group.rank * rows
         return decoder.to(device)
+
+    def run(self, decoder: Decoder, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.group.in_order():
+            logits = decoder(*inputs)
+            return self._argmax(logits), logits
+
+    def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._first_token is None:
+            return logits.argmax(dim=-1)
+        # Of each process its best, not its logits: 8 bytes a row.
+        best, token = logits.max(dim=-1)
+        pair = torch.stack((best, (token + self._first_token).float()))  # exact to 2^24
+        bests, tokens = self.group.all_gather(pair[None]).unbind(1)
+        return tokens.gather(0, bests.argmax(dim=0)[None])[0].long()
+
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self._first_token is None else self._gathered(logits)
+
+    def _gather(self, logits: torch.Tensor) -> torch.Tensor:
+        with self.group.in_order():
+            return self.group.all_gather(logits, -1)
 
 
 class Summed(nn.Module):
