@@ -30,7 +30,10 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import user_kernels_cases as cases
+import xla_dump
 import xla_ops
 from xla_ops.extend import launch, nvrtc
 
@@ -369,12 +372,10 @@ def measure(options):
 
 
 def is_captured(folder):
-    """Whether a dump has the launcher in a command buffer; None: it does not show."""
-    texts = [p.read_text(errors="replace") for p in pathlib.Path(folder).glob("*.txt")]
-    ours = [t for t in texts if "launch_kernel" in t]
-    if not ours:
-        return None
-    return any("command_buffer" in t.lower() or "kCommandBuffer" in t for t in ours)
+    """Whether the longest program of a dump has all its calls in CUDA graphs."""
+    files = pathlib.Path(folder).glob("*thunk_sequence*.txt")
+    calls = xla_dump.launches([path.read_text() for path in files])
+    return calls["inside"] > 0 and calls["outside"] == 0
 
 
 def timings(options):
