@@ -298,11 +298,11 @@ def _make_prepare(tokens, device):
 
 
 def _prepare(qkv, q_weight, k_weight, table, positions, *cache):
-    xla_ops.fused_qk_norm_rope_and_cache(
+    query = xla_ops.fused_qk_norm_rope_and_cache(
         *(qkv, *QKV_HEADS[:2], HEAD_DIM, EPS, q_weight, k_weight),
         *(table, True, positions, *cache),
     )
-    return qkv, *cache[:2]
+    return query, *cache[:2]
 
 
 def _prepare_apart(qkv, q_weight, k_weight, table, positions, *cache):
@@ -310,28 +310,28 @@ def _prepare_apart(qkv, q_weight, k_weight, table, positions, *cache):
     _qk_norm_rope(qkv, q_weight, k_weight, table, positions)
     heads = qkv.unflatten(1, (-1, HEAD_DIM)).split(QKV_HEADS, 1)
     xla_ops.reshape_and_cache_flash(*heads[1:], *cache)
-    return qkv, *cache[:2]
+    return heads[0], *cache[:2]
 
 
 def _prepare_eagerly(qkv, q_weight, k_weight, table, positions, *cache):
-    qkv.copy_(_qk_norm_rope_eagerly(qkv, q_weight, k_weight, table, positions))
+    qkv = _qk_norm_rope_eagerly(qkv, q_weight, k_weight, table, positions)
     heads = qkv.unflatten(1, (-1, HEAD_DIM)).split(QKV_HEADS, 1)
     _write_by_index(*heads[1:], *cache)
-    return qkv, *cache[:2]
+    return heads[0], *cache[:2]
 
 
 def qk_norm_ropes_and_writes(device: str) -> Iterator[Case]:
     for tokens in (4096, 64) if device == "cuda" else (64,):
-        rotated, written = sum(QKV_HEADS[:2]) * HEAD_DIM, 2 * QKV_HEADS[1] * HEAD_DIM
+        row = sum(QKV_HEADS) * HEAD_DIM
         yield Case(
             "fused_qk_norm_rope_and_cache",
-            f"{tokens}x{sum(QKV_HEADS) * HEAD_DIM}",
+            f"{tokens}x{row}",
             "cache",
             functools.partial(_make_prepare, tokens),
             _prepare,
             _prepare_eagerly,
-            # Reads a row; writes queries and keys, then keys and values to the cache.
-            2 * tokens * (2 * rotated + written // 2 + written),
+            # Reads a row; writes as many elements, some of them to the caches.
+            4 * tokens * row,
             peers={"torch eager": _prepare_eagerly, "separate calls": _prepare_apart},
             target=Target("us", 4, 2) if tokens == 64 else None,
             in_place=True,

@@ -83,15 +83,15 @@ def forward(weights: dict, caches: list, batch: Batch) -> tuple[list, jax.Array]
     new = []
     for layer, cache in zip(weights["layers"], caches, strict=True):
         x, residual = xj.fused_add_rms_norm(x, residual, layer["attention_norm"])
-        # Rotates queries and keys, without a norm, and writes keys and values.
-        qkv, cache = xj.fused_qk_norm_rope_and_cache(
+        # Rotates queries and keys, without a norm; keys and values go to the cache.
+        query, cache = xj.fused_qk_norm_rope_and_cache(
             x @ layer["qkv"].T,
             *(HEADS, KV_HEADS, HEAD_DIM, 1e-6, None, None, weights["rotary"], True),
             *(batch.positions, cache, None, batch.slots),
         )
         new.append(cache)
         attended = xj.paged_attention(
-            qkv[:, : HEADS * HEAD_DIM].reshape(-1, HEADS, HEAD_DIM),
+            query,
             cache,
             batch.lengths,
             batch.tables,

@@ -135,8 +135,8 @@ def normed_and_rotated(**args):
 
 
 def prepared(**args):
-    xla_ops.fused_qk_norm_rope_and_cache(**args)
-    return args["qkv"], args["key_cache"], args["value_cache"]
+    query = xla_ops.fused_qk_norm_rope_and_cache(**args)
+    return query, args["key_cache"], args["value_cache"]
 
 
 def projection_and_caches(dtype, table_dtype):

@@ -105,14 +105,14 @@ class Updates(torch.nn.Module):
         xla_ops.fused_qk_norm_rope(qkv, *sizes, weight, weight, table, True, ids)
         k, v = qkv.unflatten(1, (4, 16))[:, 2:].split(1, dim=1)
         sizes = (2, 1, 16, 1e-6)
-        xla_ops.fused_qk_norm_rope_and_cache(
+        query = xla_ops.fused_qk_norm_rope_and_cache(
             qkv, *sizes, weight, weight, table, True, ids, *flat.unbind(0), ids
         )
         xla_ops.reshape_and_cache(k, v, keys, values, ids)
         xla_ops.swap_blocks(keys, others, torch.stack([ids // PAGE, ids % 32], 1))
         penalties = qkv[:, 0].abs() + 1
         xla_ops.apply_repetition_penalties_(qkv, qkv > 1, qkv < -1, penalties)
-        return xla_ops.gelu_new(qkv), values + 1, others + 1, flat + 1
+        return xla_ops.gelu_new(qkv), query, values + 1, others + 1, flat + 1
 
     @staticmethod
     def inputs(tokens):

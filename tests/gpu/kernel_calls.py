@@ -126,11 +126,11 @@ def reshape_and_cache_flash_one(
 
 
 def fused_qk_norm_rope_and_cache(qkv, caches, *rest):
-    """Returns the new qkv and the list of cache buffers, as above."""
+    """Returns the queries and the list of cache buffers, as above."""
     form = "stacked" if len(caches) == 1 else "both"
     op = xj.functional(f"fused_qk_norm_rope_and_cache_{form}")
-    qkv, *caches = op(qkv, *caches, *rest)
-    return qkv, caches
+    query, *caches = op(qkv, *caches, *rest)
+    return query, caches
 
 
 def attention(query, key, value, cu_seqlens_q, *, op="flash_attn_varlen", **arguments):

@@ -151,8 +151,9 @@ def check_prepare(
 ):
     """fused_qk_norm_rope_and_cache of two query heads a KV head, eight tokens a page.
 
-    With weights qkv is compared with float64, without bit by bit with every step
-    rounded; the caches bit by bit with what came out in qkv.
+    With weights queries and keys are compared with float64, without bit by bit with
+    every step rounded; the caches bit by bit with keys as caches of the same dtype, a
+    slot for each token, take them, and with the values given.
     """
     kv_cache_dtype, cache_dtype = CACHE_DTYPES.get(cache, ("auto", dtype))
     blocks, page, turned, pairs = tokens // 8 + 2, 8, 3 * heads, head_dim // 2
@@ -175,18 +176,27 @@ def check_prepare(
     given = weights if normed else (None, None)
     rest = (*given, table, positions, slots, *scales, 2 * heads, heads, head_dim)
     rest = (*rest, 1e-5, is_neox, kv_cache_dtype, geometry, False)
-    arrays = [r for r in rest if isinstance(r, np.ndarray)]
 
-    def run(qkv, caches, *arrays):
-        given = iter(arrays)
-        filled = [next(given) if isinstance(r, np.ndarray) else r for r in rest]
-        return kernel_calls.fused_qk_norm_rope_and_cache(qkv, caches, *filled)
+    def run(caches, rest):
+        arrays = [r for r in rest if isinstance(r, np.ndarray)]
 
-    got, caches = jax.jit(run)(
-        qkv.reshape(tokens, 4 * heads * head_dim), before, *arrays
-    )
-    got = np.asarray(got).reshape(shape)
-    assert np.array_equal(got[:, turned:], qkv[:, turned:]), "values changed"
+        def call(qkv, caches, *arrays):
+            given = iter(arrays)
+            filled = [next(given) if isinstance(r, np.ndarray) else r for r in rest]
+            return kernel_calls.fused_qk_norm_rope_and_cache(qkv, caches, *filled)
+
+        rows = qkv.reshape(tokens, 4 * heads * head_dim)
+        return jax.jit(call)(rows, caches, *arrays)
+
+    queries, caches = run(before, rest)
+    # A block of one page for each token.
+    wide, wide_geometry = kernel_calls.geometry("NHD", tokens, 1, heads, head_dim)
+    every = (*given, table, positions, np.arange(tokens), *scales, 2 * heads, heads)
+    every = (*every, head_dim, 1e-5, is_neox, "auto", wide_geometry, False)
+    again, [keys, values] = run([np.zeros(wide, dtype)] * 2, every)
+    assert np.array_equal(queries, again), "queries depend on the caches"
+    assert np.array_equal(values[:, 0], qkv[:, turned:]), "values changed"
+    got = np.concatenate([queries, keys[:, 0], qkv[:, turned:]], 1)
 
     # numpy's and ml_dtypes' arithmetic on 16-bit floats rounds every step.
     y = qkv[:, :turned].astype(np.float64) if normed else qkv[:, :turned]

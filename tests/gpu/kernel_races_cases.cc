@@ -274,6 +274,7 @@ void Cases::AddQkNormRopeAndCache(DType dtype) {
   // A few lanes a head; single elements.
   for (const int64_t dim : {128, 6}) {
     const Dims qkv = {kTokens, 4 * kHeads * dim};
+    const Dims query = {kTokens, 2 * kHeads, dim};
     const Dims cache = {kBlocks, kPage, kHeads, dim};
     const Dims stacked = {2, kBlocks, kPage, kHeads, dim};
     TestTensor positions(kS64, {kTokens});
@@ -314,17 +315,17 @@ void Cases::AddQkNormRopeAndCache(DType dtype) {
                                    NameOf(qkv) + (is_neox ? " neox" : " gptj") +
                                    (is_normed ? " norm" : "");
         Add("fused_qk_norm_rope_and_cache", detail,
-            {Random(table, {11, dim}), positions, slots, weight(), weight(),
-             Scalar(0.05), Scalar(0.05), Random(cache_dtype, cache),
-             Random(cache_dtype, cache), Random(dtype, qkv)},
-            {{dtype, qkv, 9}, {cache_dtype, cache, 8}, {cache_dtype, cache, 7}},
+            {Random(dtype, qkv), Random(table, {11, dim}), positions, slots,
+             weight(), weight(), Scalar(0.05), Scalar(0.05),
+             Random(cache_dtype, cache), Random(cache_dtype, cache)},
+            {{dtype, query}, {cache_dtype, cache, 9}, {cache_dtype, cache, 8}},
             [=](CallFrame* frame) { attrs(frame, 0); });
         // Not aliased, so that the handler copies first.
         Add("fused_qk_norm_rope_and_cache_stacked", detail,
-            {Random(table, {11, dim}), positions, slots, weight(), weight(),
-             Scalar(0.05), Scalar(0.05), Random(cache_dtype, stacked),
-             Random(dtype, qkv)},
-            {{dtype, qkv}, {cache_dtype, stacked}}, [=](CallFrame* frame) {
+            {Random(dtype, qkv), Random(table, {11, dim}), positions, slots,
+             weight(), weight(), Scalar(0.05), Scalar(0.05),
+             Random(cache_dtype, stacked)},
+            {{dtype, query}, {cache_dtype, stacked}}, [=](CallFrame* frame) {
               attrs(frame, kBlocks * kPage * kHeads * dim);
             });
       }

@@ -121,7 +121,7 @@ def fused_qk_norm_rope_and_cache(path, **given):
             cache,
         )
     )
-    xla_ops.fused_qk_norm_rope_and_cache(
+    query = xla_ops.fused_qk_norm_rope_and_cache(
         qkv,
         q_weight=weight,
         k_weight=weight,
@@ -132,7 +132,7 @@ def fused_qk_norm_rope_and_cache(path, **given):
         slot_mapping=ids,
         **sizes | {"eps": 1e-6, "is_neox": True} | given,
     )
-    return qkv, cache
+    return query, cache
 
 
 def heads():

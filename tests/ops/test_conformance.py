@@ -104,11 +104,11 @@ SAMPLES = {
     ),
     "fused_qk_norm_rope_and_cache_both": (
         *(torch.randn(5, 6 * 16), CACHE, CACHE.clone(), *NORM_AND_ROTATION),
-        *("auto", [*GEOMETRY, 0], False, None, None, None),
+        *("auto", [*GEOMETRY, 0], False, None, None),
     ),
     "fused_qk_norm_rope_and_cache_stacked": (
         *(torch.randn(5, 6 * 16), torch.zeros(2, 3, 4, 2, 16), *NORM_AND_ROTATION),
-        *("auto", [*GEOMETRY, 384], False, None, None),
+        *("auto", [*GEOMETRY, 384], False, None),
     ),
     "reshape_and_cache_flash_both": (
         *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),

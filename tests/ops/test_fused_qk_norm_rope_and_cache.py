@@ -23,17 +23,18 @@ MAX_POSITION = 50
 
 
 def fused(qkv, k, v, sizes, rotation, is_neox, ids, slots, *rest):
-    """The op, what it writes first."""
-    xla_ops.fused_qk_norm_rope_and_cache(
+    """The op, what it writes before what it reads."""
+    return xla_ops.fused_qk_norm_rope_and_cache(
         qkv, *sizes, EPS, *rotation, is_neox, ids, k, v, slots, *rest
     )
 
 
 def apart(qkv, k, v, sizes, rotation, is_neox, ids, slots, *rest):
-    """What it means, by the ops that it joins."""
+    """What it means, by the ops that it joins, which rotate in place."""
     heads, kv_heads, dim = sizes
     q_weight, k_weight, table = rotation
     turned = (heads + kv_heads) * dim
+    qkv = qkv.clone()
     if q_weight is None:
         args = (ids, qkv[:, :turned], None, dim, table, is_neox)
         torch.ops.xla_ops.rotary_embedding(*args)
@@ -43,9 +44,10 @@ def apart(qkv, k, v, sizes, rotation, is_neox, ids, slots, *rest):
         xla_ops.fused_qk_norm_rope(
             qkv, *counts, dim, EPS, *weights, table, is_neox, ids
         )
-    rows = qkv[:, heads * dim :].unflatten(1, (2 * kv_heads, dim))
-    key, value = rows[:, :kv_heads], rows[:, kv_heads:]
+    rows = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
+    query, key, value = rows.split((heads, kv_heads, kv_heads), dim=1)
     xla_ops.reshape_and_cache_flash(key, value, k, v, slots, *rest)
+    return query
 
 
 def batch(
@@ -97,10 +99,9 @@ def assert_same(got, wanted):
 
 
 def on_cpu(qkv, kv, rest, *tail, take=lambda kv: kv.unbind(0)):
-    """What the ops apart make of copies of qkv and of a buffer of both caches."""
-    qkv, kv = qkv.clone(), kv.clone()
-    apart(qkv, *take(kv), *rest, *tail)
-    return qkv, kv
+    """What the ops apart make of qkv, and of a copy of a buffer of both caches."""
+    kv = kv.clone()
+    return apart(qkv, *take(kv), *rest, *tail), kv
 
 
 FORMS = pytest.mark.parametrize("weights", [True, False], ids=["norm", "no norm"])
@@ -117,12 +118,12 @@ def test_is_the_ops_that_it_joins(path, dtype, weights, is_neox, is_stacked):
     wanted = on_cpu(qkv, kv, rest)
     if is_stacked:
         f = lambda qkv, kv, *r: fused(qkv, *kv.unbind(0), *r)  # noqa: E731
-        result, (*got, _, _, _, _, _) = path.run(f, qkv, kv, *rest)
+        query, (same, got, *_) = path.run(f, qkv, kv, *rest)
     else:
-        result, (new, k, v, *_) = path.run(fused, qkv, *kv, *rest)
-        got = (new, torch.stack([k, v]))
-    assert result is None
-    assert_same(got, wanted)
+        query, (same, k, v, *_) = path.run(fused, qkv, *kv, *rest)
+        got = torch.stack([k, v])
+    assert_same((query, got), wanted)
+    assert query.is_contiguous() and torch.equal(same, qkv)
 
 
 @FORMS
@@ -136,10 +137,10 @@ def test_fp8(path, weights, kv_cache_dtype, as_bytes):
     scales = torch.tensor(0.5), torch.tensor([3.0])
     # Views of fp8 are not traced: as two caches.
     tail = (kv_cache_dtype, *scales)
-    new, k, v = qkv.clone(), kv[0].clone(), kv[1].clone()
-    apart(new, k, v, *rest, *tail)
-    _, (*got, _, _, _, _, _, _, _, _) = path.run(fused, qkv, *kv, *rest, *tail)
-    assert_same(got, (new, k, v))
+    k, v = kv[0].clone(), kv[1].clone()
+    query = apart(qkv, k, v, *rest, *tail)
+    got, (_, *written) = path.run(fused, qkv, *kv, *rest, *tail)
+    assert_same((got, *written[:2]), (query, k, v))
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -147,8 +148,8 @@ def test_fp8(path, weights, kv_cache_dtype, as_bytes):
 def test_tokens_without_a_slot_are_rotated(path, weights, cached):
     qkv, rest = batch(5, weights=weights, cached=cached)
     kv = caches()
-    _, (new, k, v, *_) = path.run(fused, qkv, *kv, *rest)
-    assert_same((new, torch.stack([k, v])), on_cpu(qkv, kv, rest))
+    query, (_, k, v, *_) = path.run(fused, qkv, *kv, *rest)
+    assert_same((query, torch.stack([k, v])), on_cpu(qkv, kv, rest))
 
 
 def test_float32_table_and_int32_positions(path):
@@ -157,8 +158,8 @@ def test_float32_table_and_int32_positions(path):
         qkv, rest = batch(6, dtype=torch.bfloat16, **given)
         *front, ids, slots = rest
         kv = caches(dtype=torch.bfloat16)
-        _, (new, k, v, *_) = path.run(fused, qkv, *kv, *front, ids.int(), slots)
-        assert_same((new, torch.stack([k, v])), on_cpu(qkv, kv, rest))
+        query, (_, k, v, *_) = path.run(fused, qkv, *kv, *front, ids.int(), slots)
+        assert_same((query, torch.stack([k, v])), on_cpu(qkv, kv, rest))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +169,8 @@ def test_float32_table_and_int32_positions(path):
 def test_little_to_do(path, tokens, heads, kv_heads, blocks):
     qkv, rest = batch(tokens, heads, kv_heads)
     kv = caches(kv_heads, blocks=blocks)
-    _, (new, k, v, *_) = path.run(fused, qkv, *kv, *rest)
-    assert_same((new, torch.stack([k, v])), on_cpu(qkv, kv, rest))
+    query, (_, k, v, *_) = path.run(fused, qkv, *kv, *rest)
+    assert_same((query, torch.stack([k, v])), on_cpu(qkv, kv, rest))
 
 
 # Of one buffer, K and V caches [blocks=6, page=4, heads=2, dim=16].
@@ -192,13 +193,13 @@ def test_writes_through_views(path, view, weights):
 
     def step(qkv, kv, *rest):
         k, v = take(kv)
-        fused(qkv, k, v, *rest)
-        return qkv + 1, k + 1, v + 1
+        query = fused(qkv, k, v, *rest)
+        return query, k + 1, v + 1
 
-    later, (new, written, *_) = path.run(step, qkv, kv, *rest)
+    (query, *later), (_, written, *_) = path.run(step, qkv, kv, *rest)
     wanted = on_cpu(qkv, kv, rest, take=take)
-    assert_same((new, written), wanted)
-    assert_same(later, [t + 1 for t in (wanted[0], *take(wanted[1]))])
+    assert_same((query, written), wanted)
+    assert_same(later, [t + 1 for t in take(wanted[1])])
 
 
 @pytest.mark.parametrize("name", ["lazy", "compiled"])
@@ -208,12 +209,13 @@ def test_caches_of_other_strides_than_each_other(name):
     k, v = torch.randn(6, 4, 2, 16), torch.randn(6, 2, 4, 16)
 
     def step(qkv, k, v, *rest):
-        fused(qkv, k, v.transpose(1, 2), *rest)
+        return fused(qkv, k, v.transpose(1, 2), *rest)
 
-    _, got = Path(name).run(step, qkv, k, v, *rest)
+    got, (same, *written) = Path(name).run(step, qkv, k, v, *rest)
     values = v.transpose(1, 2).contiguous()
-    apart(qkv, k, values, *rest)
-    assert_same(got[:3], (qkv, k, values.transpose(1, 2)))
+    query = apart(qkv, k, values, *rest)
+    assert_same((got, *written[:2]), (query, k, values.transpose(1, 2)))
+    assert torch.equal(same, qkv)
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -223,12 +225,11 @@ def test_qkv_may_be_a_view(path, weights):
     wide[1:5, 8:72] = qkv
 
     def step(wide, kv, *rest):
-        fused(wide[1:5, 8:72], *kv.unbind(0), *rest)
+        return fused(wide[1:5, 8:72], *kv.unbind(0), *rest)
 
-    _, (got, *_) = path.run(step, wide, kv, *rest)
-    wanted = wide.clone()
-    wanted[1:5, 8:72] = on_cpu(qkv, kv, rest)[0]
-    assert_same([got], [wanted])
+    query, (same, got, *_) = path.run(step, wide, kv, *rest)
+    assert_same((query, got), on_cpu(qkv, kv, rest))
+    assert torch.equal(same, wide)
 
 
 @settings(max_examples=60)
@@ -251,8 +252,8 @@ def test_any_shape(data):
     tail = data.draw(st.sampled_from([(kind,), (kind, *scales)]))
     take = data.draw(st.sampled_from([lambda t: t.unbind(0), lambda t: (t[1], t[0])]))
     wanted = on_cpu(qkv, kv, rest, *tail, take=take)
-    fused(qkv, *take(kv), *rest, *tail)
-    assert_same((qkv, kv), wanted)
+    query = fused(qkv, *take(kv), *rest, *tail)
+    assert_same((query, kv), wanted)
 
 
 @pytest.mark.parametrize("op", ["both", "stacked"])
@@ -300,9 +301,7 @@ def model(x, projection, layers, meta, *rest):
     """Each layer's projection depends on what the one before read of its caches."""
     for kv in layers:
         k, v = kv.unbind(0) if isinstance(kv, torch.Tensor) else kv
-        qkv = x @ projection
-        fused(qkv, k, v, *rest)
-        query = qkv[:, :32].view(-1, 2, 16)
+        query = fused(x @ projection, k, v, *rest)
         x = x + xla_ops.paged_attention(query, (k, v), *meta, 0.2).reshape(-1, 32)
     return x
 
@@ -358,7 +357,7 @@ def test_every_cache_stays_where_it_is(name, order, form):
 
 @IN_PLACE
 def test_no_byte_is_copied(name, hlo_dump):
-    """Neither of a cache, nor of a projection, which is another program's or its own.
+    """Neither of a cache nor of a projection, nor is one taken apart.
 
     The CPU's matmul is a fusion of its own, so only "copy" counts for projections.
     """
@@ -369,11 +368,9 @@ def test_no_byte_is_copied(name, hlo_dump):
     x, projection, rest = path.put((torch.randn(tokens, 8), torch.randn(8, 64), rest))
 
     def step(x, projection, kv, k, v, *rest):
-        qkv = x @ projection
-        fused(qkv, *kv.unbind(0), *rest)
-        other = (x + 1) @ projection
-        fused(other, k, v, *rest)
-        return qkv.sum(-1), other.sum(-1)
+        one = fused(x @ projection, *kv.unbind(0), *rest)
+        other = fused((x + 1) @ projection, k, v, *rest)
+        return one.sum(-1), other.sum(-1)
 
     path.function(step)(x, projection, kv, k, v, *rest)
     addresses([kv, k, v])
@@ -383,6 +380,7 @@ def test_no_byte_is_copied(name, hlo_dump):
         for shape in ((2, blocks, 4, 1, 16), (blocks, 4, 1, 16)):
             assert copies_of(shape, program) == []
         assert not [c for c in copies_of((tokens, 64), program) if " copy" in c]
+        assert copies_of((tokens, 2, 16), program) == []
         assert program.count('target="xla_ops.') == 2
 
 
@@ -395,11 +393,13 @@ def test_compiled_for_the_cpu(backend, weights):
     address = kv.data_ptr()
 
     def step(qkv, kv, *rest):
-        fused(qkv, *kv.unbind(0), *rest)
+        return fused(qkv, *kv.unbind(0), *rest)
 
-    torch.compile(step, backend=backend, fullgraph=True)(qkv, kv, *rest)
+    before = qkv.clone()
+    query = torch.compile(step, backend=backend, fullgraph=True)(qkv, kv, *rest)
     assert kv.data_ptr() == address
-    assert_same((qkv, kv), wanted)
+    assert torch.equal(qkv, before)
+    assert_same((query, kv), wanted)
 
 
 GOOD = {
@@ -491,12 +491,19 @@ def test_errors_of_several(changes, message):
     assert str(error.value) == "fused_qk_norm_rope_and_cache: " + message
 
 
-def test_what_is_written_lies_apart():
-    kv = torch.ones(2, 2, 4, 2, 8)
-    overlapping = kv.flatten()[:192].view(3, 64)
-    given = {"qkv": overlapping, "key_cache": kv[0], "value_cache": kv[1]}
-    with pytest.raises(ValueError, match="must not share memory with qkv"):
-        xla_ops.fused_qk_norm_rope_and_cache(**GOOD | given)
+def test_qkv_may_lie_where_it_is_written():
+    kv = torch.randn(2, 2, 4, 2, 8)
+    apart = kv.clone()
+    given = {"qkv": kv.flatten()[:192].view(3, 64)}
+    given |= {"key_cache": kv[0], "value_cache": kv[1]}
+    others = {"qkv": given["qkv"].clone()}
+    others |= {"key_cache": apart[0], "value_cache": apart[1]}
+    query = xla_ops.fused_qk_norm_rope_and_cache(**GOOD | given)
+    assert torch.equal(query, xla_ops.fused_qk_norm_rope_and_cache(**GOOD | others))
+    assert torch.equal(kv, apart)
+
+
+def test_caches_lie_apart():
     with pytest.raises(ValueError, match="value_cache must not share memory with key"):
         xla_ops.fused_qk_norm_rope_and_cache(
             **GOOD | {"value_cache": GOOD["key_cache"]}
@@ -544,7 +551,7 @@ def test_example():
         function, globs={"torch": torch, function.__name__: function}
     )
     result = doctest.DocTestRunner().run(found[0])
-    assert result.attempted == 7 and not result.failed
+    assert result.attempted == 6 and not result.failed
 
 
 def test_debug_reports_skipped_slots(capfd):

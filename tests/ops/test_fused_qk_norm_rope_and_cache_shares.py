@@ -1,4 +1,4 @@
-"""fused_qk_norm_rope_and_cache where what it updates are parts of one tensor."""
+"""fused_qk_norm_rope_and_cache where what it takes are parts of one tensor."""
 
 import pytest
 import torch
@@ -34,11 +34,11 @@ def test_each_part_is_updated(way, parts):
 
     def update(arena, table, positions, slots):
         qkv, keys, values = parts(arena)
-        fused_qk_norm_rope_and_cache(
+        query = fused_qk_norm_rope_and_cache(
             *(qkv, HEADS, KV_HEADS, SIZE, 1e-6, None, None, table, True),
             *(positions, keys, values, slots),
         )
-        return qkv + 0, keys + 0, values + 0
+        return query, qkv + 0, keys + 0, values + 0
 
     given = (arena, table, positions, slots)
     expected = update(*(t.clone() for t in given))
@@ -46,5 +46,6 @@ def test_each_part_is_updated(way, parts):
     run = update if way == "lazy" else torch.compile(update, backend=way)
     got = run(*(t.to(device) for t in given))
     torch_xla.sync()
-    for name, want, value in zip(("qkv", "keys", "values"), expected, got, strict=True):
+    names = ("query", "qkv", "keys", "values")
+    for name, want, value in zip(names, expected, got, strict=True):
         torch.testing.assert_close(value.cpu(), want, msg=lambda m, n=name: f"{n}: {m}")

@@ -61,7 +61,7 @@ def prepare(qkv, key_cache, value_cache, *rest):
     geometry = [4, 4, KV_HEADS, DIM, 4 * KV_HEADS * DIM, KV_HEADS * DIM, DIM, 0, 0]
     return OP.fused_qk_norm_rope_and_cache_both(
         *(qkv, key_cache, value_cache, *rest, None, None, HEADS, KV_HEADS, DIM),
-        *(1e-6, True, "auto", geometry, False, None, None, None),
+        *(1e-6, True, "auto", geometry, False, None, None),
     )
 
 

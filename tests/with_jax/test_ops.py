@@ -177,14 +177,15 @@ def _updates(dtype):
     }
 
 
-# What each returns: the arguments that the function of tensors writes.
+# What each returns, behind what the function of tensors returns: the arguments that
+# that writes.
 _WRITTEN = {
     "reshape_and_cache_flash": (2, 3),
     "reshape_and_cache": (2, 3),
     "copy_blocks": (0, 1),
     "swap_blocks": (1,),
     "fused_qk_norm_rope": (0,),
-    "fused_qk_norm_rope_and_cache": (0, 10, 11),
+    "fused_qk_norm_rope_and_cache": (10, 11),
     "apply_repetition_penalties_": (0,),
 }
 
@@ -196,11 +197,13 @@ def test_functions_that_update(name, dtype):
         found = getattr(xj, name)(*args, **named)
         tensors = [_wide(name, i, tensor(a)) for i, a in enumerate(args)]
         named = {key: tensor(value) for key, value in named.items()}
-        assert getattr(xla_ops, name)(*tensors, **named) is None
+        result = getattr(xla_ops, name)(*tensors, **named)
         expected = tuple(
             tuple(t) if isinstance(t, list) else t
             for t in (tensors[i] for i in _WRITTEN[name])
         )
+        assert (result is None) == (name != "fused_qk_norm_rope_and_cache")
+        expected = expected if result is None else (result, *expected)
         same_bits(found, expected if len(expected) > 1 else expected[0])
 
 
@@ -351,6 +354,10 @@ def test_a_function_keeps_its_documentation():
     assert "root mean square" in xj.rms_norm.__doc__
     assert xj.fused_qk_norm_rope.__doc__.splitlines()[2] == (
         "Returns the new qkv, and writes no argument. As it is of tensors:"
+    )
+    assert xj.fused_qk_norm_rope_and_cache.__doc__.splitlines()[2] == (
+        "Returns the result, the new key_cache and the new value_cache, and writes no"
+        " argument. As it is of tensors:"
     )
 
 

@@ -115,17 +115,18 @@ __device__ __forceinline__ void NormAndRotate(
 }
 
 // The same of pair `i` of a head, whose weight and row of the table (null where
-// it is not rotated) are not loaded yet: elements `a` and `b` of `x`.
+// it is not rotated) are not loaded yet: elements `a` and `b` of `x`, which may
+// be where the results go.
 template <typename T, typename Table>
-__device__ __forceinline__ void NormAndRotatePair(const T* weight, float scale,
-                                                  const Table* row, int i,
-                                                  int pairs, int a, int b,
-                                                  T* x) {
+__device__ __forceinline__ void NormAndRotatePair(const T* x, const T* weight,
+                                                  float scale, const Table* row,
+                                                  int i, int pairs, int a,
+                                                  int b, T* new_a, T* new_b) {
   const float u = ToFloat(x[a]) * (scale * ToFloat(weight[a]));
   const float v = ToFloat(x[b]) * (scale * ToFloat(weight[b]));
   const float c = row != nullptr ? ToFloat(row[i]) : 1.0f;
   const float s = row != nullptr ? ToFloat(row[pairs + i]) : 0.0f;
-  Rotate(u, v, c, s, &x[a], &x[b]);
+  Rotate(u, v, c, s, new_a, new_b);
 }
 
 // T(a * b), as a float. __fmul_rn keeps fp32 products from being fused with

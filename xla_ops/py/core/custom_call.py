@@ -131,11 +131,12 @@ class BoundCall(NamedTuple):
     def device(self) -> torch.device:
         return self.tensors[0].device
 
-    def untouched(self) -> list[torch.Tensor]:
-        """The results of an empty call: what is updated, as it was."""
+    def untouched(self, *, copy: bool = True) -> list[torch.Tensor]:
+        """The results of an empty call: what is updated, as it was, or a copy of it."""
         aliases = self.call.aliases
+        olds = {i: self.operand(name) for i, name in aliases.items()}
         return [
-            self.operand(aliases[i]).clone() if i in aliases else self.new(spec)
+            self.new(spec) if i not in olds else olds[i].clone() if copy else olds[i]
             for i, spec in enumerate(self.call.results)
         ]
 

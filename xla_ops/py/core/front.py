@@ -16,8 +16,16 @@ from .autocast import register as register_autocast
 from .checks import Checker, not_dense
 from .lazy import autograd, torch
 
-# Which of its arguments a front writes, by its name.
-WRITTEN: dict[str, tuple[str, ...]] = {}
+
+class Written(NamedTuple):
+    """What a front writes: which of its arguments, and whether it returns a result."""
+
+    arguments: tuple[str, ...]
+    has_result: bool
+
+
+# By a front's name.
+WRITTEN: dict[str, Written] = {}
 _WRITTEN = re.compile(r"\(\w+!\)\S* (\w+)")
 
 
@@ -55,7 +63,9 @@ def define(
         autocast: what torch.autocast means for it.
         differentiable: what runs instead of refusing, if the front has that.
     """
-    WRITTEN[schema[: schema.index("(")]] = tuple(_WRITTEN.findall(schema))
+    arguments = tuple(_WRITTEN.findall(schema))
+    has_result = not schema.endswith("-> ()")
+    WRITTEN[schema[: schema.index("(")]] = Written(arguments, has_result)
     lazy.when_torch(
         lambda: _define(namespace, schema, kernel, autocast, differentiable)
     )

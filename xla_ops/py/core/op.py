@@ -191,27 +191,30 @@ class Op:
 
         Those may have any strides. An op that is told where a cache lies, by
         `geometry`, is told it in elements from the tensor's first.
+
+        Returns:
+            The results; one that is aliased is the operand.
         """
         bound = self.lowered(args)
         names = bound.call.aliases.values()
         updated = [bound.operand(name) for name in names]
         if bound.call.is_empty:
-            return updated
+            return bound.untouched(copy=False)
         if all(t.is_contiguous() for t in updated):
-            self._update_dense(bound, args)
-            return updated
+            return self._update_dense(bound, args)
         in_place = "geometry" in self.arguments
         dense = [elements_of(t) if in_place else t.contiguous() for t in updated]
         given = dict(zip(self.arguments, args, strict=True))
         given |= dict(zip(names, dense, strict=True))
         args = tuple(given.values())
-        self._update_dense(self.lowered(args), args)
-        if not in_place:
-            for t, new in zip(updated, dense, strict=True):
+        results = self._update_dense(self.lowered(args), args)
+        for i, t, new in zip(bound.call.aliases, updated, dense, strict=True):
+            results[i] = t
+            if not in_place:
                 t.copy_(new)
-        return updated
+        return results
 
-    def _update_dense(self, bound: BoundCall, args: Sequence) -> None:
+    def _update_dense(self, bound: BoundCall, args: Sequence) -> list[torch.Tensor]:
         call = bound.call
         updated = {name: bound.operand(name) for name in call.aliases.values()}
         platform = handlers.CUDA if bound.device.type == "cuda" else handlers.HOST
@@ -225,18 +228,20 @@ class Op:
                 else t
                 for name, t in zip(call.names, bound.operands, strict=True)
             )
-            call_directly(BoundCall(call, operands))
-            return
-        results = self._reference(args)
-        results = results if isinstance(results, tuple) else (results,)
+            return call_directly(BoundCall(call, operands))
+        found = self._reference(args)
+        results = list(found) if isinstance(found, tuple) else [found]
         pairs = [
-            (_bits(tensor), _bits(result))
-            for tensor, result in zip(updated.values(), results, strict=True)
+            (_bits(updated[name]), _bits(results[i]))
+            for i, name in call.aliases.items()
         ]
         # Caches may lie in each other's gaps, which hold old values in these results.
         changed = [old != new for old, new in pairs]
         for (old, new), places in zip(pairs, changed, strict=True):
             old.copy_(torch.where(places, new, old))
+        for i, name in call.aliases.items():
+            results[i] = updated[name]
+        return results
 
     def compute(
         self, args: Sequence, into: Mapping[int, torch.Tensor] | None = None

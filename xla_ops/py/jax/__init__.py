@@ -47,9 +47,11 @@ def __getattr__(name: str) -> Callable:
     if name not in ops.__all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = getattr(ops, name)
-    # Functions that return nothing write; others may have a form for vLLM that does.
-    writes = inspect.signature(function).return_annotation in ("None", None)
-    made = fronts.adapted(function, front.WRITTEN[name] if writes else ())
+    # Where one has a result and the other none, the front is a form for vLLM, which
+    # writes what the function returns.
+    has_result = inspect.signature(function).return_annotation not in ("None", None)
+    written, has_own_result = front.WRITTEN.get(name, front.Written((), has_result))
+    made = fronts.adapted(function, written if has_own_result == has_result else ())
     globals()[name] = made
     return made
 

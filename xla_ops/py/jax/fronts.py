@@ -23,8 +23,9 @@ def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
         function: it looks at shapes, dtypes and devices of tensors, and hands them to
             ops.
         written: the arguments that it writes. The new function returns their new
-            values, in this order. Of key_cache and value_cache the latter may be None:
-            the former is then both, stacked in its first dimension, and returned so.
+            values, in this order, behind what `function` returns. Of key_cache and
+            value_cache the latter may be None: the former is then both, stacked in its
+            first dimension, and returned so.
     """
     signature = inspect.signature(function)
 
@@ -46,6 +47,8 @@ def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
         results = function(*bound.args, **bound.kwargs)
         if not written:
             return unwrap(results)
+        if results is not None:
+            returned = (results, *returned)
         return unwrap(returned[0] if len(returned) == 1 else returned)
 
     call.__doc__ = _documented(function, written)
@@ -63,7 +66,12 @@ def _documented(function: Callable, written: tuple[str, ...]) -> str:
     text = inspect.getdoc(function) or ""
     first, _, rest = text.partition("\n")
     if written:
-        note = f"Returns the new {' and '.join(written)}, and writes no argument."
+        new = [f"the new {name}" for name in written]
+        if inspect.signature(function).return_annotation not in (None, "None"):
+            new.insert(0, "the result")
+        *start, last = new
+        returned = f"{', '.join(start)} and {last}" if start else last
+        note = f"Returns {returned}, and writes no argument."
         return f"{first}\n\n{note} As it is of tensors:\n{rest}"
     return text
 

@@ -1,5 +1,5 @@
 """RMSNorm and rotary embedding of new queries and keys and the write of keys and values
-into a paged KV cache, in one pass and in place."""
+into a paged KV cache, in one pass over a fused projection."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def fused_qk_norm_rope_and_cache(
     kv_cache_dtype: str = "auto",
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-) -> None:
+) -> torch.Tensor:
     """Prepares a fused projection for paged attention, by one kernel.
 
-    Normalises each head of queries and keys in `qkv` and rotates it, in place, then
-    writes the new keys, and the values, into the caches. It is
+    Normalises each head of queries and keys of `qkv` and rotates it. Queries are
+    returned, dense, as `paged_attention` takes them; keys and values go into the
+    caches. `qkv` is only read. It is
 
     - with weights, `fused_qk_norm_rope`: RMSNorm and rotation in fp32, rounded once,
     - with neither weight, `rotary_embedding`: no norm, every step of the rotation
@@ -51,13 +52,12 @@ def fused_qk_norm_rope_and_cache(
     and then `reshape_and_cache_flash` of the new keys and the values: to the bit on a
     CPU, and on CUDA but for the order in which a head's squares are added up. A token
     at a position outside [0, max_position) is not rotated, one whose slot is negative
-    or past the cache is not written. Values in `qkv` stay.
+    or past the cache is not written.
 
-    In place: lazily, under torch.compile(backend="openxla"), and through views such as
-    `kv.unbind(0)`. A `qkv` that the same program computes is overwritten where it is.
-    Separate K and V caches, as a stacked one, are written by the one kernel. Where CPU
-    or CUDA tensors are compiled, and where the caches' strides are not alike, the ops
-    above are called one after the other.
+    The caches are written in place: lazily, under torch.compile(backend="openxla"), and
+    through views such as `kv.unbind(0)`. Separate K and V caches, as a stacked one, are
+    written by the one kernel. Where CPU or CUDA tensors are compiled, and where the
+    caches' strides are not alike, the ops above are called one after the other.
 
     It has no gradient. Under torch.autocast, the weights are cast to qkv's dtype, so is
     a cos_sin_cache that is not float32, and the scales are cast to float32.
@@ -82,6 +82,9 @@ def fused_qk_norm_rope_and_cache(
         kv_cache_dtype: "auto", "fp8", "fp8_e4m3" (the same) or "fp8_e5m2".
         k_scale, v_scale: one float32 element each (default 1); read for fp8 caches.
 
+    Returns:
+        [num_tokens, num_heads, head_dim], the queries, of qkv's dtype.
+
     Raises:
         ValueError: an argument breaks one of the rules above.
 
@@ -98,8 +101,7 @@ def fused_qk_norm_rope_and_cache(
         >>> fused_qk_norm_rope_and_cache(
         ...     qkv, 1, 1, 2, 1e-6, None, None, table, True, zero, *kv.unbind(0), one
         ... )
-        >>> qkv
-        tensor([[-4.,  3., -8.,  6.,  1.,  2.]])
+        tensor([[[-4.,  3.]]])
         >>> kv[:, 0, 1, 0]
         tensor([[-8.,  6.],
                 [ 1.,  2.]])
@@ -119,7 +121,7 @@ def fused_qk_norm_rope_and_cache(
     _check.text("kv_cache_dtype", kv_cache_dtype)
     is_foreign = isinstance(qkv, Foreign)
     op = _front if is_foreign else torch.ops.xla_ops.fused_qk_norm_rope_and_cache
-    op(
+    return op(
         qkv,
         scalars.integer(_check.op, "num_heads", num_heads),
         scalars.integer(_check.op, "num_kv_heads", num_kv_heads),
@@ -156,7 +158,7 @@ def _front(
     kv_cache_dtype: str = "auto",
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-) -> None:
+) -> torch.Tensor:
     sizes: tuple[Any, ...] = (num_heads, num_kv_heads, head_dim)
     rotation: tuple[Any, ...] = (q_weight, k_weight, cos_sin_cache, position_ids)
     _check_heads(
@@ -177,11 +179,10 @@ def _front(
     _check.same_device("qkv", qkv, key_cache=key_cache, value_cache=value_cache)
     in_place.check_graph_inputs(_check.op, key_cache=key_cache, value_cache=value_cache)
     cache = paged_cache.locate(_check, key_cache, value_cache, to_write=True)
-    _check_writable(qkv, key_cache, value_cache)
-    if not qkv.numel():
-        return
-    if cache is None or _is_taken_apart(qkv, key_cache) or _share(qkv, cache):
-        _one_by_one(
+    if not isinstance(qkv, Foreign) and not qkv.numel():
+        return qkv.new_empty(qkv.shape[0], num_heads, head_dim)
+    if cache is None or _is_taken_apart(qkv, key_cache) or _share(cache):
+        return _one_by_one(
             qkv,
             *sizes,
             eps,
@@ -194,7 +195,6 @@ def _front(
             k_scale,
             v_scale,
         )
-        return
     is_stacked = cache.is_stacked
     op = _stacked if is_stacked else _both
     buffers = (
@@ -204,14 +204,10 @@ def _front(
         *(*rotation, slot_mapping, k_scale, v_scale),
         *(*sizes, eps, is_neox, kv_cache_dtype, cache.geometry, debug.enabled()),
     )
-    if not in_place.is_value(qkv):
-        # A view's elements are not those of a dense projection.
-        dense = qkv.contiguous()
-        op.update_at_once(dense, *buffers, *rest, *[None] * op.num_donors)
-        if dense is not qkv:
-            qkv.copy_(dense)
-        return
-    _update(op, [qkv, *buffers], rest, [key_cache, value_cache])
+    if not in_place.is_value(key_cache):
+        donors = [None] * op.num_donors
+        return op.update_at_once(qkv, *buffers, *rest, *donors)[0]
+    return _update(op, qkv, buffers, rest, [key_cache, value_cache])
 
 
 def _is_taken_apart(qkv: torch.Tensor, key_cache: torch.Tensor) -> bool:
@@ -225,18 +221,16 @@ def _is_taken_apart(qkv: torch.Tensor, key_cache: torch.Tensor) -> bool:
     return is_traced and (qkv.device.type != "xla" or tracing.is_transformed())
 
 
-def _share(qkv: torch.Tensor, cache: paged_cache.PagedCache) -> bool:
-    """Whether tensors that are given new values are parts of one.
+def _share(cache: paged_cache.PagedCache) -> bool:
+    """Whether caches that are given new values are parts of one, yet not stacked.
 
     A new value of the whole, which is computed from the old one, would undo that of a
     part: so each is given its own before the next is computed.
     """
-    if isinstance(qkv, Foreign) or not in_place.is_value(qkv):
+    key, value = cache.key_buffer, cache.value_buffer
+    if cache.is_stacked or isinstance(key, Foreign) or not in_place.is_value(key):
         return False
-    targets = [qkv, cache.key_buffer]
-    if not cache.is_stacked:
-        targets.append(cache.value_buffer)
-    return len(set(map(_storage, targets))) < len(targets)
+    return _storage(key) == _storage(value)
 
 
 def _storage(t: torch.Tensor) -> int:
@@ -249,20 +243,24 @@ def _storage(t: torch.Tensor) -> int:
 
 
 def _update(
-    op: Op, targets: list[torch.Tensor], rest: tuple, views: list[torch.Tensor]
-) -> None:
-    """Gives XLA tensors, or another framework's arrays, their new values."""
-    if isinstance(targets[0], Foreign):
-        results = op(*targets, *rest, *[None] * op.num_donors)
-        for target, value in zip(targets, results, strict=True):
-            target.become(value)
-        return
-    old, donors = in_place.prepare(op.name, targets)
-    results = op(*old, *rest, *donors)
-    for target, value in zip(targets, results, strict=True):
-        in_place.assign(target, value, [] if target is targets[0] else views)
-    others = [v for v in views if all(v is not target for target in targets)]
-    ownership.renew(others)
+    op: Op,
+    qkv: torch.Tensor,
+    buffers: list[torch.Tensor],
+    rest: tuple,
+    views: list[torch.Tensor],
+) -> torch.Tensor:
+    """Gives caches that are values, or another framework's, their new ones."""
+    if isinstance(qkv, Foreign):
+        query, *results = op(qkv, *buffers, *rest, *[None] * op.num_donors)
+        for buffer, value in zip(buffers, results, strict=True):
+            buffer.become(value)
+        return query
+    old, donors = in_place.prepare(op.name, buffers)
+    query, *results = op(qkv, *old, *rest, *donors)
+    for buffer, value in zip(buffers, results, strict=True):
+        in_place.assign(buffer, value, views)
+    ownership.renew([v for v in views if all(v is not b for b in buffers)])
+    return query
 
 
 def _one_by_one(
@@ -280,37 +278,26 @@ def _one_by_one(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *rest: Any,
-) -> None:
-    """The same by the ops that this one joins."""
+) -> torch.Tensor:
+    """The same by the ops that this one joins, which write what they rotate."""
     ops = torch.ops.xla_ops
     rotated = (num_heads + num_kv_heads) * head_dim
+    heads = qkv[:, :rotated].clone()
     if q_weight is None:
-        heads = qkv[:, :rotated]
         ops.rotary_embedding(
             position_ids, heads, None, head_dim, cos_sin_cache, is_neox
         )
     else:
-        counts = (num_heads, num_kv_heads, num_kv_heads)
-        weights = (q_weight, k_weight)
         ops.fused_qk_norm_rope(
-            *(qkv, *counts, head_dim, eps, *weights),
+            *(heads, num_heads, num_kv_heads, 0, head_dim, eps, q_weight, k_weight),
             *(cos_sin_cache, is_neox, position_ids),
         )
-    shape = (qkv.shape[0], num_kv_heads, head_dim)
-    key = qkv[:, num_heads * head_dim : rotated].reshape(shape)
-    value = qkv[:, rotated:].reshape(shape)
-    ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, *rest)
-
-
-def _check_writable(
-    qkv: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
-) -> None:
-    places = {
-        "qkv": (qkv, in_place.locate(qkv)),
-        "key_cache": (key_cache, in_place.locate(key_cache, to_write=True)),
-        "value_cache": (value_cache, in_place.locate(value_cache, to_write=True)),
-    }
-    in_place.check_writable(_check.op, places)
+    tokens = qkv.shape[0]
+    query, key = heads.split([num_heads * head_dim, num_kv_heads * head_dim], dim=1)
+    shape = (tokens, num_kv_heads, head_dim)
+    rows = (key.reshape(shape), qkv[:, rotated:].reshape(shape))
+    ops.reshape_and_cache_flash(*rows, key_cache, value_cache, slot_mapping, *rest)
+    return query.reshape(tokens, num_heads, head_dim).contiguous()
 
 
 def _check_heads(
@@ -385,10 +372,11 @@ def _lower(
     )
     _check_slots(qkv, slot_mapping, k_scale, v_scale)
     places = dict(zip(paged_cache.ATTRIBUTES, geometry, strict=True))
-    updated = {"qkv": qkv, **caches}
+    query = Spec((qkv.shape[0], num_heads, head_dim), qkv.dtype)
     return CustomCall(
         target,
         (
+            "qkv",
             "cos_sin_cache",
             "position_ids",
             "slot_mapping",
@@ -398,9 +386,9 @@ def _lower(
             OptionalOperand("v_scale", torch.float32),
             # From the last result's to the first's: so XLA, which pairs donated
             # buffers with results by order, gives each the buffer that it updates.
-            *reversed(updated),
+            *reversed(caches),
         ),
-        tuple(Spec.of(t) for t in updated.values()),
+        (query, *(Spec.of(cache) for cache in caches.values())),
         {
             **places,  # num_kv_heads and head_dim among them
             "num_heads": num_heads,
@@ -409,7 +397,7 @@ def _lower(
             "kv_cache_dtype": kv_cache_dtype,
             "debug": debug_mode,
         },
-        dict(enumerate(updated)),
+        dict(enumerate(caches, 1)),
         nothing_to_do=qkv.numel() == 0,
     )
 
@@ -417,15 +405,15 @@ def _lower(
 def _reference_both(
     qkv: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    qkv, (keys, values) = _reference(qkv, *rest)
-    return qkv, keys(key_cache), values(value_cache)
+    query, (keys, values) = _reference(qkv, *rest)
+    return query, keys(key_cache), values(value_cache)
 
 
 def _reference_stacked(
     qkv: torch.Tensor, kv_cache: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    qkv, (keys, values) = _reference(qkv, *rest)
-    return qkv, values(keys(kv_cache))
+    query, (keys, values) = _reference(qkv, *rest)
+    return query, values(keys(kv_cache))
 
 
 def _reference(
@@ -446,20 +434,20 @@ def _reference(
     geometry: list[int],
     debug_mode: bool,
 ) -> tuple[torch.Tensor, list[Any]]:
-    """Returns the new qkv, and functions that write keys and values into a buffer."""
-    rotated = (num_heads + num_kv_heads) * head_dim
+    """Returns queries, and functions that write keys and values into a buffer."""
+    counts = (num_heads, num_kv_heads, num_kv_heads)
+    heads, values = qkv.split([sum(counts[:2]) * head_dim, counts[2] * head_dim], dim=1)
     if q_weight is None or k_weight is None:
         rotation = (head_dim, cos_sin_cache, is_neox)
-        heads = rotate(position_ids, qkv[:, :rotated], *rotation)
-        qkv = torch.cat([heads, qkv[:, rotated:]], dim=1)
+        heads = rotate(position_ids, heads, *rotation)
     else:
-        counts = (num_heads, num_kv_heads, num_kv_heads)
-        qkv = norm_and_rotate(
-            *(qkv, *counts, head_dim, eps, q_weight, k_weight),
+        heads = norm_and_rotate(
+            *(heads, *counts[:2], 0, head_dim, eps, q_weight, k_weight),
             *(cos_sin_cache, is_neox, position_ids),
         )
+    query, keys = heads.split([n * head_dim for n in counts[:2]], dim=1)
     *shape, key_offset, value_offset = geometry
-    rows = (qkv[:, num_heads * head_dim : rotated], qkv[:, rotated:])
+    rows = (keys, values)
     places = ((k_scale, key_offset), (v_scale, value_offset))
 
     def writer(rows: torch.Tensor, scale: torch.Tensor | None, offset: int) -> Any:
@@ -467,7 +455,8 @@ def _reference(
         tail = (scale, kv_cache_dtype, shape, offset)
         return lambda buffer: reference_write(buffer, rows, slot_mapping, *tail)
 
-    return qkv, [writer(r, *place) for r, place in zip(rows, places, strict=True)]
+    query = query.reshape(-1, num_heads, head_dim).contiguous()
+    return query, [writer(r, *place) for r, place in zip(rows, places, strict=True)]
 
 
 def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -483,7 +472,7 @@ def _splits(args: Mapping[str, Any]) -> sharding.Rule:
         for name in caches
     }
     rows = {"qkv": "!tokens ~heads", "position_ids": "!tokens"}
-    results = (rows["qkv"], *whole.values())
+    results = ("!tokens !query_heads !head_dim", *whole.values())
     return sharding.Rule({**rows, **whole}, results)
 
 
@@ -491,7 +480,7 @@ _REST = (
     "Tensor? q_weight, Tensor? k_weight, Tensor cos_sin_cache, Tensor position_ids,"
     " Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale, int num_heads,"
     " int num_kv_heads, int head_dim, float eps, bool is_neox, str kv_cache_dtype,"
-    " SymInt[] geometry, bool debug, Tensor? donor_qkv"
+    " SymInt[] geometry, bool debug"
 )
 _both = Op(
     "fused_qk_norm_rope_and_cache_both",
@@ -516,11 +505,11 @@ _stacked = Op(
 
 front.define(
     NAMESPACE,
-    "fused_qk_norm_rope_and_cache(Tensor(a!) qkv, int num_heads, int num_kv_heads,"
+    "fused_qk_norm_rope_and_cache(Tensor qkv, int num_heads, int num_kv_heads,"
     " int head_dim, float eps, Tensor? q_weight, Tensor? k_weight,"
-    " Tensor cos_sin_cache, bool is_neox, Tensor position_ids, Tensor(b!) key_cache,"
-    " Tensor(c!) value_cache, Tensor slot_mapping, str kv_cache_dtype='auto',"
-    " Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    " Tensor cos_sin_cache, bool is_neox, Tensor position_ids, Tensor(a!) key_cache,"
+    " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype='auto',"
+    " Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     _front,
     autocast=_autocast,
 )

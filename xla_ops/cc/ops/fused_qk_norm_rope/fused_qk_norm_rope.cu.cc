@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < pairs; i += 32) {
     const int a = is_neox ? i : 2 * i;
     const int b = is_neox ? i + pairs : 2 * i + 1;
-    NormAndRotatePair(head.weight, scale, head.row, i, pairs, a, b, head.x);
+    NormAndRotatePair(head.x, head.weight, scale, head.row, i, pairs, a, b,
+                      &head.x[a], &head.x[b]);
   }
 }
 

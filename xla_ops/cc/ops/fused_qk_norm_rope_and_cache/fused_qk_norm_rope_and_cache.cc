@@ -178,8 +178,8 @@ void AddCopy(ffi::AnyBuffer from, ffi::Result<ffi::AnyBuffer> to,
 // Both targets.
 ffi::Error MakeParams(const Operands& operands, const CacheOperand& key_cache,
                       const CacheOperand& value_cache,
-                      ffi::Result<ffi::AnyBuffer> qkv_result,
-                      const Attrs& attrs, Params* params) {
+                      ffi::Result<ffi::AnyBuffer> query, const Attrs& attrs,
+                      Params* params) {
   XLA_OPS_RETURN_IF_ERROR(CheckQkv(operands.qkv, attrs));
   *params = Params{};
   params->dtype = *ToDType(operands.qkv.element_type());
@@ -207,20 +207,23 @@ ffi::Error MakeParams(const Operands& operands, const CacheOperand& key_cache,
   XLA_OPS_RETURN_IF_ERROR(
       BindScale("v_scale", operands.v_scale, &params->v_scale));
   XLA_OPS_RETURN_IF_ERROR(
-      CheckSameAs(kOp, "qkv result", qkv_result, operands.qkv));
-  params->qkv = qkv_result->untyped_data();
-  AddCopy(operands.qkv, qkv_result, params);
+      CheckDType(kOp, "query result", query, {params->dtype}));
+  XLA_OPS_RETURN_IF_ERROR(
+      CheckShape(kOp, "query result", query,
+                 {params->num_tokens, params->num_heads, params->head_dim}));
+  params->qkv = operands.qkv.untyped_data();
+  params->query = query->untyped_data();
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 ffi::Error MakeFusedQkNormRopeAndCacheParams(
-    ffi::AnyBuffer cos_sin_cache, ffi::AnyBuffer position_ids,
-    ffi::AnyBuffer slot_mapping, ffi::AnyBuffer q_weight,
-    ffi::AnyBuffer k_weight, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
-    ffi::AnyBuffer value_cache, ffi::AnyBuffer key_cache, ffi::AnyBuffer qkv,
-    ffi::Result<ffi::AnyBuffer> qkv_result,
+    ffi::AnyBuffer qkv, ffi::AnyBuffer cos_sin_cache,
+    ffi::AnyBuffer position_ids, ffi::AnyBuffer slot_mapping,
+    ffi::AnyBuffer q_weight, ffi::AnyBuffer k_weight, ffi::AnyBuffer k_scale,
+    ffi::AnyBuffer v_scale, ffi::AnyBuffer value_cache,
+    ffi::AnyBuffer key_cache, ffi::Result<ffi::AnyBuffer> query,
     ffi::Result<ffi::AnyBuffer> key_cache_result,
     ffi::Result<ffi::AnyBuffer> value_cache_result, const Attrs& attrs,
     Params* params) {
@@ -231,18 +234,18 @@ ffi::Error MakeFusedQkNormRopeAndCacheParams(
                   key_cache_result, attrs.key_offset},
                  {"value_cache", "value_cache result", "value_offset",
                   value_cache, value_cache_result, attrs.value_offset},
-                 qkv_result, attrs, params));
+                 query, attrs, params));
   AddCopy(key_cache, key_cache_result, params);
   AddCopy(value_cache, value_cache_result, params);
   return ffi::Error::Success();
 }
 
 ffi::Error MakeFusedQkNormRopeAndCacheStackedParams(
-    ffi::AnyBuffer cos_sin_cache, ffi::AnyBuffer position_ids,
-    ffi::AnyBuffer slot_mapping, ffi::AnyBuffer q_weight,
-    ffi::AnyBuffer k_weight, ffi::AnyBuffer k_scale, ffi::AnyBuffer v_scale,
-    ffi::AnyBuffer kv_cache, ffi::AnyBuffer qkv,
-    ffi::Result<ffi::AnyBuffer> qkv_result,
+    ffi::AnyBuffer qkv, ffi::AnyBuffer cos_sin_cache,
+    ffi::AnyBuffer position_ids, ffi::AnyBuffer slot_mapping,
+    ffi::AnyBuffer q_weight, ffi::AnyBuffer k_weight, ffi::AnyBuffer k_scale,
+    ffi::AnyBuffer v_scale, ffi::AnyBuffer kv_cache,
+    ffi::Result<ffi::AnyBuffer> query,
     ffi::Result<ffi::AnyBuffer> kv_cache_result, const Attrs& attrs,
     Params* params) {
   const CacheOperand keys = {"kv_cache", "kv_cache result", "key_offset",
@@ -253,7 +256,7 @@ ffi::Error MakeFusedQkNormRopeAndCacheStackedParams(
   XLA_OPS_RETURN_IF_ERROR(
       MakeParams({qkv, q_weight, k_weight, cos_sin_cache, position_ids,
                   slot_mapping, k_scale, v_scale},
-                 keys, values, qkv_result, attrs, params));
+                 keys, values, query, attrs, params));
   AddCopy(kv_cache, kv_cache_result, params);
   return ffi::Error::Success();
 }

@@ -2,8 +2,9 @@
 // keys and values into a paged cache, on CUDA: bound by latency for the tokens
 // of a decode step, by memory for those of a prefill.
 //
-// A head, of queries, keys or values, belongs to a few neighbouring lanes, as
-// in fused_qk_norm_rope.cu.cc: each holds a vector of its first half and one of
+// A head, of queries, keys or values, goes to one place, its own in the result
+// or in a cache, and belongs to a few neighbouring lanes, as in
+// fused_qk_norm_rope.cu.cc: each holds a vector of its first half and one of
 // its second. What a lane needs besides (weight, angles, slot) it loads before
 // the sum goes from lane to lane, so that a head waits for memory twice in all:
 // for its position, with the head itself, and for the angles of that position.
@@ -40,7 +41,8 @@ enum class CacheFormat { kSame, kE4M3, kE5M2 };
 
 template <typename T, typename Table>
 struct Task {
-  T* qkv;
+  const T* qkv;
+  T* query;           // [tokens, num_heads_q, head_dim]
   const T* q_weight;  // null without norm, as k_weight is
   const T* k_weight;
   const Table* table;
@@ -74,12 +76,12 @@ struct Task {
 // loaded: what follows from them waits for memory.
 template <typename T, typename Table>
 struct Head {
-  T* x;             // [head_dim]
+  const T* x;       // [head_dim]
   const T* weight;  // [head_dim], or null
   int kv_head;      // negative: of queries
   bool is_value;
   int64_t position;  // -1 of values
-  int64_t slot;      // -1: goes to no cache
+  int64_t slot;      // in its cache, or among all heads of queries; -1: none
 
   // `index`: of all heads, in range.
   __device__ static __forceinline__ Head Of(const Task<T, Table>& task,
@@ -98,7 +100,9 @@ struct Head {
           LoadPosition(task.positions, task.positions_are_32_bits, token);
     }
     of.slot = -1;
-    if (of.kv_head >= 0 && token < task.num_cached_tokens) {
+    if (of.kv_head < 0) {
+      of.slot = int64_t{token} * task.num_heads_q + head;
+    } else if (token < task.num_cached_tokens) {
       of.slot = task.slot_mapping[token];
     }
     return of;
@@ -111,18 +115,32 @@ struct Head {
     return rotate ? task.table + position * task.head_dim : nullptr;
   }
 
-  __device__ __forceinline__ bool IsCached(const Task<T, Table>& task) const {
-    return slot >= 0 && slot < task.num_slots;
+  __device__ __forceinline__ bool IsStored(const Task<T, Table>& task) const {
+    return kv_head < 0 || (slot >= 0 && slot < task.num_slots);
   }
 
-  // The first element in its cache.
+  // The first element where it is stored.
   __device__ __forceinline__ int64_t Start(const Task<T, Table>& task) const {
+    if (kv_head < 0) return slot * task.head_dim;
     const int64_t block = slot < INT32_MAX
                               ? task.page.Divide(static_cast<int>(slot))
                               : slot / task.page_size;
     const int64_t offset = slot - block * task.page_size;
     return block * task.block_stride + offset * task.page_stride +
            kv_head * task.head_stride;
+  }
+
+  // Puts a part of it where it is stored, from that element on.
+  template <int kSize>
+  __device__ __forceinline__ void Store(const Task<T, Table>& task,
+                                        int64_t start, float scale,
+                                        const Vector<T, kSize>& x) const {
+    if (kv_head < 0) {
+      StoreGlobal(task.query + start, x);
+      return;
+    }
+    void* const cache = is_value ? task.value_cache : task.key_cache;
+    StoreToCache(cache, start, task.format, scale, x);
   }
 
   // The number that an fp8 cache's elements are divided by.
@@ -166,11 +184,11 @@ __global__ void __launch_bounds__(kThreads)
   Part weight;
   Turn angles;
   const Table* row = nullptr;
-  int64_t start = -1;  // in the cache
+  int64_t start = -1;  // of where it is stored; negative: nowhere
   float cache_scale = 1.0f;
   float sum = 0.0f;
   const auto find_start = [&] {
-    if (head.IsCached(task)) start = head.Start(task) + at;
+    if (head.IsStored(task)) start = head.Start(task) + at;
   };
   if (active) {
     head = Head<T, Table>::Of(task, index);
@@ -197,37 +215,29 @@ __global__ void __launch_bounds__(kThreads)
     } else if (row != nullptr) {
       RotateHalves(angles, x);
     }
-    StoreGlobal(head.x + at, x.low);
-    StoreGlobal(head.x + pairs + at, x.high);
   }
   // Without a sum to wait for, the registers are worth more.
   if constexpr (!kNormed) find_start();
   if (start < 0) return;
-  void* const cache = head.is_value ? task.value_cache : task.key_cache;
-  StoreToCache(cache, start, task.format, cache_scale, x.low);
-  StoreToCache(cache, start + pairs, task.format, cache_scale, x.high);
+  head.Store(task, start, cache_scale, x.low);
+  head.Store(task, start + pairs, cache_scale, x.high);
 }
 
 // Any head, of a warp. Threads: x is the lane, y and blockIdx.x run over heads.
-// A lane alone writes what it reads again, after all lanes have read it for the
-// sum.
 template <typename T, typename Table>
 __global__ void __launch_bounds__(kThreads)
     WarpPerHeadKernel(const Task<T, Table> task, bool is_neox) {
   const int index = blockIdx.x * blockDim.y + threadIdx.y;
   if (index >= task.num_heads) return;
   const auto head = Head<T, Table>::Of(task, index);
-  const bool is_cached = head.IsCached(task);
-  const int64_t start = is_cached ? head.Start(task) : 0;
+  if (!head.IsStored(task)) return;
+  const int64_t start = head.Start(task);
   const float cache_scale = head.CacheScale(task);
-  void* const cache = head.is_value ? task.value_cache : task.key_cache;
-  const auto store = [&](int d) {
-    if (!is_cached) return;
-    const Vector<T, 1> x = {head.x[d]};
-    StoreToCache(cache, start + d, task.format, cache_scale, x);
+  const auto store = [&](int d, T x) {
+    head.Store(task, start + d, cache_scale, Vector<T, 1>{x});
   };
   if (head.is_value) {
-    for (int d = threadIdx.x; d < task.head_dim; d += 32) store(d);
+    for (int d = threadIdx.x; d < task.head_dim; d += 32) store(d, head.x[d]);
     return;
   }
   const Table* row = head.Row(task);
@@ -243,15 +253,18 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < pairs; i += 32) {
     const int a = is_neox ? i : 2 * i;
     const int b = is_neox ? i + pairs : 2 * i + 1;
+    T x = head.x[a];
+    T y = head.x[b];
     if (head.weight != nullptr) {
-      NormAndRotatePair(head.weight, scale, row, i, pairs, a, b, head.x);
+      NormAndRotatePair(head.x, head.weight, scale, row, i, pairs, a, b, &x,
+                        &y);
     } else if (row != nullptr) {
       const T cos = FromFloat<T>(ToFloat(row[i]));
       const T sin = FromFloat<T>(ToFloat(row[pairs + i]));
-      RotateRounded(cos, sin, &head.x[a], &head.x[b]);
+      RotateRounded(cos, sin, &x, &y);
     }
-    store(a);
-    store(b);
+    store(a, x);
+    store(b, y);
   }
 }
 
@@ -274,7 +287,8 @@ bool VectorsFit(const FusedQkNormRopeAndCacheParams& params, int64_t width) {
   const int64_t cached = width * SizeOf(params.cache_dtype);
   return params.head_dim % (2 * width) == 0 &&
          params.head_dim / 2 / width <= 32 && IsAligned(params.qkv, 16) &&
-         IsAligned(params.q_weight, 16) && IsAligned(params.k_weight, 16) &&
+         IsAligned(params.query, 16) && IsAligned(params.q_weight, 16) &&
+         IsAligned(params.k_weight, 16) &&
          IsAligned(params.cos_sin_cache, 16) &&
          IsAligned(params.key_cache, cached) &&
          IsAligned(params.value_cache, cached) &&
@@ -349,7 +363,9 @@ cudaError_t Launch(cudaStream_t stream,
     const int64_t tokens = std::min(most_tokens, params.num_tokens - first);
     task.num_heads = static_cast<int>(tokens * heads);
     task.num_cached_tokens = params.num_cached_tokens - first;
-    task.qkv = static_cast<T*>(params.qkv) + first * task.row_size;
+    task.qkv = static_cast<const T*>(params.qkv) + first * task.row_size;
+    task.query = static_cast<T*>(params.query) +
+                 first * params.num_heads * params.head_dim;
     task.positions = static_cast<const char*>(params.positions) +
                      first * SizeOf(params.positions_dtype);
     task.slot_mapping = params.slot_mapping + first;

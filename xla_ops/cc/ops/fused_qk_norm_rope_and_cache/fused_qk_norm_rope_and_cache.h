@@ -3,22 +3,25 @@
 // a fused projection: what a decoder's attention does before it reads the
 // cache.
 //
-// A row of qkv holds num_heads heads of queries, num_kv_heads of keys and as
-// many of values. Queries and keys are worked on in place,
+// A row of qkv, which is read alone, holds num_heads heads of queries,
+// num_kv_heads of keys and as many of values. Queries and keys are worked on
 //   with weights     as fused_qk_norm_rope does: RMSNorm and rotation in fp32,
 //                    rounded once
 //   without          as rotary_embedding does: no norm, each product and each
 //                    sum of the rotation rounded to the tensor's type
-// and a token at a position outside [0, max_position) is not rotated. Then
-// token t's keys and values go to slot_mapping[t] of the caches, as
+// and a token at a position outside [0, max_position) is not rotated. Queries
+// are a result, dense, as paged attention takes them; token t's keys and values
+// go to slot_mapping[t] of the caches and nowhere else, as
 // reshape_and_cache_flash writes them: a slot outside [0, num_blocks *
 // page_size) skips its token, tokens from slot_mapping's length on have none,
 // and an fp8 cache stores fp8(float(x) / scale) of the rounded x. Slots should
 // be of one token each; where several share one, the last of them is written on
-// a CPU, and on CUDA each element is one of theirs. Values in qkv stay.
+// a CPU, and on CUDA each element is one of theirs.
 //
 // Target `xla_ops.fused_qk_norm_rope_and_cache`:
-//   args     cos_sin_cache [max_position, head_dim], qkv's dtype or fp32
+//   args     qkv           [num_tokens, (num_heads + 2 num_kv_heads) *
+//                          head_dim], fp32, fp16 or bf16
+//            cos_sin_cache [max_position, head_dim], qkv's dtype or fp32
 //            position_ids  [num_tokens]  s64 or s32
 //            slot_mapping  s64 [<= num_tokens]
 //            q_weight      [head_dim], qkv's dtype; of no element: no norm
@@ -27,21 +30,19 @@
 //            v_scale       the same
 //            value_cache   a buffer of any shape, see the attributes
 //            key_cache     the same
-//            qkv           [num_tokens, (num_heads + 2 num_kv_heads) *
-//            head_dim]
-//                          fp32, fp16 or bf16
-//   results  qkv, key_cache, value_cache  (aliased to the arguments)
+//   results  query         [num_tokens, num_heads, head_dim]
+//            key_cache, value_cache  (aliased to the arguments)
 // Target `xla_ops.fused_qk_norm_rope_and_cache_stacked`: one kv_cache that
-// holds both in place of value_cache and key_cache; results qkv, kv_cache.
+// holds both in place of value_cache and key_cache; results query, kv_cache.
 //   attrs    num_heads, num_kv_heads, head_dim i64, eps f32, is_neox bool;
 //            kv_cache_dtype, num_blocks, page_size, block_stride, page_stride,
 //            head_stride, key_offset, value_offset, debug: what
 //            reshape_and_cache_flash has
-// What is updated comes last, in the reverse order of the results: torch_xla
-// numbers the parameters of a program from a call's last operand to its first,
-// and XLA pairs donated buffers with results by order, so that caches of one
-// size stay where they are (docs/adr/0007-in-place.md). Where a result is not
-// aliased (no caller of ours) it is copied first.
+// The caches come last, in the reverse order of the results: torch_xla numbers
+// the parameters of a program from a call's last operand to its first, and XLA
+// pairs donated buffers with results by order, so that caches of one size stay
+// where they are (docs/adr/0007-in-place.md). Where one is not aliased (no
+// caller of ours) it is copied first.
 //
 // Tested by fused_qk_norm_rope_and_cache_test.cc and
 // tests/ops/test_fused_qk_norm_rope_and_cache.py.
@@ -55,8 +56,8 @@
 
 namespace xla_ops {
 
-// A result that lies in another buffer than its argument.
-struct ResultCopy {
+// A cache whose result lies in another buffer than its argument.
+struct CacheCopy {
   const void* from;
   void* to;
   int64_t bytes;
@@ -75,7 +76,8 @@ struct FusedQkNormRopeAndCacheParams {
   int64_t max_position;
   float eps;
   bool is_neox;
-  void* qkv;                  // [num_tokens, all heads, head_dim]
+  const void* qkv;            // [num_tokens, all heads, head_dim]
+  void* query;                // [num_tokens, num_heads, head_dim]
   const void* q_weight;       // [head_dim], or null: no norm
   const void* k_weight;       // the same
   const void* cos_sin_cache;  // [max_position, head_dim]
@@ -94,7 +96,7 @@ struct FusedQkNormRopeAndCacheParams {
   bool debug;
   // What has to be copied first.
   int num_copies;
-  ResultCopy copies[3];
+  CacheCopy copies[2];
 };
 
 // What one CUDA launch can count: heads and a head's elements in 31 bits.

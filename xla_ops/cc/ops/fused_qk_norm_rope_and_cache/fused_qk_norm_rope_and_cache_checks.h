@@ -30,7 +30,7 @@
 //   value_cache ..., kv_cache ... (the same)
 //   k_scale must be float32, got float16
 //   k_scale must have 1 element, got shape [2]    (v_scale)
-//   qkv result must have shape [4, 512], got [4, 256]    (and dtype)
+//   query result must have shape [4, 8, 64], got [4, 256]    (and dtype)
 // On CUDA also
 //   qkv must have at most 1073741824 elements a token, got 2147483648
 //
@@ -68,6 +68,7 @@ struct FusedQkNormRopeAndCacheAttrs {
 // The bindings of every platform; handlers append their context.
 inline auto FusedQkNormRopeAndCacheBinding() {
   return xla::ffi::Ffi::Bind()
+      .Arg<xla::ffi::AnyBuffer>()  // qkv
       .Arg<xla::ffi::AnyBuffer>()  // cos_sin_cache
       .Arg<xla::ffi::AnyBuffer>()  // position_ids
       .Arg<xla::ffi::AnyBuffer>()  // slot_mapping
@@ -77,8 +78,7 @@ inline auto FusedQkNormRopeAndCacheBinding() {
       .Arg<xla::ffi::AnyBuffer>()  // v_scale
       .Arg<xla::ffi::AnyBuffer>()  // value_cache
       .Arg<xla::ffi::AnyBuffer>()  // key_cache
-      .Arg<xla::ffi::AnyBuffer>()  // qkv
-      .Ret<xla::ffi::AnyBuffer>()  // qkv
+      .Ret<xla::ffi::AnyBuffer>()  // query
       .Ret<xla::ffi::AnyBuffer>()  // key_cache
       .Ret<xla::ffi::AnyBuffer>()  // value_cache
       .Attrs<FusedQkNormRopeAndCacheAttrs>();
@@ -86,6 +86,7 @@ inline auto FusedQkNormRopeAndCacheBinding() {
 
 inline auto FusedQkNormRopeAndCacheStackedBinding() {
   return xla::ffi::Ffi::Bind()
+      .Arg<xla::ffi::AnyBuffer>()  // qkv
       .Arg<xla::ffi::AnyBuffer>()  // cos_sin_cache
       .Arg<xla::ffi::AnyBuffer>()  // position_ids
       .Arg<xla::ffi::AnyBuffer>()  // slot_mapping
@@ -94,33 +95,32 @@ inline auto FusedQkNormRopeAndCacheStackedBinding() {
       .Arg<xla::ffi::AnyBuffer>()  // k_scale
       .Arg<xla::ffi::AnyBuffer>()  // v_scale
       .Arg<xla::ffi::AnyBuffer>()  // kv_cache
-      .Arg<xla::ffi::AnyBuffer>()  // qkv
-      .Ret<xla::ffi::AnyBuffer>()  // qkv
+      .Ret<xla::ffi::AnyBuffer>()  // query
       .Ret<xla::ffi::AnyBuffer>()  // kv_cache
       .Attrs<FusedQkNormRopeAndCacheAttrs>();
 }
 
-// Neither reads a buffer. `qkv` of `params` and its caches are the results';
-// the caches point to their views' first elements. No token, no head and an
-// empty cache are success.
+// Neither reads a buffer. The caches of `params` are the results', and point to
+// their views' first elements. No token, no head and an empty cache are
+// success.
 xla::ffi::Error MakeFusedQkNormRopeAndCacheParams(
-    xla::ffi::AnyBuffer cos_sin_cache, xla::ffi::AnyBuffer position_ids,
-    xla::ffi::AnyBuffer slot_mapping, xla::ffi::AnyBuffer q_weight,
-    xla::ffi::AnyBuffer k_weight, xla::ffi::AnyBuffer k_scale,
-    xla::ffi::AnyBuffer v_scale, xla::ffi::AnyBuffer value_cache,
-    xla::ffi::AnyBuffer key_cache, xla::ffi::AnyBuffer qkv,
-    xla::ffi::Result<xla::ffi::AnyBuffer> qkv_result,
+    xla::ffi::AnyBuffer qkv, xla::ffi::AnyBuffer cos_sin_cache,
+    xla::ffi::AnyBuffer position_ids, xla::ffi::AnyBuffer slot_mapping,
+    xla::ffi::AnyBuffer q_weight, xla::ffi::AnyBuffer k_weight,
+    xla::ffi::AnyBuffer k_scale, xla::ffi::AnyBuffer v_scale,
+    xla::ffi::AnyBuffer value_cache, xla::ffi::AnyBuffer key_cache,
+    xla::ffi::Result<xla::ffi::AnyBuffer> query,
     xla::ffi::Result<xla::ffi::AnyBuffer> key_cache_result,
     xla::ffi::Result<xla::ffi::AnyBuffer> value_cache_result,
     const FusedQkNormRopeAndCacheAttrs& attrs,
     FusedQkNormRopeAndCacheParams* params);
 
 xla::ffi::Error MakeFusedQkNormRopeAndCacheStackedParams(
-    xla::ffi::AnyBuffer cos_sin_cache, xla::ffi::AnyBuffer position_ids,
-    xla::ffi::AnyBuffer slot_mapping, xla::ffi::AnyBuffer q_weight,
-    xla::ffi::AnyBuffer k_weight, xla::ffi::AnyBuffer k_scale,
-    xla::ffi::AnyBuffer v_scale, xla::ffi::AnyBuffer kv_cache,
-    xla::ffi::AnyBuffer qkv, xla::ffi::Result<xla::ffi::AnyBuffer> qkv_result,
+    xla::ffi::AnyBuffer qkv, xla::ffi::AnyBuffer cos_sin_cache,
+    xla::ffi::AnyBuffer position_ids, xla::ffi::AnyBuffer slot_mapping,
+    xla::ffi::AnyBuffer q_weight, xla::ffi::AnyBuffer k_weight,
+    xla::ffi::AnyBuffer k_scale, xla::ffi::AnyBuffer v_scale,
+    xla::ffi::AnyBuffer kv_cache, xla::ffi::Result<xla::ffi::AnyBuffer> query,
     xla::ffi::Result<xla::ffi::AnyBuffer> kv_cache_result,
     const FusedQkNormRopeAndCacheAttrs& attrs,
     FusedQkNormRopeAndCacheParams* params);

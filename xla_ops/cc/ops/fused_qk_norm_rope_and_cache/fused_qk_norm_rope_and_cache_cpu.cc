@@ -1,10 +1,11 @@
-// CPU kernel and handlers of the fused_qk_norm_rope_and_cache targets. Tokens
-// are spread over XLA's threads, but those of keys and values are written head
-// by head, so that tokens with the same slot are written in order: here the
-// last one wins whole.
+// CPU kernel and handlers of the fused_qk_norm_rope_and_cache targets. Queries
+// are spread over XLA's threads by token; keys and values by head, so that
+// tokens with the same slot are written in order: here the last one wins whole.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/cache_write.h"
@@ -22,14 +23,15 @@ namespace {
 using Params = FusedQkNormRopeAndCacheParams;
 
 template <typename T>
-T* HeadOf(const Params& params, int64_t token, int64_t head) {
-  return static_cast<T*>(params.qkv) +
+const T* HeadOf(const Params& params, int64_t token, int64_t head) {
+  return static_cast<const T*>(params.qkv) +
          (token * NumHeads(params) + head) * params.head_dim;
 }
 
-// Norms, where there are weights, and rotates a token's queries and keys.
+// Puts a head of queries or keys into `out`, normed, where there are weights,
+// and rotated; `head`: of a row of qkv.
 template <typename T, typename Table>
-void RotateToken(const Params& params, int64_t token) {
+void RotateInto(const Params& params, int64_t token, int64_t head, T* out) {
   const int64_t position =
       PositionOf(params.positions, params.positions_dtype, token);
   const bool rotate = position >= 0 && position < params.max_position;
@@ -37,21 +39,28 @@ void RotateToken(const Params& params, int64_t token) {
                                   position * params.head_dim
                             : nullptr;
   const int64_t pairs = params.head_dim / 2;
-  for (int64_t h = 0; h < params.num_heads + params.num_kv_heads; ++h) {
-    T* head = HeadOf<T>(params, token, h);
-    if (params.q_weight != nullptr) {
-      const void* weight =
-          h < params.num_heads ? params.q_weight : params.k_weight;
-      NormAndRotateHead(params.head_dim, params.eps, params.is_neox,
-                        static_cast<const T*>(weight), cos, head);
-    } else if (rotate) {
-      RotateHead(head, cos, cos + pairs, pairs, params.is_neox);
-    }
+  std::copy_n(HeadOf<T>(params, token, head), params.head_dim, out);
+  if (params.q_weight != nullptr) {
+    const void* weight =
+        head < params.num_heads ? params.q_weight : params.k_weight;
+    NormAndRotateHead(params.head_dim, params.eps, params.is_neox,
+                      static_cast<const T*>(weight), cos, out);
+  } else if (rotate) {
+    RotateHead(out, cos, cos + pairs, pairs, params.is_neox);
+  }
+}
+
+template <typename T, typename Table>
+void WriteQueries(const Params& params, int64_t token) {
+  T* out = static_cast<T*>(params.query) +
+           token * params.num_heads * params.head_dim;
+  for (int64_t h = 0; h < params.num_heads; ++h) {
+    RotateInto<T, Table>(params, token, h, out + h * params.head_dim);
   }
 }
 
 // Writes a head of keys or values of every token; `head`: of a row of qkv.
-template <typename T, typename CacheT>
+template <typename T, typename Table, typename CacheT>
 void WriteHead(const Params& params, int64_t head) {
   const int64_t kv_head = (head - params.num_heads) % params.num_kv_heads;
   const bool is_value = head >= params.num_heads + params.num_kv_heads;
@@ -62,27 +71,46 @@ void WriteHead(const Params& params, int64_t head) {
       static_cast<CacheT*>(is_value ? params.value_cache : params.key_cache) +
       kv_head * params.head_stride;
   const int64_t num_slots = params.num_blocks * params.page_size;
+  std::vector<T> rotated(is_value ? 0 : params.head_dim);
   for (int64_t token = 0; token < params.num_cached_tokens; ++token) {
     const int64_t slot = params.slot_mapping[token];
     if (slot < 0 || slot >= num_slots) continue;
     const int64_t block = slot / params.page_size;
     const int64_t page_offset = slot % params.page_size;
+    const T* x = HeadOf<T>(params, token, head);
+    if (!is_value) {
+      RotateInto<T, Table>(params, token, head, rotated.data());
+      x = rotated.data();
+    }
     ToCache<T, CacheT>::Run(
-        HeadOf<T>(params, token, head), params.head_dim, scale,
+        x, params.head_dim, scale,
         cache + block * params.block_stride + page_offset * params.page_stride);
   }
 }
 
-template <typename T, typename CacheT>
-void WriteCaches(const Params& params, ffi::ThreadPool& pool) {
-  ParallelFor(
-      pool, 2 * params.num_kv_heads, params.num_cached_tokens * params.head_dim,
-      [&](int64_t i) { WriteHead<T, CacheT>(params, params.num_heads + i); });
+template <typename T, typename Table>
+void Run(const Params& params, ffi::ThreadPool& pool) {
+  ParallelFor(pool, params.num_tokens, 2 * params.num_heads * params.head_dim,
+              [&](int64_t token) { WriteQueries<T, Table>(params, token); });
+  const auto write = [&](auto element) {
+    using CacheT = decltype(element);
+    ParallelFor(pool, 2 * params.num_kv_heads,
+                2 * params.num_cached_tokens * params.head_dim, [&](int64_t i) {
+                  WriteHead<T, Table, CacheT>(params, params.num_heads + i);
+                });
+  };
+  if (params.cache_dtype == params.dtype) {
+    write(T{});
+  } else if (params.cache_dtype == DType::kF8E4M3FN) {
+    write(Float8E4M3FN{});
+  } else {
+    write(Float8E5M2{});
+  }
 }
 
 void FusedQkNormRopeAndCache(const Params& params, ffi::ThreadPool& pool) {
   for (int i = 0; i < params.num_copies; ++i) {
-    const ResultCopy& copy = params.copies[i];
+    const CacheCopy& copy = params.copies[i];
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   }
   if (params.debug) {
@@ -90,26 +118,13 @@ void FusedQkNormRopeAndCache(const Params& params, ffi::ThreadPool& pool) {
                        params.num_cached_tokens,
                        params.num_blocks * params.page_size);
   }
-  const int64_t heads = params.num_heads + params.num_kv_heads;
-  if (params.num_tokens == 0 || heads == 0) return;
+  if (params.num_tokens == 0) return;
   DispatchFloat(params.dtype, [&](auto dtype) {
     using T = CpuType<dtype.value>;
-    const auto rotate = [&](auto entry) {
-      using Table = decltype(entry);
-      ParallelFor(pool, params.num_tokens, 2 * heads * params.head_dim,
-                  [&](int64_t token) { RotateToken<T, Table>(params, token); });
-    };
     if (params.table_dtype == DType::kF32) {
-      rotate(float{});
+      Run<T, float>(params, pool);
     } else {
-      rotate(T{});
-    }
-    if (params.cache_dtype == params.dtype) {
-      WriteCaches<T, T>(params, pool);
-    } else if (params.cache_dtype == DType::kF8E4M3FN) {
-      WriteCaches<T, Float8E4M3FN>(params, pool);
-    } else {
-      WriteCaches<T, Float8E5M2>(params, pool);
+      Run<T, T>(params, pool);
     }
   });
 }

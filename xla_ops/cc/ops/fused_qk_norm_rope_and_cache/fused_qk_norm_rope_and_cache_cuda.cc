@@ -18,7 +18,7 @@ namespace {
 cudaError_t CopyAndLaunch(cudaStream_t stream,
                           const FusedQkNormRopeAndCacheParams& params) {
   for (int i = 0; i < params.num_copies; ++i) {
-    const ResultCopy& copy = params.copies[i];
+    const CacheCopy& copy = params.copies[i];
     const cudaError_t error =
         cudaMemcpyAsync(copy.to, copy.from, static_cast<size_t>(copy.bytes),
                         cudaMemcpyDeviceToDevice, stream);

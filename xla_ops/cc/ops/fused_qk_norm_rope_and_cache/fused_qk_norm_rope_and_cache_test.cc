@@ -1,7 +1,7 @@
 // The CPU handlers of fused_qk_norm_rope_and_cache on hand-built frames: values
 // against double arithmetic with weights and against rounded steps without, in
 // both orders; caches of every layout and type against a slow model; unaliased
-// results, every error text, threads, debug reports.
+// caches, every error text, threads, debug reports.
 
 #include "xla_ops/cc/ops/fused_qk_norm_rope_and_cache/fused_qk_norm_rope_and_cache.h"
 
@@ -59,7 +59,7 @@ struct Call {
   int64_t key_offset = 0;
   int64_t value_offset = 0;
   bool debug = false;
-  TestTensor qkv, q_weight, k_weight, table, positions;
+  TestTensor qkv, query, q_weight, k_weight, table, positions;
   TestTensor key_cache, value_cache, slots;
   TestTensor k_scale{DType::kF32, {1}, {0.5}};
   TestTensor v_scale{DType::kF32, {1}, {3}};
@@ -73,6 +73,7 @@ struct Call {
         page_stride(kv_heads * dim),
         head_stride(dim),
         qkv(dtype, {tokens, (heads + 2 * kv_heads) * dim}),
+        query(dtype, {tokens, heads, dim}),
         q_weight(dtype, {dim}),
         k_weight(dtype, {dim}),
         table(table_dtype, {kPositions, dim}),
@@ -81,8 +82,8 @@ struct Call {
         value_cache(cache_dtype, {kBlocks * kPage * kv_heads, dim}),
         slots(DType::kS64, {tokens}) {
     std::mt19937 random(1);
-    for (TestTensor* t :
-         {&qkv, &q_weight, &k_weight, &table, &key_cache, &value_cache}) {
+    for (TestTensor* t : {&qkv, &query, &q_weight, &k_weight, &table,
+                          &key_cache, &value_cache}) {
       t->FillRandom(&random);
     }
     for (int64_t t = 0; t < tokens; ++t) {
@@ -115,30 +116,30 @@ struct Call {
         .AddAttr("debug", debug);
   }
 
-  CallStatus Run(TestTensor* qkv_result, TestTensor* key_result,
+  CallStatus Run(TestTensor* query_result, TestTensor* key_result,
                  TestTensor* value_result, TaskRunner* threads = nullptr) {
     CallFrame frame;
-    AddArgs(&frame, {&table, &positions, &slots, &q_weight, &k_weight, &k_scale,
-                     &v_scale, &value_cache, &key_cache, &qkv});
-    AddResults(&frame, {qkv_result, key_result, value_result});
+    AddArgs(&frame, {&qkv, &table, &positions, &slots, &q_weight, &k_weight,
+                     &k_scale, &v_scale, &value_cache, &key_cache});
+    AddResults(&frame, {query_result, key_result, value_result});
     AddAttrs(&frame);
     frame.SetTaskRunner(threads);
     return frame.Call(xla_ops_fused_qk_norm_rope_and_cache_cpu);
   }
   CallStatus Run(TaskRunner* threads = nullptr) {
-    return Run(&qkv, &key_cache, &value_cache, threads);
+    return Run(&query, &key_cache, &value_cache, threads);
   }
   CallStatus RunStacked(TestTensor* kv_cache) {
     CallFrame frame;
-    AddArgs(&frame, {&table, &positions, &slots, &q_weight, &k_weight, &k_scale,
-                     &v_scale, kv_cache, &qkv});
-    AddResults(&frame, {&qkv, kv_cache});
+    AddArgs(&frame, {&qkv, &table, &positions, &slots, &q_weight, &k_weight,
+                     &k_scale, &v_scale, kv_cache});
+    AddResults(&frame, {&query, kv_cache});
     AddAttrs(&frame);
     return frame.Call(xla_ops_fused_qk_norm_rope_and_cache_stacked_cpu);
   }
 
-  // Calls rotate(x, weight, cos, sin) for each head that is worked on, of
-  // values in double; without a table's row, cos is negative.
+  // Rows like those of qkv, in double: f(x, weight, position) works on each
+  // head of queries and keys; a negative position does not rotate.
   template <typename F>
   std::vector<double> ForEachHead(F&& f) const {
     std::vector<double> out(qkv.size());
@@ -197,6 +198,35 @@ struct Call {
     });
   }
 
+  // The same as the handler has them, of qkv's type: each token has a slot of
+  // its own in caches of that type.
+  TestTensor Rows() const {
+    Call all = *this;
+    const int64_t tokens = qkv.dims()[0], width = kv_heads * dim;
+    all.kv_cache_dtype = "auto";
+    all.num_blocks = tokens;
+    all.page_size = 1;
+    all.block_stride = width;
+    all.head_stride = dim;
+    all.key_offset = all.value_offset = 0;
+    all.key_cache = all.value_cache = TestTensor(qkv.dtype(), {tokens * width});
+    all.slots = TestTensor(DType::kS64, {tokens});
+    for (int64_t t = 0; t < tokens; ++t) all.slots.Set(t, t);
+    ExpectOk(all.Run());
+    TestTensor rows(qkv.dtype(), qkv.dims());
+    int64_t i = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (const auto& [part, columns] : {std::pair(&all.query, heads * dim),
+                                          std::pair(&all.key_cache, width),
+                                          std::pair(&all.value_cache, width)}) {
+        for (int64_t d = 0; d < columns; ++d) {
+          rows.Set(i++, part->Get(t * columns + d));
+        }
+      }
+    }
+    return rows;
+  }
+
   // Writes head part `first` on of the rows of `from`, like qkv, into `cache`.
   void Model(const TestTensor& from, int64_t first, int64_t offset, float scale,
              TestTensor* cache) const {
@@ -228,14 +258,21 @@ void ExpectSame(const TestTensor& got, const TestTensor& want) {
   EXPECT_TRUE(got.bytes() == want.bytes());
 }
 
-// Runs the call and holds its caches to the model of what it left in qkv.
-void RunAndExpectCaches(Call* call) {
+// Runs the call and holds its queries and caches to those of `rows`, and qkv to
+// what it was.
+void RunAndExpect(Call* call, const TestTensor& rows) {
   TestTensor keys = call->key_cache;
   TestTensor values = call->value_cache;
+  const TestTensor qkv = call->qkv;
   ExpectOk(call->Run());
-  call->qkv.ExpectGuardsIntact();
-  call->Model(call->qkv, call->heads, 0, 0.5f, &keys);
-  call->Model(call->qkv, call->heads + call->kv_heads, 0, 3, &values);
+  ExpectSame(call->qkv, qkv);
+  call->query.ExpectGuardsIntact();
+  const int64_t row = rows.dims()[1], queries = call->heads * call->dim;
+  for (int64_t i = 0; i < call->query.size(); ++i) {
+    EXPECT_EQ(call->query.Get(i), rows.Get(i / queries * row + i % queries));
+  }
+  call->Model(rows, call->heads, 0, 0.5f, &keys);
+  call->Model(rows, call->heads + call->kv_heads, 0, 3, &values);
   ExpectSame(call->key_cache, keys);
   ExpectSame(call->value_cache, values);
 }
@@ -249,12 +286,13 @@ XLA_OPS_TEST(WithWeightsMatchesTheDefinition) {
           call.is_neox = is_neox;
           if (is_neox) call.Hnd();
           const std::vector<double> want = call.Exact();
-          RunAndExpectCaches(&call);
-          for (int64_t i = 0; i < call.qkv.size(); ++i) {
+          const TestTensor rows = call.Rows();
+          RunAndExpect(&call, rows);
+          for (int64_t i = 0; i < rows.size(); ++i) {
             // Half a step of the type, and fp32's of the parts of a difference.
             const double tolerance = 0.5 * Epsilon(dtype) * std::abs(want[i]) +
                                      std::ldexp(64.0, -24);
-            EXPECT_TRUE(std::abs(call.qkv.Get(i) - want[i]) <= tolerance);
+            EXPECT_TRUE(std::abs(rows.Get(i) - want[i]) <= tolerance);
           }
         }
       }
@@ -270,11 +308,8 @@ XLA_OPS_TEST(WithoutWeightsRoundsEveryStep) {
           Call call(dtype, 7, 3, 2, dim, table_dtype, dtype);
           call.is_neox = is_neox;
           call.RemoveWeights();
-          const std::vector<double> want = call.Stepwise();
-          RunAndExpectCaches(&call);
-          for (int64_t i = 0; i < call.qkv.size(); ++i) {
-            EXPECT_EQ(call.qkv.Get(i), want[i]);
-          }
+          const TestTensor rows(dtype, call.qkv.dims(), call.Stepwise());
+          RunAndExpect(&call, rows);
         }
       }
     }
@@ -288,7 +323,7 @@ XLA_OPS_TEST(ConvertsToFp8) {
           std::pair("fp8_e5m2", DType::kF8E5M2)}) {
       Call call(dtype, 7, 1, 2, 16, dtype, cache_dtype);
       call.kv_cache_dtype = name;
-      RunAndExpectCaches(&call);
+      RunAndExpect(&call, call.Rows());
     }
   }
 }
@@ -315,24 +350,23 @@ XLA_OPS_TEST(StackedCachesAreOneBuffer) {
   kv.Fill(7);
   TestTensor want = kv;
   ExpectOk(call.RunStacked(&kv));
-  call.Model(call.qkv, 4, call.key_offset, 1, &want);
-  call.Model(call.qkv, 6, call.value_offset, 1, &want);
+  const TestTensor rows = call.Rows();
+  call.Model(rows, 4, call.key_offset, 1, &want);
+  call.Model(rows, 6, call.value_offset, 1, &want);
   ExpectSame(kv, want);
 }
 
-XLA_OPS_TEST(UnaliasedResultsAreCopied) {
+XLA_OPS_TEST(UnaliasedCachesAreCopied) {
   Call call(DType::kF16);
   Call in_place = call;
-  TestTensor qkv(DType::kF16, call.qkv.dims());
   TestTensor keys(DType::kF16, call.key_cache.dims());
   TestTensor values(DType::kF16, call.value_cache.dims());
   ExpectOk(in_place.Run());
   const Call before = call;
-  ExpectOk(call.Run(&qkv, &keys, &values));
-  ExpectSame(qkv, in_place.qkv);
+  ExpectOk(call.Run(&call.query, &keys, &values));
+  ExpectSame(call.query, in_place.query);
   ExpectSame(keys, in_place.key_cache);
   ExpectSame(values, in_place.value_cache);
-  ExpectSame(call.qkv, before.qkv);
   ExpectSame(call.key_cache, before.key_cache);
   ExpectSame(call.value_cache, before.value_cache);
 }
@@ -344,7 +378,7 @@ XLA_OPS_TEST(TokensWithoutASlotAreRotated) {
   all.slots = TestTensor(DType::kS64, {7}, {5, 6, 7, -1, -1, -1, -1});
   ExpectOk(call.Run());
   ExpectOk(all.Run());
-  ExpectSame(call.qkv, all.qkv);
+  ExpectSame(call.query, all.query);
   ExpectSame(call.key_cache, all.key_cache);
   ExpectSame(call.value_cache, all.value_cache);
 }
@@ -354,10 +388,10 @@ XLA_OPS_TEST(LastTokenOfASlotWins) {
   call.slots.Fill(5);
   TestThreads threads(4);
   ExpectOk(call.Run(&threads));
+  const TestTensor rows = call.Rows();
   for (int64_t i = 0; i < 16; ++i) {
-    EXPECT_EQ(call.key_cache.Get(5 * 16 + i), call.qkv.Get(299 * 40 + 8 + i));
-    EXPECT_EQ(call.value_cache.Get(5 * 16 + i),
-              call.qkv.Get(299 * 40 + 24 + i));
+    EXPECT_EQ(call.key_cache.Get(5 * 16 + i), rows.Get(299 * 40 + 8 + i));
+    EXPECT_EQ(call.value_cache.Get(5 * 16 + i), rows.Get(299 * 40 + 24 + i));
   }
 }
 
@@ -370,7 +404,8 @@ XLA_OPS_TEST(Int32Positions) {
   }
   ExpectOk(call.Run());
   ExpectOk(narrow.Run());
-  ExpectSame(call.qkv, narrow.qkv);
+  ExpectSame(call.query, narrow.query);
+  ExpectSame(call.key_cache, narrow.key_cache);
 }
 
 XLA_OPS_TEST(NothingToDo) {
@@ -382,7 +417,7 @@ XLA_OPS_TEST(NothingToDo) {
   ExpectOk(no_kv_heads.Run());
   Call no_heads(DType::kF16, 3, 0, 0, 8, DType::kF16, DType::kF16);
   ExpectOk(no_heads.Run());
-  // An empty cache, of no block or of no page, takes nothing; heads still turn.
+  // An empty cache, of no block or of no page, takes nothing; queries turn.
   Call full(DType::kF16);
   ExpectOk(full.Run());
   for (int64_t Call::* size : {&Call::num_blocks, &Call::page_size}) {
@@ -390,7 +425,7 @@ XLA_OPS_TEST(NothingToDo) {
     empty.*size = 0;
     empty.key_cache = empty.value_cache = TestTensor(DType::kF16, {0});
     ExpectOk(empty.Run());
-    ExpectSame(empty.qkv, full.qkv);
+    ExpectSame(empty.query, full.query);
   }
 }
 
@@ -400,7 +435,7 @@ XLA_OPS_TEST(ThreadsGiveTheSameBits) {
   ExpectOk(alone.Run());
   TestThreads threads(4);
   ExpectOk(together.Run(&threads));
-  ExpectSame(together.qkv, alone.qkv);
+  ExpectSame(together.query, alone.query);
   ExpectSame(together.key_cache, alone.key_cache);
   ExpectSame(together.value_cache, alone.value_cache);
 }
@@ -504,12 +539,15 @@ XLA_OPS_TEST(ErrorsOfCaches) {
   Call call(DType::kF16);
   const std::string op = "fused_qk_norm_rope_and_cache: ";
   TestTensor other = F16({3});
-  ExpectInvalid(call.Run(&call.qkv, &call.key_cache, &other),
+  ExpectInvalid(call.Run(&call.query, &call.key_cache, &other),
                 op + "value_cache result must have shape [24, 8], got [3]");
-  ExpectInvalid(call.Run(&call.qkv, &other, &call.value_cache),
+  ExpectInvalid(call.Run(&call.query, &other, &call.value_cache),
                 op + "key_cache result must have shape [192], got [3]");
   ExpectInvalid(call.Run(&other, &call.key_cache, &call.value_cache),
-                op + "qkv result must have shape [7, 64], got [3]");
+                op + "query result must have shape [7, 4, 8], got [3]");
+  TestTensor wide_query(DType::kF32, {7, 4, 8});
+  ExpectInvalid(call.Run(&wide_query, &call.key_cache, &call.value_cache),
+                op + "query result must be float16, got float32");
   TestTensor kv = F16({192});
   call.value_offset = 1;
   ExpectInvalid(call.RunStacked(&kv),
