@@ -81,19 +81,32 @@ def locate(t: torch.Tensor, *, to_write: bool = False) -> Located:
     if not is_value(t):
         return Located(elements_of(t), 0, t.stride())
     is_strided = to_write and t.device.type != "xla"
-    base = t._base if t._is_view() else None
-    if base is not None and base.dtype == t.dtype:
-        place = _geometry(t, base, is_strided)
-        if place is not None:
-            if _is_untracked_view(base):
-                _tell_of_untracked_views()
-            return Located(base, place[0], place[1:])
+    place = locate_in_base(t, is_strided)
+    if place is not None:
+        if _is_untracked_view(place.buffer):
+            _tell_of_untracked_views()
+        return place
     if is_strided and isinstance(t, tracing.FunctionalTensor):
         strides = _current(t).stride()
         return Located(t, 0, tracing.from_sizes(strides, t.shape))
     if _is_untracked_view(t):
         _tell_of_untracked_views()
     return Located(t, 0, dense_strides(t.shape))
+
+
+def locate_in_base(t: torch.Tensor, is_strided: bool = False) -> Located | None:
+    """Where an XLA or a traced tensor lies in the one that it is a view of.
+
+    None where it is no view, one of another dtype, or one that cannot be traced.
+
+    Args:
+        is_strided: whether that tensor may be strided itself.
+    """
+    base = t._base if t._is_view() else None
+    if base is None or base.dtype != t.dtype:
+        return None
+    place = _geometry(t, base, is_strided)
+    return None if place is None else Located(base, place[0], place[1:])
 
 
 def _is_untracked_view(t: torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """vLLM's attention by the custom calls that write and read its paged cache.
 
-Tested by tests/engine/test_models.py.
+Tested by tests/engine/test_models.py and test_projection.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from vllm.v1.attention.backends.utils import (
     CommonAttentionMetadata,
 )
 
-from ..ops import paged_attention, reshape_and_cache_flash
+from ..ops import (
+    fused_qk_norm_rope_and_cache,
+    paged_attention,
+    reshape_and_cache_flash,
+)
+from . import projection
 
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -66,7 +71,10 @@ def attention_of(
         layers: vLLM's layers by name, static_forward_context.
     """
     context = _Context(metadata, no_compile_layers=layers)
-    with mock.patch.object(forward_context, "_forward_context", context):
+    with (
+        mock.patch.object(forward_context, "_forward_context", context),
+        projection.noting(),
+    ):
         yield
 
 
@@ -127,7 +135,10 @@ class XlaAttentionBackend(AttentionBackend):
 
 
 class XlaAttentionImpl(AttentionImpl):
-    """Writes the new K and V into the cache, then attends to it."""
+    """Writes the new K and V into the cache, then attends to it.
+
+    From the fused projection where that is known, by the call that norms and rotates.
+    """
 
     def __init__(
         self,
@@ -188,20 +199,23 @@ class XlaAttentionImpl(AttentionImpl):
         scales = {}
         if self.kv_cache_dtype != "auto":
             scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+        queries = query.view(tokens, self.num_heads, self.head_size)
         if self.kv_sharing_target_layer_name is None:
-            shape = (tokens, self.num_kv_heads, self.head_size)
-            key_cache, value_cache = kv_cache.unbind(0)
-            reshape_and_cache_flash(
-                key.view(shape),
-                value.view(shape),
-                key_cache,
-                value_cache,
+            sizes = (self.num_heads, self.num_kv_heads, self.head_size)
+            made_of = projection.find(query, key, value, *sizes)
+            where: tuple[Any, ...] = (
+                *kv_cache.unbind(0),
                 attn_metadata.slot_mapping,
                 self.kv_cache_dtype,
-                **scales,
             )
+            if made_of is not None:
+                queries = fused_qk_norm_rope_and_cache(*made_of, *where, **scales)
+            else:
+                shape = (tokens, self.num_kv_heads, self.head_size)
+                rows = (key.view(shape), value.view(shape))
+                reshape_and_cache_flash(*rows, *where, **scales)
         out = paged_attention(
-            query.view(tokens, self.num_heads, self.head_size),
+            queries,
             kv_cache,
             attn_metadata.context_lens,
             attn_metadata.block_tables,

@@ -13,6 +13,7 @@ from vllm.model_executor.layers import activation, layernorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from .. import ops
+from . import projection
 
 
 @layernorm.RMSNorm.register_oot
@@ -30,7 +31,9 @@ class XlaRMSNorm(layernorm.RMSNorm):
             return self.forward_native(x, residual)
         weight = self.weight.data
         if residual is None:
-            return ops.rms_norm(x, weight, self.variance_epsilon)
+            out = ops.rms_norm(x, weight, self.variance_epsilon)
+            projection.note_norm(out, x, weight, self.variance_epsilon)
+            return out
         return ops.fused_add_rms_norm(x, residual, weight, self.variance_epsilon)
 
 
@@ -110,14 +113,10 @@ def _rotary(
     is_base = type(self).forward_cuda is RotaryEmbedding.forward_cuda
     if not is_base or key is None or self.cos_sin_cache.dtype != query.dtype:
         return self.forward_native(positions, query, key)
-    return ops.rotary_embedding(
-        positions,
-        query,
-        key,
-        self.head_size,
-        self.cos_sin_cache,
-        self.is_neox_style,
-    )
+    how = (self.head_size, self.cos_sin_cache, self.is_neox_style)
+    rotated = ops.rotary_embedding(positions, query, key, *how)
+    projection.note_rotation(rotated, positions, query, key, *how)
+    return rotated
 
 
 # register_oot goes by the name of a class. The many that make another table (Llama 3,
