@@ -177,23 +177,31 @@ def check_prepare(
     rest = (*given, table, positions, slots, *scales, 2 * heads, heads, head_dim)
     rest = (*rest, 1e-5, is_neox, kv_cache_dtype, geometry, False)
 
-    def run(caches, rest):
-        arrays = [r for r in rest if isinstance(r, np.ndarray)]
-
-        def call(qkv, caches, *arrays):
-            given = iter(arrays)
-            filled = [next(given) if isinstance(r, np.ndarray) else r for r in rest]
-            return kernel_calls.fused_qk_norm_rope_and_cache(qkv, caches, *filled)
-
-        rows = qkv.reshape(tokens, 4 * heads * head_dim)
-        return jax.jit(call)(rows, caches, *arrays)
-
-    queries, caches = run(before, rest)
     # A block of one page for each token.
-    wide, wide_geometry = kernel_calls.geometry("NHD", tokens, 1, heads, head_dim)
+    wide_shape, wide_geometry = kernel_calls.geometry("NHD", tokens, 1, heads, head_dim)
     every = (*given, table, positions, np.arange(tokens), *scales, 2 * heads, heads)
     every = (*every, head_dim, 1e-5, is_neox, "auto", wide_geometry, False)
-    again, [keys, values] = run([np.zeros(wide, dtype)] * 2, every)
+    calls = [(before, rest), ([np.zeros(wide_shape, dtype)] * 2, every)]
+
+    def run(*arrays):
+        """Both calls, in one program."""
+        given = iter(arrays)
+
+        def filled(value):
+            return next(given) if isinstance(value, np.ndarray) else value
+
+        rows = next(given)
+        return [
+            kernel_calls.fused_qk_norm_rope_and_cache(
+                rows, [filled(c) for c in caches], *(filled(r) for r in rest)
+            )
+            for caches, rest in calls
+        ]
+
+    arrays = [a for c, r in calls for a in (*c, *r) if isinstance(a, np.ndarray)]
+    (queries, caches), (again, [keys, values]) = jax.jit(run)(
+        qkv.reshape(tokens, 4 * heads * head_dim), *arrays
+    )
     assert np.array_equal(queries, again), "queries depend on the caches"
     assert np.array_equal(values[:, 0], qkv[:, turned:]), "values changed"
     got = np.concatenate([queries, keys[:, 0], qkv[:, turned:]], 1)
