@@ -246,7 +246,7 @@ def _decode_case(batch: Batch, width=1, fp8=False, **rest) -> Case:
         return _error(batch, operands[0], pages, result)
 
     gathered = functools.partial(_gathered, batch)
-    plain = not fp8 and width == 1
+    plain = not fp8 and width == 1 and len(set(batch.kv_lens)) == 1
     return Case(
         make=make,
         ours=ours,
@@ -344,10 +344,12 @@ def decode(device: str) -> Iterator[Case]:
         yield _decode_case(few, size="4x96 4/2", in_xla=True, **names)
         yield _decode_case(few, size="4x96 4/2 fp8", fp8=True, **names)
         yield _decode_case(few, size="4x96 4/2 wide table", width=16, **names)
+        unequal = Batch((1,) * 4, (300, 28, 28, 28), 4, 2, 64)
+        yield _decode_case(unequal, size="300, 3x28 4/2", **names)
         return
 
     def case(num_seqs, context, heads, kv_heads, target, **rest):
-        length = f"{context // 1024}k"
+        length = str(context) if context % 1024 else f"{context // 1024}k"
         size = f"{num_seqs}x{length} {heads}/{kv_heads}" + rest.pop("suffix", "")
         return _decode_case(
             batch(num_seqs, context, heads, kv_heads, rest.pop("head_dim", 128)),
@@ -376,6 +378,15 @@ def decode(device: str) -> Iterator[Case]:
         64, 1024, 32, 8, Target("relative time", 1.1, 1.02, "decode 64x1k 32/8"),
         suffix=" wide table", width=16,
     )  # fmt: skip
+    # One long sequence among short ones, beside the same bytes evenly spread.
+    yield case(64, 1520, 32, 8, None)
+    yield _decode_case(
+        Batch((1,) * 64, (1024,) * 40 + (32768,) + (1024,) * 23, 32, 8, 128),
+        op="decode",
+        size="32k, 63x1k 32/8",
+        group="decode",
+        target=Target("relative time", 1.15, 1.05, "decode 64x1520 32/8"),
+    )
     yield case(8, 4096, 32, 8, None)
     yield case(64, 4096, 32, 8, None, suffix=" hd64", head_dim=64)
     yield case(64, 2048, 16, 4, None, suffix=" hd256", head_dim=256)

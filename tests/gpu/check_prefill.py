@@ -42,6 +42,7 @@ def prepare(library, query, key, value, starts, **options):
     """Makes flash_attn_varlen's call, and returns it and where it writes `out`.
 
     Keys and values are [tokens, heads, head_dim], or pages with a `block_table`.
+    `splits` 0 lets the library choose.
     """
     tokens, heads, head_dim = query.shape
     table = options.get("block_table")
@@ -52,7 +53,7 @@ def prepare(library, query, key, value, starts, **options):
     splits = options.get("splits", 1)
     row = kv_heads * head_dim
     sizes = (tokens, heads, kv_heads, head_dim, len(starts) - 1, longest, splits)
-    _, workspace_bytes = library.plan(sizes, 2)
+    splits, workspace_bytes = library.plan(sizes, 2)
     device = query.device
     out = torch.full_like(query, torch.nan)
     lse = torch.empty(heads, tokens, device=device)
@@ -61,8 +62,9 @@ def prepare(library, query, key, value, starts, **options):
         "flash_attn_varlen",
         [
             *(query, key, value, starts, options.get("key_starts")),
-            *(options.get("lengths"), table, None, None),
-            *(options.get("slopes"), options.get("sinks"), None, None),
+            *(options.get("lengths"), table, None, options.get("num_seqs")),
+            *(options.get("slopes"), options.get("sinks")),
+            *(options.get("k_scale"), options.get("v_scale")),
         ],
         [out, lse, workspace],
         {
@@ -70,7 +72,7 @@ def prepare(library, query, key, value, starts, **options):
             "window_left": options.get("left", -1),
             "window_right": options.get("right", -1),
             "soft_cap": float(options.get("cap", 0.0)),
-            "kv_cache_dtype": "auto",
+            "kv_cache_dtype": "auto" if key.dtype == query.dtype else "fp8_e4m3",
             "paged": paged,
             "num_splits": splits,
             "num_kv_heads": kv_heads,
@@ -280,9 +282,9 @@ def graph_of(call, calls=3):
     return graph, calls
 
 
-def microseconds(calls, rounds=9):
+def microseconds(calls, rounds=9, in_graph=3):
     """Of each call, the median of rounds through all of them."""
-    graphs = {name: graph_of(call) for name, call in calls.items()}
+    graphs = {name: graph_of(call, in_graph) for name, call in calls.items()}
     times = {name: [] for name in calls}
     for turn in range(rounds):
         first = turn % len(graphs)

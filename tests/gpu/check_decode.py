@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Checks builds of attention's library by decode, and times sequences of all lengths.
+
+    check_decode.py --lib-dir [NAME=]DIR [--lib-dir NAME=DIR ...] [--out results.json]
+                    [--quick] [--cpu] [--speed]
+
+Needs torch, a GPU, and libxla_ops_attention_cuda.so in each DIR; neither XLA nor the
+wheel. A case draws a batch of unequal sequences, some empty, compares the result with
+a float32 reference, and calls again: the bits must be the same.
+
+--speed: microseconds of bf16, 32 query and 8 KV heads of 128 where no others are named,
+pages of 16, by CUDA graphs of calls with tables of their own, so that no cache holds
+what they read. Rounds go through all builds; the median counts.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import random
+import sys
+import traceback
+
+import torch
+
+import ffi_call
+from check_attention_backward import attend
+from check_prefill import BOUND, in_pages, microseconds, offsets, prepare
+
+PAGE = 16
+FP8 = torch.float8_e4m3fn
+
+
+def batches(quick):
+    """(query lengths, KV lengths, further sequences and rows that none has)"""
+    drawn = random.Random(1)
+    one_long = [3000, 0, 17, 64, 65, 1, 300, 129]
+    yield [1] * 8, one_long, 0
+    yield [3, 1, 0, 2, 9, 1, 4, 1], one_long, 3
+    if quick:
+        return
+    yield [1], [5000], 0
+    yield [1], [70], 40
+    yield [2, 2, 2], [20000, 30, 30], 0
+    for count in (30, 31, 126, 127, 400):
+        lengths = [drawn.randrange(200) for _ in range(count)]
+        lengths[count // 3] = 4000
+        yield [1] * count, lengths, 5 * (count % 2)
+    # Prefill beside decode: by two kernels on Hopper.
+    yield [130, 1, 2, 1, 300, 1, 0, 1], [130, 2000, 17, 400, 900, 0, 9, 65], 2
+    yield [1] * 40 + [200], [50] * 39 + [3000, 250], 0
+
+
+def cases(quick):
+    heads = [(8, 2, 128), (8, 8, 64)]
+    dtypes = [torch.bfloat16, FP8]
+    features = [{}, {"left": 90}, {"sinks": True, "cap": 20.0}, {"slopes": True}]
+    if not quick:
+        heads += [(32, 8, 128), (5, 5, 96), (8, 1, 256), (48, 2, 64)]
+        dtypes += [torch.float16]
+    # 0: what the library chooses.
+    for batch, splits in itertools.product(batches(quick), (0, 1, 5)):
+        many = len(batch[0]) > 8
+        for kv_dtype, given in itertools.product(dtypes, heads[: 3 if many else None]):
+            for page in (PAGE,) if quick or kv_dtype == FP8 else (PAGE, 5, 0):
+                if many and (page != PAGE or (kv_dtype == FP8 and splits)):
+                    continue
+                for given_options in features[: 1 if many or page != PAGE else None]:
+                    options = given_options | {"splits": splits}
+                    yield {
+                        "batch": batch,
+                        "heads": given,
+                        "kv_dtype": kv_dtype,
+                        "page": page,
+                        "options": options,
+                    }
+
+
+def check(library, device, batch, heads, kv_dtype, page, options):
+    """Returns the error over the bound."""
+    queries, lengths, padding = batch
+    num_heads, kv_heads, head_dim = heads
+    dtype = torch.bfloat16 if kv_dtype == FP8 else kv_dtype
+    generator = torch.Generator().manual_seed(head_dim + num_heads)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    query = draw(sum(queries) + padding, num_heads, head_dim).to(dtype).to(device)
+    rows = [
+        draw(sum(lengths), kv_heads, head_dim).to(kv_dtype).to(device) for _ in "kv"
+    ]
+    extra = dict(options, right=0)
+    if extra.pop("slopes", False):
+        extra["slopes"] = 0.1 * draw(num_heads).abs().to(device)
+    if extra.pop("sinks", False):
+        extra["sinks"] = 3 * draw(num_heads).to(device)
+    # Padding repeats the last start, and the count leaves it out.
+    starts = offsets(queries + [0] * padding, device)
+    count = torch.tensor([len(queries)], dtype=torch.int32, device=device)
+    used = torch.tensor([*lengths, *[0] * padding], dtype=torch.int32, device=device)
+    place = {"num_seqs": count}
+    scales = [1.0, 1.0]
+    if kv_dtype == FP8:
+        scales = [0.5, 1.5]
+        names = ("k_scale", "v_scale")
+        for name, scale in zip(names, scales, strict=True):
+            place[name] = torch.tensor([scale], device=device)
+    keys = rows
+    if page:
+        # Bytes of FP8, which torch does not index everywhere.
+        held = [r.float() for r in rows]
+        keys, table = in_pages(held, lengths, page, generator)
+        keys = [k.to(kv_dtype) for k in keys]
+        table = torch.nn.functional.pad(table, (0, 0, 0, padding), value=-1)
+        place |= {"block_table": table, "lengths": used}
+    else:
+        place["key_starts"] = offsets(lengths + [0] * padding, device)
+    call, out = prepare(library, query, *keys, starts, **extra, **place)
+    call()
+    first = out.clone()
+    out.fill_(torch.nan)
+    call()
+    assert torch.equal(first.view(torch.int16), out.view(torch.int16)), "other bits"
+    wanted = torch.cat(
+        [
+            attend(
+                extra, *part, extra.get("sinks"), extra.get("slopes"), torch.float32
+            )[0]
+            for part in zip(
+                query[: sum(queries)].float().split(queries),
+                (rows[0].float() * scales[0]).split(lengths),
+                (rows[1].float() * scales[1]).split(lengths),
+                strict=True,
+            )
+        ]
+        + [query.new_zeros(padding, num_heads, head_dim).float()]
+    )
+    error = ((out.float() - wanted).abs().max() / wanted.abs().max()).item()
+    bound = BOUND[dtype]
+    assert error < bound, f"error {error:.3g}, bound {bound}"
+    return error / bound
+
+
+def run_cases(name, library, device, quick):
+    worst, failures, count = 0.0, [], 0
+    for case in cases(quick):
+        count += 1
+        try:
+            worst = max(worst, check(library, device, **case))
+        except Exception:  # noqa: BLE001, the other cases run
+            failures.append(f"{case}: {traceback.format_exc(limit=-1)}")
+            if len(failures) <= 5:
+                print(failures[-1][-1500:], flush=True)
+    print(
+        f"{name}: {count} cases, {len(failures)} failures, worst {worst:.2f} of bound"
+    )
+    return {"cases": count, "failures": failures, "worst_of_bound": worst}
+
+
+def speed_cases():
+    """Name: lengths and what differs from the usual."""
+    drawn = random.Random(2)
+    long = [32768] + 63 * [1024]
+    for count, length in ((64, 1024), (64, 4096), (64, 8192), (1, 1024), (1, 4096),
+                          (1, 32768), (8, 4096), (32, 1024), (48, 1024)):  # fmt: skip
+        yield f"{count} x {length}", count * [length], {}
+    yield "16 x 4096, 32/32", 16 * [4096], {"heads": (32, 32, 128)}
+    for count, length in ((64, 4096), (1, 1024), (1, 4096)):
+        yield f"{count} x {length}, fp8", count * [length], {"dtype": FP8}
+    yield "64 x 1520", 64 * [1520], {}
+    yield "32k, 63 x 1k", long, {}
+    yield "63 x 1k, 32k", long[::-1], {}
+    yield "64 x 1520, fp8", 64 * [1520], {"dtype": FP8}
+    yield "32k, 63 x 1k, fp8", long, {"dtype": FP8}
+    yield "64 x 1520, 8/1", 64 * [1520], {"heads": (8, 1, 128)}
+    yield "32k, 63 x 1k, 8/1", long, {"heads": (8, 1, 128)}
+    yield "256 x 1532", 256 * [1532], {}
+    yield "255 x 1k, 128k", 255 * [1024] + [131072], {}
+    yield "64 x 1024 +- 900", [drawn.randrange(124, 1925) for _ in range(64)], {}
+    yield "64 x 1024 +- 100", [drawn.randrange(924, 1125) for _ in range(64)], {}
+    yield "32k in a batch of 64", [32768] + 63 * [0], {}
+    yield "1k in a batch of 64", [1024] + 63 * [0], {}
+    yield "32k, 3 x 1k", [32768] + 3 * [1024], {}
+    yield "1000 x 512", 1000 * [512], {}
+
+
+class Shuffled:
+    """Pages in random order, and tables that take the next ones around."""
+
+    def __init__(self, pages):
+        self.order = torch.randperm(pages, device="cuda").int()
+        self.next = 0
+
+    def table(self, lengths):
+        pages = [-(-length // PAGE) for length in lengths]
+        table = torch.zeros(len(pages), max(pages), dtype=torch.int32, device="cuda")
+        for row, count in zip(table, pages, strict=True):
+            at = torch.arange(self.next, self.next + count, device="cuda")
+            row[:count] = self.order[at % len(self.order)]
+            self.next += count
+        return table
+
+
+def speed(libraries, name, lengths, more, buffers, rounds=11):
+    heads, kv_heads, head_dim = more.get("heads", (32, 8, 128))
+    dtype = more.get("dtype", torch.bfloat16)
+    row = kv_heads * head_dim * dtype.itemsize
+    size = buffers[0].numel() // (PAGE * row) * PAGE * row
+    keys, values = (
+        b[:size].view(dtype).view(-1, PAGE, kv_heads, head_dim) for b in buffers
+    )
+    # Enough calls for 200 MB, which no cache holds.
+    moved = 2 * row * sum(lengths)
+    count = max(4, min(64, -(-200_000_000 // moved)))
+    pages = Shuffled(len(keys))
+    tables = [pages.table(lengths) for _ in range(count)]
+    query = torch.randn(len(lengths), heads, head_dim, device="cuda").bfloat16()
+    used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    starts = offsets([1] * len(lengths), "cuda")
+    calls = {}
+    for build, library in libraries.items():
+        own = [
+            prepare(
+                library,
+                query,
+                keys,
+                values,
+                starts,
+                splits=0,
+                right=0,
+                lengths=used,
+                block_table=table,
+            )[0]
+            for table in tables
+        ]
+        calls[build] = lambda i, own=own: own[i % len(own)]()
+    times = microseconds(calls, rounds, count)
+    text = " ".join(f"{build} {us:.2f}" for build, us in times.items())
+    print(f"{name}: {text}; {moved / min(times.values()) / 1e6:.2f} TB/s", flush=True)
+    return {"case": name, "us": times, "bytes": moved}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lib-dir", action="append", required=True)
+    parser.add_argument("--out")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--speed", action="store_true")
+    args = parser.parse_args()
+    platform, device = ("cpu", "cpu") if args.cpu else ("cuda", "cuda")
+    libraries = {}
+    for given in args.lib_dir:
+        name, _, folder = given.rpartition("=")
+        library = ffi_call.Library(folder, "attention", platform)
+        libraries[name or f"build {len(libraries)}"] = library
+    results = {"torch": torch.__version__, "builds": {}}
+    if not args.cpu:
+        results["device"] = torch.cuda.get_device_name()
+    for name, library in libraries.items():
+        results["builds"][name] = run_cases(name, library, device, args.quick)
+    if args.speed:
+        draw = {"dtype": torch.uint8, "device": "cuda"}
+        # Finite in bf16 and in FP8.
+        buffers = [torch.randint(56, (1_600_000_000,), **draw) for _ in "kv"]
+        results["speed"] = [
+            speed(libraries, *case, buffers=buffers) for case in speed_cases()
+        ]
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(results, indent=1))
+    sys.exit(any(build["failures"] for build in results["builds"].values()))
+
+
+if __name__ == "__main__":
+    main()
