@@ -104,11 +104,8 @@ void Cases::AddAttention(DType dtype, int64_t head_dim, const Batch& batch,
 
   const Dims query = {num_tokens, kHeads, head_dim};
   const Dims cache = {num_blocks, page_size, kKvHeads, head_dim};
-  // Slots for the kernel for decode to cut the longest sequence alone.
-  const int64_t num_slots = v.num_splits > 1 ? 6 : 0;
   const int64_t workspace =
-      AttentionSlotsOffset(num_tokens, kHeads, head_dim, v.num_splits) +
-      num_slots * AttentionSlotBytes(kKvHeads, head_dim);
+      AttentionWorkspaceBytes(num_tokens, kHeads, head_dim, v.num_splits);
   const std::string detail = NameOf(dtype) + " " + std::to_string(head_dim) +
                              " " + batch.name + ", " + v.name;
   const TestTensor scale = Scalar(0.1);

@@ -152,15 +152,7 @@ cudaError_t FindDevice(AttentionDevice* result) {
   if (std::getenv("XLA_OPS_ATTENTION_NO_WGMMA") != nullptr) {
     result->has_wgmma = false;
   }
-  for (auto* kernel : {AttentionCombineKernel, AttentionCombineSlotsKernel}) {
-    if (error == cudaSuccess) error = LoadKernel(kernel);
-    // As decode wants it, so that blocks of both find room together.
-    if (error == cudaSuccess) {
-      error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-          cudaSharedmemCarveoutMaxShared);
-    }
-  }
+  if (error == cudaSuccess) error = LoadKernel(AttentionCombineKernel);
   if (error == cudaSuccess) error = LoadKernel(ReportAttentionKernel);
   return error;
 }
@@ -174,21 +166,11 @@ cudaError_t GetDevice(AttentionDevice* device) {
 
 cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args,
                           bool overlap) {
-  int warps = std::min(kCombineMaxWarps,
-                       (args.num_splits + kCombineBatch - 1) / kCombineBatch);
-  if (args.few_rows > 0) warps = kShareWarps;
+  const int warps = std::min(
+      kCombineMaxWarps, (args.num_splits + kCombineBatch - 1) / kCombineBatch);
   return LaunchOverlapping(stream, AttentionCombineKernel,
                            args.num_tokens * args.num_heads, 32 * warps,
                            overlap, args);
-}
-
-cudaError_t LaunchCombineSlots(cudaStream_t stream, const AttentionArgs& args,
-                               bool overlap) {
-  static_assert(kCombineMaxWarps == kShareWarps);
-  const dim3 grid(static_cast<unsigned>(args.num_kv_heads),
-                  static_cast<unsigned>(args.num_slots));
-  return LaunchOverlapping(stream, AttentionCombineSlotsKernel, grid,
-                           32 * kCombineMaxWarps, overlap, args);
 }
 
 // Debug mode: says which kernel runs, once for each signature.
@@ -222,7 +204,7 @@ cudaError_t LaunchAttention(cudaStream_t stream,
   cudaError_t error = GetDevice(&device);
   if (error != cudaSuccess) return error;
 
-  AttentionArgs args = MakeAttentionArgs(params);
+  const AttentionArgs args = MakeAttentionArgs(params);
   if (!IsAligned(params.workspace, 16) ||
       params.workspace_bytes <
           AttentionWorkspaceBytes(params.num_tokens, params.num_heads,
@@ -236,30 +218,15 @@ cudaError_t LaunchAttention(cudaStream_t stream,
     if (error != cudaSuccess) return error;
   }
   error = cudaErrorNotSupported;
-  AttentionKernel kernel = ChooseAttentionKernel(params, device);
-  while (kernel != AttentionKernel::kNone) {
+  for (AttentionKernel kernel = ChooseAttentionKernel(params, device);
+       error == cudaErrorNotSupported && kernel != AttentionKernel::kNone;
+       kernel = NextAttentionKernel(kernel, params, device)) {
     error = kLaunchers[static_cast<int>(kernel)].launch(stream, params, args,
                                                         device);
-    if (error != cudaErrorNotSupported) break;
-    kernel = NextAttentionKernel(kernel, params, device);
+    if (params.debug && error == cudaSuccess) TellKernel(kernel, params);
   }
-  if (error != cudaSuccess) return error;
-  if (params.debug) TellKernel(kernel, params);
-  // The kernel for decode has slots and no splits, all others splits alone.
-  if (kernel == AttentionKernel::kMixed) {
-    args.few_rows = kDecodeRows;
-  } else if (kernel == AttentionKernel::kMma &&
-             MmaTileRows(params, device) == kDecodeRows) {
-    args.num_splits = 1;
-  } else {
-    args.num_slots = 0;
-  }
-  if (args.num_slots > 0) {
-    error = LaunchCombineSlots(stream, args, device.can_overlap);
-    if (error != cudaSuccess) return error;
-  }
-  if (args.num_splits == 1) return cudaSuccess;
-  return LaunchCombine(stream, args, device.can_overlap && args.num_slots == 0);
+  if (error != cudaSuccess || args.num_splits == 1) return error;
+  return LaunchCombine(stream, args, device.can_overlap);
 }
 
 }  // namespace xla_ops

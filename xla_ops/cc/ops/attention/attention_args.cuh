@@ -9,7 +9,6 @@
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/ops/attention/attention.h"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
-#include "xla_ops/cc/ops/attention/attention_share.h"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
@@ -76,21 +75,7 @@ inline AttentionArgs MakeAttentionArgs(const AttentionParams& params) {
   args.paged = params.paged;
   args.e5m2 = params.kv_dtype == DType::kF8E5M2;
   args.aligned = RowsAligned(params);
-  const bool fp8 = params.kv_dtype != params.dtype;
-  args.share_tile_shift = DecodeTileTokens(fp8, params.head_dim) == 128 ? 7 : 6;
   args.next_item = static_cast<unsigned*>(params.workspace);
-  const int64_t slots_offset = AttentionSlotsOffset(
-      params.num_tokens, params.num_heads, params.head_dim, args.num_splits);
-  args.num_slots = static_cast<int>(
-      std::clamp((params.workspace_bytes - slots_offset) /
-                     AttentionSlotBytes(params.num_kv_heads, params.head_dim),
-                 int64_t{0}, kAttentionMaxSlots));
-  const int64_t slot_rows =
-      args.num_slots * params.num_kv_heads * kAttentionSlotRows;
-  args.slot_out = reinterpret_cast<float*>(
-      static_cast<char*>(params.workspace) + slots_offset);
-  args.slot_max = args.slot_out + slot_rows * params.head_dim;
-  args.slot_sum = args.slot_max + slot_rows;
   if (args.num_splits > 1) {
     const int64_t rows = args.num_splits * params.num_tokens * params.num_heads;
     args.partial_out = reinterpret_cast<float*>(

@@ -71,18 +71,11 @@ bool IsTmaStep(int64_t size, int64_t stride);
 // this holds its average sequence. Of kMixed, sequences of at most this many
 // run by it, all others by the Hopper kernel: which ones is read on the device.
 constexpr int kDecodeRows = 16;
-static_assert(kDecodeRows == kAttentionSlotRows);
 // Of the tiles that it has for prefill, and up to which head_dim it has the
 // larger one.
 constexpr int kMmaFewRows = 64;
 constexpr int kMmaManyRows = 128;
 constexpr int kMmaManyRowsMaxHeadDim = 128;
-
-// Whether a call's average sequence decodes, and whether the Hopper kernel may
-// share such a call with the kernel for decode. False where their sizes
-// overflow.
-bool IsDecode(int64_t num_tokens, int64_t group, int64_t max_num_seqs);
-bool IsMixed(int64_t num_tokens, int64_t group, int64_t max_num_seqs);
 
 // Packed rows of the tile of a call by mma.sync: one of the three. Many rows
 // get the most out of K and V, but a short sequence does not fill them, and few

@@ -22,12 +22,8 @@ bool PointersAligned(const AttentionParams& params) {
          IsAligned16(params.value) && IsAligned16(params.out);
 }
 
-int64_t Group(const AttentionParams& params) {
-  return params.num_heads / params.num_kv_heads;
-}
-
 int64_t PackedRows(const AttentionParams& params) {
-  return params.num_tokens * Group(params);
+  return params.num_tokens * (params.num_heads / params.num_kv_heads);
 }
 
 // What the Hopper kernel can do, whether or not it is worth it.
@@ -65,8 +61,10 @@ bool CanRunSm90(const AttentionParams& params, const AttentionDevice& device) {
 // Where the average sequence has more rows than decode has, and fewer than
 // prefill, some have many and others may have few.
 bool CanRunMixed(const AttentionParams& params, const AttentionDevice& device) {
-  return FitsSm90(params, device) && CanRunMma(params, device) &&
-         IsMixed(params.num_tokens, Group(params), params.max_num_seqs);
+  return params.max_num_seqs > 1 && FitsSm90(params, device) &&
+         CanRunMma(params, device) &&
+         PackedRows(params) > kDecodeRows * params.max_num_seqs &&
+         PackedRows(params) < kMixedMaxRows * params.max_num_seqs;
 }
 
 bool CanRunSimt(const AttentionParams&, const AttentionDevice&) { return true; }
@@ -124,26 +122,9 @@ AttentionKernel ChooseAttentionKernel(const AttentionParams& params,
   return FirstFrom(0, params, device);
 }
 
-bool IsDecode(int64_t num_tokens, int64_t group, int64_t max_num_seqs) {
-  int64_t rows;
-  return max_num_seqs <= kAttentionMaxSeqs &&
-         !__builtin_mul_overflow(num_tokens, group, &rows) &&
-         rows <= kDecodeRows * max_num_seqs;
-}
-
-bool IsMixed(int64_t num_tokens, int64_t group, int64_t max_num_seqs) {
-  int64_t rows;
-  return max_num_seqs > 1 && max_num_seqs <= kAttentionMaxSeqs &&
-         !__builtin_mul_overflow(num_tokens, group, &rows) &&
-         rows > kDecodeRows * max_num_seqs &&
-         rows < kMixedMaxRows * max_num_seqs;
-}
-
 int MmaTileRows(const AttentionParams& params, const AttentionDevice& device) {
   const int64_t rows = PackedRows(params);
-  if (IsDecode(params.num_tokens, Group(params), params.max_num_seqs)) {
-    return kDecodeRows;
-  }
+  if (rows <= kDecodeRows * params.max_num_seqs) return kDecodeRows;
   const int64_t tiles = rows / kMmaManyRows;
   const bool fills_tiles = tiles >= params.max_num_seqs;
   // With fewer, twice as many of half the rows run at once.

@@ -70,37 +70,11 @@ cudaError_t PrepareSimt() {
 
 // As many tiles of `tile_rows` packed rows as any cu_seqlens_q could need
 // (attention_tiles.cuh). The limits in attention.h and kTileRows >= 4 keep them
-// below 2^31.
+// below 2^31. With few_rows, a tile a segment.
 inline int64_t NumTiles(const AttentionArgs& args, int tile_rows) {
   const int64_t group = args.group.value();
-  return args.num_tokens * group / tile_rows + args.max_num_seqs + 2;
-}
-
-// Launches the kernel for decode: a block for as many items of work
-// (attention_share.h) as any cu_seqlens_q could need, of each KV head; some
-// find none. Tokens of a segment need at most as many tiles as each by itself,
-// and a segment has one tile at most that is not full. With few_rows it is one
-// tile.
-template <typename Kernel>
-cudaError_t LaunchShares(cudaStream_t stream, Kernel* kernel, int threads,
-                         int shared_bytes, const AttentionArgs& args) {
-  const int64_t group = args.group.value();
-  const int64_t segments = int64_t{args.max_num_seqs} + 2;
-  const int64_t of_token = (group + kDecodeRows - 1) / kDecodeRows;
-  const int64_t tiles =
-      args.few_rows > 0
-          ? std::min(args.num_tokens, args.max_num_seqs)
-          : std::min(args.num_tokens * of_token,
-                     (args.num_tokens * group + segments * (kDecodeRows - 1)) /
-                         kDecodeRows);
-  const int64_t items = tiles + args.num_slots;
-  constexpr int64_t kMostBlocks = 65535;  // of a grid's second and third size
-  const dim3 grid(
-      static_cast<unsigned>(args.num_kv_heads),
-      static_cast<unsigned>(std::min(items, kMostBlocks)),
-      static_cast<unsigned>((items + kMostBlocks - 1) / kMostBlocks));
-  kernel<<<grid, threads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  return (args.few_rows > 0 ? 0 : args.num_tokens * group / tile_rows) +
+         args.max_num_seqs + 2;
 }
 
 // Launches a kernel over tiles, KV heads and splits.
@@ -152,8 +126,8 @@ cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args, int rows,
         rows, [&](auto shape, auto* kernel) {
           using Shape = decltype(shape);
           if (Shape::kTileRows == kDecodeRows) {
-            return LaunchShares(stream, kernel, Shape::kThreads,
-                                Shape::kSharedBytes, args);
+            return LaunchTiles(stream, kernel, Shape::kTileRows,
+                               Shape::kThreads, Shape::kSharedBytes, args);
           }
           return LaunchSections(stream, kernel, Shape::kTileRows,
                                 Shape::kThreads, Shape::kSharedBytes,

@@ -4,12 +4,12 @@
 // https://arxiv.org/abs/2307.08691), query heads packed by KV head, KV tokens
 // gathered through the block table by 16-byte asynchronous copies.
 //
-// A block of four warps works on one tile of 16 query rows, one KV head and all
-// of the KV tokens or a piece of them (attention_share.h), 64 or 128 tokens at
-// a time. Each warp takes a quarter of them and keeps its own softmax, merged
-// at the end. A warp then reads only what it loaded itself: no block barrier. A
-// ring of two or three tiles (K, V, K, V, ...) keeps 8 to 16 KB a warp on the
-// way, which is what hides memory's latency where there are few blocks.
+// A block of four warps works on one tile of 16 query rows, one KV head and one
+// split of the KV tokens, 64 or 128 tokens at a time. Each warp takes a quarter
+// of them and keeps its own softmax, merged at the end. A warp then reads only
+// what it loaded itself: no block barrier. A ring of two or three tiles (K, V,
+// K, V, ...) keeps 8 to 16 KB a warp on the way, which is what hides memory's
+// latency where there are few blocks.
 //
 // Alignment: query, key, value and strides to 16 bytes, checked by the
 // launcher.
@@ -27,7 +27,6 @@
 #include "xla_ops/cc/device/softmax_fragment.cuh"
 #include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
-#include "xla_ops/cc/ops/attention/attention_share.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
@@ -39,8 +38,8 @@ struct MmaDecodeShape {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileRows = 16;
-  static constexpr int kTileTokens = DecodeTileTokens(kFp8, kHeadDim);
-  static constexpr int kWarpTokens = kTileTokens / kWarps;
+  static constexpr int kWarpTokens = kFp8 || kHeadDim == 64 ? 32 : 16;
+  static constexpr int kTileTokens = kWarpTokens * kWarps;
   // Shared memory: the query tile, then a ring of K and V tiles.
   static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
   static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
@@ -67,8 +66,9 @@ struct MmaDecodeShape {
 // one maximum, add them up through shared memory, and write.
 template <typename T, bool kFp8, int kHeadDim>
 __device__ __forceinline__ void MergeAndStoreRows(
-    const AttentionArgs& args, const QueryTile& tile, int kv_head, int slot,
-    float value_scale, float* shared, const MmaAccumulator<kHeadDim>& acc) {
+    const AttentionArgs& args, const QueryTile& tile, int kv_head,
+    int64_t split_start, float value_scale, float* shared,
+    const MmaAccumulator<kHeadDim>& acc) {
   using Shape = MmaDecodeShape<kFp8, kHeadDim>;
   constexpr int kStride = Shape::kMergeStride;
   __shared__ float warp_max[Shape::kWarps][16];
@@ -115,13 +115,10 @@ __device__ __forceinline__ void MergeAndStoreRows(
     }
     const QueryRow query_row = tile.Row(args, kv_head, row);
     const int64_t out_row = query_row.Index(args);
-    const int64_t slot_row = SlotRow(args, slot, kv_head, row);
-    float factor = value_scale;
-    if (slot >= 0) {
-      StorePartial(args.slot_max, args.slot_sum, slot_row, max, sum, lane == 0);
-    } else {
-      factor *= EndRow(args, query_row, max, sum);
-    }
+    const int64_t partial_row = split_start + out_row;
+    const float factor =
+        value_scale *
+        EndOrSplitRow(args, query_row, partial_row, max, sum, lane == 0);
     for (int column = 2 * lane; column < args.head_dim; column += 64) {
       float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -131,8 +128,8 @@ __device__ __forceinline__ void MergeAndStoreRows(
         total.x += part.x;
         total.y += part.y;
       }
-      StorePair<T, kFp8>(args, out_row, slot >= 0 ? args.slot_out : nullptr,
-                         slot_row, column, total.x * factor, total.y * factor);
+      StorePair<T, kFp8>(args, out_row, partial_row, column, total.x * factor,
+                         total.y * factor);
     }
   }
 }
@@ -147,8 +144,7 @@ __device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
 #endif  // XLA_OPS_HAS_MMA
 
 // T is the tensor cores' operand type: query's, or __half with 8-bit keys
-// and values (kFp8). Grid: x KV heads, whose tokens lie side by side in memory,
-// y and z items of work.
+// and values (kFp8). Grid: x query tiles, y KV heads, z splits.
 template <typename T, bool kFp8, int kHeadDim>
 __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
                                   MmaDecodeShape<kFp8, kHeadDim>::kMinBlocks)
@@ -160,30 +156,33 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   constexpr int kKvSize = kFp8 ? 1 : 2;
   constexpr bool kThreeSlots = Shape::kSlots == 3;
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ ShareSearch search;
+  __shared__ TileSearch search;
   __shared__ TileRow rows[Shape::kTileRows];
   __shared__ float row_scale[kFp8 ? Shape::kTileRows : 1];
 
-  static_assert(Shape::kTileRows == kDecodeRows);
-  static_assert(Shape::kWarps == kShareWarps);
-  const int64_t index = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
-  if (!FindItem(args, static_cast<int>(min(index, int64_t{INT32_MAX})),
-                search)) {
+  // Last tiles first: under a causal mask they have the most to do.
+  QueryTile tile;
+  if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(
+          args, static_cast<int>(gridDim.x - 1 - blockIdx.x), search, &tile)) {
     return;
   }
-  const QueryTile tile = search.tile;
-  const int kv_head = blockIdx.x;
+  const int kv_head = blockIdx.y;
+  const int64_t split_start =
+      int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const TokenRange visible =
       VisibleTokens(args, tile.kv_len, tile.Position(args, 0),
                     tile.Position(args, tile.num_rows - 1));
   const TokenRange tiles = TilesOf<kTileTokens>(visible);
-  const int count = tiles.end - tiles.begin;
-  const int pieces = search.item.pieces;
-  const int piece = search.item.piece;
-  int t = tiles.begin + PieceBegin(count, pieces, piece);
-  const int t_end = tiles.begin + PieceBegin(count, pieces, piece + 1);
+  const TokenRange split =
+      SplitRange(tiles.end - tiles.begin, args.num_splits, blockIdx.z);
+  if (args.num_splits > 1 && split.begin == split.end) {
+    StoreEmptySplit(args, tile, kv_head, split_start);
+    return;
+  }
+  int t = tiles.begin + split.begin;
+  const int t_end = tiles.begin + split.end;
 
   const uint8_t* keys = static_cast<const uint8_t*>(args.key);
   const uint8_t* values = static_cast<const uint8_t*>(args.value);
@@ -275,8 +274,6 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   acc.Clear();
   uint32_t slot = 0;
   for (; t < t_end; ++t) {
-    // The one that combines pieces; its blocks find room as this one's end.
-    if (t + 2 >= t_end) LetNextKernelStart();
     WaitForCopies<kPending>();
     __syncwarp();  // K is here
     float scores[kWarpTokens / 8][4] = {};
@@ -335,12 +332,12 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
     }
   }
 
+  // The one that combines splits; sooner, it would take room from others.
+  LetNextKernelStart();
 #pragma unroll
   for (float& sum : acc.sum) sum = QuadSum(sum);
-  // Tile and slot from shared memory: the loop needs the registers.
-  MergeAndStoreRows<T, kFp8>(args, search.tile, kv_head, search.item.slot,
-                             value_scale, reinterpret_cast<float*>(shared),
-                             acc);
+  MergeAndStoreRows<T, kFp8>(args, tile, kv_head, split_start, value_scale,
+                             reinterpret_cast<float*>(shared), acc);
 #endif  // XLA_OPS_HAS_MMA
 }
 

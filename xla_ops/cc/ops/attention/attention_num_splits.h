@@ -20,10 +20,6 @@ int64_t ChooseNumSplits(const XlaOpsAttentionRequest& request);
 int64_t ChooseDecodeSplits(int64_t tiles, int64_t max_kv_len);
 int64_t ChoosePrefillSplits(int64_t tiles, int64_t max_kv_len);
 
-// How many slots the kernel for decode should have (attention.h); 0 where it
-// does not run. They do not depend on num_splits, which it does not look at.
-int64_t ChooseNumSlots(const XlaOpsAttentionRequest& request);
-
 // xla_ops_attention_plan; `can_split`: the handler makes use of splits.
 const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
                               bool can_split, XlaOpsAttentionPlan* plan);

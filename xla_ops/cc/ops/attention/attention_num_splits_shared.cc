@@ -35,26 +35,7 @@ constexpr int64_t kCombineTime = 4000;
 // Of prefill's pieces.
 constexpr int64_t kLeastKvTiles = 2;
 
-// Slots times KV heads of a decode step: with half as many a piece may have
-// the work of a block that is there from the beginning to the end, when there
-// are more blocks than a GPU holds.
-constexpr int64_t kMostSlots = 1024;
-
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t Group(const XlaOpsAttentionRequest& request) {
-  return request.num_heads / std::max<int64_t>(1, request.num_kv_heads);
-}
-
-// Tiles that sequences of a row or more could have at most, one of each in part
-// full; the request's `rows` are packed ones.
-int64_t MostTiles(const XlaOpsAttentionRequest& request, int64_t rows,
-                  int64_t tile_rows) {
-  return std::min(
-      request.num_tokens,
-      std::max<int64_t>(0, rows - request.max_num_seqs) / tile_rows +
-          request.max_num_seqs);
-}
 
 }  // namespace
 
@@ -98,44 +79,27 @@ int64_t ChoosePrefillSplits(int64_t tiles, int64_t max_kv_len) {
 }
 
 int64_t ChooseNumSplits(const XlaOpsAttentionRequest& request) {
+  const int64_t group =
+      request.num_heads / std::max<int64_t>(1, request.num_kv_heads);
   int64_t rows;
   int64_t tiles;
-  if (__builtin_mul_overflow(request.num_tokens, Group(request), &rows) ||
+  if (__builtin_mul_overflow(request.num_tokens, group, &rows) ||
       request.max_num_seqs > kAttentionMaxSeqs) {
     return 1;
   }
-  const bool is_decode =
-      IsDecode(request.num_tokens, Group(request), request.max_num_seqs);
+  const bool is_decode = rows / kDecodeRows <= request.max_num_seqs &&
+                         rows <= kDecodeRows * request.max_num_seqs;
+  // What sequences of a row or more could have at most, a tile of each in part
+  // full.
   const int64_t tile_rows =
       is_decode ? kDecodeRows : PrefillRows(request.head_dim);
-  if (__builtin_mul_overflow(MostTiles(request, rows, tile_rows),
-                             request.num_kv_heads, &tiles)) {
-    return 1;
-  }
+  const int64_t bound =
+      std::min(request.num_tokens,
+               std::max<int64_t>(0, rows - request.max_num_seqs) / tile_rows +
+                   request.max_num_seqs);
+  if (__builtin_mul_overflow(bound, request.num_kv_heads, &tiles)) return 1;
   return is_decode ? ChooseDecodeSplits(tiles, request.max_kv_len)
                    : ChoosePrefillSplits(tiles, request.max_kv_len);
-}
-
-// As many slots as query tiles leave equal sequences whole, and cut one that is
-// twice as long as the average; where those are few, enough to fill a GPU.
-int64_t ChooseNumSlots(const XlaOpsAttentionRequest& request) {
-  const int64_t group = Group(request);
-  const bool is_decode =
-      IsDecode(request.num_tokens, group, request.max_num_seqs);
-  if (!is_decode && !IsMixed(request.num_tokens, group, request.max_num_seqs)) {
-    return 0;
-  }
-  const int64_t kv_heads = std::max<int64_t>(1, request.num_kv_heads);
-  const int64_t most = kMostSlots / kv_heads;
-  const int64_t tiles =
-      is_decode ? MostTiles(request, request.num_tokens * group, kDecodeRows)
-                : std::min(request.num_tokens, request.max_num_seqs);
-  int64_t slots = std::clamp(tiles, kMostBlocks / kv_heads, most);
-  const int64_t longest = request.max_kv_len / kLeastTokens;
-  if (longest < most) {
-    slots = std::min(slots, std::min(tiles, most) * longest);
-  }
-  return slots < 2 || longest < 2 ? 0 : slots;
 }
 
 const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
@@ -160,28 +124,16 @@ const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
   if (splits == 0) {
     splits = can_split ? ChooseNumSplits(request) : 1;
   }
-  const int64_t slots = can_split ? ChooseNumSlots(request) : 0;
-  int64_t slot_bytes;
   int64_t unused;
   if (__builtin_mul_overflow(request.num_tokens, request.num_heads, &unused) ||
       __builtin_mul_overflow(unused, request.head_dim + 2, &unused) ||
       __builtin_mul_overflow(unused, splits * 4, &unused) ||
-      __builtin_mul_overflow(
-          slots * request.num_kv_heads * 4 * kAttentionSlotRows,
-          request.head_dim + 2, &slot_bytes) ||
-      __builtin_add_overflow(unused, slot_bytes, &unused) ||
-      __builtin_add_overflow(unused, 2 * kAttentionSchedulerBytes, &unused)) {
+      __builtin_add_overflow(unused, kAttentionSchedulerBytes, &unused)) {
     return "the workspace must have less than 2^63 bytes";
   }
   plan->num_splits = splits;
   plan->workspace_bytes = AttentionWorkspaceBytes(
       request.num_tokens, request.num_heads, request.head_dim, splits);
-  if (slots > 0) {
-    plan->workspace_bytes =
-        AttentionSlotsOffset(request.num_tokens, request.num_heads,
-                             request.head_dim, splits) +
-        slots * AttentionSlotBytes(request.num_kv_heads, request.head_dim);
-  }
   return nullptr;
 }
 

@@ -107,45 +107,9 @@ XLA_OPS_TEST(TheLibraryChoosesAndSizesTheWorkspace) {
   const Answer answer = Ask(Request());
   EXPECT_EQ(answer.error, "");
   EXPECT_EQ(answer.plan.num_splits, 32);
-  // 32 splits of 32 rows, and 64 slots of 16 rows of 8 KV heads.
+  EXPECT_EQ(answer.plan.workspace_bytes, 128 + 32 * 32 * 130 * 4);
   EXPECT_EQ(answer.plan.workspace_bytes,
-            128 + (32 * 32 + 64 * 8 * 16) * 130 * 4);
-  EXPECT_EQ(answer.plan.workspace_bytes,
-            AttentionWorkspaceBytes(1, 32, 128, 32) +
-                64 * AttentionSlotBytes(8, 128));
-}
-
-XLA_OPS_TEST(SlotsAreForCallsThatDecode) {
-  const auto slots = [](int64_t tokens, int64_t seqs, int64_t kv_heads,
-                        int64_t length) {
-    XlaOpsAttentionRequest request = Request();
-    request.num_tokens = tokens;
-    request.num_kv_heads = kv_heads;
-    request.max_num_seqs = seqs;
-    request.max_kv_len = length;
-    return ChooseNumSlots(request);
-  };
-  // Enough to fill a GPU, one a sequence, and no more than have a use.
-  EXPECT_EQ(slots(1, 1, 8, 32768), 64);
-  EXPECT_EQ(slots(64, 64, 8, 32768), 64);
-  EXPECT_EQ(slots(100, 100, 8, 32768), 100);
-  EXPECT_EQ(slots(1000, 1000, 8, 32768), 128);
-  EXPECT_EQ(slots(64, 64, 1, 32768), 512);
-  EXPECT_EQ(slots(64, 64, 32, 32768), 32);
-  // A piece has 64 tokens or more.
-  EXPECT_EQ(slots(1, 1, 8, 1024), 16);
-  EXPECT_EQ(slots(1, 1, 8, 127), 0);
-  EXPECT_EQ(slots(1, 1, 8, 0), 0);
-  EXPECT_EQ(slots(64, 64, 8, 127), 0);
-  // Prefill has none, unless some sequences of it may decode.
-  EXPECT_EQ(slots(4096, 1, 8, 32768), 0);
-  EXPECT_EQ(slots(4096, 64, 8, 32768), 64);
-  EXPECT_EQ(slots(65536, 64, 8, 32768), 0);
-  // Sizes that nothing holds.
-  EXPECT_EQ(slots(INT64_MAX, 1, 8, INT64_MAX), 0);
-  EXPECT_EQ(slots(1, INT64_MAX, 8, INT64_MAX), 0);
-  EXPECT_EQ(slots(64, 64, 2000, INT64_MAX), 0);
-  EXPECT_EQ(slots(0, 0, 0, 0), 0);
+            AttentionWorkspaceBytes(1, 32, 128, 32));
 }
 
 XLA_OPS_TEST(TheCallerMayChoose) {
@@ -154,12 +118,9 @@ XLA_OPS_TEST(TheCallerMayChoose) {
   for (const bool can_split : {false, true}) {
     const Answer answer = Ask(request, can_split);
     EXPECT_EQ(answer.plan.num_splits, 3);
-    EXPECT_EQ(answer.plan.workspace_bytes,
-              128 + (3 * 32 + (can_split ? 64 * 8 * 16 : 0)) * 130 * 4);
+    EXPECT_EQ(answer.plan.workspace_bytes, 128 + 3 * 32 * 130 * 4);
   }
   request.num_splits = 1;
-  EXPECT_EQ(Ask(request).plan.workspace_bytes, 128 + 64 * 8 * 16 * 130 * 4);
-  request.num_tokens = 4096;
   EXPECT_EQ(Ask(request).plan.workspace_bytes, 128);
 }
 

@@ -54,11 +54,6 @@ struct AttentionArgs {
   float* partial_max;   // [num_splits, num_tokens, num_heads], base 2
   float* partial_sum;   // [num_splits, num_tokens, num_heads]
   unsigned* next_item;  // the Hopper kernel's counter of work items
-  // Partial results of the kernel for decode where num_slots > 0; the row index
-  // is SlotRow (attention_share.cuh).
-  float* slot_out;  // [num_slots, num_kv_heads, kDecodeRows, head_dim]
-  float* slot_max;  // [num_slots, num_kv_heads, kDecodeRows], base 2
-  float* slot_sum;
   int64_t max_blocks;
   int64_t block_stride;
   int64_t page_stride;
@@ -77,8 +72,6 @@ struct AttentionArgs {
   int max_kv_len;  // paged: what a block table's row can address;
                    // contiguous: the buffer's rows
   int num_splits;
-  int num_slots;         // 0: the kernel for decode cuts no sequence
-  int share_tile_shift;  // log2 of its KV tiles' tokens
   // Of a call that two kernels share: the one for decode takes the sequences of
   // at most this many packed rows, the one for prefill all other rows. 0: one
   // kernel takes all.
@@ -280,8 +273,13 @@ __device__ __forceinline__ bool FindQueryTile(const AttentionArgs& args,
     int kv_start = 0;
     if (!args.paged)
       kv_start = AddWarps<kWarps>(shared.warp_kv_end, kv_carry, kv_end);
-    const int first_tile = start * group / kTileRows + segment;
-    const int end_tile = end * group / kTileRows + segment + 1;
+    int first_tile = start * group / kTileRows + segment;
+    int end_tile = end * group / kTileRows + segment + 1;
+    if (args.few_rows > 0) {
+      // A sequence is a tile, or not this kernel's.
+      first_tile = segment;
+      end_tile = segment + IsFew(args, segment, num_seqs, end - start);
+    }
     if (segment < num_seqs + 2 && first_tile <= tile_index &&
         tile_index < end_tile) {
       QueryTile& found = shared.tile;
