@@ -222,7 +222,7 @@ def test_views_are_read_beside_the_cache_that_is_written(name):
     # AOTAutograd would take V, at an offset that it cannot see, for K.
     with pytest.raises(Exception) as error:
         f(kv, *kv.unbind(0), *args)
-    assert "key_cache must not be a view, made outside the compiled" in str(error.value)
+    assert "an input must not be a view, made outside the compiled" in str(error.value)
     assert "take the view inside" in str(error.value)
 
 

@@ -293,6 +293,6 @@ def test_two_views_made_outside_are_refused(name):
     both, mapping = path.put([cache(2, 6, 4, 8), torch.tensor([[0, 1]])])
     src, dst = both[:, :, :2].detach().unbind(0)
     with pytest.raises(
-        Exception, match="swap_blocks: dst must not be a view, made out"
+        Exception, match="swap_blocks: src must not be a view, made out"
     ):
         path.function(xla_ops.swap_blocks)(src, dst, mapping)

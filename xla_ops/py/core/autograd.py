@@ -61,7 +61,7 @@ def is_untracked(args: Sequence) -> bool:
 def asks(arguments: Iterable[tuple[str, object]], names: Collection[str]) -> bool:
     """Whether one of the arguments that `names` names requires a gradient."""
     return _is_grad_enabled() and any(
-        t.requires_grad for name, t in _tensors(arguments) if name in names
+        t.requires_grad for name, t in tensors(arguments) if name in names
     )
 
 
@@ -75,7 +75,7 @@ def refuse(op: str, arguments: Iterable[tuple[str, object]]) -> None:
     reverse, forward = _is_grad_enabled(), forward_ad._current_level >= 0
     if not reverse and not forward:
         return
-    for name, t in _tensors(arguments):
+    for name, t in tensors(arguments):
         if reverse and t.requires_grad:
             raise RuntimeError(message(op, name))
         if forward and _is_dual(t):
@@ -91,26 +91,27 @@ def tell_written(values: Iterable[object]) -> None:
     Args:
         values: tensors, lists of them, and None.
     """
-    tensors = [
+    found = [
         t
-        for _, t in _tensors(("", value) for value in values)
+        for _, t in tensors(("", value) for value in values)
         if (is_plain(t) or isinstance(t, FunctionalTensor)) and not t.is_inference()
     ]
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
+    if found:
+        torch.autograd.graph.increment_version(found)
 
 
 _TANGENT = "has a tangent (forward mode)"
 
 
-def _tensors(
+def tensors(
     arguments: Iterable[tuple[str, object]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors among arguments, and in their lists, by names such as caches[1]."""
     for name, value in arguments:
         if isinstance(value, torch.Tensor):
             yield name, value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors((f"{name}[{i}]", v) for i, v in enumerate(value))
+            yield from tensors((f"{name}[{i}]", v) for i, v in enumerate(value))
 
 
 def _is_dual(t: torch.Tensor) -> bool:
@@ -123,7 +124,7 @@ def kernel(op: Op) -> Callable:
 
     def call(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            for name, t in _tensors(zip(op.arguments, args, strict=True)):
+            for name, t in tensors(zip(op.arguments, args, strict=True)):
                 if _is_dual(t):
                     name = op.gradient_label(name)
                     raise RuntimeError(message(op.public_name, name, _TANGENT))

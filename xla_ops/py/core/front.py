@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from . import lazy, op, wrapped_tensors
+from . import in_place, lazy, op, wrapped_tensors
 from .autocast import Rule
 from .autocast import register as register_autocast
 from .checks import Checker, not_dense
-from .lazy import autograd, torch
+from .lazy import autograd, torch, tracing
 
 
 class Written(NamedTuple):
@@ -91,10 +91,17 @@ def _define(
         a.name for a in parsed.arguments if a.alias_info and a.alias_info.is_write
     )
 
+    def reading(*args: Any, **kwargs: Any) -> Any:
+        if tracing.is_recorded():
+            given = (*zip(names, args, strict=False), *kwargs.items())
+            in_place.check_graph_inputs(name, autograd.tensors(given), ())
+        return kernel(*args, **kwargs)
+
     def refusing(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
         wrapped_tensors.refuse(name, given)
         _refuse_sparse(name, given)
+        in_place.check_graph_inputs(name, autograd.tensors(given), written)
         if differentiable and autograd.asks(given, differentiable.arguments):
             others = (pair for pair in given if pair[0] not in differentiable.arguments)
             autograd.refuse(name, others)
@@ -108,7 +115,7 @@ def _define(
     library.define(schema)
     full_name = schema[: schema.index("(")]
     library.impl(
-        full_name, refusing if written else kernel, "CompositeImplicitAutograd"
+        full_name, refusing if written else reading, "CompositeImplicitAutograd"
     )
     packet = getattr(getattr(torch.ops, namespace), name)
     overload = getattr(packet, parsed.overload_name or "default")

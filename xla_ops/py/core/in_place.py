@@ -26,12 +26,12 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from .dtypes import dtype_name
+from .errors import warn_user
 from .foreign import Foreign
 from .lazy import ownership, torch, tracing
 from .op import NAMESPACE, OPS, Op, elements_of
@@ -139,12 +139,20 @@ def _views(wrapper: torch.Tensor) -> list[str]:
 
 @functools.cache
 def _tell_of_untracked_views() -> None:
-    warnings.warn(
+    warn_user(
         "xla_ops: a view of an XLA tensor is read and written by way of copies of the"
         " whole tensor, since torch does not track what it is a view of where it was"
         " made under torch.inference_mode(), by detach() of a view, or with another"
-        " dtype: use torch.no_grad(), torch.compile, or separate K and V caches",
-        stacklevel=3,
+        " dtype: use torch.no_grad(), torch.compile, or separate K and V caches"
+    )
+
+
+@functools.cache
+def _tell_of_outer_views() -> None:
+    warn_user(
+        "xla_ops: a compiled function that updates a view, made outside of it, copies"
+        " the whole tensor that it is a view of: pass that tensor, and take the view"
+        " inside"
     )
 
 
@@ -371,31 +379,39 @@ def set_value(t: torch.Tensor, value: torch.Tensor) -> None:
     torch._functionalize_sync(t)
 
 
-def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
-    """Raises ValueError where two updated graph inputs are views of one tensor.
+def check_graph_inputs(
+    op: str, tensors: Iterable[tuple[str, torch.Tensor]], written: Collection[str]
+) -> None:
+    """Raises ValueError where a graph for XLA has inputs that are parts of one tensor.
 
     AOTAutograd cannot handle that for XLA tensors, whose views carry no offset, and
-    fails on an assertion after tracing; this says what to do instead. So it does for a
-    view of another dtype, which torch_xla cannot compile.
+    fails on an assertion, or reads elsewhere; this says what to do instead. So it does
+    for an update of a view of another dtype, which torch_xla cannot compile.
+
+    Args:
+        op: the op's name.
+        tensors: its arguments, by name.
+        written: the names of those that it updates.
     """
-    if any(isinstance(t, Foreign) for t in tensors.values()):
+    traced = [
+        (name, t)
+        for name, t in tensors
+        if isinstance(t, tracing.FunctionalTensor) and t.device.type == "xla"
+    ]
+    if not traced:
         return
     seen: dict[int, str] = {}
-    for name, t in tensors.items():
-        if (
-            isinstance(t, tracing.FunctionalTensor)
-            and t.device.type == "xla"
-            and _is_view_of_dtype(t)
-        ):
+    for name, t in traced:
+        if name.partition("[")[0] not in written:
+            continue
+        if _is_view_of_dtype(t):
             raise ValueError(
                 f"{op}: {name} must not be a view of another dtype, made inside the"
                 f" compiled function, got {dtype_name(t.dtype)}; make it outside, or"
                 " pass an fp8 cache as the uint8 that it is"
             )
-        if not isinstance(t, tracing.FunctionalTensor) or t._is_view():
-            continue
         inner = torch._from_functional_tensor(t.elem)
-        if inner.device.type != "xla" or not inner._is_view():
+        if t._is_view() or not inner._is_view():
             continue
         storage = inner.untyped_storage()._cdata
         if storage in seen:
@@ -405,30 +421,21 @@ def check_graph_inputs(op: str, **tensors: torch.Tensor) -> None:
                 "inputs; pass the stacked cache and take its views inside"
             )
         seen[storage] = name
+    remade = tracing.remade_inputs()
+    if remade:
+        named = [name for name, t in traced if tracing.node_of(t) in remade]
+        named.sort(key=lambda name: name.partition("[")[0] in written)
+        raise remade_error(op, *named[:1])
+    if seen:
+        _tell_of_outer_views()
 
 
-def check_no_alias(op: str, **tensors: torch.Tensor) -> None:
-    """Raises ValueError where a graph input is a view of another one that is updated.
-
-    AOTAutograd makes both anew in the graph, by aten.as_strided of their base at the
-    offset that XLA tensors report, which is always 0: such a view has wrong values.
-    """
-    for name, t in tensors.items():
-        if isinstance(t, Foreign):
-            continue
-        node = tracing.node_of(t)
-        if (
-            node is not None
-            and node.target == torch.ops.aten.as_strided.default
-            # What AOTAutograd adds comes from no op of the user's.
-            and "original_aten" not in node.meta
-            and t.device.type == "xla"
-        ):
-            raise ValueError(
-                f"{op}: {name} must not be a view, made outside the compiled function, "
-                "of an input that it updates, got both as graph inputs; take the view "
-                "inside"
-            )
+def remade_error(op: str, name: str = "an input") -> ValueError:
+    """Of an input that AOTAutograd made anew, see `tracing.remade_in`."""
+    return ValueError(
+        f"{op}: {name} must not be a view, made outside the compiled function, of an"
+        " input that it updates, got both as graph inputs; take the view inside"
+    )
 
 
 def check_writable(op: str, places: Mapping[str, tuple[torch.Tensor, Located]]) -> None:

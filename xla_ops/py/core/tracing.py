@@ -55,6 +55,30 @@ def node_of(t: torch.Tensor) -> torch.fx.Node | None:
     return None if slot is None else slot.node
 
 
+def remade_inputs() -> list[torch.fx.Node]:
+    """`remade_in` of the graph that is being traced; [] where none is."""
+    mode = proxy_tensor.get_proxy_mode()
+    return [] if mode is None else remade_in(mode.tracer.graph)
+
+
+def remade_in(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The inputs of a graph for XLA that AOTAutograd makes anew of the base they share.
+
+    It does so where one input is a view of another, or both of a third, and the graph
+    updates one: by aten.as_strided at the offset that XLA tensors report, which is
+    always 0. So such a view has wrong values.
+    """
+    nodes = graph.find_nodes(
+        op="call_function", target=torch.ops.aten.as_strided.default
+    )
+    # What AOTAutograd adds comes from no op of the user's.
+    return [
+        node
+        for node in nodes
+        if "original_aten" not in node.meta and node.meta["val"].device.type == "xla"
+    ]
+
+
 def from_sizes(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
     """Returns `values` as they follow from `sizes`, in the graph being traced.
 

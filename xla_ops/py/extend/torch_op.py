@@ -303,7 +303,6 @@ class _Operator:
             t.label: tensor for t, tensor in zip(plan.targets, targets, strict=True)
         }
         mutable.check_writable(self.name, named)
-        in_place.check_graph_inputs(self.name, **named)
         places = [t.operand for t in plan.targets if t.operand is not None]
         aliased = [operands[place] for place in places]
         old, donors = in_place.prepare(self.name, aliased)

@@ -89,7 +89,6 @@ def _front(
         _check.dtype(name, cache, _DTYPES)
         _check.require(cache.dim() > 0, name, "have rank 1 or more", "shape []")
         _check.same_device(name, cache, block_mapping=block_mapping)
-    in_place.check_graph_inputs(_check.op, **caches)
     places = {
         name: (cache, in_place.locate(cache, to_write=True))
         for name, cache in caches.items()

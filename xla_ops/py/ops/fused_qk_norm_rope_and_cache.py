@@ -177,7 +177,6 @@ def _front(
     )
     _check_slots(qkv, slot_mapping, k_scale, v_scale)
     _check.same_device("qkv", qkv, key_cache=key_cache, value_cache=value_cache)
-    in_place.check_graph_inputs(_check.op, key_cache=key_cache, value_cache=value_cache)
     cache = paged_cache.locate(_check, key_cache, value_cache, to_write=True)
     if not isinstance(qkv, Foreign) and not qkv.numel():
         return qkv.new_empty(qkv.shape[0], num_heads, head_dim)

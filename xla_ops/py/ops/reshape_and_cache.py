@@ -125,8 +125,6 @@ def _front(
         slot_mapping=slot_mapping,
     )
     caches = {"key_cache": key_cache, "value_cache": value_cache}
-    in_place.check_graph_inputs(_check.op, **caches)
-    in_place.check_no_alias(_check.op, **caches)
     located = {
         name: (t, in_place.locate(t, to_write=True)) for name, t in caches.items()
     }

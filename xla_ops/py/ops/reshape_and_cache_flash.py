@@ -98,7 +98,6 @@ def _front(
         key, value, key_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale
     )
     _check.same_device("key", key, value_cache=value_cache)
-    in_place.check_graph_inputs(_check.op, key_cache=key_cache, value_cache=value_cache)
     tail = (slot_mapping, k_scale, v_scale, kv_cache_dtype)
     cache = paged_cache.locate(_check, key_cache, value_cache, to_write=True)
     if cache is None:

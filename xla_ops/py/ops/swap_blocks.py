@@ -174,8 +174,6 @@ def _on_one_device(
     if dst.numel() == 0 or src.numel() == 0 or block_mapping.shape[0] == 0:
         return
     block_mapping = block_mapping.to(dst.device)
-    in_place.check_graph_inputs(_check.op, src=src, dst=dst)
-    in_place.check_no_alias(_check.op, src=src, dst=dst)
     is_value = in_place.is_value(dst)
     target = in_place.locate(dst, to_write=True)
     source = target if src is dst else in_place.locate(src)

@@ -35,13 +35,15 @@ import torch_xla.runtime as xr
 from torch._dynamo.backends.common import aot_autograd
 from torch_xla._dynamo import dynamo_bridge
 
-from ..core import in_place, ownership
+from ..core import in_place, ownership, tracing
 from ..core.interrupts import Uninterrupted
 from .calls import buffer_of, run_cached
 
 
 def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object]:
     """Extracts the program at the first call, which has the real tensors."""
+    if tracing.remade_in(module.graph):
+        raise in_place.remade_error("xla_ops")
     _clone_copies(module.graph)
     donated = _donated(module.graph)
     updated = _return_updates(module.graph)
@@ -92,7 +94,10 @@ def _extract_whole(
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     try:
-        return _extract_program(torch.fx.GraphModule(module, graph), tuple(args))
+        # torch_xla runs the graph's nodes, and under inference mode takes no view of a
+        # tensor that was made outside.
+        with torch.inference_mode(False), torch.no_grad():
+            return _extract_program(torch.fx.GraphModule(module, graph), tuple(args))
     finally:
         for i in donated:
             torch_xla._XLAC._set_buffer_donation(args[i], False)
