@@ -1,8 +1,5 @@
 """An update in place takes no buffer away from another tensor (core/ownership.py)."""
 
-import copy
-import io
-
 import pytest
 import torch
 import torch_xla
@@ -10,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xla_ops
+from shares import COPIES, WAYS
 from support import Path, addresses
 from xla_ops import _runtime
 from xla_ops.core import ownership
@@ -24,32 +22,6 @@ def write(cache, rows, slots):
     key_cache, value_cache = cache.unbind(0)
     xla_ops.reshape_and_cache_flash(rows, rows, key_cache, value_cache, slots)
     return cache.sum()
-
-
-def assign_slice(cache, template):
-    cache[:] = template
-    return cache
-
-
-def load(cache, template):
-    module = torch.nn.Module()
-    module.register_buffer("cache", cache)
-    module.load_state_dict({"cache": template})
-    return module.cache
-
-
-# How a tensor comes to have the values of another: (old, source) -> new.
-WAYS = {
-    "copy_": lambda cache, template: cache.copy_(template),
-    "slice": assign_slice,
-    "load_state_dict": load,
-    "data.copy_": lambda cache, template: (cache.data.copy_(template), cache)[1],
-    "clone": lambda cache, template: template.clone(),
-    "deepcopy": lambda cache, template: copy.deepcopy(template),
-    "to": lambda cache, template: template.to(template.device, copy=True),
-    "empty_like": lambda cache, template: torch.empty_like(template).copy_(template),
-    "detach": lambda cache, template: cache.copy_(template.detach()),
-}
 
 
 class Case:
@@ -196,69 +168,7 @@ def test_other_releases_of_torch_are_named(monkeypatch):
 # ------------------------------------------------------------- random programs
 
 
-def pickled(t):
-    file = io.BytesIO()
-    torch.save(t, file)
-    file.seek(0)
-    return torch.load(file)
-
-
-COPIES = WAYS | {
-    "pickle": lambda cache, template: pickled(template),
-    "detach.clone": lambda cache, template: template.detach().clone(),
-    "data": lambda cache, template: template.data.clone(),
-    "module": lambda cache, template: load(cache, copy.deepcopy(template)),
-}
 PATHS = ["lazy", "compiled", "dispatched", "replayed"]
-POOL = 3
-INDEX = st.integers(0, POOL - 1)
-ACTION = st.one_of(
-    st.tuples(st.sampled_from(sorted(COPIES)), INDEX, INDEX),
-    st.tuples(st.sampled_from(PATHS), INDEX, st.booleans()),
-    st.tuples(st.just("read"), INDEX),
-    st.tuples(st.just("look"), INDEX),
-    st.tuples(st.just("sync")),
-    st.tuples(st.just("new"), INDEX),
-)
-
-
-@settings(max_examples=40)
-@given(program=st.lists(ACTION, min_size=3, max_size=12))
-def test_any_order_of_shares_steps_and_reads(program):
-    """As on the CPU, where no two tensors share memory."""
-    cases = {name: Case(name) for name in PATHS}
-    put = cases["lazy"].put
-    mirror = [torch.full(SHAPE, float(i)) for i in range(POOL)]
-    pool = [put(t) for t in mirror]
-    reads = []
-    for number, (action, *where) in enumerate(program):
-        if action in COPIES:
-            i, j = where
-            if i != j:
-                pool[i] = COPIES[action](pool[i], pool[j])
-                mirror[i] = mirror[j].clone()
-        elif action in cases:
-            i, sync = where
-            cases[action].write(pool[i], number, sync)
-            mirror[i] = Case.written(mirror[i], number)
-        elif action == "read":
-            (i,) = where
-            reads.append((pool[i].sum(), mirror[i].sum()))
-        elif action == "look":
-            (i,) = where
-            assert torch.equal(pool[i].cpu(), mirror[i])
-        elif action == "new":
-            (i,) = where
-            mirror[i] = torch.full(SHAPE, float(-number))
-            pool[i] = put(mirror[i])
-        else:
-            torch_xla.sync()
-    for got, wanted in zip(pool, mirror, strict=True):
-        assert torch.equal(got.cpu(), wanted)
-    for got, wanted in reads:
-        assert got.item() == wanted.item()
-
-
 STEP = st.tuples(
     st.sampled_from(PATHS),
     st.integers(0, 1),
