@@ -66,10 +66,10 @@ SHAPES = {
 PARTS = [
     (to_heads, (0, 1), "q_weight"),
     (to_heads, (0, 3), "cos_sin_cache"),
-    (to_cache, (0, 2), "key_cache"),
-    (to_cache, (0, 3), "value_cache"),
+    (to_cache, (0, 2), "qkv"),
+    (to_cache, (0, 3), "qkv"),
     (to_cache, (2, 3), "value_cache"),
-    (to_cache, (0, 1), "cos_sin_cache"),
+    (to_cache, (1, 2), "cos_sin_cache"),
     (write, (0, 1), "key"),
     (write, (1, 2), "value_cache"),
     (rotate, (0, 1), "key"),
