@@ -2,7 +2,7 @@
 
 Held in the programs of a step, as XLA has optimised them. That answers stay those of
 transformers is shown by test_models.py, and what is found when by
-tests/vllm/test_projection.py.
+tests/vllm/test_find_projection.py.
 """
 
 import os

@@ -9,7 +9,7 @@ the norms and the embedding gave, and it is no part of the program.
 
 Notes end with the trace. A tensor that was written since is no longer what was noted.
 
-Tested by tests/vllm/test_projection.py and tests/engine/test_projection.py.
+Tested by tests/vllm/test_find_projection.py and tests/engine/test_projection.py.
 """
 
 from __future__ import annotations
