@@ -100,6 +100,7 @@ def _make_class(base: type) -> type:
             try:
                 from xla_ops.gpu import options
 
+                options.set_coordinator_port(os.environ)
                 return options.Ranks(os.environ).world_size > 1
             except Exception:  # noqa: BLE001 - library_path, called next, reports it
                 return False

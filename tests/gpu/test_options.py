@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from xla_ops.gpu import options, visible
@@ -158,6 +160,30 @@ def test_coordinator_is_needed_by_several_processes(monkeypatch):
     assert gpu.requires_xla_coordinator()
     monkeypatch.setenv("WORLD_SIZE", "two")  # library_path reports it
     assert not gpu.requires_xla_coordinator()
+
+
+def test_jobs_have_coordinators_of_their_own(monkeypatch):
+    def port(**given):
+        environ = {k: str(v) for k, v in given.items()}
+        options.set_coordinator_port(environ)
+        return environ.get("XLA_COORDINATOR_PORT")
+
+    assert port(MASTER_PORT=29500) == "8547"  # the defaults of torchrun and torch_xla
+    ports = [int(port(MASTER_PORT=master)) for master in range(1024, 65536)]
+    assert len(set(ports)) == len(ports)
+    assert min(ports) == 1024 and max(ports) == 65535
+    assert all(port != master for master, port in enumerate(ports, 1024))
+    assert port(MASTER_PORT=29501, XLA_COORDINATOR_PORT=5) == "5"
+    for wrong in ("", "x", "-1", "0", "99999", "29500.0"):
+        assert port(MASTER_PORT=wrong) is None
+    assert port() is None
+    # Before torch_xla reads it.
+    monkeypatch.setenv("XLA_COORDINATOR_PORT", "1")  # to be put back at the end
+    monkeypatch.delenv("XLA_COORDINATOR_PORT")
+    monkeypatch.setenv("MASTER_PORT", "29507")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert GpuPlugin().requires_xla_coordinator()
+    assert os.environ["XLA_COORDINATOR_PORT"] == "8554"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ Environment:
   GPU_NUM_DEVICES: processes that xmp.spawn starts. Default: one a visible GPU.
   LOCAL_RANK, RANK, LOCAL_WORLD_SIZE, WORLD_SIZE, MASTER_ADDR (torchrun) and
     PJRT_LOCAL_PROCESS_RANK, PJRT_LOCAL_PROCESS_COUNT (xmp.spawn): one GPU a process.
+  XLA_COORDINATOR_PORT: where the processes' clients find each other on the first one's
+    host. Default: one that follows from MASTER_PORT; torch_xla's, 8547, without that.
 The names that begin with PJRT_ go before those that begin with XLA_PYTHON_.
 
 Tested by tests/gpu/test_options.py.
@@ -23,7 +25,7 @@ Tested by tests/gpu/test_options.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from ..core.environment import TRUE, boolean, first, integer, wrong
 from . import visible
@@ -60,6 +62,26 @@ class Ranks:
             ("PJRT_LOCAL_PROCESS_COUNT", "LOCAL_WORLD_SIZE"), 1, 1
         )
         self.world_size = read(("WORLD_SIZE",), self.local_world_size, 1)
+
+
+# The defaults of torchrun and of torch_xla.
+_MASTER_PORT, _COORDINATOR_PORT = 29500, 8547
+_PORTS = range(1024, 65536)  # that need no privilege
+
+
+def set_coordinator_port(environ: MutableMapping[str, str]) -> None:
+    """Gives a job's processes a port of their own to find each other at.
+
+    torch_xla has one for all jobs of a host: the ranks of a second job come to the
+    first one's coordinator, which takes them for its own, started anew, and ends both.
+    MASTER_PORT is a job's own, as torchrun's processes meet there, and the same for all
+    of them. A value that the user has set stays.
+    """
+    name = "XLA_COORDINATOR_PORT"
+    master = environ.get("MASTER_PORT", "")
+    if name not in environ and master.isdecimal() and int(master) in _PORTS:
+        place = int(master) - _MASTER_PORT + _COORDINATOR_PORT - _PORTS.start
+        environ[name] = str(_PORTS[place % len(_PORTS)])
 
 
 def client_options(environ: Mapping[str, str]) -> dict:
