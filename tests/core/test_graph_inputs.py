@@ -141,7 +141,7 @@ def test_a_part_that_our_op_reads_where_torch_updates(name):
     batch = ([3], [[0]], [0, 1], [1])
     path = Path(name)
     x = path.put(torch.randn(3, 2, 2, 4, 1, 8))
-    text = ": kv_cache must not be a view, made outside the comp"
+    text = "paged_attention: kv_cache must not be a view, made outside the comp"
     with pytest.raises(Exception, match=text):
         path.function(step)(x, x[1])
 
@@ -156,6 +156,54 @@ def test_torchs_own_updates():
     x = Path("lazy").put(torch.randn(3, 4))
     with pytest.raises(Exception, match="xla_ops: an input must not be a view, made o"):
         torch.compile(step, backend="xla_ops")(x, x[1])
+
+
+@BACKENDS
+def test_a_function_that_is_differentiated(name):
+    """Whose graph AOTAutograd traces in another way."""
+
+    def step(cache, part, key, weight):
+        write(key, *cache.unbind(0))
+        return part.sum() * weight
+
+    path = Path(name)
+    shapes = ((2, 4, 4, 1, 8), (2, 1, 8), (3,))
+    cache, key, weight = path.put([torch.randn(shape) for shape in shapes])
+    weight.requires_grad_()
+    text = "must not be a view, made outside the comp"
+    with torch.enable_grad(), pytest.raises(Exception, match=text):
+        path.function(step)(cache, cache[1], key, weight)
+
+
+@BACKENDS
+def test_a_part_that_a_functional_op_reads(name):
+    def step(x, part, weight):
+        x.add_(1)
+        return xla_ops.rms_norm(part, weight, 1e-6)
+
+    path = Path(name)
+    x, weight = path.put([torch.randn(3, 8), torch.ones(8)])
+    text = "rms_norm: input must not be a view, made outside the comp"
+    with pytest.raises(Exception, match=text):
+        path.function(step)(x, x[1:2], weight)
+
+
+@pytest.mark.parametrize("is_differentiated", [False, True])
+def test_views_of_other_values_are_let_be(is_differentiated):
+    """Functionalization makes those anew too, by the same operation."""
+
+    def step(x, weight):
+        whole = x + 1
+        view = whole.as_strided((2, 2), (2, 1), 1)
+        whole.add_(1)
+        return view * weight
+
+    given = torch.randn(2, 3), torch.ones(2)
+    x, weight = Path("lazy").put([t.clone() for t in given])
+    weight.requires_grad_(is_differentiated)
+    with torch.set_grad_enabled(is_differentiated):
+        got = torch.compile(step, backend="xla_ops")(x, weight)
+    assert torch.equal(got.detach().cpu(), step(*given))
 
 
 @BACKENDS

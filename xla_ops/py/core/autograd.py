@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from . import sharded_gradients, sharding
+from . import in_place, sharded_gradients, sharding, tracing
 from .gradients import Backward, Gradient, message
 from .tracing import FunctionalTensor, is_plain
 
@@ -123,6 +123,9 @@ def kernel(op: Op) -> Callable:
     overload = op.overload
 
     def call(*args: Any) -> Any:
+        if tracing.is_recorded():
+            given = tensors(zip(op.arguments, args, strict=True))
+            in_place.check_graph_inputs(op.public_name, given, ())
         if forward_ad._current_level >= 0:
             for name, t in tensors(zip(op.arguments, args, strict=True)):
                 if _is_dual(t):

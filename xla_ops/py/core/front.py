@@ -49,6 +49,7 @@ def define(
     *,
     autocast: Rule,
     differentiable: Differentiable | None = None,
+    public_name: str = "",
 ) -> None:
     """Defines torch.ops.<namespace>.<name>, once there is torch.
 
@@ -62,12 +63,15 @@ def define(
             defaults, so it must repeat the schema's defaults.
         autocast: what torch.autocast means for it.
         differentiable: what runs instead of refusing, if the front has that.
+        public_name: how errors name it; default: by the schema's name.
     """
     arguments = tuple(_WRITTEN.findall(schema))
     has_result = not schema.endswith("-> ()")
     WRITTEN[schema[: schema.index("(")]] = Written(arguments, has_result)
     lazy.when_torch(
-        lambda: _define(namespace, schema, kernel, autocast, differentiable)
+        lambda: _define(
+            namespace, schema, kernel, autocast, differentiable, public_name
+        )
     )
 
 
@@ -83,9 +87,10 @@ def _define(
     kernel: Callable,
     autocast: Rule,
     differentiable: Differentiable | None,
+    public_name: str,
 ) -> None:
     parsed = torch._C.parse_schema(schema)
-    name = parsed.name
+    name = public_name or parsed.name
     names = tuple(argument.name for argument in parsed.arguments)
     written = frozenset(
         a.name for a in parsed.arguments if a.alias_info and a.alias_info.is_write
@@ -101,6 +106,7 @@ def _define(
         given = (*zip(names, args, strict=False), *kwargs.items())
         wrapped_tensors.refuse(name, given)
         _refuse_sparse(name, given)
+        # Also where nothing is recorded: AOTAutograd looks at what is written first.
         in_place.check_graph_inputs(name, autograd.tensors(given), written)
         if differentiable and autograd.asks(given, differentiable.arguments):
             others = (pair for pair in given if pair[0] not in differentiable.arguments)
@@ -117,6 +123,6 @@ def _define(
     library.impl(
         full_name, refusing if written else reading, "CompositeImplicitAutograd"
     )
-    packet = getattr(getattr(torch.ops, namespace), name)
+    packet = getattr(getattr(torch.ops, namespace), parsed.name)
     overload = getattr(packet, parsed.overload_name or "default")
     register_autocast(library, overload, autocast)

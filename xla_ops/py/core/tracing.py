@@ -71,12 +71,28 @@ def remade_in(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     nodes = graph.find_nodes(
         op="call_function", target=torch.ops.aten.as_strided.default
     )
-    # What AOTAutograd adds comes from no op of the user's.
+    # AOTAutograd's come from no node of the user's function, and take an input as it
+    # is: functionalization makes views of other values anew, too.
     return [
         node
         for node in nodes
-        if "original_aten" not in node.meta and node.meta["val"].device.type == "xla"
+        if "from_node" not in node.meta and _is_input(node.args[0]) and _is_on_xla(node)
     ]
+
+
+def _is_input(node: object) -> bool:
+    """Whether a node is an input of its graph, or a copy of one."""
+    while isinstance(node, torch.fx.Node) and node.target in _COPIES:
+        node = node.args[0]
+    return isinstance(node, torch.fx.Node) and node.op == "placeholder"
+
+
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default)
+
+
+def _is_on_xla(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.device.type == "xla"
 
 
 def from_sizes(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:

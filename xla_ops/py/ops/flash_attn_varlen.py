@@ -280,6 +280,7 @@ front.define(
     f" {attention.FEATURES_SCHEMA}) -> (Tensor out, Tensor softmax_lse)",
     _front,
     autocast=_autocast,
+    public_name=_NAMES.op,
 )
 
 front.define(

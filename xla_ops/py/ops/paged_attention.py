@@ -249,4 +249,5 @@ for _name, _kernel, _results in _FORMS:
             f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}",
             _kernel,
             autocast=attention.autocast("query", "kv_cache", "kv_cache"),
+            public_name=_NAMES.op,
         )
