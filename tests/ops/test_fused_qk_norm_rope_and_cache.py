@@ -491,16 +491,31 @@ def test_errors_of_several(changes, message):
     assert str(error.value) == "fused_qk_norm_rope_and_cache: " + message
 
 
-def test_qkv_may_lie_where_it_is_written():
-    kv = torch.randn(2, 2, 4, 2, 8)
-    apart = kv.clone()
-    given = {"qkv": kv.flatten()[:192].view(3, 64)}
-    given |= {"key_cache": kv[0], "value_cache": kv[1]}
-    others = {"qkv": given["qkv"].clone()}
-    others |= {"key_cache": apart[0], "value_cache": apart[1]}
-    query = xla_ops.fused_qk_norm_rope_and_cache(**GOOD | given)
-    assert torch.equal(query, xla_ops.fused_qk_norm_rope_and_cache(**GOOD | others))
-    assert torch.equal(kv, apart)
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_qkv_may_lie_where_it_is_written(backend, is_stacked):
+    """The first token's key and value lie on what is read for the others."""
+
+    def step(kv, values):
+        given = {"qkv": kv.flatten()[:192].view(3, 64), "key_cache": kv[0]}
+        given |= {"value_cache": values, "slot_mapping": torch.tensor([6, 7, 3])}
+        return xla_ops.fused_qk_norm_rope_and_cache(**GOOD | given)
+
+    def steps_apart(kv, values):
+        qkv = kv.flatten()[:192].view(3, 64).clone()
+        given = {"qkv": qkv, "key_cache": kv[0], "value_cache": values}
+        given |= {"slot_mapping": torch.tensor([6, 7, 3])}
+        return xla_ops.fused_qk_norm_rope_and_cache(**GOOD | given)
+
+    run = torch.compile(step, backend=backend) if backend else step
+    kv, values = torch.randn(2, 2, 4, 2, 8), torch.randn(2, 4, 2, 8)
+    both, apart = [], []
+    for function, found in ((run, both), (steps_apart, apart)):
+        own = kv.clone(), values.clone()
+        given = (own[0], own[0][1]) if is_stacked else own
+        found += [function(*given), *own]
+    for got, wanted in zip(both, apart, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_caches_lie_apart():

@@ -294,7 +294,9 @@ def _one_by_one(
     tokens = qkv.shape[0]
     query, key = heads.split([num_heads * head_dim, num_kv_heads * head_dim], dim=1)
     shape = (tokens, num_kv_heads, head_dim)
-    rows = (key.reshape(shape), qkv[:, rotated:].reshape(shape))
+    # A copy: they may lie where the new keys go, which are written first.
+    value = qkv[:, rotated:].clone()
+    rows = (key.reshape(shape), value.reshape(shape))
     ops.reshape_and_cache_flash(*rows, key_cache, value_cache, slot_mapping, *rest)
     return query.reshape(tokens, num_heads, head_dim).contiguous()
 
