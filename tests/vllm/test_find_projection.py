@@ -230,7 +230,11 @@ def test_other_layers():
 
     def rotated_as_a_batch(qkv):
         q, k, v = qkv.split(SIZES, dim=-1)
-        q, k = model.rotate(q[None], k[None], model.positions[None])
+        q, k = (
+            model.norm(t, w, 1e-5)[None]
+            for t, w in zip((q, k), model.norms, strict=True)
+        )
+        q, k = model.rotate(q, k, model.positions[None])
         return q[0], k[0], v
 
     model = Model()
@@ -245,6 +249,13 @@ def test_other_layers():
         return (*model.rotate(q, k), v)
 
     assert not is_found(model, written_between)
+
+    def positions_written(qkv):
+        rows = model(qkv)
+        model.positions.add_(1)
+        return rows
+
+    assert not is_found(model, positions_written)
 
 
 def test_notes_end_with_the_trace():

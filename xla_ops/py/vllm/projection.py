@@ -7,7 +7,8 @@ traced, norms and rotary embeddings note what they were given, and attention loo
 a projection behind its queries, keys and values. Where it finds one, nobody needs what
 the norms and the embedding gave, and it is no part of the program.
 
-Notes end with the trace. A tensor that was written since is no longer what was noted.
+Notes end with the trace. Queries, keys, values and positions that were written since
+are no longer what was noted; tables and weights are constants of a model.
 
 Tested by tests/vllm/test_find_projection.py and tests/engine/test_projection.py.
 """
@@ -55,6 +56,7 @@ class _Rotation(NamedTuple):
     inputs: tuple[torch.Tensor, torch.Tensor]  # queries and keys
     versions: tuple[int, int]
     positions: torch.Tensor
+    positions_version: int
     head_size: int
     cos_sin_cache: torch.Tensor
     is_neox: bool
@@ -103,10 +105,10 @@ def note_rotation(
 ) -> None:
     """Notes the rotary embedding of queries and keys, by `rotary_embedding`."""
     inputs = (query, key)
-    if _notes.get() is None or any(t.is_inference() for t in inputs):
+    if _notes.get() is None or any(t.is_inference() for t in (*inputs, positions)):
         return
     versions = (query._version, key._version)
-    how = (positions, head_size, cos_sin_cache, is_neox)
+    how = (positions, positions._version, head_size, cos_sin_cache, is_neox)
     _note(results, _Rotation(inputs, versions, *how))
 
 
@@ -128,7 +130,7 @@ def find(
     if (
         rotation.head_size != head_size
         or rotation.cos_sin_cache.shape[1] != head_size
-        or rotation.positions.dim() != 1
+        or rotation.positions_version != rotation.positions._version
         or rotation.versions != tuple(t._version for t in rotation.inputs)
     ):
         return None
@@ -139,7 +141,7 @@ def find(
     ]
     heads = (num_heads, num_kv_heads, num_kv_heads)
     qkv = _whole([*parts, value], heads, head_size)
-    if qkv is None:
+    if qkv is None or rotation.positions.shape != qkv.shape[:1]:
         return None
     sizes = (qkv, num_heads, num_kv_heads, head_size)
     how = (rotation.cos_sin_cache, rotation.is_neox, rotation.positions)
@@ -148,9 +150,8 @@ def find(
         return Projection(*sizes, 1.0, None, None, *how)
     if q_norm is None or k_norm is None or q_norm.eps != k_norm.eps:
         return None
-    for norm in (q_norm, k_norm):
-        if norm.weight.shape != (head_size,) or norm.version != norm.input._version:
-            return None
+    if any(norm.version != norm.input._version for norm in (q_norm, k_norm)):
+        return None
     return Projection(*sizes, q_norm.eps, q_norm.weight, k_norm.weight, *how)
 
 
@@ -217,7 +218,8 @@ def _whole(
         offset += count * head_size
     if buffer is None or buffer.numel() != tokens * columns:
         return None
-    return buffer if buffer.dim() == 2 else buffer.view(tokens, columns)
+    shape = (tokens, columns)
+    return buffer if buffer.shape == shape else buffer.view(shape)
 
 
 def _steps(t: torch.Tensor, place: Located, strides: Sequence[int]) -> bool:
