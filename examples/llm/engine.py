@@ -192,8 +192,9 @@ class Engine:
             # Twice: the first run of a graph compiles it, the second shows that
             # the first left nothing (a new buffer, a new layout) to compile for.
             for _ in range(2):
-                self._step([], [], num_tokens)
+                _, logits = self._step([], [], num_tokens)
             progress(num_tokens)
+        self._on_host(logits)  # which several processes gather by a program
         self.reset_stats()
 
     def reset_stats(self) -> None:

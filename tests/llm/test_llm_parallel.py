@@ -140,19 +140,23 @@ def torchrun(size, *arguments):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, options",
     [
         # One KV head, which both processes have.
-        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-        dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2),
+        (dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True), ()),
+        # Drawn from all logits, of which a process has a part; the likeliest alone.
+        (
+            dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2),
+            ("--temperature", 1, "--top-p", 1e-6),
+        ),
     ],
 )
-def test_processes(changes, tmp_path):
+def test_processes(changes, options, tmp_path):
     folder = tiny_checkpoint(tmp_path, **changes)
     prompts = ["--prompt", "One day", "--prompt", "Pip the mouse could not"]
     arguments = ["--model", folder, *prompts, "--max-new-tokens", "12"]
     one = run_generate(*arguments, CPU_NUM_DEVICES="1", XLA_USE_SPMD="0")
-    two = torchrun(2, *arguments)
+    two = torchrun(2, *arguments, *options)
     assert answer(two) == answer(one)
     report = reported(two.stdout)
     assert report["cache"].endswith(", of 2 processes one")
