@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -274,15 +275,22 @@ def measure_torch(args, torch, decoder, batch) -> dict:
 # ------------------------------------------------------------------ the parent
 def difference(a: dict, b: dict) -> dict:
     """The largest differences of two systems' values, relative."""
-    loss = abs(a["loss"] - b["loss"]) / abs(b["loss"])
-    norms = max(abs(a["norms"][n] - v) / v for n, v in b["norms"].items())
-    samples = 0.0
+    loss = _relative(a["loss"] - b["loss"], b["loss"])
+    norms = [_relative(a["norms"][n] - v, v) for n, v in b["norms"].items()]
+    samples = []
     for name, theirs in b["samples"].items():
         ours = a["samples"][name]
-        size = sum(v * v for v in theirs) ** 0.5
-        off = sum((u - v) ** 2 for u, v in zip(ours, theirs, strict=True)) ** 0.5
-        samples = max(samples, off / size if size else float(off > 0))
-    return {"loss": loss, "norms": norms, "samples": samples}
+        size = math.hypot(*theirs)
+        off = math.hypot(*(u - v for u, v in zip(ours, theirs, strict=True)))
+        samples.append(_relative(off, size))
+    return {"loss": loss, "norms": max(norms), "samples": max(samples)}
+
+
+def _relative(off: float, size: float) -> float:
+    """Infinite where either is no number: no bound may hold then."""
+    if not (math.isfinite(off) and math.isfinite(size)):
+        return math.inf
+    return abs(off / size) if size else float(off != 0)
 
 
 # Relative, of loss, norms and samples. bf16 rounds each activation by 2^-9, the systems

@@ -364,17 +364,24 @@ def us_to_trace(f):
 
 def measure(options):
     """What a process of its own prints: times with the XLA_FLAGS that it has."""
-    found = {
-        name: {"program_us": us_in_a_program(f), "trace_us": us_to_trace(f)}
-        for name, f in subjects(options).items()
-    }
+    dump = pathlib.Path(os.environ["CHECK_USER_KERNELS_DUMP"])
+    found = {}
+    for name, f in subjects(options).items():
+        for old in dump.iterdir():
+            old.unlink()
+        us = us_in_a_program(f)
+        times = {"program_us": us, "trace_us": us_to_trace(f)}
+        found[name] = times | {"captured": is_captured(dump)}
     print(json.dumps(found), flush=True)
 
 
-def is_captured(folder):
-    """Whether the longest program of a dump has all its calls in CUDA graphs."""
-    files = pathlib.Path(folder).glob("*thunk_sequence*.txt")
-    calls = xla_dump.launches([path.read_text() for path in files])
+def is_captured(dump):
+    """Whether the longest program has all its calls in CUDA graphs; None: not shown."""
+    texts = [path.read_text() for path in dump.glob("*thunk_sequence*.txt")]
+    try:
+        calls = xla_dump.launches(texts)
+    except ValueError:
+        return None
     return calls["inside"] > 0 and calls["outside"] == 0
 
 
@@ -388,6 +395,7 @@ def timings(options):
         with tempfile.TemporaryDirectory() as folder:
             dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
             env = os.environ | {"XLA_FLAGS": f"{flags} {more} {dump}"}
+            env["CHECK_USER_KERNELS_DUMP"] = folder
             command = [sys.executable, __file__, "--measure"]
             command += ["--no-triton"] if options.no_triton else []
             child = subprocess.run(
@@ -396,8 +404,7 @@ def timings(options):
             if child.returncode:
                 print(child.stdout[-2000:], child.stderr[-4000:])
                 raise RuntimeError(f"timing with {name} failed")
-            found = json.loads(child.stdout.strip().split("\n")[-1])
-            results[name] = found | {"captured": is_captured(folder)}
+            results[name] = json.loads(child.stdout.strip().split("\n")[-1])
     return results
 
 
@@ -406,11 +413,12 @@ def show(results):
     text = f"bare launch: host {bare['host_us']:.2f} us (of Python's loop),"
     print(f"{text} device {bare['device_us']:.2f} us")
     for name in ("command buffers", "no command buffers"):
-        found = dict(results[name])
-        print(f"{name} (seen in the program: {found.pop('captured')}):")
+        found = results[name]
+        print(f"{name}:")
         for subject, us in found.items():
             text = f"  {subject:14} {us['program_us']:7.2f} us a launch in a program of"
-            print(f"{text} {LAUNCHES}, {us['trace_us']:7.2f} us to trace lazily")
+            text += f" {LAUNCHES}, {us['trace_us']:7.2f} us to trace lazily"
+            print(f"{text}, captured: {us['captured']}")
 
 
 def main():

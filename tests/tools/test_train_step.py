@@ -33,3 +33,12 @@ def test_differences_are_found():
     assert abs(found["norms"] - 0.1) < 1e-9
     assert abs(found["samples"] - 0.2) < 1e-9
     assert all(found[name] > bound for name, bound in train_step.BOUNDS.items())
+    nan = float("nan")
+    for nowhere in (
+        right | {"loss": nan},
+        right | {"norms": {"v": 4.0, "w": nan}},
+        right | {"samples": {"w": [3.0, nan]}},
+    ):
+        others = right | {"norms": dict.fromkeys(nowhere["norms"], 4.0)}
+        for pair in ((nowhere, others), (others, nowhere)):
+            assert max(train_step.difference(*pair).values()) == float("inf")
