@@ -161,7 +161,7 @@ def test_100_steps_equal_plain_torch():
 
     The noise is measured: four of its runs add up the sequences of a batch in another
     order each. Ours has to be as near to one of them as some two of them are to each
-    other, without a factor and without a floor.
+    other, without a factor, and without a floor but for a loss's last rounding.
     """
     config, device = CONFIGS["llama"], torch_xla.device()
     random.seed(0)
@@ -180,7 +180,8 @@ def test_100_steps_equal_plain_torch():
 
     assert ours[-1] < ours[0] / 2  # it learns
     losses = [run[0][2:] for run in plain]
-    assert_in_the_noise(ours, losses, most_apart)
+    unit = max(ours) * torch.finfo(torch.float32).eps
+    assert_in_the_noise(ours, losses, most_apart, unit)
     assert_in_the_noise(gradients_of(decoder), [run[1] for run in plain], distance)
 
 
@@ -188,10 +189,10 @@ def most_apart(a, b):
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def assert_in_the_noise(ours, others, how_far):
+def assert_in_the_noise(ours, others, how_far, floor=0.0):
     noise = max(how_far(a, b) for a, b in itertools.combinations(others, 2))
     error = min(how_far(ours, other) for other in others)
-    assert error <= noise, (error, noise)
+    assert error <= noise + floor, (error, noise)
 
 
 def test_train_tiny_writes_what_the_demo_reads(tmp_path):
