@@ -324,11 +324,15 @@ MADE = ["layer by layer", "last layer first", "V before K", "all K, then all V"]
 
 
 @IN_PLACE
-@pytest.mark.parametrize("form", ["pairs", "K list, V list", "V list, K list"])
-@pytest.mark.parametrize("order", [*MADE, "stacked"])
+@pytest.mark.parametrize(
+    "order, form",
+    [
+        *((order, "pairs") for order in (*MADE, "stacked")),
+        *(("layer by layer", form) for form in ("K list, V list", "V list, K list")),
+        ("V before K", "K list, V list"),
+    ],
+)
 def test_every_cache_stays_where_it_is(name, order, form):
-    if order == "stacked" and form != "pairs":
-        return
     xs, (projection, meta, *rest), outs, wanted = decode()
     layers = make(order)
     if form == "pairs":
@@ -384,8 +388,10 @@ def test_no_byte_is_copied(name, hlo_dump):
         assert program.count('target="xla_ops.') == 2
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize(
+    "backend, weights",
+    [("aot_eager", True), ("aot_eager", False), ("inductor", True)],
+)
 def test_compiled_for_the_cpu(backend, weights):
     qkv, rest = batch(7, 2, 2, weights=weights)
     kv = caches(2)
