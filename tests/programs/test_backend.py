@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 
 import pytest
@@ -397,3 +398,23 @@ def test_compilations_are_counted():
     before = compilations()
     compiled(lambda t: t * 3)(xla(1))
     assert compilations() >= before + 2  # traced, and compiled
+
+
+def test_backwards_of_a_long_life(monkeypatch):
+    """Torch's own backends wrap their compiler of backwards once more at each use."""
+    depths = []
+    compile_graph = backend_module._compile
+
+    def watched(*args):
+        depths.append(len(traceback.extract_stack()))
+        return compile_graph(*args)
+
+    monkeypatch.setattr(backend_module, "_compile", watched)
+    for i in range(8):
+        x = torch.ones(i + 2, device="xla", requires_grad=True)
+        with torch.enable_grad():
+            compiled(lambda t: (t * t).sum())(x).backward()
+        torch._dynamo.reset()
+    forwards, backwards = depths[::2], depths[1::2]
+    assert len(backwards) == 8
+    assert len(set(forwards[1:])) == len(set(backwards[1:])) == 1, depths

@@ -305,6 +305,14 @@ _extract_program = _with_globals(
     ),
 )
 
-# The entry point of the group torch_dynamo_backends. With the updates of its inputs in
-# the graph, `_compile` makes them; AOTAutograd would make them by copy_.
-backend = aot_autograd(fw_compiler=_compile, keep_inference_input_mutations=True)
+
+def backend(
+    module: torch.fx.GraphModule, inputs: list, **options: object
+) -> Callable[..., object]:
+    """The entry point of the group torch_dynamo_backends."""
+    # Made anew for each graph: torch's wraps its compiler of backwards once more at
+    # each use, and the 500th backward of a process would be too deep a recursion. With
+    # the updates of its inputs in the graph, `_compile` makes them; AOTAutograd would
+    # make them by copy_.
+    compiler = aot_autograd(fw_compiler=_compile, keep_inference_input_mutations=True)
+    return compiler(module, inputs, **options)
