@@ -15,17 +15,19 @@ what they read. Rounds go through all builds; the median counts.
 
 import argparse
 import itertools
-import json
-import pathlib
 import random
-import sys
-import traceback
 
 import torch
 
-import ffi_call
 from check_attention_backward import attend
-from check_prefill import BOUND, in_pages, microseconds, offsets, prepare
+from check_prefill import (
+    BOUND,
+    in_pages,
+    microseconds,
+    offsets,
+    prepare,
+    run_builds,
+)
 
 PAGE = 16
 FP8 = torch.float8_e4m3fn
@@ -139,22 +141,6 @@ def check(library, device, batch, heads, kv_dtype, page, options):
     return error / bound
 
 
-def run_cases(name, library, device, quick):
-    worst, failures, count = 0.0, [], 0
-    for case in cases(quick):
-        count += 1
-        try:
-            worst = max(worst, check(library, device, **case))
-        except Exception:  # noqa: BLE001, the other cases run
-            failures.append(f"{case}: {traceback.format_exc(limit=-1)}")
-            if len(failures) <= 5:
-                print(failures[-1][-1500:], flush=True)
-    print(
-        f"{name}: {count} cases, {len(failures)} failures, worst {worst:.2f} of bound"
-    )
-    return {"cases": count, "failures": failures, "worst_of_bound": worst}
-
-
 def speed_cases():
     """Name: lengths and what differs from the usual."""
     drawn = random.Random(2)
@@ -238,35 +224,16 @@ def speed(libraries, name, lengths, more, buffers, rounds=11):
     return {"case": name, "us": times, "bytes": moved}
 
 
+def speeds(libraries, args):
+    draw = {"dtype": torch.uint8, "device": "cuda"}
+    # Finite in bf16 and in FP8.
+    buffers = [torch.randint(56, (1_600_000_000,), **draw) for _ in "kv"]
+    return [speed(libraries, *case, buffers=buffers) for case in speed_cases()]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lib-dir", action="append", required=True)
-    parser.add_argument("--out")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--speed", action="store_true")
-    args = parser.parse_args()
-    platform, device = ("cpu", "cpu") if args.cpu else ("cuda", "cuda")
-    libraries = {}
-    for given in args.lib_dir:
-        name, _, folder = given.rpartition("=")
-        library = ffi_call.Library(folder, "attention", platform)
-        libraries[name or f"build {len(libraries)}"] = library
-    results = {"torch": torch.__version__, "builds": {}}
-    if not args.cpu:
-        results["device"] = torch.cuda.get_device_name()
-    for name, library in libraries.items():
-        results["builds"][name] = run_cases(name, library, device, args.quick)
-    if args.speed:
-        draw = {"dtype": torch.uint8, "device": "cuda"}
-        # Finite in bf16 and in FP8.
-        buffers = [torch.randint(56, (1_600_000_000,), **draw) for _ in "kv"]
-        results["speed"] = [
-            speed(libraries, *case, buffers=buffers) for case in speed_cases()
-        ]
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(results, indent=1))
-    sys.exit(any(build["failures"] for build in results["builds"].values()))
+    run_builds(parser, cases, check, speeds)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Exit status 1 if a case fails.
 """
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -194,12 +195,12 @@ def check(library, device, head_dim, dtype, page, heads, options):
     return error / BOUND[dtype]
 
 
-def run_cases(name, library, device, quick):
+def run_cases(name, cases, check):
     worst, failures, count = 0.0, [], 0
-    for case in cases(quick):
+    for case in cases:
         count += 1
         try:
-            worst = max(worst, check(library, device, **case))
+            worst = max(worst, check(**case))
         except Exception:  # noqa: BLE001, the other cases run
             failures.append(f"{case}: {traceback.format_exc(limit=-1)}")
             print(failures[-1], flush=True)
@@ -207,6 +208,40 @@ def run_cases(name, library, device, quick):
         f"{name}: {count} cases, {len(failures)} failures, worst {worst:.2f} of bound"
     )
     return {"cases": count, "failures": failures, "worst_of_bound": worst}
+
+
+def run_builds(parser, cases, check, speeds):
+    """The command line of a check of several builds; ends the process.
+
+    Args:
+        parser: has the check's own options.
+        cases: (quick) -> keyword arguments of `check`, case by case.
+        check: (library, device, **case) -> its error, as a share of the bound.
+        speeds: (libraries, the parsed options) -> a list, for --speed.
+    """
+    parser.add_argument("--lib-dir", action="append", required=True)
+    parser.add_argument("--out")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--speed", action="store_true")
+    args = parser.parse_args()
+    platform, device = ("cpu", "cpu") if args.cpu else ("cuda", "cuda")
+    libraries = {}
+    for given in args.lib_dir:
+        name, _, folder = given.rpartition("=")
+        library = ffi_call.Library(folder, "attention", platform)
+        libraries[name or f"build {len(libraries)}"] = library
+    results = {"torch": torch.__version__, "builds": {}}
+    if not args.cpu:
+        results["device"] = torch.cuda.get_device_name()
+    for name, library in libraries.items():
+        checked = functools.partial(check, library, device)
+        results["builds"][name] = run_cases(name, cases(args.quick), checked)
+    if args.speed:
+        results["speed"] = speeds(libraries, args)
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(results, indent=1))
+    sys.exit(any(build["failures"] for build in results["builds"].values()))
 
 
 class Peers:
@@ -355,29 +390,13 @@ def speeds(libraries, peers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lib-dir", action="append", required=True)
-    parser.add_argument("--out")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--peers", type=pathlib.Path)
-    args = parser.parse_args()
-    platform, device = ("cpu", "cpu") if args.cpu else ("cuda", "cuda")
-    libraries = {}
-    for given in args.lib_dir:
-        name, _, folder = given.rpartition("=")
-        library = ffi_call.Library(folder, "attention", platform)
-        libraries[name or f"build {len(libraries)}"] = library
-    results = {"torch": torch.__version__, "builds": {}}
-    if not args.cpu:
-        results["device"] = torch.cuda.get_device_name()
-    for name, library in libraries.items():
-        results["builds"][name] = run_cases(name, library, device, args.quick)
-    if args.speed:
-        results["speed"] = list(speeds(libraries, Peers(args.peers)))
-    if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(results, indent=1))
-    sys.exit(any(build["failures"] for build in results["builds"].values()))
+    run_builds(
+        parser,
+        cases,
+        check,
+        lambda libraries, args: list(speeds(libraries, Peers(args.peers))),
+    )
 
 
 if __name__ == "__main__":
