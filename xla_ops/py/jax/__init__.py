@@ -15,7 +15,6 @@ A donated cache stays where it is: docs/jax.md.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 from .. import ops
@@ -49,7 +48,7 @@ def __getattr__(name: str) -> Callable:
     function = getattr(ops, name)
     # Where one has a result and the other none, the front is a form for vLLM, which
     # writes what the function returns.
-    has_result = inspect.signature(function).return_annotation not in ("None", None)
+    has_result = fronts.has_result(function)
     written, has_own_result = front.WRITTEN.get(name, front.Written((), has_result))
     made = fronts.adapted(function, written if has_own_result == has_result else ())
     globals()[name] = made

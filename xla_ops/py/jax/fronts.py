@@ -16,6 +16,11 @@ from .arrays import Array, as_int64, check_fits, unwrap, wrap
 _INT64 = ("slot_mapping", "block_mapping")
 
 
+def has_result(function: Callable) -> bool:
+    """Whether a function of ours returns anything, by its annotation."""
+    return inspect.signature(function).return_annotation not in ("None", None)
+
+
 def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
     """Makes a function of JAX arrays.
 
@@ -67,7 +72,7 @@ def _documented(function: Callable, written: tuple[str, ...]) -> str:
     first, _, rest = text.partition("\n")
     if written:
         new = [f"the new {name}" for name in written]
-        if inspect.signature(function).return_annotation not in (None, "None"):
+        if has_result(function):
             new.insert(0, "the result")
         *start, last = new
         returned = f"{', '.join(start)} and {last}" if start else last
