@@ -1,4 +1,7 @@
-"""Arrays for JAX, on four CPU devices, and tensors for torch of the same bits."""
+"""Arrays for JAX, and tensors for torch of the same bits.
+
+On four CPU devices; or, where JAX_PLATFORMS says so, on a GPU, and tensors are CUDA's.
+"""
 
 import os
 import re
@@ -27,17 +30,18 @@ def integers(*values, shape=None):
 
 
 def tensor(value):
-    """The tensor of an array's bits; other values as they are."""
+    """The tensor of an array's bits, on the same device; other values as they are."""
     if isinstance(value, list | tuple):
         return type(value)(map(tensor, value))
     if not isinstance(value, jax.Array):
         return value
     array = np.asarray(value)
     dtype = getattr(torch, array.dtype.name)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     if array.dtype == bool:
-        return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.copy()).to(device)
     bits = array.view(_BITS[array.dtype.itemsize])
-    return torch.from_numpy(bits.copy()).view(dtype)
+    return torch.from_numpy(bits.copy()).view(dtype).to(device)
 
 
 def same_bits(found, expected):
@@ -58,7 +62,7 @@ def same_bits(found, expected):
 
 def _bits(t):
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return t.contiguous().view(sizes[t.element_size()])
+    return t.cpu().contiguous().view(sizes[t.element_size()])
 
 
 def addresses(arrays):
