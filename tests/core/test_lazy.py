@@ -115,6 +115,31 @@ def test_ops_of_torch_are_there_as_soon_as_torch_is():
     assert out.splitlines() == ["tensor([[1., 1., 1., 1.]])", "1"]
 
 
+def test_constants_hold_dtypes_of_torch_where_it_comes_later():
+    """A cache's codes were of a dtype that torch does not take."""
+    out = _run(
+        _JAX_FIRST,
+        """
+        import sys
+        from xla_ops.ops.convert_fp8 import convert_fp8
+        from xla_ops.core import no_torch, paged_cache
+        import torch
+        for name, module in sys.modules.items():
+            if name.startswith("xla_ops.") and module is not no_torch:
+                for constant, value in vars(module).items():
+                    values = value.values() if type(value) is dict else [value]
+                    for one in values:
+                        held = one if type(one) in (tuple, list) else [one]
+                        if any(isinstance(item, no_torch.DType) for item in held):
+                            print(name, constant)
+        rows = torch.ones(2, 1, 8)
+        codes = paged_cache.convert(rows, None, "fp8")
+        print(codes.dtype, convert_fp8(rows).dtype)
+        """,
+    )
+    assert out.split() == ["torch.float8_e4m3fn"] * 2
+
+
 def test_torch_is_imported_where_ops_cannot_be_defined():
     out = _run(
         _JAX_FIRST,

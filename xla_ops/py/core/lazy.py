@@ -85,8 +85,38 @@ def attach() -> None:
             inside = getattr(module, "__name__", "").startswith(f"{_PACKAGE}.")
             if inside and vars(module).get(name) is place:
                 setattr(module, name, real)
+    _put_dtypes()
     while _waiting:
         _waiting.pop(0)()
+
+
+def _put_dtypes() -> None:
+    """Puts torch's dtypes where constants of modules hold those of `no_torch`.
+
+    Those equal torch's, but torch itself takes its own alone.
+    """
+    stand_in = _places["torch"][0].DType if "torch" in _places else None
+    if stand_in is None:
+        return
+
+    def real(value: Any) -> Any:
+        if isinstance(value, stand_in):
+            return getattr(sys.modules["torch"], value.name)
+        if type(value) in (tuple, list):
+            found = [real(item) for item in value]
+            same = all(one is other for one, other in zip(found, value, strict=True))
+            return value if same else type(value)(found)
+        if type(value) is dict:
+            for key, item in value.items():  # others have the same dict
+                value[key] = real(item)
+        return value
+
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(f"{_PACKAGE}.") or module is _places["torch"][0]:
+            continue
+        for constant, value in list(vars(module).items()):
+            if constant.strip("_").isupper():
+                setattr(module, constant, real(value))
 
 
 class _Attaching:
