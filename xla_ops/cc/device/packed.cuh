@@ -26,6 +26,22 @@ template <typename T>
 constexpr bool kHasPacked = std::is_same_v<T, __half>;
 #endif
 
+// Both of a pair, and the pair that floats round to.
+__device__ __forceinline__ float2 ToFloats(__half2 x) {
+  return __half22float2(x);
+}
+__device__ __forceinline__ float2 ToFloats(__nv_bfloat162 x) {
+  return __bfloat1622float2(x);
+}
+template <typename T>
+__device__ __forceinline__ Packed<T> FromFloats(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __floats2half2_rn(x, y);
+  } else {
+    return __floats2bfloat162_rn(x, y);
+  }
+}
+
 // a[i] * b[i], rounded once: the bits that a product in fp32 rounds to, which
 // is exact for 16-bit factors. kPacked: whether to use what the GPU has.
 template <bool kPacked = true, typename T, int kSize>
