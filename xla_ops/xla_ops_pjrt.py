@@ -88,7 +88,14 @@ def _make_class(base: type) -> type:
             return options.process_count(os.environ)
 
         def configure_single_process(self) -> None:
-            """Nothing to do: a process without a rank uses all visible GPUs."""
+            """A process without a rank uses all visible GPUs; one with, its own."""
+            try:
+                from xla_ops.gpu import job, options
+
+                if options.Ranks(os.environ).world_size > 1:
+                    job.replicate_only_process()
+            except Exception:  # noqa: BLE001 - library_path, called next, reports it
+                return
 
         def configure_multiprocess(
             self, local_rank: int, local_world_size: int
@@ -98,9 +105,12 @@ def _make_class(base: type) -> type:
         def requires_xla_coordinator(self) -> bool:
             """Whether processes have to find each other (NCCL needs it)."""
             try:
-                from xla_ops.gpu import options
+                from torch_xla import runtime
+                from xla_ops.gpu import job, options
 
                 options.set_coordinator_port(os.environ)
+                job.check_launcher(os.environ, runtime.is_spmd())
+                job.stay_for_others(os.environ)
                 return options.Ranks(os.environ).world_size > 1
             except Exception:  # noqa: BLE001 - library_path, called next, reports it
                 return False

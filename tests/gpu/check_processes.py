@@ -277,6 +277,7 @@ def hosts(part, out, processes, started, environ):
                 **environ,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
+                "TORCHELASTIC_RUN_ID": "none",
                 "RANK": str(rank),
                 "WORLD_SIZE": str(processes),
                 "LOCAL_RANK": "0",
