@@ -272,7 +272,9 @@ def run(way, devices, args, folder):
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(devices)]
         command[1:1] = torchrun
     command += ["--shape", args.shape, "--out", str(out), "--only", *args.only]
-    env = dict(os.environ)
+    # torchrun would give each process one thread, to make and move its weights.
+    threads = max(1, (os.cpu_count() or 1) // devices)
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if way == "sharded" and env["PJRT_DEVICE"] == "CPU":
         env["CPU_NUM_DEVICES"] = str(devices)
     elif way == "one":
