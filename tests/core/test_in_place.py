@@ -318,6 +318,54 @@ def test_graph_breaks(name):
     assert addresses([kv]) == address
 
 
+NO_TOKENS = {
+    "reshape_and_cache_flash": (
+        (2, 4, *BLOCK),
+        lambda *step: write(*step),
+    ),
+    "reshape_and_cache": (
+        (4, HEADS, DIM // 4, PAGE, 4),
+        lambda cache, key, slots: xla_ops.reshape_and_cache(
+            *(key, key, cache, cache.new_zeros(4, HEADS, DIM, PAGE), slots)
+        ),
+    ),
+    "copy_blocks": (
+        (2, 4, *BLOCK),
+        lambda kv, _, slots: xla_ops.copy_blocks([kv[0]], [kv[1]], slots.view(-1, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", NO_TOKENS)
+@XLA_PATHS
+def test_a_step_that_writes_nothing_copies_nothing(name, op):
+    shape, step = NO_TOKENS[op]
+    f = Path(name).function(step)
+    cache = Path("lazy").put(torch.randn(shape))
+    old, address = cache.cpu(), addresses([cache])
+    key, slots = Path("lazy").put((torch.ones(0, HEADS, DIM), torch.arange(0)))
+    for _ in range(2):
+        f(cache, key, slots)
+        assert addresses([cache]) == address
+    assert torch.equal(cache.cpu(), old)
+
+
+@XLA_PATHS
+def test_a_cache_that_was_written_through_a_view(name):
+    """Its value is no input of the graph any more: nothing is donated for it."""
+
+    def f(source, cache, rows, blocks):
+        torch.ops.xla_ops.silu_and_mul(cache[3, 0], rows)
+        xla_ops.swap_blocks(source, cache, blocks)
+        return cache.sum()
+
+    args = torch.randn(4, *BLOCK), torch.randn(4, *BLOCK), torch.randn(HEADS, 2 * DIM)
+    args = *args, torch.tensor([[2, 1]])
+    total, (_, after, *_) = Path(name).run(f, *args)
+    torch.testing.assert_close(total, f(*args), rtol=1e-4, atol=1e-2)
+    assert torch.equal(after, args[1])
+
+
 @XLA_PATHS
 def test_a_clone_is_not_donated_for(name):
     def f(kv, key, slots):

@@ -172,6 +172,9 @@ def update(
     if tracing.is_transformed():
         buffer.copy_(op(buffer, *args, None))
         return
+    has_empty = any(isinstance(t, torch.Tensor) and t.numel() == 0 for t in args)
+    if has_empty and op.lowered((buffer, *args, None)).call.is_empty:
+        return  # as a new value, what nobody wrote would be a copy
     if (
         isinstance(buffer, tracing.FunctionalTensor)
         and _compiler_is_inductor()
@@ -296,6 +299,8 @@ def donor(t: torch.Tensor) -> torch.Tensor | None:
     graph must not donate what it was cloned from. On the CPU and CUDA, where a graph's
     nodes run one after the other, also if all that wrote it were updates in place.
     """
+    if isinstance(t, tracing.FunctionalTensor):
+        torch._functionalize_sync(t.elem)  # it may have been written through a view
     node = tracing.node_of(t)
     if t.device.type != "xla":
         if not _runs_as_traced():
