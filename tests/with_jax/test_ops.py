@@ -236,6 +236,17 @@ def test_stacked_cache():
     same_bits(found, expected)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 4, 2, 8), (1, 3, 4, 2, 8), (3, 4, 2, 8), ()])
+def test_a_stacked_cache_has_two_parts(shape):
+    """Of more, as where pages hold keys and values, two alone would be written."""
+    rows, slots = random((2, 2, 8), "float32"), integers(0, 5)
+    rule = r"key_cache must be an array of shape \[2, \.\.\.\], keys and values, where"
+    with pytest.raises(ValueError, match=f"reshape_and_cache_flash: {rule}"):
+        xj.reshape_and_cache_flash(rows, rows, jnp.zeros(shape), None, slots)
+    with pytest.raises(ValueError, match=f"{rule} value_cache is None, got int"):
+        xj.reshape_and_cache_flash(rows, rows, 3, None, slots)
+
+
 def test_int64_where_jax_has_it():
     rows = random((2, 1, 8))
     caches = jnp.zeros((2, 1, 4, 1, 8))

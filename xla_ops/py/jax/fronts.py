@@ -47,8 +47,9 @@ def adapted(function: Callable, written: tuple[str, ...] = ()) -> Callable:
         returned: Any = tuple(given.get(name) for name in written)
         if "value_cache" in written and given.get("value_cache", ...) is None:
             returned = tuple(given[name] for name in written if name != "value_cache")
-            stacked = given["key_cache"]
-            given["key_cache"], given["value_cache"] = stacked[0], stacked[1]
+            given["key_cache"], given["value_cache"] = _unstacked(
+                function.__name__, given["key_cache"]
+            )
         results = function(*bound.args, **bound.kwargs)
         if not written:
             return unwrap(results)
@@ -65,6 +66,18 @@ def _wrapped(name: str, value: Any) -> Any:
         value = jnp.full((1,), value, jnp.int32)
     value = wrap(value)
     return as_int64(value) if name in _INT64 and isinstance(value, Array) else value
+
+
+def _unstacked(op: str, cache: Any) -> tuple[Any, Any]:
+    """The keys and values of what is given as key_cache where value_cache is None."""
+    is_array = isinstance(cache, Array)
+    if is_array and cache.shape[:1] == (2,):
+        return cache[0], cache[1]
+    got = list(cache.shape) if is_array else type(cache).__name__
+    raise ValueError(
+        f"{op}: key_cache must be an array of shape [2, ...], keys and values, where"
+        f" value_cache is None, got {got}"
+    )
 
 
 def _documented(function: Callable, written: tuple[str, ...]) -> str:
