@@ -97,6 +97,10 @@ def test_missing_file(tmp_path):
     rule = "register_library: path must be a file, got"
     assert refused(path) == f"{rule} {path}"
     assert refused(tmp_path) == f"{rule} {tmp_path}"
+    assert refused(str(path).encode()) == f"{rule} {path}"
+    rule = "register_library: path must be a str or a path, got NoneType"
+    with pytest.raises(TypeError, match=rule):
+        extend.register_library(None)
 
 
 def test_what_is_no_library(tmp_path):

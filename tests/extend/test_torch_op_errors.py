@@ -69,6 +69,20 @@ def test_outputs_that_are_none():
         torch_op("aten::sub.out", outputs=("self",))
 
 
+def test_arguments_of_other_types():
+    overload = torch.ops.aten.sub.out
+    for name, got in ((None, "NoneType"), (b"aten::sub", "bytes"), (overload, "OpOv")):
+        with pytest.raises(TypeError, match=f"torch_op: name must be a str, got {got}"):
+            torch_op(name)
+    rule = "torch_op: outputs must be a sequence of names, got 'out'"
+    with pytest.raises(ValueError, match=rule):
+        torch_op("aten::sub.out", outputs="out")
+    for option in ("meta", "autocast"):
+        rule = f"torch_op: {option} must be a function, got 3"
+        with pytest.raises(ValueError, match=rule):
+            torch_op("aten::sub.out", **{option: 3})
+
+
 def test_declared_again_with_other_options():
     assert torch_op("aten::mul.out") is torch_op("aten::mul.out")
     text = "name must be declared once, or with the same options again, got aten::mul"

@@ -52,7 +52,10 @@ def register_library(path: str | os.PathLike[str]) -> Mapping[str, frozenset[str
         >>> register_library("libmine_cpu.so")  # doctest: +SKIP
         {'Host': frozenset({'mine.scale_rows'}), 'CUDA': frozenset()}
     """
-    whole = os.path.realpath(os.fspath(path))
+    if not isinstance(path, str | bytes | os.PathLike):
+        got = type(path).__name__
+        raise TypeError(f"{_check.op}: path must be a str or a path, got {got}")
+    whole = os.path.realpath(os.fsdecode(path))
     _check.require(os.path.isfile(whole), "path", "be a file", whole)
     cut_short = elf.cut_short(whole)
     _check.require(not cut_short, "path", "be a whole file", cut_short)

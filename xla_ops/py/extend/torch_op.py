@@ -95,6 +95,12 @@ def torch_op(
         >>> add(torch.ones(2), torch.ones(2), out=out)
         tensor([2., 2.])
     """
+    _check.text("name", name)
+    is_one = isinstance(outputs, str)
+    _check.require(not is_one, "outputs", "be a sequence of names", repr(outputs))
+    for option, function in (("meta", meta), ("autocast", autocast)):
+        is_function = callable(function) or function is None
+        _check.require(is_function, option, "be a function", function)
     options = (tuple(outputs), meta, capturable, gradient, autocast)
     with _lock:
         known = _declared.get(name)
