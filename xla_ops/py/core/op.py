@@ -29,7 +29,7 @@ from .custom_call import (
 )
 from .foreign import Foreign, Framework
 from .hlo import Spec
-from .lazy import autograd, torch
+from .lazy import autograd, ownership, torch
 
 NAMESPACE = "xla_ops"
 
@@ -307,11 +307,9 @@ class Op:
         if handlers.is_spmd():
             node = self._sharded(plan, signature, args, operands) or node
         results = node.add(operands)
-        for t in args[len(args) - self.num_donors :]:
-            if t is not None:
-                import torch_xla
-
-                torch_xla._XLAC._set_buffer_donation(t, True)
+        donors = [t for t in args[len(args) - self.num_donors :] if t is not None]
+        if donors:
+            ownership.give_away(donors)
         return _unpack(results)
 
     def _sharded(

@@ -89,6 +89,20 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
         _protect_one(tensor, finish_reads)
 
 
+def give_away(tensors: Sequence[torch.Tensor]) -> None:
+    """Has the program that is extracted now take the tensors' buffers.
+
+    Not where torch_xla runs a graph's nodes before that, to see what they are: what is
+    run of them (an operation that XLA has not, and what it needs) would take them.
+    """
+    if _is_traced():
+        return
+    import torch_xla
+
+    for t in tensors:
+        torch_xla._XLAC._set_buffer_donation(t, True)
+
+
 def compute(tensors: Sequence[torch.Tensor]) -> None:
     """Computes what is pending of `tensors`, with all else that is pending.
 
@@ -287,12 +301,17 @@ def _is_traced() -> bool:
     It does before it extracts a program, on the real tensors, of each of which it holds
     a clone then. Looked at where a tensor is held by others alone.
     """
+    return _interpreter() is not None
+
+
+def _interpreter() -> torch.fx.Interpreter | None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), torch.fx.Interpreter):
-            return True
+        found = frame.f_locals.get("self")
+        if isinstance(found, torch.fx.Interpreter):
+            return found
         frame = frame.f_back
-    return False
+    return None
 
 
 def owned(cache: torch.Tensor) -> torch.Tensor:
@@ -328,6 +347,11 @@ _NOTHING = torch.empty(0)
 
 
 def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    traced = _interpreter()
+    if traced is not None:
+        from . import division
+
+        division.check(cast("torch.fx.Graph", traced.module.graph))
     protect(caches, finish_reads=True)
     return [_NOTHING, *caches]
 

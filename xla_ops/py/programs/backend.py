@@ -35,7 +35,7 @@ import torch_xla.runtime as xr
 from torch._dynamo.backends.common import aot_autograd
 from torch_xla._dynamo import dynamo_bridge
 
-from ..core import in_place, ownership, tracing
+from ..core import division, in_place, ownership, tracing
 from ..core.interrupts import Uninterrupted
 from .calls import buffer_of, run_cached
 
@@ -217,6 +217,14 @@ class _InputMatcher(dynamo_bridge.GraphInputMatcher):
         self._values = []
 
 
+class _InputCollector(dynamo_bridge.InputCollector):
+    """Looks at a graph that was divided before it runs it."""
+
+    def __init__(self, module: torch.fx.GraphModule):
+        division.check(module.graph)
+        super().__init__(module)
+
+
 def _extract(module: torch.fx.GraphModule) -> Callable:
     """Does what dynamo_bridge.extract_internal does, and returns a faster call."""
     args: Sequence = vars(module)["xla_args"]
@@ -301,6 +309,7 @@ _extract_program = _with_globals(
         partition_fx_graph_for_cpu_fallback=_with_globals(
             dynamo_bridge.partition_fx_graph_for_cpu_fallback,
             extract_internal=_extract,
+            InputCollector=_InputCollector,
         ),
     ),
 )
