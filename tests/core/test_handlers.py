@@ -284,13 +284,22 @@ for strict in "01":
     ],
 )
 def test_variables_that_change_dtypes(name, value, remedy):
-    problem = environment.other_dtypes({name: value})
+    problem = environment.clash({name: value})
     assert (
         problem.what == f"{name} must not be set where xla_ops is used, got {value!r}"
     )
     assert problem.fix.startswith(remedy)
     for off in ("0", "false", "", "yes"):  # as torch_xla reads it
-        assert environment.other_dtypes({name: off}) is None
+        assert environment.clash({name: off}) is None
+
+
+def test_a_variable_by_which_every_update_copies():
+    name = "XLA_ENABLE_PARAM_ALIASING"
+    for off in ("0", "false", "no"):
+        problem = environment.clash({name: off})
+        assert problem.what == f"{name} must be 1 where xla_ops is used, got {off!r}"
+    for environ in ({}, {name: "1"}, {name: "true"}):
+        assert environment.clash(environ) is None
 
 
 def test_variables_that_change_dtypes_are_refused(installation, tmp_path):

@@ -20,6 +20,10 @@ _OTHER_DTYPES = {
 }
 
 
+# By which torch_xla gives no buffer away that a program was told to overwrite.
+_ALIASING = "XLA_ENABLE_PARAM_ALIASING"
+
+
 def wrong(name: str, rule: str, value: str) -> BadValue:
     """The error of a variable that must <rule>."""
     return BadValue(f"{name} must {rule}, got {value!r}")
@@ -56,14 +60,28 @@ def integer(environ: Mapping[str, str], name: str, minimum: int) -> int | None:
     return int(text)
 
 
-def other_dtypes(environ: Mapping[str, str]) -> Problem | None:
-    """What is wrong where torch_xla changes dtypes behind the tensors; else None."""
+def clash(environ: Mapping[str, str]) -> Problem | None:
+    """What of torch_xla's settings no op can go with; None where all is well.
+
+    It changes dtypes behind the tensors, or copies each cache that is updated, and
+    then does not find the programs that were to update one.
+    """
+    aliasing = environ.get(_ALIASING)
+    if aliasing is not None and not _is_set(aliasing):
+        return Problem(
+            f"{_ALIASING} must be 1 where xla_ops is used, got {aliasing!r}",
+            "unset it: without it no cache is updated in place",
+        )
     for name, remedy in _OTHER_DTYPES.items():
         text = environ.get(name, "")
-        # As torch_xla reads it: "true", or what atoi() makes a number but 0 of.
-        if text == "true" or re.match(r"\s*[+-]?0*[1-9]", text):
+        if _is_set(text):
             return Problem(
                 f"{name} must not be set where xla_ops is used, got {text!r}",
                 f"unset it, and {remedy}",
             )
     return None
+
+
+def _is_set(text: str) -> bool:
+    """As torch_xla reads it: "true", or what atoi() makes a number but 0 of."""
+    return text == "true" or re.match(r"\s*[+-]?0*[1-9]", text) is not None

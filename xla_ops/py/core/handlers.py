@@ -67,9 +67,9 @@ class _Platform:
         """Registers the handlers that are not yet; returns their targets.
 
         Raises:
-            Problem: torch_xla does not make arrays of the tensors' dtypes.
+            Problem: a setting of torch_xla's clashes with ours (`environment.clash`).
         """
-        problem = environment.other_dtypes(os.environ)
+        problem = environment.clash(os.environ)
         if problem is not None:
             raise problem
         with self.lock:

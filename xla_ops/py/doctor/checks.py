@@ -37,7 +37,7 @@ def device(report: Report, environ: Mapping[str, str]) -> None:
         text = f"not set: torch_xla chooses the CPU, though {_visible(environ)}"
         fix = "PJRT_DEVICE=GPU chooses the GPU"
         report.add("Versions", "PJRT_DEVICE", NOTE, text, fix)
-    problem = environment.other_dtypes(environ)
+    problem = environment.clash(environ)
     if problem is not None:
         report.add("Versions", "dtypes", FAIL, problem.what, problem.fix)
     try:

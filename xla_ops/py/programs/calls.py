@@ -71,8 +71,11 @@ def compile_graph(computed: list[torch.Tensor], donated: str) -> bytes | None:
     A program that torch_xla has already under that hash is taken only if it is known to
     be of the same HLO. Otherwise the graph gets a further result, of no element, until
     its hash is its own.
+
+    Args:
+        computed: the results; further ones are added behind them.
+        donated: what tells the buffers that it overwrites.
     """
-    computed = list(computed)
     if not computed:
         return None
     hlo = _xlac._get_xla_tensors_hlo(computed)

@@ -37,6 +37,7 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
+from torch_xla.experimental.eager import eager_mode_context
 
 from ..core import autograd, in_place, interrupts, ownership, sharding
 from . import reachable
@@ -226,6 +227,11 @@ def _check(leaves: Sequence) -> None:
                 f"replay: tensor argument {i} must be on an XLA device, got"
                 f" {leaf.device}"
             )
+        if not torch._is_functional_tensor(leaf):
+            raise RuntimeError(
+                f"replay: tensor argument {i} must be functionalized, got one that is"
+                " not; unset XLA_DISABLE_FUNCTIONALIZATION"
+            )
         if leaf.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"replay: tensor argument {i} must not require a gradient, got one that"
@@ -258,7 +264,8 @@ class _Program:
         self._rebuild(*tensors)
 
     def _build(self, function: Callable, args: tuple[torch.Tensor, ...]) -> None:
-        traced = self._compile(function, args)
+        with eager_mode_context(False):
+            traced = self._compile(function, args)
         self._updates = list(traced.updates.items())
         self._donated = traced.donated
         self._outputs = traced.outputs
