@@ -38,8 +38,8 @@ def check(graph: torch.fx.Graph) -> None:
                 raise ValueError(
                     f"{taken[cache]}: a cache must not be read, as it was before the"
                     " update, where torch_xla divides the compiled function, got"
-                    f" {', '.join(on_host) or 'operations'} that runs on the host; read"
-                    " the cache in a function of its own, called before"
+                    f" {', '.join(dict.fromkeys(on_host))} on the host; read the cache"
+                    " in a function of its own, called before"
                 )
         if node.op == "call_module":
             taken |= _taken_by(node)

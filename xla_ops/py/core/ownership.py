@@ -84,9 +84,10 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
         return
     # Before a program is extracted nothing may run, but it must meet no shared buffer:
     # torch_xla would take an input for a constant.
-    finish_reads = finish_reads and not _is_traced()
+    is_traced = _is_traced()
+    finish_reads = finish_reads and not is_traced
     for tensor in held:
-        _protect_one(tensor, finish_reads)
+        _protect_one(tensor, finish_reads, num_clones=int(is_traced))
 
 
 def give_away(tensors: Sequence[torch.Tensor]) -> None:
@@ -173,8 +174,8 @@ def is_owner(value: torch.Tensor, readers: Sequence[torch.Tensor]) -> bool:
     return not _runtime.is_copied(value._cdata, [t._cdata for t in below])
 
 
-def _protect_one(tensor: torch.Tensor, finish_reads: bool) -> None:
-    if _is_free_soon(tensor, finish_reads):
+def _protect_one(tensor: torch.Tensor, finish_reads: bool, num_clones: int) -> None:
+    if _is_free_soon(tensor, finish_reads, num_clones):
         return
     import torch_xla
 
@@ -216,13 +217,17 @@ def _give_data(tensors: list[torch.Tensor]) -> None:
         xlac._xla_sync_multi(ready, devices=[], wait=False, sync_xla_data=False)
 
 
-def _is_free(holders: tuple[int, int], finish_reads: bool) -> bool:
-    """Whether the tensor with these `BufferHolders` is its buffer's only holder."""
+def _is_free(holders: tuple[int, int], finish_reads: bool, num_clones: int = 0) -> bool:
+    """Whether the tensor with these `BufferHolders` is its buffer's only holder.
+
+    But for as many clones, which torch_xla holds while it runs a graph's nodes.
+    """
     data, node = holders
     if data == 0:
         # Not computed yet.
         return node <= 1 or not finish_reads
-    return data == 1 + (node > 0) and (node <= 1 or not finish_reads)
+    others = data - 1 - (node > 0)
+    return 0 <= others <= num_clones and (node <= 1 or not finish_reads)
 
 
 def renew(views: Sequence[torch.Tensor]) -> None:
@@ -244,12 +249,12 @@ def renew(views: Sequence[torch.Tensor]) -> None:
             torch._functionalize_sync(view)
 
 
-def _is_free_soon(tensor: torch.Tensor, finish_reads: bool) -> bool:
+def _is_free_soon(tensor: torch.Tensor, finish_reads: bool, num_clones: int) -> bool:
     """Whether it is once the program that was started last is on its way."""
     end = time.monotonic() + _HANDOVER_S
     while True:
         (holders,) = _holders([tensor])
-        if _is_free(holders, finish_reads):
+        if _is_free(holders, finish_reads, num_clones):
             return True
         data, node = holders
         must_wait = data >= 2 and (node <= 1 or not finish_reads)
@@ -305,11 +310,17 @@ def _is_traced() -> bool:
 
 
 def _interpreter() -> torch.fx.Interpreter | None:
+    """What of torch_xla's runs a graph's nodes, further up in this thread."""
+    bridge = sys.modules.get("torch_xla._dynamo.dynamo_bridge")
+    if bridge is None:
+        return None
+    theirs = (bridge.UnsupportedNodesCollector, bridge.InputCollector)
+    run = torch.fx.Interpreter.run.__code__
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, torch.fx.Interpreter):
-            return found
+        # To look at a frame's variables keeps what they are, while the frame lasts.
+        if frame.f_code is run and isinstance(frame.f_locals["self"], theirs):
+            return frame.f_locals["self"]
         frame = frame.f_back
     return None
 
