@@ -60,7 +60,9 @@ def _make_class(base: type) -> type:
                     f" set PJRT_DEVICE={device.upper()}"
                 )
             try:
-                from xla_ops.gpu import plugin
+                from xla_ops.gpu import job, plugin
+
+                job.joined()  # the others of the job, if it has any, have come
             except Exception as error:  # noqa: BLE001 - of any kind, by a broken file
                 return _fail(
                     f"xla_ops cannot be imported ({type(error).__name__}: {error}):"
@@ -111,6 +113,7 @@ def _make_class(base: type) -> type:
                 options.set_coordinator_port(os.environ)
                 job.check_launcher(os.environ, runtime.is_spmd())
                 job.stay_for_others(os.environ)
+                job.wait_for_others(os.environ)
                 return options.Ranks(os.environ).world_size > 1
             except Exception:  # noqa: BLE001 - library_path, called next, reports it
                 return False

@@ -524,3 +524,27 @@ def test_registered_handler_runs_in_an_xla_program():
     out = xla_ops.rms_norm(x.to("xla"), weight.to("xla"), 1e-6)
     torch.testing.assert_close(out.cpu(), expected)
     assert "xla_ops.rms_norm" in _runtime.registered()["Host"]
+
+
+WAITS_WITH_THE_GIL = "ctypes.PyDLL(None).usleep(3_000_000)"
+
+
+@pytest.mark.parametrize(
+    "calls, text, status",
+    [
+        ("start_deadline(200, 'too long')", "too long\n", 1),
+        ("start_deadline(200, 'no'); _runtime.end_deadline()", "", 0),
+        ("start_deadline(200, 'no'); _runtime.start_deadline(400, 'yes')", "yes\n", 1),
+        ("start_deadline(60_000, 'no')", "", 0),
+        ("end_deadline()", "", 0),
+    ],
+)
+def test_deadline_ends_a_process_that_holds_the_gil(calls, text, status):
+    code = f"import ctypes; from xla_ops import _runtime; _runtime.{calls}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {WAITS_WITH_THE_GIL}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == (text, status)

@@ -331,7 +331,10 @@ def run_part(part, out, processes):
         statuses = wait(hosts(part, out, processes, processes, {}), 150)
     else:
         flags = f"--xla_gpu_nccl_termination_timeout_seconds={TIMEOUT_S}"
-        flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+        flags = {
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+            "XLA_OPS_JOIN_TIMEOUT_S": str(TIMEOUT_S),
+        }
         started = processes - (part == "absent")
         statuses = wait(hosts(part, out, processes, started, flags), 150)
     found = {"statuses": statuses, "seconds": time.monotonic() - began}

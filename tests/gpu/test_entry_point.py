@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -85,11 +86,43 @@ def test_options_reach_a_newer_plugin_through_torch_xla(tmp_path):
         ({"MAJOR": 1}, {}, "torch_xla needs major version 0: install xla_ops[cuda13]"),
         ({}, {"FAKE_CUDA_INIT": "100"}, "no GPU is visible: check nvidia-smi"),
         ({}, {"PJRT_ALLOCATOR_FRACTION": "3"}, "PJRT_ALLOCATOR_FRACTION must be"),
+        ({}, {"XLA_OPS_JOIN_TIMEOUT_S": "0"}, "XLA_OPS_JOIN_TIMEOUT_S must be"),
     ],
 )
 def test_error_is_torch_xlas_and_the_process_goes_on(tmp_path, macros, environ, text):
     path = fakes.build("fake_pjrt_plugin", **macros)
     assert text in use_device(tmp_path, "CUDA", path, **environ)
+
+
+def test_a_rank_whose_others_never_come_ends(tmp_path):
+    """torch_xla waits for them with the GIL held."""
+    environ = with_fake_driver(
+        tmp_path,
+        "GPU",
+        fakes.build("fake_pjrt_plugin"),
+        WORLD_SIZE="2",
+        RANK="0",
+        LOCAL_WORLD_SIZE="1",
+        TORCHELASTIC_RUN_ID="none",
+        MASTER_ADDR="127.0.0.1",
+        XLA_COORDINATOR_PORT=free_port(),
+        XLA_OPS_JOIN_TIMEOUT_S="2",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch_xla; torch_xla.device(); print('alive')"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environ},
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert "rank 0 has waited 2 s for rank 1 at 127.0.0.1:" in done.stderr
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def test_a_device_in_small_letters_is_told_its_name(tmp_path):

@@ -151,7 +151,15 @@ def test_fewer_visible_gpus_than_processes_raises(gpus):
     assert options.client_options(environ)["visible_devices"] == [2]
 
 
-def test_coordinator_is_needed_by_several_processes(monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """As torchrun starts a process, whose wait for others is called off at the end."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    yield
+    job.joined()
+
+
+def test_coordinator_is_needed_by_several_processes(monkeypatch, launched):
     gpu = GpuPlugin()
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "PJRT_LOCAL_PROCESS_COUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -162,7 +170,7 @@ def test_coordinator_is_needed_by_several_processes(monkeypatch):
     assert not gpu.requires_xla_coordinator()
 
 
-def test_jobs_have_coordinators_of_their_own(monkeypatch):
+def test_jobs_have_coordinators_of_their_own(monkeypatch, launched):
     def port(**given):
         environ = {k: str(v) for k, v in given.items()}
         options.set_coordinator_port(environ)

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "xla_ops/cc/bridge/plugin_loader.h"
+#include "xla_ops/cc/runtime/deadline.h"
 #include "xla_ops/cc/runtime/direct_call.h"
 #include "xla_ops/cc/runtime/elf_symbols.h"
 #include "xla_ops/cc/runtime/lazy_tensors.h"
@@ -340,6 +341,13 @@ RuntimeError.)");
 
 Raises RuntimeError, naming the fix, for a plugin that cannot be used, and for a
 second plugin in one process.)");
+  m.def("start_deadline", &StartDeadline, py::arg("milliseconds"),
+        py::arg("text"),
+        "Ends the process with status 1 after so long, and `text` on stderr, "
+        "unless end_deadline() comes before: also where something waits with "
+        "the GIL held. Another takes its place.");
+  m.def("end_deadline", &EndDeadline,
+        "Calls off what start_deadline began, if it did.");
   m.def("find_plugin_info", &PyFindPluginInfo, py::arg("path"),
         R"(Opens a PJRT plugin, without a client, and reads what it offers.
 

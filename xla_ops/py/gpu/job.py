@@ -13,7 +13,8 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 
-from .options import Ranks
+from .. import _runtime
+from .options import JOIN_VARIABLE, Ranks, join_seconds
 
 # How long the process that others find each other at stays for them. A rank that has
 # left the others alone by sys.exit ends so, and they with it.
@@ -53,6 +54,34 @@ def check_launcher(environ: Mapping[str, str], is_spmd: bool) -> None:
             " set TORCHELASTIC_RUN_ID too, to any name for the job",
             stacklevel=2,
         )
+
+
+def wait_for_others(environ: Mapping[str, str]) -> None:
+    """Ends this process with an error where others do not come; `joined` calls it off.
+
+    By itself torch_xla waits for them far longer, deaf to Ctrl-C.
+    """
+    ranks = Ranks(environ)
+    seconds = join_seconds(environ)
+    if ranks.world_size == 1:
+        return
+    port = environ.get("XLA_COORDINATOR_PORT", "8547")
+    address = environ.get("MASTER_ADDR", "localhost")
+    others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+    names = ", ".join(map(str, others[:8])) + ", ..." * (len(others) > 8)
+    _runtime.start_deadline(
+        seconds * 1000,
+        f"xla_ops: WORLD_SIZE must be the number of processes that come, got"
+        f" {ranks.world_size}, and rank {ranks.rank} has waited {seconds} s for rank"
+        f" {names} at {address}:{port}. Look why one did not start or ended, and whether"
+        f" MASTER_ADDR and the port are the same for all; {JOIN_VARIABLE} sets how long"
+        " to wait",
+    )
+
+
+def joined() -> None:
+    """To be called when the others have come."""
+    _runtime.end_deadline()
 
 
 def stay_for_others(environ: Mapping[str, str], pid: int | None = None) -> None:

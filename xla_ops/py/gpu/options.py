@@ -18,6 +18,8 @@ Environment:
     PJRT_LOCAL_PROCESS_RANK, PJRT_LOCAL_PROCESS_COUNT (xmp.spawn): one GPU a process.
   XLA_COORDINATOR_PORT: where the processes' clients find each other on the first one's
     host. Default: one that follows from MASTER_PORT; torch_xla's, 8547, without that.
+  XLA_OPS_JOIN_TIMEOUT_S: seconds that a process waits for the others of its job to come
+    before it ends with an error. Default: 600.
 The names that begin with PJRT_ go before those that begin with XLA_PYTHON_.
 
 Tested by tests/gpu/test_options.py.
@@ -30,6 +32,9 @@ from collections.abc import Mapping, MutableMapping
 from ..core.environment import TRUE, boolean, first, integer, wrong
 from . import visible
 
+# As long as a collective waits (flags.py), and torch.distributed with NCCL.
+_JOIN_S = 600
+JOIN_VARIABLE = "XLA_OPS_JOIN_TIMEOUT_S"
 _ALLOCATORS = ("default", "bfc", "cuda_async", "platform")
 
 
@@ -69,6 +74,14 @@ _MASTER_PORT, _COORDINATOR_PORT = 29500, 8547
 _PORTS = range(1024, 65536)  # that need no privilege
 
 
+def join_seconds(environ: Mapping[str, str]) -> int:
+    """How long a process waits for the others of its job to come.
+
+    Raises BadValue if XLA_OPS_JOIN_TIMEOUT_S is set to anything but a positive integer.
+    """
+    return integer(environ, JOIN_VARIABLE, minimum=1) or _JOIN_S
+
+
 def set_coordinator_port(environ: MutableMapping[str, str]) -> None:
     """Gives a job's processes a port of their own to find each other at.
 
@@ -98,6 +111,7 @@ def client_options(environ: Mapping[str, str]) -> dict:
     if fraction is not None:
         options["memory_fraction"] = fraction
     ranks = Ranks(environ)
+    join_seconds(environ)
     if ranks.world_size > 1:
         options["node_id"] = ranks.rank
         options["num_nodes"] = ranks.world_size
