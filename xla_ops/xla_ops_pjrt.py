@@ -108,6 +108,7 @@ def _make_class(base: type) -> type:
             """Whether processes have to find each other (NCCL needs it)."""
             try:
                 from torch_xla import runtime
+
                 from xla_ops.gpu import job, options
 
                 options.set_coordinator_port(os.environ)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from xla_ops.gpu import options, visible
+from xla_ops.gpu import job, options, visible
 from xla_ops_pjrt import GpuPlugin
 
 BASE = {"platform_name": "gpu", "allocator": "default"}

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .. import _runtime
 from .options import JOIN_VARIABLE, Ranks, join_seconds
@@ -30,9 +31,9 @@ def replicate_only_process() -> None:
     """
     from torch_xla.core import xla_model as xm
 
-    set_replication = xm.set_replication
+    set_replication: Any = xm.set_replication
 
-    def set_once(device, devices):
+    def set_once(device: object, devices: object) -> None:
         xm.set_replication = set_replication
         set_replication(device, xm.get_xla_supported_devices())
 
@@ -73,9 +74,9 @@ def wait_for_others(environ: Mapping[str, str]) -> None:
         seconds * 1000,
         f"xla_ops: WORLD_SIZE must be the number of processes that come, got"
         f" {ranks.world_size}, and rank {ranks.rank} has waited {seconds} s for rank"
-        f" {names} at {address}:{port}. Look why one did not start or ended, and whether"
-        f" MASTER_ADDR and the port are the same for all; {JOIN_VARIABLE} sets how long"
-        " to wait",
+        f" {names} at {address}:{port}. Look why one did not start or ended, and"
+        " whether MASTER_ADDR and the port are the same for all;"
+        f" {JOIN_VARIABLE} sets how long to wait",
     )
 
 

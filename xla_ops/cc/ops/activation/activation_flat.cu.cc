@@ -112,14 +112,13 @@ __device__ __forceinline__ Vector<T, kWidth> Elements(
     using T2 = Packed<T>;
 #pragma unroll
     for (int j = 0; j < kWidth / 2; ++j) {
-      reinterpret_cast<T2*>(&result)[j] = ActivatePair<kActivation, T>(
-          reinterpret_cast<const T2*>(&x)[j]);
+      reinterpret_cast<T2*>(&result)[j] =
+          ActivatePair<kActivation, T>(reinterpret_cast<const T2*>(&x)[j]);
     }
   } else {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      result[j] =
-          Element<kActivation>(&x[kInputs<kActivation> * j], constants);
+      result[j] = Element<kActivation>(&x[kInputs<kActivation> * j], constants);
     }
   }
   return result;
