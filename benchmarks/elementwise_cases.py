@@ -379,8 +379,11 @@ def penalties(device: str) -> Iterator[Case]:
 def _make_write(tokens, heads, blocks, device):
     key, value = (_normal(tokens, heads, HEAD_DIM, device=device) for _ in "kv")
     caches = (_normal(blocks, PAGE, heads, HEAD_DIM, device=device) for _ in "kv")
-    slots = torch.randperm(blocks * PAGE)[:tokens]
-    return key, value, *caches, slots.to(device)
+    if tokens <= 256:  # of as many sequences
+        slots = torch.randperm(blocks * PAGE)[:tokens]
+    else:  # of prompts, page by page
+        slots = (torch.randperm(blocks)[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    return key, value, *caches, slots[:tokens].to(device)
 
 
 def _write(key, value, key_cache, value_cache, slots):
