@@ -39,6 +39,12 @@ def batches(quick):
     one_long = [3000, 0, 17, 64, 65, 1, 300, 129]
     yield [1] * 8, one_long, 0
     yield [3, 1, 0, 2, 9, 1, 4, 1], one_long, 3
+    # Long ones among so many that shapes give one split.
+    lengths = [drawn.randrange(200) for _ in range(140)]
+    for at, length in ((0, 4097), (67, 20000), (69, 6000)):
+        lengths[at] = length
+    yield [1] * 140, lengths, 0
+    yield [1, 0, 2, 1, 6] * 14, [n + 600 for n in lengths[:70]], 7
     if quick:
         return
     yield [1], [5000], 0
@@ -63,11 +69,16 @@ def cases(quick):
     # 0: what the library chooses.
     for batch, splits in itertools.product(batches(quick), (0, 1, 5)):
         many = len(batch[0]) > 8
+        has_long = many and max(batch[1]) > 4096
+        if has_long and splits:
+            continue
         for kv_dtype, given in itertools.product(dtypes, heads[: 3 if many else None]):
             for page in (PAGE,) if quick or kv_dtype == FP8 else (PAGE, 5, 0):
-                if many and (page != PAGE or (kv_dtype == FP8 and splits)):
+                plain = many and not has_long
+                if plain and (page != PAGE or (kv_dtype == FP8 and splits)):
                     continue
-                for given_options in features[: 1 if many or page != PAGE else None]:
+                plain = plain or page != PAGE
+                for given_options in features[: 1 if plain else None]:
                     options = given_options | {"splits": splits}
                     yield {
                         "batch": batch,
@@ -160,12 +171,19 @@ def speed_cases():
     yield "32k, 63 x 1k, 8/1", long, {"heads": (8, 1, 128)}
     yield "256 x 1532", 256 * [1532], {}
     yield "255 x 1k, 128k", 255 * [1024] + [131072], {}
-    yield "64 x 1024 +- 900", [drawn.randrange(124, 1925) for _ in range(64)], {}
+    uneven = [drawn.randrange(124, 1925) for _ in range(64)]
+    yield "64 x 1024 +- 900", uneven, {}
     yield "64 x 1024 +- 100", [drawn.randrange(924, 1125) for _ in range(64)], {}
     yield "32k in a batch of 64", [32768] + 63 * [0], {}
     yield "1k in a batch of 64", [1024] + 63 * [0], {}
     yield "32k, 3 x 1k", [32768] + 3 * [1024], {}
     yield "1000 x 512", 1000 * [512], {}
+    # Tables as an engine has them, wide enough for one that is long.
+    for count, length in ((64, 128), (64, 1024), (64, 4096), (1000, 512)):
+        yield f"{count} x {length}, wide", count * [length], {"width": 2048}
+    yield "64 x 1024 +- 900, wide", uneven, {"width": 2048}
+    mixed = [drawn.choice((1024, 8192)) for _ in range(64)]
+    yield "1k and 8k, 64", mixed, {}
 
 
 class Shuffled:
@@ -175,9 +193,10 @@ class Shuffled:
         self.order = torch.randperm(pages, device="cuda").int()
         self.next = 0
 
-    def table(self, lengths):
+    def table(self, lengths, width):
         pages = [-(-length // PAGE) for length in lengths]
-        table = torch.zeros(len(pages), max(pages), dtype=torch.int32, device="cuda")
+        shape = (len(pages), max(width, *pages))
+        table = torch.zeros(shape, dtype=torch.int32, device="cuda")
         for row, count in zip(table, pages, strict=True):
             at = torch.arange(self.next, self.next + count, device="cuda")
             row[:count] = self.order[at % len(self.order)]
@@ -197,7 +216,7 @@ def speed(libraries, name, lengths, more, buffers, rounds=11):
     moved = 2 * row * sum(lengths)
     count = max(4, min(64, -(-200_000_000 // moved)))
     pages = Shuffled(len(keys))
-    tables = [pages.table(lengths) for _ in range(count)]
+    tables = [pages.table(lengths, more.get("width", 0)) for _ in range(count)]
     query = torch.randn(len(lengths), heads, head_dim, device="cuda").bfloat16()
     used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     starts = offsets([1] * len(lengths), "cuda")

@@ -93,7 +93,7 @@ def prepare(library, query, key, value, starts, **options):
 def in_pages(rows, lengths, page, generator):
     """Rows as shuffled pages, NaN where no token is, and the block table."""
     most = -(-max(lengths) // page) + 2
-    count = most * len(lengths) + 3
+    count = sum(-(-length // page) for length in lengths) + len(lengths) + 3
     order = torch.randperm(count, generator=generator).tolist()
     table = torch.full((len(lengths), most), -1, dtype=torch.int32)
     pages = [t.new_full((count, page, *t.shape[1:]), torch.nan) for t in rows]
