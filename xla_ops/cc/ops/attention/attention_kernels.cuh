@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "xla_ops/cc/device/kernel_list.h"
+#include "xla_ops/cc/ops/attention/attention_args.cuh"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_mma_decode.cuh"
@@ -68,23 +69,18 @@ cudaError_t PrepareSimt() {
   });
 }
 
-// As many tiles of `tile_rows` packed rows as any cu_seqlens_q could need
-// (attention_tiles.cuh). The limits in attention.h and kTileRows >= 4 keep them
-// below 2^31. With few_rows, a tile a segment.
-inline int64_t NumTiles(const AttentionArgs& args, int tile_rows) {
-  const int64_t group = args.group.value();
-  return (args.few_rows > 0 ? 0 : args.num_tokens * group / tile_rows) +
-         args.max_num_seqs + 2;
-}
-
-// Launches a kernel over tiles, KV heads and splits.
+// Launches a kernel over tiles, KV heads and splits, or slots.
 template <typename Kernel>
 cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
                         int threads, int shared_bytes,
                         const AttentionArgs& args) {
-  const dim3 grid(static_cast<unsigned>(NumTiles(args, tile_rows)),
-                  static_cast<unsigned>(args.num_kv_heads),
-                  static_cast<unsigned>(args.num_splits));
+  const auto tiles = static_cast<unsigned>(NumTiles(args, tile_rows));
+  dim3 grid(tiles, static_cast<unsigned>(args.num_kv_heads),
+            static_cast<unsigned>(args.num_splits));
+  if (args.num_slots > 0) {
+    grid = dim3(static_cast<unsigned>(args.num_kv_heads),
+                tiles + static_cast<unsigned>(args.num_slots));
+  }
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cudaGetLastError();
 }

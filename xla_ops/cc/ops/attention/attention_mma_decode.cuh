@@ -27,6 +27,7 @@
 #include "xla_ops/cc/device/softmax_fragment.cuh"
 #include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
+#include "xla_ops/cc/ops/attention/attention_share.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
@@ -38,8 +39,8 @@ struct MmaDecodeShape {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileRows = 16;
-  static constexpr int kWarpTokens = kFp8 || kHeadDim == 64 ? 32 : 16;
-  static constexpr int kTileTokens = kWarpTokens * kWarps;
+  static constexpr int kTileTokens = DecodeTileTokens(kFp8, kHeadDim);
+  static constexpr int kWarpTokens = kTileTokens / kWarps;
   // Shared memory: the query tile, then a ring of K and V tiles.
   static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
   static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
@@ -66,9 +67,8 @@ struct MmaDecodeShape {
 // one maximum, add them up through shared memory, and write.
 template <typename T, bool kFp8, int kHeadDim>
 __device__ __forceinline__ void MergeAndStoreRows(
-    const AttentionArgs& args, const QueryTile& tile, int kv_head,
-    int64_t split_start, float value_scale, float* shared,
-    const MmaAccumulator<kHeadDim>& acc) {
+    const AttentionArgs& args, const QueryTile& tile, int kv_head, int slot,
+    float value_scale, float* shared, const MmaAccumulator<kHeadDim>& acc) {
   using Shape = MmaDecodeShape<kFp8, kHeadDim>;
   constexpr int kStride = Shape::kMergeStride;
   __shared__ float warp_max[Shape::kWarps][16];
@@ -115,10 +115,17 @@ __device__ __forceinline__ void MergeAndStoreRows(
     }
     const QueryRow query_row = tile.Row(args, kv_head, row);
     const int64_t out_row = query_row.Index(args);
-    const int64_t partial_row = split_start + out_row;
-    const float factor =
-        value_scale *
-        EndOrSplitRow(args, query_row, partial_row, max, sum, lane == 0);
+    const bool partial = args.num_splits > 1 || slot >= 0;
+    const int64_t partial_row =
+        slot >= 0
+            ? SlotRow(args, slot, kv_head, row)
+            : int64_t{blockIdx.z} * args.num_tokens * args.num_heads + out_row;
+    float factor = value_scale;
+    if (partial) {
+      StorePartial(args, partial_row, max, sum, lane == 0);
+    } else {
+      factor *= EndRow(args, query_row, max, sum);
+    }
     for (int column = 2 * lane; column < args.head_dim; column += 64) {
       float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -128,8 +135,8 @@ __device__ __forceinline__ void MergeAndStoreRows(
         total.x += part.x;
         total.y += part.y;
       }
-      StorePair<T, kFp8>(args, out_row, partial_row, column, total.x * factor,
-                         total.y * factor);
+      StorePair<T, kFp8>(args, partial, out_row, partial_row, column,
+                         total.x * factor, total.y * factor);
     }
   }
 }
@@ -144,7 +151,9 @@ __device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
 #endif  // XLA_OPS_HAS_MMA
 
 // T is the tensor cores' operand type: query's, or __half with 8-bit keys
-// and values (kFp8). Grid: x query tiles, y KV heads, z splits.
+// and values (kFp8). Grid: x query tiles, y KV heads, z splits. With slots: x
+// KV heads, y query tiles and behind them as many blocks as there are slots,
+// which have something to do where sequences are cut.
 template <typename T, bool kFp8, int kHeadDim>
 __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
                                   MmaDecodeShape<kFp8, kHeadDim>::kMinBlocks)
@@ -157,28 +166,43 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   constexpr bool kThreeSlots = Shape::kSlots == 3;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ TileSearch search;
+  __shared__ ShareSearch share;
   __shared__ TileRow rows[Shape::kTileRows];
   __shared__ float row_scale[kFp8 ? Shape::kTileRows : 1];
 
+  static_assert(Shape::kTileRows == kDecodeRows);
+  static_assert(Shape::kWarps == kShareWarps);
+  const bool has_slots = args.num_slots > 0;
+  const int kv_head = has_slots ? blockIdx.x : blockIdx.y;
   // Last tiles first: under a causal mask they have the most to do.
+  const int index =
+      static_cast<int>(has_slots ? gridDim.y - args.num_slots - 1 - blockIdx.y
+                                 : gridDim.x - 1 - blockIdx.x);
+  // Asked for before the tile is looked for, and looked at behind it.
+  const int longest = has_slots ? LongestOfThread(args) : 0;
+  if (threadIdx.x == 0) share.item.slot = -1;
   QueryTile tile;
-  if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(
-          args, static_cast<int>(gridDim.x - 1 - blockIdx.x), search, &tile)) {
-    return;
+  bool found = index >= 0 && FindQueryTile<Shape::kTileRows, Shape::kWarps>(
+                                 args, index, search, &tile);
+  int piece = blockIdx.z;
+  int pieces = args.num_splits;
+  if (has_slots && AnyLong(longest)) {
+    found = FindItem(args, static_cast<int>(blockIdx.y), share, search.tile);
+    tile = search.tile;
+    piece = share.item.piece;
+    pieces = share.item.pieces;
   }
-  const int kv_head = blockIdx.y;
-  const int64_t split_start =
-      int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
+  if (!found) return;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const TokenRange visible =
       VisibleTokens(args, tile.kv_len, tile.Position(args, 0),
                     tile.Position(args, tile.num_rows - 1));
   const TokenRange tiles = TilesOf<kTileTokens>(visible);
-  const TokenRange split =
-      SplitRange(tiles.end - tiles.begin, args.num_splits, blockIdx.z);
+  const TokenRange split = SplitRange(tiles.end - tiles.begin, pieces, piece);
   if (args.num_splits > 1 && split.begin == split.end) {
-    StoreEmptySplit(args, tile, kv_head, split_start);
+    StoreEmptySplit(args, tile, kv_head,
+                    int64_t{blockIdx.z} * args.num_tokens * args.num_heads);
     return;
   }
   int t = tiles.begin + split.begin;
@@ -270,6 +294,8 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   // Tokens that all rows see.
   const TokenRange common = {rows[15].visible.begin, rows[0].visible.end};
 
+  // The one that combines: its blocks find room as this one's end.
+  LetNextKernelStart();
   MmaAccumulator<kHeadDim> acc;
   acc.Clear();
   uint32_t slot = 0;
@@ -332,12 +358,12 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
     }
   }
 
-  // The one that combines splits; sooner, it would take room from others.
-  LetNextKernelStart();
 #pragma unroll
   for (float& sum : acc.sum) sum = QuadSum(sum);
-  MergeAndStoreRows<T, kFp8>(args, tile, kv_head, split_start, value_scale,
-                             reinterpret_cast<float*>(shared), acc);
+  // Tile and slot from shared memory: the loop needs the registers.
+  MergeAndStoreRows<T, kFp8>(args, search.tile, kv_head, share.item.slot,
+                             value_scale, reinterpret_cast<float*>(shared),
+                             acc);
 #endif  // XLA_OPS_HAS_MMA
 }
 

@@ -1,0 +1,120 @@
+// How the kernel for decode shares its work out by the sequences' lengths,
+// which only the device knows: a thread block takes one item, and finds on the
+// device which.
+//
+// A sequence asks for query tiles, each of which sees some KV tiles. Where that
+// is twice the chunk or more, and more than kShareLongTokens, the KV tiles are
+// cut into pieces of a chunk or more, and each piece is an item; every other
+// query tile is one. The chunk is the sum of all KV tiles over the number of
+// slots for partial results in the workspace, so pieces never need more slots
+// than there are: equal sequences stay whole where there are no fewer query
+// tiles than half the slots, and one long sequence among short ones is cut into
+// many pieces.
+//
+// Where no sequence is long, nothing is shared out: a block has the query tile
+// that its place in the grid says, and pays for no search.
+//
+// Items of cut sequences come first, in the order of their slots, since they
+// are the longest. No CUDA header, so that it can be tested without one.
+//
+// Tested by attention_share_test.cc.
+
+#ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SHARE_H_
+#define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SHARE_H_
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define XLA_OPS_SHARE __host__ __device__ __forceinline__
+#else
+#define XLA_OPS_SHARE inline
+#endif
+
+namespace xla_ops {
+
+// Tokens of a KV tile of the kernel for decode, by its padded head_dim.
+constexpr int DecodeTileTokens(bool fp8, int64_t head_dim) {
+  return fp8 || head_dim <= 64 ? 128 : 64;
+}
+
+// Sequences of no more tokens stay whole. A block that is left alone reads so
+// many in 75 us on an H200.
+constexpr int kShareLongTokens = 4096;
+
+// What a sequence asks for.
+struct ShareNeed {
+  int tiles;     // query tiles
+  int kv_tiles;  // that its rows see, together
+};
+
+// Numbers of items.
+struct ShareSums {
+  int cut;    // pieces of sequences that are cut, and so slots
+  int whole;  // query tiles of those that are not
+};
+
+// What a block works on.
+struct ShareItem {
+  int tile;    // of the sequence's query tiles
+  int piece;   // of the query tile's pieces
+  int pieces;  // 1: not cut, and there is no slot
+  int slot;
+};
+
+// KV tiles of a piece, at least, for a sum of query tiles times KV tiles. Sums
+// past 32 bits cut nothing.
+XLA_OPS_SHARE int ShareChunk(int64_t total, int slots) {
+  if (slots < 2 || total > INT32_MAX - slots) return INT32_MAX;
+  const int chunk = (static_cast<int>(total) + slots - 1) / slots;
+  return chunk > 0 ? chunk : 1;
+}
+
+// A piece's time falls with the number of pieces, and the time to combine them
+// rises with it, so the best number grows as the root of the length: on an H100
+// 16 for 1024 tokens, 32 for 4096, 64 for 32768.
+XLA_OPS_SHARE int MostPieces(uint32_t tokens) {
+  if (tokens < 16) return 1;
+#ifdef __CUDA_ARCH__
+  const int log2 = 31 - __clz(static_cast<int>(tokens / 16));
+#else
+  const int log2 = 31 - __builtin_clz(tokens / 16);
+#endif
+  return 2 << log2 / 2;
+}
+
+// Into how many pieces a query tile's KV tiles, of `tile_tokens` each, are cut.
+XLA_OPS_SHARE int PiecesOf(int kv_tiles, int tile_tokens, int chunk) {
+  if (kv_tiles / 2 < chunk || kv_tiles <= kShareLongTokens / tile_tokens) {
+    return 1;
+  }
+  const int pieces = kv_tiles / chunk;
+  const int most = MostPieces(static_cast<uint32_t>(kv_tiles) * tile_tokens);
+  return pieces < most ? pieces : most;
+}
+
+XLA_OPS_SHARE ShareSums ItemsOf(const ShareNeed& need, int pieces) {
+  return pieces > 1 ? ShareSums{need.tiles * pieces, 0}
+                    : ShareSums{0, need.tiles};
+}
+
+// Whether item `index` of all is one of this sequence, and which. `all`: items
+// of all sequences.
+XLA_OPS_SHARE bool TakeItem(int index, const ShareSums& all,
+                            const ShareSums& before, const ShareNeed& need,
+                            int pieces, ShareItem* item) {
+  const int local = index - (pieces > 1 ? before.cut : all.cut + before.whole);
+  if (local < 0 || local >= need.tiles * pieces) return false;
+  const int step = local / pieces;
+  // Under a causal mask the last tile has the most to do.
+  item->tile = need.tiles - 1 - step;
+  item->piece = local - step * pieces;
+  item->pieces = pieces;
+  item->slot = pieces > 1 ? index : -1;
+  return true;
+}
+
+}  // namespace xla_ops
+
+#undef XLA_OPS_SHARE
+
+#endif  // XLA_OPS_CC_OPS_ATTENTION_ATTENTION_SHARE_H_
