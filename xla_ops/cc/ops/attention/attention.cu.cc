@@ -43,7 +43,7 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   // a GPU before 8.0 their bodies are empty.
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(
-      &attributes, AttentionMmaDecodeKernel<__half, false, 64>);
+      &attributes, AttentionMmaDecodeKernel<__half, false, 64, false>);
   if (error != cudaSuccess) return error;
   device->has_mma = attributes.ptxVersion >= 80;
   device->can_overlap = CanOverlap(attributes);

@@ -74,14 +74,14 @@
 // worked on by its own thread blocks and then combined. The host cannot see
 // lengths, so the caller picks it from bounds, or asks the library, with the
 // workspace's size (attention_plan.h); the device divides the actual length by
-// it. The CPU handler ignores it. With one split, and a workspace that has
-// slots beyond AttentionWorkspaceBytes, CUDA's kernel for decode cuts sequences
-// that are much longer than the others (attention_share.h): there the order in
-// which a sequence's tokens are added up, and so the last bits of its rows,
-// follow from the lengths of all. The same call has the same bits. fp32, fp16,
-// bf16; head_dim a multiple of 8 up to 256; num_heads % num_kv_heads == 0; any
-// page_size. CUDA: no more rows (token, head), sequences and KV heads than
-// kAttentionMax... below.
+// it. The CPU handler ignores it. With one split, and slots in the workspace,
+// CUDA's kernel for decode cuts sequences that are much longer than the others
+// (attention_share.h): there the order in which a sequence's tokens are added
+// up, and so the last bits of its rows, follow from the lengths of all. The
+// same call has the same bits.
+// fp32, fp16, bf16; head_dim a multiple of 8 up to 256;
+// num_heads % num_kv_heads == 0; any page_size. CUDA: no more rows (token,
+// head), sequences and KV heads than kAttentionMax... below.
 //
 // Tested by attention*_test.cc, tests/ops/test_paged_attention.py and
 // tests/ops/test_flash_attn_varlen.py.

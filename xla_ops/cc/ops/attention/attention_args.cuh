@@ -37,8 +37,8 @@ inline int64_t NumTiles(const AttentionArgs& args, int tile_rows) {
          args.max_num_seqs + 2;
 }
 
-// Of a grid.
-constexpr int64_t kMostBlocksOfY = 65535;
+// A grid has some room in y behind the KV heads (attention.h).
+constexpr int64_t kMostSlotBlocks = 4096;
 
 inline AttentionArgs MakeAttentionArgs(const AttentionParams& params) {
   AttentionArgs args = {};
@@ -106,15 +106,15 @@ inline AttentionArgs MakeAttentionArgs(const AttentionParams& params) {
 }
 
 // The same for the kernel for decode, which has as many slots as the workspace
-// holds where a sequence can be long and the grid, a block an index of y, takes
-// them.
+// holds, where a sequence can be long.
 inline AttentionArgs WithSlots(const AttentionParams& params,
                                AttentionArgs args) {
   const int64_t slots =
       (params.workspace_bytes - kAttentionSchedulerBytes) /
       AttentionSlotBytes(params.num_kv_heads, params.head_dim);
   if (args.num_splits > 1 || args.max_kv_len <= kShareLongTokens || slots < 2 ||
-      slots + NumTiles(args, kDecodeRows) > kMostBlocksOfY) {
+      slots * params.num_kv_heads > kMostSlotBlocks ||
+      NumTiles(args, kDecodeRows) > INT32_MAX / params.num_kv_heads) {
     return args;
   }
   args.num_slots = static_cast<int>(slots);

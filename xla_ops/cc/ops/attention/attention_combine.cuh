@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(32 * kShareWarps)
   const int kv_head = blockIdx.x;
   const int slot = blockIdx.y;
   const bool used = AnyLong(LongestOfThread(args)) &&
-                    FindItem(args, slot, search, tile) &&
-                    search.item.pieces > 1;
+                    FindItem(args, slot, true, search, tile);
   // One block has to, so that this kernel does not end before the previous one.
   if (used || (kv_head == 0 && slot == 0)) WaitForPreviousKernel();
   if (!used) return;

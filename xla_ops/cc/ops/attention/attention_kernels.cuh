@@ -29,12 +29,14 @@ cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args,
                          int rows, int multiprocessors);
 cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args);
 
-// Calls f(shape, kernel) for the kernel of tiles of `rows` packed rows.
+// Calls f(shape, kernel) for the kernel of tiles of `rows` packed rows, for
+// decode the one with or without slots.
 template <typename T, bool kFp8, int kHeadDim, typename F>
-cudaError_t WithMmaKernel(int rows, F&& f) {
+cudaError_t WithMmaKernel(int rows, bool has_slots, F&& f) {
   if (rows == kDecodeRows) {
     return f(MmaDecodeShape<kFp8, kHeadDim>{},
-             AttentionMmaDecodeKernel<T, kFp8, kHeadDim>);
+             has_slots ? AttentionMmaDecodeKernel<T, kFp8, kHeadDim, true>
+                       : AttentionMmaDecodeKernel<T, kFp8, kHeadDim, false>);
   }
   if constexpr (kHeadDim <= kMmaManyRowsMaxHeadDim) {
     if (rows == kMmaManyRows) {
@@ -50,13 +52,14 @@ template <typename T, bool kFp8>
 cudaError_t PrepareMma() {
   return ForEachHeadDim([](auto padded) {
     constexpr int kHeadDim = decltype(padded)::value;
-    cudaError_t error = cudaSuccess;
+    const auto load = [](auto shape, auto* kernel) {
+      return LoadKernel(kernel, decltype(shape)::kSharedBytes);
+    };
+    cudaError_t error =
+        WithMmaKernel<T, kFp8, kHeadDim>(kDecodeRows, true, load);
     for (const int rows : {kDecodeRows, kMmaFewRows, kMmaManyRows}) {
       if (error != cudaSuccess) return error;
-      error =
-          WithMmaKernel<T, kFp8, kHeadDim>(rows, [](auto shape, auto* kernel) {
-            return LoadKernel(kernel, decltype(shape)::kSharedBytes);
-          });
+      error = WithMmaKernel<T, kFp8, kHeadDim>(rows, false, load);
     }
     return error;
   });
@@ -69,18 +72,18 @@ cudaError_t PrepareSimt() {
   });
 }
 
-// Launches a kernel over tiles, KV heads and splits, or slots.
+// Launches a kernel over tiles, KV heads and splits. With slots there are
+// enough blocks more for each of every KV head.
 template <typename Kernel>
 cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
                         int threads, int shared_bytes,
                         const AttentionArgs& args) {
-  const auto tiles = static_cast<unsigned>(NumTiles(args, tile_rows));
-  dim3 grid(tiles, static_cast<unsigned>(args.num_kv_heads),
-            static_cast<unsigned>(args.num_splits));
-  if (args.num_slots > 0) {
-    grid = dim3(static_cast<unsigned>(args.num_kv_heads),
-                tiles + static_cast<unsigned>(args.num_slots));
-  }
+  const int64_t tiles = NumTiles(args, tile_rows);
+  const int64_t more =
+      (int64_t{args.num_slots} * args.num_kv_heads + tiles - 1) / tiles;
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(args.num_kv_heads + more),
+                  static_cast<unsigned>(args.num_splits));
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cudaGetLastError();
 }
@@ -119,7 +122,7 @@ cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args, int rows,
                       int multiprocessors) {
   return DispatchHeadDim(args.head_dim, [&](auto padded) {
     return WithMmaKernel<T, kFp8, decltype(padded)::value>(
-        rows, [&](auto shape, auto* kernel) {
+        rows, args.num_slots > 0, [&](auto shape, auto* kernel) {
           using Shape = decltype(shape);
           if (Shape::kTileRows == kDecodeRows) {
             return LaunchTiles(stream, kernel, Shape::kTileRows,

@@ -65,10 +65,12 @@ struct MmaDecodeShape {
 
 // Each warp holds a part of the tokens of the same 16 rows: bring them to
 // one maximum, add them up through shared memory, and write.
-template <typename T, bool kFp8, int kHeadDim>
+// `slot`: of the partial results, with slots; -1 for a tile that is not cut.
+template <typename T, bool kFp8, int kHeadDim, bool kSlots>
 __device__ __forceinline__ void MergeAndStoreRows(
-    const AttentionArgs& args, const QueryTile& tile, int kv_head, int slot,
-    float value_scale, float* shared, const MmaAccumulator<kHeadDim>& acc) {
+    const AttentionArgs& args, const QueryTile& tile, int kv_head,
+    int64_t split_start, int slot, float value_scale, float* shared,
+    const MmaAccumulator<kHeadDim>& acc) {
   using Shape = MmaDecodeShape<kFp8, kHeadDim>;
   constexpr int kStride = Shape::kMergeStride;
   __shared__ float warp_max[Shape::kWarps][16];
@@ -115,17 +117,19 @@ __device__ __forceinline__ void MergeAndStoreRows(
     }
     const QueryRow query_row = tile.Row(args, kv_head, row);
     const int64_t out_row = query_row.Index(args);
-    const bool partial = args.num_splits > 1 || slot >= 0;
     const int64_t partial_row =
-        slot >= 0
-            ? SlotRow(args, slot, kv_head, row)
-            : int64_t{blockIdx.z} * args.num_tokens * args.num_heads + out_row;
-    float factor = value_scale;
-    if (partial) {
+        kSlots ? SlotRow(args, slot, kv_head, row) : split_start + out_row;
+    float factor;
+    if constexpr (!kSlots) {
+      factor = value_scale *
+               EndOrSplitRow(args, query_row, partial_row, max, sum, lane == 0);
+    } else if (slot >= 0) {
       StorePartial(args, partial_row, max, sum, lane == 0);
+      factor = value_scale;
     } else {
-      factor *= EndRow(args, query_row, max, sum);
+      factor = value_scale * EndRow(args, query_row, max, sum);
     }
+    const bool partial = kSlots ? slot >= 0 : args.partial_out != nullptr;
     for (int column = 2 * lane; column < args.head_dim; column += 64) {
       float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -151,10 +155,10 @@ __device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
 #endif  // XLA_OPS_HAS_MMA
 
 // T is the tensor cores' operand type: query's, or __half with 8-bit keys
-// and values (kFp8). Grid: x query tiles, y KV heads, z splits. With slots: x
-// KV heads, y query tiles and behind them as many blocks as there are slots,
-// which have something to do where sequences are cut.
-template <typename T, bool kFp8, int kHeadDim>
+// and values (kFp8). Grid: x query tiles, y KV heads, z splits. With slots
+// there is one split, and behind all KV heads enough blocks for an item a slot
+// (attention_share.h), which have nothing to do where no sequence is long.
+template <typename T, bool kFp8, int kHeadDim, bool kSlots>
 __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
                                   MmaDecodeShape<kFp8, kHeadDim>::kMinBlocks)
     AttentionMmaDecodeKernel(const __grid_constant__ AttentionArgs args) {
@@ -166,33 +170,45 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   constexpr bool kThreeSlots = Shape::kSlots == 3;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ TileSearch search;
-  __shared__ ShareSearch share;
   __shared__ TileRow rows[Shape::kTileRows];
   __shared__ float row_scale[kFp8 ? Shape::kTileRows : 1];
 
-  static_assert(Shape::kTileRows == kDecodeRows);
-  static_assert(Shape::kWarps == kShareWarps);
-  const bool has_slots = args.num_slots > 0;
-  const int kv_head = has_slots ? blockIdx.x : blockIdx.y;
   // Last tiles first: under a causal mask they have the most to do.
-  const int index =
-      static_cast<int>(has_slots ? gridDim.y - args.num_slots - 1 - blockIdx.y
-                                 : gridDim.x - 1 - blockIdx.x);
-  // Asked for before the tile is looked for, and looked at behind it.
-  const int longest = has_slots ? LongestOfThread(args) : 0;
-  if (threadIdx.x == 0) share.item.slot = -1;
+  const int tile_index = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   QueryTile tile;
-  bool found = index >= 0 && FindQueryTile<Shape::kTileRows, Shape::kWarps>(
-                                 args, index, search, &tile);
+  int kv_head = blockIdx.y;
   int piece = blockIdx.z;
   int pieces = args.num_splits;
-  if (has_slots && AnyLong(longest)) {
-    found = FindItem(args, static_cast<int>(blockIdx.y), share, search.tile);
-    tile = search.tile;
-    piece = share.item.piece;
-    pieces = share.item.pieces;
+  int* slot_of_item = nullptr;
+  if constexpr (kSlots) {
+    static_assert(Shape::kTileRows == kDecodeRows);
+    static_assert(Shape::kWarps == kShareWarps);
+    __shared__ ShareSearch share;
+    slot_of_item = &share.item.slot;
+    if (threadIdx.x == 0) share.item.slot = -1;
+    // Asked for before the tile is looked for, and looked at behind it.
+    const int longest = LongestOfThread(args);
+    bool found = false;
+    if (kv_head < args.num_kv_heads) {
+      found = FindQueryTile<Shape::kTileRows, Shape::kWarps>(args, tile_index,
+                                                             search, &tile);
+    }
+    if (__builtin_expect(AnyLong(longest), 0)) {
+      const unsigned block = blockIdx.y * gridDim.x + blockIdx.x;
+      const unsigned item = block / args.num_kv_heads;
+      kv_head = static_cast<int>(block - item * args.num_kv_heads);
+      found = FindItem(args, static_cast<int>(item), false, share, search.tile);
+      tile = search.tile;
+      piece = share.item.piece;
+      pieces = share.item.pieces;
+    }
+    if (!found) return;
+  } else if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(args, tile_index,
+                                                             search, &tile)) {
+    return;
   }
-  if (!found) return;
+  const int64_t split_start =
+      int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const TokenRange visible =
@@ -200,9 +216,8 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
                     tile.Position(args, tile.num_rows - 1));
   const TokenRange tiles = TilesOf<kTileTokens>(visible);
   const TokenRange split = SplitRange(tiles.end - tiles.begin, pieces, piece);
-  if (args.num_splits > 1 && split.begin == split.end) {
-    StoreEmptySplit(args, tile, kv_head,
-                    int64_t{blockIdx.z} * args.num_tokens * args.num_heads);
+  if (!kSlots && args.num_splits > 1 && split.begin == split.end) {
+    StoreEmptySplit(args, tile, kv_head, split_start);
     return;
   }
   int t = tiles.begin + split.begin;
@@ -294,8 +309,8 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   // Tokens that all rows see.
   const TokenRange common = {rows[15].visible.begin, rows[0].visible.end};
 
-  // The one that combines: its blocks find room as this one's end.
-  LetNextKernelStart();
+  // The one that combines slots, which most calls have nothing in.
+  if constexpr (kSlots) LetNextKernelStart();
   MmaAccumulator<kHeadDim> acc;
   acc.Clear();
   uint32_t slot = 0;
@@ -358,12 +373,15 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
     }
   }
 
+  // The one that combines splits; sooner, it would take room from others.
+  if constexpr (!kSlots) LetNextKernelStart();
 #pragma unroll
   for (float& sum : acc.sum) sum = QuadSum(sum);
-  // Tile and slot from shared memory: the loop needs the registers.
-  MergeAndStoreRows<T, kFp8>(args, search.tile, kv_head, share.item.slot,
-                             value_scale, reinterpret_cast<float*>(shared),
-                             acc);
+  // With slots from shared memory: the loop needs the registers.
+  MergeAndStoreRows<T, kFp8, kHeadDim, kSlots>(
+      args, kSlots ? search.tile : tile, kv_head, split_start,
+      kSlots ? *slot_of_item : -1, value_scale,
+      reinterpret_cast<float*>(shared), acc);
 #endif  // XLA_OPS_HAS_MMA
 }
 

@@ -36,9 +36,8 @@ constexpr int64_t kCombineTime = 4000;
 // Of prefill's pieces.
 constexpr int64_t kLeastKvTiles = 2;
 
-// Slots times KV heads. Fewer leave a piece too long, and more only add to what
-// is combined.
-constexpr int64_t kSlotBlocks = 384;
+// Slots times KV heads: as many pieces as a large GPU holds blocks.
+constexpr int64_t kSlotBlocks = 512;
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -127,16 +127,16 @@ XLA_OPS_TEST(SlotsAreForManySequencesThatDecode) {
         AttentionWorkspaceBytes(tokens, 32, 128, answer.plan.num_splits);
     return bytes == 0 ? 0 : bytes / AttentionSlotBytes(kv_heads, 128);
   };
-  EXPECT_EQ(slots(64, 64, 8, 32768), 48);
-  EXPECT_EQ(slots(1000, 1000, 8, 32768), 48);
-  EXPECT_EQ(slots(64, 64, 32, 32768), 12);
-  EXPECT_EQ(slots(200, 64, 8, 32768), 48);
+  EXPECT_EQ(slots(64, 64, 8, 32768), 64);
+  EXPECT_EQ(slots(1000, 1000, 8, 32768), 64);
+  EXPECT_EQ(slots(64, 64, 32, 32768), 16);
+  EXPECT_EQ(slots(200, 64, 8, 32768), 64);
   // Few are cut by shapes.
   EXPECT_EQ(slots(8, 8, 8, 32768), 0);
   EXPECT_EQ(slots(64, 64, 1, 32768), 0);
   // None is long.
   EXPECT_EQ(slots(64, 64, 8, 4095), 0);
-  EXPECT_EQ(slots(64, 64, 8, 4096), 48);
+  EXPECT_EQ(slots(64, 64, 8, 4096), 64);
   // Prefill, and prefill beside decode.
   EXPECT_EQ(slots(65536, 64, 8, 32768), 0);
   EXPECT_EQ(slots(4096, 64, 8, 32768), 0);
@@ -147,7 +147,7 @@ XLA_OPS_TEST(SlotsOfSizesThatNothingHolds) {
   request.num_tokens = 64;
   request.max_num_seqs = 64;
   request.max_kv_len = INT64_MAX;
-  EXPECT_EQ(ChooseNumSlots(request), 48);
+  EXPECT_EQ(ChooseNumSlots(request), 64);
   request.num_kv_heads = 2000;
   EXPECT_EQ(ChooseNumSlots(request), 0);
   request.num_kv_heads = 0;
@@ -174,7 +174,7 @@ XLA_OPS_TEST(TheCallerMayChoose) {
   request.max_num_seqs = 64;
   request.max_kv_len = 32768;
   EXPECT_EQ(Ask(request).plan.workspace_bytes,
-            128 + 48 * AttentionSlotBytes(8, 128));
+            128 + 64 * AttentionSlotBytes(8, 128));
   EXPECT_EQ(Ask(request, false).plan.workspace_bytes, 128);
   request.num_splits = 2;
   EXPECT_EQ(Ask(request).plan.workspace_bytes,

@@ -21,6 +21,7 @@ struct ShareSearch {
   int end[kShareWarps];
   int kv_end[kShareWarps];
   int64_t load[kShareWarps];
+  int64_t cut_load[kShareWarps];
   ShareSums sums[kShareWarps];
   ShareItem item;
   bool found;
@@ -158,11 +159,13 @@ __device__ __forceinline__ void SetTile(const AttentionArgs& args,
   }
 }
 
-// Finds item `wanted`, in search.item and `tile`, which is shared memory too;
-// false if there are not so many. All threads must call, 32 * kShareWarps of
-// them, each of which has a run of neighbouring segments.
-__device__ __forceinline__ bool FindItem(const AttentionArgs& args, int wanted,
-                                         ShareSearch& search, QueryTile& tile) {
+// Finds an item, in search.item and `tile`, which is shared memory too; false
+// if there are not so many. Where a slot is wanted it is the item of that slot,
+// else `index` of all. All threads must call, 32 * kShareWarps of them, each of
+// which has a run of neighbouring segments.
+__device__ __forceinline__ bool FindItem(const AttentionArgs& args, int index,
+                                         bool of_slot, ShareSearch& search,
+                                         QueryTile& tile) {
   const int num_seqs = NumSeqs(args);
   const int count = args.max_num_seqs + 2;
   constexpr int kThreads = 32 * kShareWarps;
@@ -175,26 +178,27 @@ __device__ __forceinline__ bool FindItem(const AttentionArgs& args, int wanted,
     int kv_end;
     int used;
   };
-  const auto load = [&](int index) {
+  const auto load = [&](int segment) {
     // The last one ends at num_tokens.
     Ends ends = {args.num_tokens, 0, 0};
-    if (index > args.max_num_seqs) return ends;
-    if (index <= num_seqs) {
-      ends.end = min(max(args.cu_seqlens_q[index], 0), args.num_tokens);
+    if (segment > args.max_num_seqs) return ends;
+    if (segment <= num_seqs) {
+      ends.end = min(max(args.cu_seqlens_q[segment], 0), args.num_tokens);
     }
     if (!args.paged) {
-      ends.kv_end = min(max(args.cu_seqlens_k[index], 0), args.max_kv_len);
+      ends.kv_end = min(max(args.cu_seqlens_k[segment], 0), args.max_kv_len);
     }
-    if (index > 0 && args.seqused_k != nullptr) {
-      ends.used = args.seqused_k[index - 1];
+    if (segment > 0 && args.seqused_k != nullptr) {
+      ends.used = args.seqused_k[segment - 1];
     }
     return ends;
   };
   if (threadIdx.x == 0) search.found = false;
   int end = 0;
   int kv_end = 0;
-  for (int index = first; index < last; ++index) {
-    const Ends ends = load(index);
+#pragma unroll 1
+  for (int segment = first; segment < last; ++segment) {
+    const Ends ends = load(segment);
     end = max(end, ends.end);
     kv_end = max(kv_end, ends.kv_end);
   }
@@ -202,6 +206,7 @@ __device__ __forceinline__ bool FindItem(const AttentionArgs& args, int wanted,
   const int kv_start = args.paged ? 0 : MaxBefore(kv_end, search.kv_end);
   const auto visit = [&](auto&& f) {
     ShareSegment segment = {first, start, start, 0, kv_start, kv_start};
+#pragma unroll 1
     for (; segment.index < last; ++segment.index) {
       const Ends ends = load(segment.index);
       segment.start = segment.end;
@@ -213,25 +218,36 @@ __device__ __forceinline__ bool FindItem(const AttentionArgs& args, int wanted,
     }
   };
 
-  int64_t total = 0;
+  ShareLoads loads = {0, 0};
   visit([&](const ShareSegment&, const ShareNeed& need) {
-    total += int64_t{need.tiles} * need.kv_tiles;
+    loads.all += LoadOf(need);
   });
-  const int chunk = ShareChunk(AddAll(total, search.load), args.num_slots);
-  const auto pieces_of = [&](const ShareNeed& need) {
-    return PiecesOf(need.kv_tiles, 1 << args.share_tile_shift, chunk);
-  };
+  loads.all = AddAll(loads.all, search.load);
+  ShareRules rules;
+  rules.tile_tokens = 1 << args.share_tile_shift;
+  rules.long_tiles = LongTiles(loads.all, args.num_slots, rules.tile_tokens);
+  visit([&](const ShareSegment&, const ShareNeed& need) {
+    if (need.kv_tiles > rules.long_tiles) loads.cut += LoadOf(need);
+  });
+  loads.cut = AddAll(loads.cut, search.cut_load);
+  rules.chunk = ShareChunk(loads.cut, args.num_slots);
   ShareSums sums = {0, 0};
   visit([&](const ShareSegment&, const ShareNeed& need) {
-    const ShareSums items = ItemsOf(need, pieces_of(need));
+    const ShareSums items = ItemsOf(need, rules.Pieces(need.kv_tiles));
     sums.cut += items.cut;
     sums.whole += items.whole;
   });
   ShareSums all;
   ShareSums before = AddBefore(sums, search.sums, &all);
+  const bool pieces_first = PiecesFirst(loads, rules.chunk, all.whole);
+  if (of_slot) {
+    if (index >= all.cut) return false;
+    if (!pieces_first) index += all.whole;
+  }
   visit([&](const ShareSegment& segment, const ShareNeed& need) {
-    const int pieces = pieces_of(need);
-    if (TakeItem(wanted, all, before, need, pieces, &search.item)) {
+    const int pieces = rules.Pieces(need.kv_tiles);
+    if (TakeItem(index, pieces_first, all, before, need, pieces,
+                 &search.item)) {
       SetTile(args, segment, num_seqs, search.item.tile, tile);
       search.found = true;
     }

@@ -2,20 +2,22 @@
 // which only the device knows: a thread block takes one item, and finds on the
 // device which.
 //
-// A sequence asks for query tiles, each of which sees some KV tiles. Where that
-// is twice the chunk or more, and more than kShareLongTokens, the KV tiles are
-// cut into pieces of a chunk or more, and each piece is an item; every other
-// query tile is one. The chunk is the sum of all KV tiles over the number of
-// slots for partial results in the workspace, so pieces never need more slots
-// than there are: equal sequences stay whole where there are no fewer query
-// tiles than half the slots, and one long sequence among short ones is cut into
-// many pieces.
+// A sequence asks for query tiles, each of which sees some KV tiles. A fair
+// share is the sum of all KV tiles over the number of slots for partial results
+// in the workspace, which with all KV heads are as many as a large GPU holds
+// blocks. A sequence that takes more than a third longer than that, and has
+// more than kShareLongTokens, is long: its KV tiles are cut into pieces, and
+// each piece is an item; every other query tile is one. There are so many
+// pieces that they take all slots, and never more: equal sequences stay whole
+// where they are more than half as many as slots.
 //
-// Where no sequence is long, nothing is shared out: a block has the query tile
-// that its place in the grid says, and pays for no search.
+// The larger items come first: those of cut sequences, in the order of their
+// slots, or those of whole ones. No CUDA header, so that it can be tested
+// without one.
 //
-// Items of cut sequences come first, in the order of their slots, since they
-// are the longest. No CUDA header, so that it can be tested without one.
+// Where no sequence has more than kShareLongTokens nothing is shared out: a
+// block has the query tile that its place in the grid says, and does not
+// search.
 //
 // Tested by attention_share_test.cc.
 
@@ -47,6 +49,12 @@ struct ShareNeed {
   int kv_tiles;  // that its rows see, together
 };
 
+// Query tiles times KV tiles.
+struct ShareLoads {
+  int64_t all;
+  int64_t cut;  // of long sequences
+};
+
 // Numbers of items.
 struct ShareSums {
   int cut;    // pieces of sequences that are cut, and so slots
@@ -61,11 +69,22 @@ struct ShareItem {
   int slot;
 };
 
-// KV tiles of a piece, at least, for a sum of query tiles times KV tiles. Sums
-// past 32 bits cut nothing.
-XLA_OPS_SHARE int ShareChunk(int64_t total, int slots) {
-  if (slots < 2 || total > INT32_MAX - slots) return INT32_MAX;
-  const int chunk = (static_cast<int>(total) + slots - 1) / slots;
+XLA_OPS_SHARE int64_t LoadOf(const ShareNeed& need) {
+  return int64_t{need.tiles} * need.kv_tiles;
+}
+
+// The KV tiles that a long sequence has more of, of `tile_tokens` each.
+XLA_OPS_SHARE int LongTiles(int64_t all, int slots, int tile_tokens) {
+  const int least = kShareLongTokens / tile_tokens;
+  if (slots < 2 || all > INT32_MAX / 4) return INT32_MAX;
+  const int limit = 4 * static_cast<int>(all) / (3 * slots);
+  return limit > least ? limit : least;
+}
+
+// KV tiles of a piece, at least, for the load of all long sequences.
+XLA_OPS_SHARE int ShareChunk(int64_t cut, int slots) {
+  if (slots < 2 || cut > INT32_MAX - slots) return INT32_MAX;
+  const int chunk = (static_cast<int>(cut) + slots - 1) / slots;
   return chunk > 0 ? chunk : 1;
 }
 
@@ -82,34 +101,46 @@ XLA_OPS_SHARE int MostPieces(uint32_t tokens) {
   return 2 << log2 / 2;
 }
 
-// Into how many pieces a query tile's KV tiles, of `tile_tokens` each, are cut.
-XLA_OPS_SHARE int PiecesOf(int kv_tiles, int tile_tokens, int chunk) {
-  if (kv_tiles / 2 < chunk || kv_tiles <= kShareLongTokens / tile_tokens) {
-    return 1;
+// How a batch is shared out.
+struct ShareRules {
+  int long_tiles;
+  int chunk;
+  int tile_tokens;
+
+  // Into how many pieces a query tile's KV tiles are cut.
+  XLA_OPS_SHARE int Pieces(int kv_tiles) const {
+    if (kv_tiles <= long_tiles || kv_tiles / 2 < chunk) return 1;
+    const int pieces = kv_tiles / chunk;
+    const int most = MostPieces(static_cast<uint32_t>(kv_tiles) * tile_tokens);
+    return pieces < most ? pieces : most;
   }
-  const int pieces = kv_tiles / chunk;
-  const int most = MostPieces(static_cast<uint32_t>(kv_tiles) * tile_tokens);
-  return pieces < most ? pieces : most;
-}
+};
 
 XLA_OPS_SHARE ShareSums ItemsOf(const ShareNeed& need, int pieces) {
   return pieces > 1 ? ShareSums{need.tiles * pieces, 0}
                     : ShareSums{0, need.tiles};
 }
 
+// Whether pieces are larger than what stays whole is on average.
+XLA_OPS_SHARE bool PiecesFirst(const ShareLoads& loads, int chunk, int whole) {
+  return int64_t{chunk} * whole >= loads.all - loads.cut;
+}
+
 // Whether item `index` of all is one of this sequence, and which. `all`: items
 // of all sequences.
-XLA_OPS_SHARE bool TakeItem(int index, const ShareSums& all,
+XLA_OPS_SHARE bool TakeItem(int index, bool pieces_first, const ShareSums& all,
                             const ShareSums& before, const ShareNeed& need,
                             int pieces, ShareItem* item) {
-  const int local = index - (pieces > 1 ? before.cut : all.cut + before.whole);
+  const bool is_cut = pieces > 1;
+  int local = index - (is_cut ? before.cut : before.whole);
+  if (is_cut != pieces_first) local -= is_cut ? all.whole : all.cut;
   if (local < 0 || local >= need.tiles * pieces) return false;
   const int step = local / pieces;
   // Under a causal mask the last tile has the most to do.
   item->tile = need.tiles - 1 - step;
   item->piece = local - step * pieces;
   item->pieces = pieces;
-  item->slot = pieces > 1 ? index : -1;
+  item->slot = is_cut ? before.cut + local : -1;
   return true;
 }
 
