@@ -118,23 +118,18 @@ __device__ __forceinline__ float EndRow(const AttentionArgs& args,
   return end.factor;
 }
 
-// Leaves a row's softmax as it is for the combining kernel. Called by all lanes
-// that hold the row, with the same values; `writer` is one of them.
-__device__ __forceinline__ void StorePartial(const AttentionArgs& args,
-                                             int64_t partial_row, float max,
-                                             float sum, bool writer) {
-  if (!writer) return;
-  args.partial_max[partial_row] = max;
-  args.partial_sum[partial_row] = sum;
-}
-
-// EndRow or StorePartial, where the row may be one split's.
+// The same where the row may be one split's, which leaves its softmax as it
+// is for the combining kernel. Called by all lanes that hold the row, with
+// the same values; `writer` is one of them.
 __device__ __forceinline__ float EndOrSplitRow(const AttentionArgs& args,
                                                const QueryRow& row,
                                                int64_t partial_row, float max,
                                                float sum, bool writer) {
   if (args.partial_out == nullptr) return EndRow(args, row, max, sum);
-  StorePartial(args, partial_row, max, sum, writer);
+  if (writer) {
+    args.partial_max[partial_row] = max;
+    args.partial_sum[partial_row] = sum;
+  }
   return 1.0f;
 }
 
