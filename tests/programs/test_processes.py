@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,3 +138,50 @@ found = environ
     assert int(port) > 0 and second.pop("XLA_COORDINATOR_PORT") == port
     assert first == ranks | same
     assert second == dict.fromkeys(ranks, "1") | same
+
+
+OTHER_PROGRAM = """
+# What a GPU has; the CPU client, of one process, runs its programs too.
+store = processes._make_store(dist.group.WORLD, rank, size)
+group = processes.XlaGroup(rank, size, store)
+
+def step(x):
+    with group.in_order(), group.in_order():
+        y = group.all_reduce(x) + group.all_reduce(x[:2]).sum()
+        return group.all_gather(y) if DIFFERS else group.all_reduce(y)
+
+def other(x):
+    return step(x[:3])
+
+x = torch.ones(4, 2).to(device)
+error = None
+try:
+    for _ in range(3):
+        for function in (step, other, replay(step)):
+            function(x)
+except RuntimeError as raised:
+    error = str(raised)
+dist.barrier()
+found = {"error": error, "traced": len(group._traced)}
+"""
+
+
+@pytest.mark.parametrize("differs", ["False", "rank == 1", "rank == 1 and len(x) == 3"])
+def test_a_rank_that_traces_another_program_is_named(differs, tmp_path):
+    process = start(tmp_path, OTHER_PROGRAM.replace("DIFFERS", differs))
+    rows, err = finish(process)
+    errors = [row["error"] for row in rows if row["error"]]
+    if differs == "False":
+        assert [row["traced"] for row in rows] == [2, 2], err
+        assert not errors
+        return
+    assert len(errors) == 1, err  # whoever came last
+    rest = "[3, 2]" if "len" in differs else "[4, 2]"
+    assert re.fullmatch(
+        "processes: a program must have the same collectives on every rank, got"
+        r" all_(reduce|gather in dimension 0) of float32\[., 2\] on rank [01] and"
+        r" all_(reduce|gather in dimension 0) of float32\[., 2\] on rank [01], as"
+        " number 2",
+        errors[0],
+    )
+    assert rest in errors[0] and "gather" in errors[0] and "reduce of" in errors[0]

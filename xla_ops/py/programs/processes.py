@@ -18,6 +18,8 @@ Tested by tests/programs/test_processes.py.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import socket
 import tempfile
@@ -77,11 +79,41 @@ class Group:
 
 
 class XlaGroup(Group):
-    """All processes of the client, by XLA's own collectives."""
+    """All processes of the client, by XLA's own collectives.
+
+    Args:
+        rank, size: of this process, and how many there are.
+        store: that all of them have.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store):
+        super().__init__(rank, size)
+        self._store = store
+        self._calls: list[str] | None = None  # of the function that is traced
+        self._traced: set[str] = set()
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """As in `Group`; XLA orders the calls itself.
+
+        Raises:
+            RuntimeError: another process has other collectives in its place, for which
+                each would wait until NCCL's timeout.
+        """
+        if self._calls is not None:
+            yield
+            return
+        self._calls = calls = []
+        try:
+            yield
+        finally:
+            self._calls = None
+        self._compare(calls)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         import torch_xla.core.xla_model as xm
 
+        self._note("all_reduce", x)
         total = xm.all_reduce(xm.REDUCE_SUM, x)
         assert isinstance(total, torch.Tensor)  # given a list it returns one
         return total
@@ -89,8 +121,43 @@ class XlaGroup(Group):
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         import torch_xla.core.xla_model as xm
 
+        dim %= x.dim()
+        self._note(f"all_gather in dimension {dim}", x)
         # With pinned layouts torch_xla makes of it an all-reduce of the whole result.
-        return xm.all_gather(x, dim=dim % x.dim(), pin_layout=False)
+        return xm.all_gather(x, dim=dim, pin_layout=False)
+
+    def _note(self, call: str, x: torch.Tensor) -> None:
+        if self._calls is not None:
+            dtype = str(x.dtype).removeprefix("torch.")
+            self._calls.append(f"{call} of {dtype}{list(x.shape)}")
+
+    def _compare(self, calls: list[str]) -> None:
+        """With the n-th function of other calls of those that were traced before.
+
+        Whoever comes last finds what differs, and nobody waits: a rank may trace one
+        function more than once, or not at all where it has its program already.
+        """
+        text = json.dumps(calls)
+        if not calls or text in self._traced:
+            return
+        place = f"xla_ops/collectives/{len(self._traced)}/"
+        self._traced.add(text)
+        self._store.set(f"{place}{self.rank}", text)
+        for other in range(self.size):
+            key = f"{place}{other}"
+            if other == self.rank or not self._store.check([key]):
+                continue
+            theirs = json.loads(self._store.get(key))
+            if theirs != calls:
+                pairs = itertools.zip_longest(calls, theirs, fillvalue="none")
+                i, (mine, its) = next(
+                    (i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]
+                )
+                raise RuntimeError(
+                    "processes: a program must have the same collectives on every rank,"
+                    f" got {mine} on rank {self.rank} and {its} on rank {other}, as"
+                    f" number {i}"
+                )
 
 
 class HostGroup(Group):
@@ -242,7 +309,7 @@ def join(cpu_group: dist.ProcessGroup) -> Group:
     """
     rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
     if handlers.xla_platform() != handlers.HOST:
-        return _join_client(rank, size)
+        return _join_client(cpu_group, rank, size)
     path: list[Any] = [HostGroup.make_file(size) if rank == 0 else None]
     dist.broadcast_object_list(path, group=cpu_group, group_src=0)
     try:
@@ -254,7 +321,7 @@ def join(cpu_group: dist.ProcessGroup) -> Group:
     return group
 
 
-def _join_client(rank: int, size: int) -> XlaGroup:
+def _join_client(cpu_group: dist.ProcessGroup, rank: int, size: int) -> XlaGroup:
     import torch_xla.runtime as xr
     from torch_xla._internal import pjrt
 
@@ -267,4 +334,16 @@ def _join_client(rank: int, size: int) -> XlaGroup:
             f"processes: rank must be the client's, {xr.global_ordinal()} of"
             f" {xr.world_size()}, got {rank} of {size}"
         )
-    return XlaGroup(rank, size)
+    return XlaGroup(rank, size, _make_store(cpu_group, rank, size))
+
+
+def _make_store(cpu_group: dist.ProcessGroup, rank: int, size: int) -> dist.Store:
+    """A store of the group's own, at the first one's host."""
+    store = None
+    place: list[Any] = [None]
+    if rank == 0:
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        store = dist.TCPStore(address, 0, size, is_master=True, wait_for_workers=False)
+        place = [(address, store.port)]
+    dist.broadcast_object_list(place, group=cpu_group, group_src=0)
+    return store or dist.TCPStore(*place[0], size, wait_for_workers=False)
