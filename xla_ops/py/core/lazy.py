@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from . import autograd as autograd
     from . import ownership as ownership
+    from . import references as references
     from . import tracing as tracing
 
 _PACKAGE = __package__.rpartition(".")[0]
@@ -150,7 +151,7 @@ class _Attaching:
 
 
 if not TYPE_CHECKING:
-    for _name in ("autograd", "ownership", "tracing"):
+    for _name in ("autograd", "ownership", "references", "tracing"):
         _place = globals()[_name] = _Later(f"{__package__}.{_name}")
         _places[_name] = _place, _place.__name__
     if is_wanted():

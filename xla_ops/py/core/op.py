@@ -29,7 +29,7 @@ from .custom_call import (
 )
 from .foreign import Foreign, Framework
 from .hlo import Spec
-from .lazy import autograd, ownership, torch
+from .lazy import autograd, ownership, references, torch
 
 NAMESPACE = "xla_ops"
 
@@ -76,7 +76,8 @@ class Op:
             place that knows what is legal. Sees tensors of any device, fake ones too,
             and may use of a tensor its shape, dtype and device only: on XLA it runs
             once a signature, not once a call.
-        reference: (*args) -> Tensor or tuple, the meaning in plain torch.
+        reference: (*args) -> Tensor or tuple, the meaning in plain torch. It is given
+            copies, see `references`.
         autocast: what torch.autocast means for it.
         splits: which dimensions may be split over devices, see `sharding.Rule`; None:
             none, the op raises for sharded operands.
@@ -282,7 +283,8 @@ class Op:
         return ask(platform, target)
 
     def _reference(self, args: Sequence) -> Results:
-        return self.reference(*args[: len(args) - self.num_donors])
+        given = args[: len(args) - self.num_donors]
+        return references.run(self.reference, given)
 
     def _fake(self, *args: Any) -> Results:
         bound = self.lowered(args)

@@ -75,8 +75,8 @@ def cuda_kernel(
         shared_bytes: dynamic shared memory of a block, or a function that gives it.
         cluster: blocks of a cluster; 1: no clusters.
         options: NVRTC's, such as "--use_fast_math".
-        reference: a function of the same arguments in plain torch, which changes none
-            of them. It returns the new values of written arguments, then the results.
+        reference: a function of the same arguments in plain torch. It is given copies
+            and returns the new values of written arguments, then the results.
         gradient: how backward differentiates the op; None: it raises.
         splits: which dimensions may be split over devices; None: none.
         rule: what torch.autocast means for it.

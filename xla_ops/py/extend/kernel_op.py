@@ -437,10 +437,10 @@ class _Declaration(NamedTuple):
         wanted = [f"{dtype_name(s.dtype)} {list(s.shape)}" for s in specs]
         rule = f"give {', '.join(wanted)}"
         self.kernel.check.require(got == wanted, "reference", rule, ", ".join(got))
-        # An op returns no tensor that it was given, no part of one, and none twice.
+        # An op returns no tensor twice. Those that it was given are copies already.
         own: list[torch.Tensor] = []
         for t in results:
-            is_shared = any(_share(t, other) for other in (*args, *own))
+            is_shared = any(_share(t, other) for other in own)
             own.append(t.clone() if is_shared else t)
         return tuple(own) if self.num_values > 1 else own[0]
 
@@ -452,14 +452,11 @@ def _told(result: object, device: torch.device) -> str:
     return f"{dtype_name(result.dtype)} {list(result.shape)}{where}"
 
 
-def _share(t: torch.Tensor, other: object) -> bool:
+def _share(t: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writing one of them would show in the other."""
     if t is other:
         return True
-    if not isinstance(other, torch.Tensor) or "xla" in (
-        t.device.type,
-        other.device.type,
-    ):
+    if "xla" in (t.device.type, other.device.type):
         return False  # what torch_xla computes has memory of its own
     return t.untyped_storage()._cdata == other.untyped_storage()._cdata
 
