@@ -106,11 +106,32 @@ def test_client_options(environ, expected, gpus):
         ("RANK", "-1"),
         ("WORLD_SIZE", "0"),
         ("LOCAL_WORLD_SIZE", "1.0"),
+        ("WORLD_SIZE", "9" * 5000),
     ],
 )
 def test_wrong_value_raises_naming_the_variable(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be .*, got '{value}'$"):
         options.client_options({name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("RANK", "2"),
+        ("RANK", "7"),
+        ("XLA_COORDINATOR_PORT", ""),
+        ("XLA_COORDINATOR_PORT", "x"),
+        ("XLA_COORDINATOR_PORT", "0"),
+        ("XLA_COORDINATOR_PORT", "-1"),
+        ("XLA_COORDINATOR_PORT", "65536"),
+        ("XLA_COORDINATOR_PORT", "²"),
+        ("XLA_COORDINATOR_PORT", "9" * 5000),
+    ],
+)
+def test_what_several_processes_cannot_meet_by_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got '{value}'$"):
+        options.client_options({"WORLD_SIZE": "2", name: value})
+    options.client_options({"WORLD_SIZE": "1", name: value})
 
 
 @pytest.mark.parametrize("number", [None, 1, 2, 8])
@@ -168,6 +189,16 @@ def test_coordinator_is_needed_by_several_processes(monkeypatch, launched):
     assert gpu.requires_xla_coordinator()
     monkeypatch.setenv("WORLD_SIZE", "two")  # library_path reports it
     assert not gpu.requires_xla_coordinator()
+
+
+@pytest.mark.filterwarnings("error")
+def test_coordinator_is_needed_where_warnings_are_errors(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "PJRT_LOCAL_PROCESS_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert GpuPlugin().requires_xla_coordinator()
+    job.joined()
 
 
 def test_jobs_have_coordinators_of_their_own(monkeypatch, launched):

@@ -55,7 +55,7 @@ def integer(environ: Mapping[str, str], name: str, minimum: int) -> int | None:
     text = environ.get(name, "").strip()
     if not text:
         return None
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < minimum:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < minimum:
         raise wrong(name, f"be an integer of at least {minimum}", text)
     return int(text)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import pathlib
+import re
 import sys
 import time
 import warnings
@@ -93,7 +94,8 @@ def stay_for_others(environ: Mapping[str, str], pid: int | None = None) -> None:
     """
     ranks = Ranks(environ)
     port = environ.get("XLA_COORDINATOR_PORT", "8547")
-    if ranks.world_size > 1 and ranks.rank == 0 and port.isdecimal():
+    is_port = re.fullmatch("[0-9]{1,5}", port)
+    if ranks.world_size > 1 and ranks.rank == 0 and is_port:
         atexit.register(_stay, int(port), os.getpid() if pid is None else pid)
 
 

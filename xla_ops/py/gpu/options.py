@@ -27,6 +27,7 @@ Tested by tests/gpu/test_options.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, MutableMapping
 
 from ..core.environment import TRUE, boolean, first, integer, wrong
@@ -67,10 +68,14 @@ class Ranks:
             ("PJRT_LOCAL_PROCESS_COUNT", "LOCAL_WORLD_SIZE"), 1, 1
         )
         self.world_size = read(("WORLD_SIZE",), self.local_world_size, 1)
+        if self.rank >= self.world_size > 1:
+            rule = f"be below the number of processes, {self.world_size}"
+            raise wrong("RANK", rule, str(self.rank))
 
 
 # The defaults of torchrun and of torch_xla.
 _MASTER_PORT, _COORDINATOR_PORT = 29500, 8547
+_COORDINATOR_VARIABLE = "XLA_COORDINATOR_PORT"
 _PORTS = range(1024, 65536)  # that need no privilege
 
 
@@ -90,11 +95,17 @@ def set_coordinator_port(environ: MutableMapping[str, str]) -> None:
     MASTER_PORT is a job's own, as torchrun's processes meet there, and the same for all
     of them. A value that the user has set stays.
     """
-    name = "XLA_COORDINATOR_PORT"
+    name = _COORDINATOR_VARIABLE
     master = environ.get("MASTER_PORT", "")
     if name not in environ and master.isdecimal() and int(master) in _PORTS:
         place = int(master) - _MASTER_PORT + _COORDINATOR_PORT - _PORTS.start
         environ[name] = str(_PORTS[place % len(_PORTS)])
+
+
+def _check_coordinator_port(environ: Mapping[str, str]) -> None:
+    port = environ.get(_COORDINATOR_VARIABLE, "1")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < _PORTS.stop:
+        raise wrong(_COORDINATOR_VARIABLE, "be a port, from 1 to 65535", port)
 
 
 def client_options(environ: Mapping[str, str]) -> dict:
@@ -115,6 +126,7 @@ def client_options(environ: Mapping[str, str]) -> dict:
     if ranks.world_size > 1:
         options["node_id"] = ranks.rank
         options["num_nodes"] = ranks.world_size
+        _check_coordinator_port(environ)
     if ranks.local_world_size > 1:
         options["visible_devices"] = [_device_of_process(environ, ranks)]
     preallocate = boolean(
