@@ -291,6 +291,33 @@ def test_too_many_warps(num_warps):
         make_add(num_warps=num_warps)(x, x, 1.0)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"name": 3}, "name must be a str, got 3"),
+        ({"name": "a b"}, "name must be one of Python's, of ASCII, got 'a b'"),
+        ({"num_warps": 0}, "num_warps must be a positive int, got 0"),
+        ({"num_warps": "4"}, "num_warps must be a positive int, got '4'"),
+        ({"num_stages": -1}, "num_stages must be a positive int, got -1"),
+        ({"num_ctas": 2.0}, "num_ctas must be a positive int, got 2.0"),
+        ({"configs": 3}, "configs must be a list of triton.Config, got 3"),
+        ({"configs": [3]}, "configs must be a list of triton.Config, got 3"),
+        ({"constants": 3}, "constants must be a dict, a function or None, got 3"),
+    ],
+)
+def test_wrong_declarations_are_named(given, message):
+    declared = {"schema": "(Tensor x) -> Tensor", "grid": 1}
+    with pytest.raises(ValueError, match=message):
+        triton_kernel(user_triton.add_kernel, **declared | given)
+
+
+def test_constants_that_a_function_gives_are_a_dict():
+    x = torch.ones(4)
+    wrong = make_add(constants=lambda x, y, a: None)
+    with pytest.raises(ValueError, match="^add: constants must give a dict, got None"):
+        wrong(x, x, 1.0)
+
+
 def test_grid_takes_the_constants_too():
     rule = r"take 4 arguments \(x, y, a, meta\), got a function of \(x, y, a\)"
     with pytest.raises(ValueError, match=f"^add: grid must {rule}"):

@@ -139,7 +139,7 @@ class Checker:
         self.one_element(argument, t)
 
     def same_device(
-        self, first: str, reference: torch.Tensor, **others: torch.Tensor | None
+        self, first: str, reference: torch.Tensor, /, **others: torch.Tensor | None
     ) -> None:
         """Checks that every tensor of `others` lies on `reference`'s device."""
         device = reference.device

@@ -113,14 +113,18 @@ def cuda_kernel(
     """
     if not name:
         name = kernel if isinstance(kernel, str) else ""
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(
             f"cuda_kernel: name must be given where the kernel is no name, got {name!r}"
         )
     if not isinstance(source, str) or "__global__" not in source:
         got = f"{type(source).__name__} without one"
         raise ValueError(f"{name}: source must have a __global__ function, got {got}")
-    check, signature = Checker(name), kernel_op.parse(name, schema)
+    signature = kernel_op.parse(name, schema)
+    check = Checker(name)
+    is_list = isinstance(options, tuple | list)
+    ok = is_list and all(isinstance(option, str) for option in options)
+    check.require(ok, "options", "be a list of strs", repr(options))
     names = signature.names
     for argument, value, taken in (
         ("kernel", kernel, names),
@@ -202,7 +206,11 @@ class _CudaKernel(Kernel):
         return Launch(code, given, grid, block, cluster, shared_bytes)
 
     def _name(self, args: Sequence[Any]) -> str:
-        return self.kernel if isinstance(self.kernel, str) else self.kernel(*args)
+        if isinstance(self.kernel, str):
+            return self.kernel
+        name = self.kernel(*args)
+        self.check.require(isinstance(name, str), "kernel", "give a str", repr(name))
+        return name
 
     def _sizes(self, args: Sequence[Any]) -> tuple[tuple, tuple, tuple, int]:
         found = [

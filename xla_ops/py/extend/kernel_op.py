@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from ..core.dtypes import dtype_name, primitive_type
 from ..core.errors import Problem, warn_user
 from ..core.hlo import Spec
 from ..core.op import NAMESPACE, Op, Results
-from ..core.sharding import Rules
+from ..core.sharding import Rule, Rules
 from . import launch
 from .launch import TARGET, Given, Launch, Machine
 
@@ -112,12 +113,16 @@ def parse(op: str, schema: str) -> Signature:
     Raises:
         ValueError: it is none, or has what a kernel cannot take.
     """
+    if not _is_name(op):
+        raise ValueError(
+            f"xla_ops.extend: name must be one of Python's, of ASCII, got {op!r}"
+        )
     check = Checker(op)
     is_text = isinstance(schema, str)
     check.require(is_text, "schema", "be a str", type(schema).__name__)
     try:
         parsed = torch._C.parse_schema(op + schema)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:  # the second of a number too large
         text = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{op}: schema must be one of torch's, as '(Tensor x, float a) -> Tensor',"
@@ -131,6 +136,11 @@ def parse(op: str, schema: str) -> Signature:
         is_written = a.alias_info is not None and a.alias_info.is_write
         default = repr(a.default_value) if a.has_default_value() else ""
         arguments.append(Argument(a.name, kind, is_written, default))
+    names = [a.name for a in arguments]
+    for name in names:
+        rule = "name its arguments as Python could"
+        check.require(_is_name(name), "schema", rule, name)
+        check.require(names.count(name) == 1, "schema", "name none twice", name)
     kinds = [str(r.type) for r in parsed.returns]
     is_new = all(r.alias_info is None for r in parsed.returns)
     fits = is_new and all(kind == "Tensor" for kind in kinds)
@@ -141,6 +151,11 @@ def parse(op: str, schema: str) -> Signature:
     computes = bool(kinds or signature.written)
     check.require(computes, "schema", "return or write a Tensor", schema)
     return signature
+
+
+def _is_name(text: object) -> bool:
+    is_plain = isinstance(text, str) and text.isascii() and text.isidentifier()
+    return is_plain and not keyword.iskeyword(text)
 
 
 def check_takes(
@@ -234,6 +249,11 @@ def define(
         The others are as in `cuda_kernel`.
     """
     written = signature.written
+    ok = gradient is None or isinstance(gradient, gradients.Gradient)
+    kernel.check.require(ok, "gradient", "be a Gradient or None", repr(gradient))
+    ok = splits is None or callable(splits) or isinstance(splits, Rule)
+    kernel.check.require(ok, "splits", "be a Rule, a function or None", repr(splits))
+    kernel.check.require(callable(rule), "rule", "be a function", repr(rule))
     if written and gradient is not None:
         raise ValueError(
             f"{name}: gradient must be absent where an argument is written, got one"
@@ -241,6 +261,8 @@ def define(
     # What is written comes first: that is where an op's donor stands.
     order = [*written, *(a for a in signature.arguments if not a.is_written)]
     has_donor = len(written) == 1 and signature.num_results == 0
+    if has_donor and "donor" in signature.names:
+        raise ValueError(f"{name}: schema must name its arguments otherwise, got donor")
     own = _free_name(name)
     declaration = _Declaration(name, signature, order, kernel, reference)
     op = KernelOp(
@@ -316,15 +338,20 @@ def _function(
     head = ", ".join(
         a.name + (f"={a.default}" if a.default else "") for a in signature.arguments
     )
-    lines = ["def make(check, scalars, call):", f"    def {name}({head}):"]
+    # Beside these names stand the user's, of the function and its arguments.
+    own = ("check_", "scalars_", "call_")
+    while {name, *signature.names} & set(own):
+        own = tuple(f"{word}_" for word in own)
+    check, convert, target = own
+    lines = [f"def make({', '.join(own)}):", f"    def {name}({head}):"]
     for a in signature.arguments:
         if a.kind == "Tensor":
-            lines.append(f"        check.tensor({a.name!r}, {a.name})")
+            lines.append(f"        {check}.tensor({a.name!r}, {a.name})")
         else:
-            how = f"scalars.{converters[a.kind]}({name!r}, {a.name!r}, {a.name})"
+            how = f"{convert}.{converters[a.kind]}({name!r}, {a.name!r}, {a.name})"
             lines.append(f"        {a.name} = {how}")
     names = ", ".join(a.name for a in signature.arguments)
-    lines += [f"        return call({names})", f"    return {name}"]
+    lines += [f"        return {target}({names})", f"    return {name}"]
     scope: dict[str, Any] = {}
     exec("\n".join(lines), scope)
     function = scope["make"](Checker(name), scalars, call)
@@ -422,6 +449,16 @@ class _Declaration(NamedTuple):
         self.kernel.check.require(
             fits and len(found) == count, "results", rule, _described(found)
         )
+        for g in found:
+            sizes = tuple(g.shape)
+            ok = all(
+                isinstance(n, torch.SymInt) or (isinstance(n, int) and n >= 0)
+                for n in sizes
+            )
+            rule = "have shapes of ints from 0 on"
+            self.kernel.check.require(ok, "results", rule, sizes)
+            is_dtype = isinstance(g.dtype, torch.dtype)
+            self.kernel.check.require(is_dtype, "results", "have dtypes", g.dtype)
         return [Given(tuple(g.shape), g.dtype) for g in found]
 
     def run_reference(self, *args: Any) -> Results:

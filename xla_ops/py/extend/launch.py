@@ -13,6 +13,7 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -132,9 +133,11 @@ def machine() -> Machine:
 
 def three(check: Checker, argument: str, value: Any, most: Sequence[int]) -> tuple:
     """Returns an int, or one to three, as three sizes within limits."""
-    sizes = (value,) if isinstance(value, int) else value
-    fits = isinstance(sizes, tuple | list) and 1 <= len(sizes) <= 3
-    fits = fits and all(
+    sizes = value if isinstance(value, tuple | list) else (value,)
+    # NumPy's ints are as good.
+    is_int = lambda n: isinstance(n, Integral) and not isinstance(n, bool)  # noqa: E731
+    sizes = [int(n) if is_int(n) else n for n in sizes]
+    fits = 1 <= len(sizes) <= 3 and all(
         isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= limit
         for n, limit in zip(sizes, most, strict=False)
     )

@@ -100,19 +100,33 @@ def triton_kernel(
             reference=lambda x, y: x + y,
         )
     """
-    label = name or getattr(getattr(fn, "fn", fn), "__name__", "triton_kernel")
+    own_name = getattr(getattr(fn, "fn", fn), "__name__", "triton_kernel")
+    label = name if isinstance(name, str) and name else own_name
     check = Checker(label)
+    check.require(isinstance(name, str), "name", "be a str", repr(name))
     jit, tuned = _unwrap(check, fn)
     if configs and tuned:
         raise ValueError(
             f"{label}: configs must be absent where fn is autotuned, got {len(configs)}"
         )
+    is_list = isinstance(configs, tuple | list)
+    check.require(is_list, "configs", "be a list of triton.Config", repr(configs))
     given = list(configs) or tuned
     for config in given:
+        is_one = type(config).__name__ == "Config"
+        check.require(is_one, "configs", "be a list of triton.Config", repr(config))
         hook = getattr(config, "pre_hook", None)
         check.require(hook is None, "configs", "have no pre_hook", hook)
     options = {"num_warps": num_warps, "num_stages": num_stages, "num_ctas": num_ctas}
     choices = [_Choice.of(config) for config in given] or [_Choice({}, options)]
+    for choice in choices:
+        for option, value in choice.options.items():
+            ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            ok = ok or (option == "num_stages" and value == 0)
+            check.require(ok, option, "be a positive int", repr(value))
+    rule_for_constants = "be a dict, a function or None"
+    is_some = constants is None or callable(constants) or isinstance(constants, Mapping)
+    check.require(is_some, "constants", rule_for_constants, repr(constants))
     signature = kernel_op.parse(label, schema)
     names = signature.names
     for argument, value, taken in (
@@ -314,6 +328,8 @@ class _TritonKernel(Kernel):
 
     def _constants(self, args: Sequence[Any], choice: _Choice) -> dict[str, Any]:
         declared = self.constants(*args) if callable(self.constants) else self.constants
+        is_dict = isinstance(declared, Mapping)
+        self.check.require(is_dict, "constants", "give a dict", repr(declared))
         given = {**declared, **choice.constants}
         names = [p.name for p in self.fn.params if p.is_constexpr]
         for p in self.fn.params:
