@@ -117,7 +117,8 @@ def returns_one_twice(x):
 
 
 def test_one_result_twice_is_two(path):
-    op, x = op_of(returns_one_twice, "(Tensor x) -> (Tensor, Tensor)"), torch.zeros(2, 3)
+    op = op_of(returns_one_twice, "(Tensor x) -> (Tensor, Tensor)")
+    x = torch.zeros(2, 3)
 
     def step(x):
         a, b = op(x)

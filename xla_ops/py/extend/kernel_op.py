@@ -154,8 +154,9 @@ def parse(op: str, schema: str) -> Signature:
 
 
 def _is_name(text: object) -> bool:
-    is_plain = isinstance(text, str) and text.isascii() and text.isidentifier()
-    return is_plain and not keyword.iskeyword(text)
+    if not isinstance(text, str) or keyword.iskeyword(text):
+        return False
+    return text.isascii() and text.isidentifier()
 
 
 def check_takes(
@@ -339,7 +340,7 @@ def _function(
         a.name + (f"={a.default}" if a.default else "") for a in signature.arguments
     )
     # Beside these names stand the user's, of the function and its arguments.
-    own = ("check_", "scalars_", "call_")
+    own: tuple[str, ...] = ("check_", "scalars_", "call_")
     while {name, *signature.names} & set(own):
         own = tuple(f"{word}_" for word in own)
     check, convert, target = own

@@ -103,7 +103,8 @@ class XlaGroup(Group):
         if self._calls is not None:
             yield
             return
-        self._calls = calls = []
+        calls: list[str] = []
+        self._calls = calls
         try:
             yield
         finally:
@@ -346,4 +347,5 @@ def _make_store(cpu_group: dist.ProcessGroup, rank: int, size: int) -> dist.Stor
         store = dist.TCPStore(address, 0, size, is_master=True, wait_for_workers=False)
         place = [(address, store.port)]
     dist.broadcast_object_list(place, group=cpu_group, group_src=0)
-    return store or dist.TCPStore(*place[0], size, wait_for_workers=False)
+    address, port = place[0]
+    return store or dist.TCPStore(address, port, size, wait_for_workers=False)
