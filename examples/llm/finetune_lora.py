@@ -11,6 +11,7 @@ DIR2 gets the checkpoint with the products added to its weights, which generate.
 others read as they read the first, and a picture of the loss.
 """
 
+import argparse
 import random
 import re
 import shutil
@@ -25,8 +26,17 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 import weights
 from config import ModelConfig
+from files import short
 from model import Decoder
-from options import Parser, integer
+from options import (
+    Parser,
+    check_out,
+    errors_as_lines,
+    integer,
+    positive,
+    read_text,
+    warn,
+)
 from training import batches, plot, start_xla, train
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -77,10 +87,32 @@ def merge(decoder: Decoder) -> None:
 
 
 def rows_of(text: str, tokenizer, config: ModelConfig, longest: int) -> list[list[int]]:
-    """The texts as tokens, each with what ends one, cut to `longest`."""
+    """The texts as tokens, each with what ends one, cut to `longest`.
+
+    Raises:
+      ValueError: no text has a token that follows another, or the tokens are not of
+        this model.
+    """
     end = sorted(config.eos_token_ids)[:1]
     texts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
-    return [[*tokenizers.encode(tokenizer, t), *end][:longest] for t in texts]
+    whole = [[*tokenizers.encode(tokenizer, t), *end] for t in texts]
+    for t, row in zip(texts, whole, strict=True):
+        unknown = [i for i in row if not 0 <= i < config.vocab_size]
+        if unknown:
+            raise ValueError(
+                f"finetune_lora: tokens must be in 0..{config.vocab_size - 1}, got "
+                f"{unknown[0]} of {short(t)}; is tokenizer.json that of this model?"
+            )
+    # A text of one token has none to be learned.
+    rows = [row[:longest] for row in whole if len(row) > 1]
+    if not rows:
+        raise ValueError(
+            f"--text must have a text of at least 2 tokens, got {len(texts)} shorter"
+        )
+    num_cut = sum(len(row) > longest for row in whole)
+    if num_cut:
+        warn(f"{num_cut} of {len(texts)} texts are cut to {longest} tokens")
+    return rows
 
 
 def save(decoder: Decoder, source: Path, out: Path) -> None:
@@ -99,22 +131,31 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rank", type=integer(1), default=8)
-    parser.add_argument("--scale", type=float, default=2.0)
+    parser.add_argument("--scale", type=positive, default=2.0)
     parser.add_argument("--epochs", type=integer(1), default=1)
     parser.add_argument("--tokens", type=integer(16), default=1024, help="of a step")
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--seed", type=integer(0), default=0)
+    parser.add_argument("--lr", type=positive, default=2e-4)
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0)
     args = parser.parse_args(argv)
+    with errors_as_lines("lower --tokens or --rank"):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    # What can be wrong is looked at before anything is loaded.
+    config = ModelConfig.from_folder(args.model)
+    tokenizer = tokenizers.load(args.model)
+    longest = min(args.tokens, config.max_len)
+    rows = rows_of(read_text(args.text), tokenizer, config, longest)
+    check_rank(args.rank, config)
+    weights.check(args.model, config)
+    check_out(args.out, args.model)
 
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     device = start_xla(args.device)
-    config = ModelConfig.from_folder(args.model)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    longest = min(args.tokens, config.max_len)
     decoder = weights.load(args.model, config, longest, dtype, device)
-    tokenizer = tokenizers.load(args.model)
-    rows = rows_of(args.text.read_text(), tokenizer, config, longest)
     parameters = adapt(decoder, args.rank, args.scale)
     steps = [
         batch
@@ -132,6 +173,16 @@ def main(argv: list[str] | None = None) -> None:
     save(decoder, args.model, args.out)
     plot(losses, args.out / "loss.png")
     print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}; wrote {args.out}")
+
+
+def check_rank(rank: int, config: ModelConfig) -> None:
+    """Raises a ValueError for adapters that are larger than what they adapt."""
+    most = min(config.hidden_size, config.intermediate_size)
+    if rank > most:
+        raise ValueError(
+            f"--rank must be at most {most}, the least size of a matrix by "
+            f"config.json, got {rank}"
+        )
 
 
 if __name__ == "__main__":

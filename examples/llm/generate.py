@@ -16,16 +16,12 @@ import contextlib
 import os
 import re
 import statistics
-import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-from files import CheckpointWarning, short
+from files import short
 from hlo import Program, dump_flags, step_programs
-from options import USAGE_STATUS, Parser, integer
+from options import Parser, errors_as_lines, from_environment, integer, warn
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = [
@@ -106,7 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.model:
         parser.error("argument --model: must name a folder, got ''")
     args.model = Path(os.path.expanduser(args.model))
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = from_environment("WORLD_SIZE", 1, 1)
     if args.tensor_parallel is None:
         args.tensor_parallel = num_processes
     elif num_processes not in (1, args.tensor_parallel):
@@ -338,55 +334,22 @@ def device_and_plugin(device) -> tuple[str, str]:
     return f"{device}, GPU, {name}", f"xla_ops bridge over {found}"
 
 
-@contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Shows what is said about a checkpoint as a line of its own."""
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def show_plainly(message, category, *place):
-            if issubclass(category, CheckpointWarning):
-                warn(message)
-            else:
-                show(message, category, *place)
-
-        warnings.showwarning = show_plainly
-        warnings.simplefilter("always", CheckpointWarning)
-        yield
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump, plain_warnings():
+    room = "lower --num-blocks, --max-len or --max-batch"
+    with (
+        errors_as_lines(room),
+        tempfile.TemporaryDirectory(prefix="xla_ops_hlo_") as dump,
+        contextlib.ExitStack() as stack,
+    ):
+        args = parse_args(argv)
         start_xla(
             args.device, 1 if args.has_ranks else args.tensor_parallel, Path(dump)
         )
-        try:
-            with contextlib.ExitStack() as stack:
-                if int(os.environ.get("RANK", "0")) > 0:  # the first one speaks for all
-                    nowhere = stack.enter_context(open(os.devnull, "w"))
-                    stack.enter_context(contextlib.redirect_stdout(nowhere))
-                    stack.enter_context(contextlib.redirect_stderr(nowhere))
-                run(args, Path(dump))
-        except (ValueError, MemoryError) as error:
-            fail(error)
-        except RuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            fail(
-                "the device must have room for weights and cache, got "
-                f"{str(error).splitlines()[0]}: lower --num-blocks, --max-len or "
-                "--max-batch"
-            )
-
-
-def warn(text) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def fail(error) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(USAGE_STATUS) from None
+        if from_environment("RANK", 0, 0) > 0:  # the first one speaks for all
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        run(args, Path(dump))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ eight layers (so sixteen caches must stay in place), grouped-query attention,
 and head_dim 64, the smallest that paged attention takes.
 """
 
+import argparse
 import math
 import random
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from config import ModelConfig
 from model import Decoder
-from options import Parser, integer
+from options import Parser, check_out, errors_as_lines, integer, positive
 from stories import compose
 from training import batches, mean_loss, plot, start_xla, train
 from weights import HEAD, packed, unpacked
@@ -136,17 +137,22 @@ def fit(decoder: Decoder, rows, held_out, args) -> list[float]:
     return losses
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--stories", type=integer(HELD_OUT + 1), default=3000)
     parser.add_argument("--epochs", type=integer(1), default=2)
     parser.add_argument("--tokens", type=integer(256), default=1024, help="of a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=integer(0), default=0)
-    args = parser.parse_args()
+    parser.add_argument("--lr", type=positive, default=2e-3)
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0)
+    args = parser.parse_args(argv)
+    with errors_as_lines("lower --tokens"):
+        run(args)
 
+
+def run(args: argparse.Namespace) -> None:
+    check_out(args.out)
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     stories = compose(args.stories, args.seed)
@@ -162,7 +168,6 @@ def main() -> None:
     decoder = decoder_of(model, start_xla(args.device))
     losses = fit(decoder, rows[HELD_OUT:], rows[:HELD_OUT], args)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     plot(losses, args.out / "loss.png")
     trained = {name: t.cpu() for name, t in unpacked(decoder.state_dict()).items()}
     model.load_state_dict(trained, strict=False)

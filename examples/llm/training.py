@@ -8,6 +8,7 @@ activation and attention, and the gradients of all of them, are custom calls of 
 program, which computes loss, backward and the optimizer's step.
 """
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,6 +131,9 @@ def train(
     Args:
       report: called after each step with its loss, a tensor whose value has not been
         waited for.
+
+    Raises:
+      ValueError: a loss is infinite or no number, and so are the parameters.
     """
     import torch_xla
 
@@ -148,7 +152,14 @@ def train(
         if device.type == "xla":
             torch_xla.sync()
         report(losses[-1])
-    return [loss.item() for loss in losses]
+    found = [loss.item() for loss in losses]
+    for step, loss in enumerate(found, 1):
+        if not math.isfinite(loss):
+            fix = "lower --lr" if step > 1 else "the model as it was gives no other"
+            raise ValueError(
+                f"train: loss must be finite, got {loss} at step {step}: {fix}"
+            )
+    return found
 
 
 @torch.no_grad()

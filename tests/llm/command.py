@@ -39,8 +39,8 @@ def reported(output: str) -> dict[str, str]:
     return dict(lines)
 
 
-def command_error(*arguments) -> str:
-    """The one line that the command says when it refuses something, without "error: ".
+def command_error(*arguments, main=generate.main) -> str:
+    """The one line that a command says when it refuses something, without "error: ".
 
     It must do so before it loads weights, with the exit status of a wrong option.
     """
@@ -52,7 +52,7 @@ def command_error(*arguments) -> str:
         mock.patch.dict(os.environ),
     ):
         try:
-            generate.main(["--device", DEVICE, *map(str, arguments)])
+            main(["--device", DEVICE, *map(str, arguments)])
         except SystemExit as exit:
             status = exit.code
     lines = err.getvalue().splitlines()

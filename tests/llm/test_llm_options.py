@@ -132,6 +132,17 @@ def test_other_errors_of_the_runtime_keep_their_traceback(folder, monkeypatch):
         command_error("--model", folder)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "x"), ("RANK", "-1")],
+)
+def test_what_a_launcher_sets_is_looked_at(folder, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert re.fullmatch(
+        f"{name} must be an integer of at least ., got '{value}'", refused(folder)
+    )
+
+
 # --- Prompts. -----------------------------------------------------------------
 def test_an_empty_prompt_needs_a_tokenizer_that_begins_it(tmp_path):
     folder = tiny_checkpoint(tmp_path)
@@ -214,9 +225,9 @@ def test_every_option_is_followed(tmp_path):
 
 
 def test_warnings_are_lines_of_their_own(folder, monkeypatch, capsys):
-    with generate.plain_warnings():
+    with options.plain_warnings():
         for _ in range(2):
             warnings.warn("config.json: twice", CheckpointWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: config.json: twice\n" * 2
-    with pytest.warns(UserWarning, match="another"), generate.plain_warnings():
+    with pytest.warns(UserWarning, match="another"), options.plain_warnings():
         warnings.warn("another", stacklevel=1)
