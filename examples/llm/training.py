@@ -153,11 +153,11 @@ def train(
             torch_xla.sync()
         report(losses[-1])
     found = [loss.item() for loss in losses]
-    for step, loss in enumerate(found, 1):
-        if not math.isfinite(loss):
+    for step, value in enumerate(found, 1):
+        if not math.isfinite(value):
             fix = "lower --lr" if step > 1 else "the model as it was gives no other"
             raise ValueError(
-                f"train: loss must be finite, got {loss} at step {step}: {fix}"
+                f"train: loss must be finite, got {value} at step {step}: {fix}"
             )
     return found
 
