@@ -315,6 +315,21 @@ def test_broken_op_library_is_not_healthy(monkeypatch, tmp_path, size):
     assert check.fix == "reinstall xla_ops" and check.fix not in check.text
 
 
+def test_an_op_library_that_ends_the_process_is_named(monkeypatch, tmp_path):
+    """As one of the right size does, with zeros where a disk lost its contents."""
+    broken = tmp_path / "libxla_ops_broken_cpu.so"
+    fakes.copy(fakes.build("fake_ops", ENDS=None), broken)
+    whole = fakes.build("fake_ops", PREFIX="whole")
+    fakes.copy(whole, tmp_path / "libxla_ops_whole_cpu.so")
+    monkeypatch.setattr(paths, "LIB", tmp_path)
+    report = Report("CPU")
+    checks.libraries(report)
+    (check,) = [c for c in report.checks if c.name == broken.name]
+    assert check.status == "FAIL" and check.fix == "reinstall xla_ops"
+    assert check.text == f"{broken} ends a process that loads it by SIGSEGV"
+    assert list(report.facts["libraries"]) == ["libxla_ops_whole_cpu.so"]
+
+
 def test_verbose_names_what_is_counted():
     report = Report("CPU")
     checks.libraries(report)

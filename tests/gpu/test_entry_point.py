@@ -173,6 +173,11 @@ def without_runtime(installation):
         path.unlink()
 
 
+def with_a_cut_runtime(installation):
+    for path in installation.package.glob("_runtime*.so"):
+        path.write_bytes(path.read_bytes()[:5000])
+
+
 def without_bridge(installation):
     (installation.lib / "libxla_ops_pjrt.so").unlink()
 
@@ -205,6 +210,7 @@ REINSTALL = "reinstall xla_ops, or run on the CPU with PJRT_DEVICE=CPU"
 BROKEN = {
     without_runtime: "xla_ops cannot be imported (ModuleNotFoundError: No module named"
     f" 'xla_ops._runtime'): {REINSTALL}",
+    with_a_cut_runtime: ".so was cut short: it has 5000 of ",
     without_bridge: "libxla_ops_pjrt.so: reinstall xla_ops",
     with_a_cut_bridge: "libxla_ops_pjrt.so was cut short: it has 9000 of ",
     with_a_cut_op_library: "libxla_ops_cut_cuda.so was cut short: it has 9000 of ",
@@ -232,7 +238,18 @@ def test_a_gpu_client_of_a_broken_installation_fails_with_the_cause(
         assert error.count("xla_ops") <= 4 and "Failed to open" not in error
 
 
-@pytest.mark.parametrize("harm", [without_runtime, without_anything])
+def test_a_cut_extension_does_not_end_the_process(installation):
+    with_a_cut_runtime(installation)
+    for arguments in (("-c", "import xla_ops"), ("-m", "xla_ops", "doctor")):
+        done = installation.run(*arguments)
+        assert done.returncode == 1
+        assert done.stderr.strip().endswith(" bytes: reinstall xla_ops")
+        assert "ImportError: xla_ops: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "harm", [without_runtime, with_a_cut_runtime, without_anything]
+)
 def test_the_cpu_works_in_a_broken_installation(installation, harm):
     harm(installation)
     gone = "import sys; sys.modules['xla_ops'] = None\n"

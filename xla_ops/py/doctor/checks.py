@@ -5,11 +5,15 @@ Tested by tests/gpu/test_doctor.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import pathlib
 import platform
 import re
+import signal
+import warnings
 from collections.abc import Mapping
 
 from .. import _runtime
@@ -89,6 +93,7 @@ def libraries(report: Report) -> None:
     for path in sorted(paths.LIB.glob("libxla_ops_*_c*.so")):
         try:
             elf.require_whole(path, _REINSTALL)
+            _require_harmless(path)
             found[path.name] = {
                 "handlers": [target for target, _ in _runtime.load_library(str(path))],
                 "archs": _runtime.cuda_archs(str(path)),
@@ -121,6 +126,25 @@ def libraries(report: Report) -> None:
         count = sum(library["archs"] == archs for library in found.values())
         text = f"{archs} ({count} libraries)"
         report.add("Libraries", "architectures", OK, text)
+
+
+def _require_harmless(path: pathlib.Path) -> None:
+    """Raises Problem if a process that loads the library at `path` ends by it.
+
+    A file whose size is right may hold zeros, where a disk lost them.
+    """
+    with warnings.catch_warnings():
+        # Of threads, which this process has by then; the child only loads and ends.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            _runtime.load_library(str(path))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        end = signal.Signals(os.WTERMSIG(status)).name
+        raise Problem(f"{path} ends a process that loads it by {end}", _REINSTALL)
 
 
 def gpu(report: Report, environ: Mapping[str, str]) -> bool:
