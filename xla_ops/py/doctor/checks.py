@@ -13,6 +13,7 @@ import pathlib
 import platform
 import re
 import signal
+import time
 import warnings
 from collections.abc import Mapping
 
@@ -24,6 +25,8 @@ from .report import FAIL, NOTE, OK, Report
 
 _TORCH_XLA = "2.9.0"
 _REINSTALL = "reinstall xla_ops"
+# Within which a child has loaded an op library.
+_LOAD_S = 20.0
 
 
 def device(report: Report, environ: Mapping[str, str]) -> None:
@@ -141,8 +144,16 @@ def _require_harmless(path: pathlib.Path) -> None:
         with contextlib.suppress(BaseException):
             _runtime.load_library(str(path))
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
+    # A fork may come while another thread holds a lock, and then never end: no finding.
+    ended, end_by = 0, time.monotonic() + _LOAD_S
+    while not ended and time.monotonic() < end_by:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            time.sleep(0.01)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    elif os.WIFSIGNALED(status):
         end = signal.Signals(os.WTERMSIG(status)).name
         raise Problem(f"{path} ends a process that loads it by {end}", _REINSTALL)
 
