@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import os
 import pathlib
-import re
 import sys
 import time
 import warnings
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .. import _runtime
-from .options import JOIN_VARIABLE, Ranks, join_seconds
+from .options import JOIN_VARIABLE, Ranks, coordinator_port, join_seconds
 
 # How long the process that others find each other at stays for them. A rank that has
 # left the others alone by sys.exit ends so, and they with it.
@@ -67,7 +66,7 @@ def wait_for_others(environ: Mapping[str, str]) -> None:
     seconds = join_seconds(environ)
     if ranks.world_size == 1:
         return
-    port = environ.get("XLA_COORDINATOR_PORT", "8547")
+    port = coordinator_port(environ)
     address = environ.get("MASTER_ADDR", "localhost")
     others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
     names = ", ".join(map(str, others[:8])) + ", ..." * (len(others) > 8)
@@ -86,17 +85,15 @@ def joined() -> None:
     _runtime.end_deadline()
 
 
-def stay_for_others(environ: Mapping[str, str], pid: int | None = None) -> None:
+def stay_for_others(environ: Mapping[str, str]) -> None:
     """Has the process that others find each other at end behind them.
 
     Their clients abort when its coordinator is gone, even at the end of their work.
     Nothing where this is another process of the job, or one without others.
     """
     ranks = Ranks(environ)
-    port = environ.get("XLA_COORDINATOR_PORT", "8547")
-    is_port = re.fullmatch("[0-9]{1,5}", port)
-    if ranks.world_size > 1 and ranks.rank == 0 and is_port:
-        atexit.register(_stay, int(port), os.getpid() if pid is None else pid)
+    if ranks.world_size > 1 and ranks.rank == 0:
+        atexit.register(_stay, coordinator_port(environ), os.getpid())
 
 
 def _stay(port: int, pid: int) -> None:

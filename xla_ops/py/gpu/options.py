@@ -102,10 +102,15 @@ def set_coordinator_port(environ: MutableMapping[str, str]) -> None:
         environ[name] = str(_PORTS[place % len(_PORTS)])
 
 
-def _check_coordinator_port(environ: Mapping[str, str]) -> None:
-    port = environ.get(_COORDINATOR_VARIABLE, "1")
+def coordinator_port(environ: Mapping[str, str]) -> int:
+    """Where the job's first process coordinates.
+
+    Raises BadValue if XLA_COORDINATOR_PORT is set to anything but a port.
+    """
+    port = environ.get(_COORDINATOR_VARIABLE, str(_COORDINATOR_PORT))
     if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < _PORTS.stop:
         raise wrong(_COORDINATOR_VARIABLE, "be a port, from 1 to 65535", port)
+    return int(port)
 
 
 def client_options(environ: Mapping[str, str]) -> dict:
@@ -126,7 +131,7 @@ def client_options(environ: Mapping[str, str]) -> dict:
     if ranks.world_size > 1:
         options["node_id"] = ranks.rank
         options["num_nodes"] = ranks.world_size
-        _check_coordinator_port(environ)
+        coordinator_port(environ)
     if ranks.local_world_size > 1:
         options["visible_devices"] = [_device_of_process(environ, ranks)]
     preallocate = boolean(
