@@ -281,13 +281,12 @@ def set_ranks(
         local_rank, local_size: of this process on its host, and how many are there.
     """
     rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
-    place: list[Any] = [None]
+    place = None
     if rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))
-            place = [(environ.get("MASTER_ADDR", "127.0.0.1"), free.getsockname()[1])]
-    dist.broadcast_object_list(place, group=cpu_group, group_src=0)
-    address, port = place[0]
+            place = environ.get("MASTER_ADDR", "127.0.0.1"), free.getsockname()[1]
+    address, port = _of_first(cpu_group, place)
     environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),
@@ -296,6 +295,13 @@ def set_ranks(
         MASTER_ADDR=address,
         XLA_COORDINATOR_PORT=str(port),
     )
+
+
+def _of_first(cpu_group: dist.ProcessGroup, value: Any) -> Any:
+    """What the first process gives; all have to call this."""
+    values = [value]
+    dist.broadcast_object_list(values, group=cpu_group, group_src=0)
+    return values[0]
 
 
 def join(cpu_group: dist.ProcessGroup) -> Group:
@@ -311,14 +317,13 @@ def join(cpu_group: dist.ProcessGroup) -> Group:
     rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
     if handlers.xla_platform() != handlers.HOST:
         return _join_client(cpu_group, rank, size)
-    path: list[Any] = [HostGroup.make_file(size) if rank == 0 else None]
-    dist.broadcast_object_list(path, group=cpu_group, group_src=0)
+    path = _of_first(cpu_group, HostGroup.make_file(size) if rank == 0 else None)
     try:
-        group = HostGroup(rank, size, path[0])
+        group = HostGroup(rank, size, path)
         dist.barrier(cpu_group)  # all have it open: it needs no name now
     finally:
         if rank == 0:
-            os.unlink(path[0])
+            os.unlink(path)
     return group
 
 
@@ -340,12 +345,10 @@ def _join_client(cpu_group: dist.ProcessGroup, rank: int, size: int) -> XlaGroup
 
 def _make_store(cpu_group: dist.ProcessGroup, rank: int, size: int) -> dist.Store:
     """A store of the group's own, at the first one's host."""
-    store = None
-    place: list[Any] = [None]
+    store, place = None, None
     if rank == 0:
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         store = dist.TCPStore(address, 0, size, is_master=True, wait_for_workers=False)
-        place = [(address, store.port)]
-    dist.broadcast_object_list(place, group=cpu_group, group_src=0)
-    address, port = place[0]
+        place = address, store.port
+    address, port = _of_first(cpu_group, place)
     return store or dist.TCPStore(address, port, size, wait_for_workers=False)
