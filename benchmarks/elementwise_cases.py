@@ -380,7 +380,7 @@ def _make_write(tokens, heads, blocks, device):
     key, value = (_normal(tokens, heads, HEAD_DIM, device=device) for _ in "kv")
     caches = (_normal(blocks, PAGE, heads, HEAD_DIM, device=device) for _ in "kv")
     if tokens <= 256:  # of as many sequences
-        slots = torch.randperm(blocks * PAGE)[:tokens]
+        slots = torch.randperm(blocks * PAGE)
     else:  # of prompts, page by page
         slots = (torch.randperm(blocks)[:, None] * PAGE + torch.arange(PAGE)).flatten()
     return key, value, *caches, slots[:tokens].to(device)

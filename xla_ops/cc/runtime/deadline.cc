@@ -27,7 +27,8 @@ void StartDeadline(int64_t milliseconds, const std::string& text) {
       if (std::chrono::steady_clock::now() >= end) {
         // Nothing of the process may be waited for, its streams' locks
         // included.
-        if (write(STDERR_FILENO, line.data(), line.size()) >= 0) _exit(1);
+        [[maybe_unused]] const ssize_t written =
+            write(STDERR_FILENO, line.data(), line.size());
         _exit(1);
       }
       std::this_thread::sleep_for(kStep);

@@ -45,13 +45,14 @@ def check(graph: torch.fx.Graph) -> None:
             taken |= _taken_by(node)
 
 
-_OURS = (operator.getitem, torch.ops.xla_ops.owned.default)
+_OWNED = torch.ops.xla_ops.owned.default
+_OURS = (operator.getitem, _OWNED)  # what protects caches, and takes them out of it
 
 
 def _cache_of(node: torch.fx.Node) -> torch.fx.Node:
     """The input of the graph that a node protects; any other node itself."""
     call = node.args[0] if node.target is operator.getitem else None
-    if isinstance(call, torch.fx.Node) and call.target is _OURS[1]:
+    if isinstance(call, torch.fx.Node) and call.target is _OWNED:
         caches = cast("list[torch.fx.Node]", call.args[0])
         return caches[cast("int", node.args[1]) - 1]
     return node
