@@ -83,11 +83,12 @@ def collectives(hlo: str) -> list[tuple[int, str]]:
     found = [
         (bytes_of(match["type"]), match["op"]) for match in COLLECTIVE.finditer(hlo)
     ]
-    # What stands for them between processes of the CPU client.
+    # What stands for them between processes.
     for line in hlo.splitlines():
-        if 'custom_call_target="xla_ops.host_collective"' in line:
-            result = line.partition(" = ")[2].partition(" custom-call(")[0]
-            found.append((bytes_of(result), "host_collective"))
+        for call in ("host_collective", "peer_collective"):
+            if f'custom_call_target="xla_ops.{call}"' in line:
+                result = line.partition(" = ")[2].partition(" custom-call(")[0]
+                found.append((bytes_of(result), call))
     return sorted(found, reverse=True)
 
 
@@ -107,14 +108,28 @@ def make_decoder(config, parallel, max_len, dtype):
     with torch.device("meta"):
         wanted = weights.unpacked(Decoder(config, max_len=1).state_dict())
     parts = {
-        name: parallel.part_of_weight(
-            name, shapes.weight(name, meta.shape, dtype), config
+        name: shapes.weight(
+            name, meta.shape, dtype, *part_of(name, meta, config, parallel)
         )
         for name, meta in wanted.items()
     }
     return weights.assemble(
         parts, config, max_len, dtype, torch_xla.device(), "all", parallel
     )
+
+
+def part_of(name, meta, config, parallel):
+    """Rows, and columns where there are any, of this process's part of a weight."""
+    import torch
+
+    # As wide as the parts are many, and no wider, in the dimension that does not count.
+    rows, parts = torch.arange(meta.shape[0]), parallel.size
+    if meta.dim() == 1:
+        return (parallel.part_of_weight(name, rows, config),)
+    columns = torch.arange(meta.shape[1])
+    rows = parallel.part_of_weight(name, rows[:, None].expand(-1, parts), config)
+    columns = parallel.part_of_weight(name, columns.expand(parts, -1), config)
+    return rows[:, 0], columns[0]
 
 
 def make_engine(decoder, parallel, case):
@@ -183,11 +198,12 @@ def measure(decoder, config, parallel, case, dtype, dump):
     rows = engine.max_seqs
     needed = 2 * config.num_layers * rows * config.hidden_size * dtype.itemsize
     decode = statistics.median(stats.decode_s)
-    program = program_seconds(engine, prompts)
+    program, host = program_seconds(engine, prompts)
     return {
         "tokens": answers,
         "ms_a_step": decode * 1e3,
         "program_ms": program * 1e3,
+        "host_ms": host * 1e3,
         "tokens_per_s": rows / program,
         "prefill_ms": sum(stats.prefill_s) * 1e3,
         "bytes_moved": moved_bytes,
@@ -220,8 +236,9 @@ def program_seconds(engine, prompts, steps=30):
         for _ in range(steps):
             with engine.parallel.step():
                 tokens, _ = engine._compiled(inputs)
+        host = (time.perf_counter() - start) / steps
         tokens.cpu()
-        times.append((time.perf_counter() - start) / steps)
+        times.append(((time.perf_counter() - start) / steps, host))
     return min(times)
 
 
@@ -296,7 +313,8 @@ def table(record):
         one = ways.get("one")
         for way, found in ways.items():
             line = f"{name:8} {way:8} {found['ms_a_step']:9.2f} ms a step,"
-            line += f" {found['program_ms']:.2f} its program,"
+            line += f" {found['program_ms']:.2f} its program"
+            line += f" ({found['host_ms']:.2f} to queue it),"
             line += f" {found['tokens_per_s']:9.1f} tokens/s"
             line += f" {found['prefill_ms']:9.1f} ms of prompts"
             if one and way != "one":

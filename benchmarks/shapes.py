@@ -32,16 +32,15 @@ LLAMA = {
 }
 
 
-def weight(name: str, shape, dtype):
-    """A weight that depends on its name and shape alone, made at memory's speed."""
+def weight(name: str, shape, dtype, rows=slice(None), columns=slice(None)):
+    """A weight that depends on its name and shape alone, or a part of it, made at
+    memory's speed: no more than the part is ever written."""
     import torch
 
     if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype)
-    block = torch.empty(1 << 20, dtype=dtype)
+        return torch.ones(shape, dtype=dtype)[rows]
+    # The whole would be copies of this, one below the other.
+    block = torch.empty(max(1, (1 << 20) // shape[1]), shape[1], dtype=dtype)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     block.normal_(0, shape[1] ** -0.5, generator=generator)
-    whole = torch.empty(shape, dtype=dtype)
-    for part in whole.view(-1).split(block.numel()):
-        part.copy_(block[: part.numel()])
-    return whole
+    return block[:, columns].index_select(0, torch.arange(shape[0])[rows] % len(block))

@@ -317,16 +317,22 @@ def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The opposite of `unpacked`."""
+    """The opposite of `unpacked`.
+
+    Takes them out of `tensors`, so that the host holds no more than one of them twice.
+    """
     whole = {parts[0]: (name, parts) for name, parts in PACKED.items()}
     rest = {part for parts in PACKED.values() for part in parts[1:]}
     found = {}
-    for name, tensor in tensors.items():
+    for name in list(tensors):
         *path, module, kind = name.split(".")
+        if module in rest:
+            continue
+        tensor = tensors.pop(name)
         if module in whole:
             module, parts = whole[module]
-            tensor = torch.cat([tensors[".".join((*path, p, kind))] for p in parts])
-        elif module in rest:
-            continue
+            others = [tensors.pop(".".join((*path, p, kind))) for p in parts[1:]]
+            tensor = torch.cat([tensor, *others])
+            del others
         found[".".join((*path, module, kind))] = tensor
     return found
