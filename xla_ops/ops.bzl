@@ -49,6 +49,10 @@ _USES = {
 # GPUs itself. Their folders have no CUDA files.
 HOST_OPS = ["host_collective"]
 
+# Handlers for GPUs alone, between processes, and no ops of Python's. Their folders
+# have no CPU files.
+GPU_OPS = ["peer_collective"]
+
 # The end of a file's name, and what the file is for.
 _KINDS = {
     ".h": "header",
@@ -95,7 +99,8 @@ def source_kind(op, file):
 def xla_custom_call_libraries(name):
     """Static libraries and C++ tests of an op; for //xla_ops/cc/ops/BUILD.
 
-    Makes NAME_cpu, NAME_cuda and NAME_test. One of HOST_OPS has no NAME_cuda.
+    Makes NAME_cpu, NAME_cuda and NAME_test. One of HOST_OPS has no NAME_cuda, and one
+    of GPU_OPS no NAME_cpu.
 
     Args:
       name: the op.
@@ -115,16 +120,17 @@ def xla_custom_call_libraries(name):
             sources.setdefault(kind, []).extend(files)
     headers = sources.get("header", [])
     shared = sources.get("shared", [])
-    native.cc_library(
-        name = name + "_cpu",
-        srcs = shared + sources.get("cpu", []),
-        hdrs = headers,
-        copts = COPTS,
-        linkstatic = True,
-        visibility = ["//visibility:public"],
-        deps = ["//xla_ops/cc/core"],
-        alwayslink = True,
-    )
+    if name not in GPU_OPS:
+        native.cc_library(
+            name = name + "_cpu",
+            srcs = shared + sources.get("cpu", []),
+            hdrs = headers,
+            copts = COPTS,
+            linkstatic = True,
+            visibility = ["//visibility:public"],
+            deps = ["//xla_ops/cc/core"],
+            alwayslink = True,
+        )
 
     for test in sources.get("test", []):
         xla_ops_cc_test(
@@ -203,7 +209,7 @@ def arch_check(name, instead = {}):
         name = name,
         srcs = [
             ":%s_%s" % (op, name) if op in instead else ":%s_kernels" % op
-            for op in OPS
+            for op in OPS + GPU_OPS
         ],
         tags = ["manual"],
     )
@@ -211,18 +217,19 @@ def arch_check(name, instead = {}):
 def xla_custom_call(name):
     """The shared objects and the py_library of an op; for //xla_ops/BUILD.
 
-    Makes libxla_ops_NAME_cpu.so, and, but for HOST_OPS, libxla_ops_NAME_cuda.so
-    and NAME.
+    Makes libxla_ops_NAME_cpu.so, libxla_ops_NAME_cuda.so and NAME; of one of HOST_OPS
+    or GPU_OPS its one library alone.
 
     Args:
       name: the op.
     """
     exports = "//tools/build_defs:exports_op.lds"
-    shared_object(
-        name = "libxla_ops_%s_cpu.so" % name,
-        exports = exports,
-        deps = ["//xla_ops/cc/ops:%s_cpu" % name],
-    )
+    if name not in GPU_OPS:
+        shared_object(
+            name = "libxla_ops_%s_cpu.so" % name,
+            exports = exports,
+            deps = ["//xla_ops/cc/ops:%s_cpu" % name],
+        )
     if name in HOST_OPS:
         return
     shared_object(
@@ -231,6 +238,8 @@ def xla_custom_call(name):
         target_compatible_with = CUDA_ONLY,
         deps = ["//xla_ops/cc/ops:%s_cuda" % name],
     )
+    if name in GPU_OPS:
+        return
     native.py_library(
         name = name,
         srcs = ["//xla_ops/py:ops/%s.py" % name],

@@ -72,6 +72,7 @@ def collectives(hlo: str) -> Counter:
     # What stands for them between processes on the CPU.
     for gathers in re.findall(r'"xla_ops.host_collective".*?gathers = (\w+)', hlo):
         found["all-gather" if gathers == "true" else "all-reduce"] += 1
+    found["all-reduce"] += hlo.count('custom_call_target="xla_ops.peer_collective"')
     return found
 
 

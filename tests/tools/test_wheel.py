@@ -28,6 +28,7 @@ FOLDER = setting("XLA_OPS_TEST_WHEELS", "the folder bazel-bin/xla_ops/wheel")
 WHEELS = sorted(pathlib.Path(FOLDER).glob("*.whl"))
 OPS = setting("XLA_OPS_TEST_OPS", "the ops in the wheel").split(",")
 HOST_OPS = setting("XLA_OPS_TEST_HOST_OPS", "those for the CPU alone").split(",")
+GPU_OPS = setting("XLA_OPS_TEST_GPU_OPS", "those for GPUs alone").split(",")
 # The architectures that the build was asked for; empty without CUDA.
 LIST = setting("XLA_OPS_TEST_ARCHS", "the file bazel-bin/third_party/cuda/archs.txt")
 ARCHS = pathlib.Path(LIST).read_text()
@@ -193,6 +194,7 @@ def test_wheel_holds_each_op_on_each_platform_and_nothing_else(wheel, archive):
     expected.add("xla_ops/lib/libxla_ops_pjrt.so")
     expected.add("xla_ops/lib/libxla_ops_torch_op.so")
     if "cuda" in PLATFORMS:
+        expected |= {f"xla_ops/lib/libxla_ops_{op}_cuda.so" for op in GPU_OPS}
         expected.add("xla_ops/lib/libxla_ops_launch_kernel_cuda.so")
     binaries = {name for name in archive.namelist() if name.endswith(".so")}
     (extension,) = [name for name in binaries if "/_runtime." in name]

@@ -1,6 +1,7 @@
 """Sums and gathers between processes that have a device each, inside programs.
 
-On a GPU they are XLA's own collectives, by NCCL. torch_xla's CPU client has none
+On a GPU they are XLA's own collectives, by NCCL, and, where the processes are of one
+host, those of few rows a custom call (peers.py). torch_xla's CPU client has none
 between processes; there a custom call does the same through memory that the processes
 share, so that a model in parts runs on a laptop by the programs it has on GPUs.
 
@@ -34,6 +35,7 @@ from .. import _runtime
 from ..core import handlers, paths
 from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
 from ..core.hlo import Spec
+from . import peers
 
 _OP = "host_collective"
 _TARGET = f"xla_ops.{_OP}"
@@ -159,6 +161,64 @@ class XlaGroup(Group):
                     f" got {mine} on rank {self.rank} and {its} on rank {other}, as"
                     f" number {i}"
                 )
+
+
+class PeerGroup(XlaGroup):
+    """As XlaGroup; within `in_order`, collectives of few rows are calls of peers.py.
+
+    Args:
+        rank, size, store: as XlaGroup's.
+        peers: the number of the open group.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, peers: int):
+        super().__init__(rank, size, store)
+        self._peers = peers
+        self._last: torch.Tensor | None = None  # of the collectives that are traced
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        before = self._last
+        try:
+            with super().in_order():
+                yield
+        finally:
+            self._last = before
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self._calls is None:  # nothing would order it
+            return super().all_reduce(x)
+        if peers.can_sum(x, self.size):
+            self._note("all_reduce", x)
+            self._last = peers.all_reduce(x, self._last, self._peers, self.size)
+        else:
+            self._last = super().all_reduce(self._behind_last(x))
+        return self._last
+
+    def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        if self._calls is None:
+            return super().all_gather(x, dim)
+        if not peers.can_gather(x, self.size):
+            self._last = super().all_gather(self._behind_last(x), dim)
+            return self._last
+        dim %= x.dim()
+        self._note(f"all_gather in dimension {dim}", x)
+        self._last = peers.all_gather(x, self._last, self._peers, self.size)
+        return self._last.movedim(0, dim).flatten(dim, dim + 1)
+
+    def _behind_last(self, x: torch.Tensor) -> torch.Tensor:
+        """`x`, for a collective of XLA's, which is to follow a call of ours.
+
+        Where another rank has the two in the other order, both would wait for ever.
+        """
+        if self._last is None:
+            return x
+        import torch_xla
+
+        # They take their new values in place.
+        pair = [x.clone(), self._last.clone()]
+        torch_xla._XLAC._xla_optimization_barrier_(pair)
+        return pair[0]
 
 
 class HostGroup(Group):
@@ -340,7 +400,15 @@ def _join_client(cpu_group: dist.ProcessGroup, rank: int, size: int) -> XlaGroup
             f"processes: rank must be the client's, {xr.global_ordinal()} of"
             f" {xr.world_size()}, got {rank} of {size}"
         )
-    return XlaGroup(rank, size, _make_store(cpu_group, rank, size))
+    store = _make_store(cpu_group, rank, size)
+    if peers.is_wanted(size, local_size):
+        from ..gpu import options
+
+        (device,) = options.client_options(os.environ)["visible_devices"]
+        opened = peers.open_group(cpu_group, device)
+        if opened is not None:
+            return PeerGroup(rank, size, store, opened)
+    return XlaGroup(rank, size, store)
 
 
 def _make_store(cpu_group: dist.ProcessGroup, rank: int, size: int) -> dist.Store:

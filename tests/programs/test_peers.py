@@ -1,0 +1,223 @@
+"""Collectives through GPUs' memory, as far as they go without GPUs.
+
+What they compute, tests/gpu/check_peers.py looks at on GPUs.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch_xla
+import torch_xla.core.xla_model as xm
+
+from xla_ops.core import handlers
+from xla_ops.core.errors import Problem
+from xla_ops.programs import peers, processes
+
+TARGET = "xla_ops.peer_collective"
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Of two, on a client that has no such handler: programs are looked at, not run."""
+    monkeypatch.setattr(handlers, "available", lambda platform, target: True)
+    # The CPU client is one of one, for which torch_xla leaves collectives out.
+    monkeypatch.setattr(
+        xm,
+        "all_reduce",
+        lambda kind, x: torch_xla._XLAC._xla_all_reduce(kind, x, 1.0, [], True),
+    )
+    yield processes.PeerGroup(0, 2, dist.HashStore(), 5)
+    # Collectives of a test that nothing ran would be part of the next one's programs.
+    torch_xla._XLAC._set_all_reduce_token(str(torch_xla.device()), None)
+
+
+def hlo_of(*tensors):
+    return torch_xla._XLAC._get_xla_tensors_hlo(list(tensors))
+
+
+def put(*shape, dtype=torch.float32):
+    return torch.ones(shape).to(dtype).to(torch_xla.device())
+
+
+def test_calls_follow_each_other(group):
+    x, y = put(4, 8), put(4, 8)
+    with group.in_order():
+        first = group.all_reduce(x)
+        second = group.all_reduce(y)  # needs nothing of the first
+        third = group.all_gather(x)
+    hlo = hlo_of(first, second, third)
+    calls = re.findall(rf'custom-call\((.*?)\), custom_call_target="{TARGET}"', hlo)
+    assert len(calls) == 3
+    assert ["f32[0]" in call for call in calls] == [True, False, False]
+    assert hlo.count("gathers = true") == 1
+    assert "all-reduce" not in hlo and "all-gather" not in hlo
+
+
+def test_each_program_begins_anew(group):
+    for _ in range(2):
+        with group.in_order():
+            hlo = hlo_of(group.all_reduce(put(4, 8)))
+        assert hlo.count("f32[0]{0} ") > 0
+
+
+def test_what_does_not_fit_is_xlas_and_keeps_its_place(group):
+    most = peers.most_bytes(2) // 4
+    few, many = put(4, 8), put(most + 2)
+    with group.in_order():
+        first = group.all_reduce(few)
+        second = group.all_reduce(many)
+        third = group.all_reduce(few)
+    hlo = hlo_of(first, second, third)
+    assert hlo.count(f'custom_call_target="{TARGET}"') == 2
+    # The second one's input waits for the first, and the third for the second's sum.
+    assert "opt-barrier" in hlo
+    (reduced,) = re.findall(r"%([\w.-]+) = .*? all-reduce\(", hlo)
+    gets = re.findall(rf"%([\w.-]+) = \S+ get-tuple-element\(.*?%{reduced}\)", hlo)
+    calls = re.findall(r"call\(([^)]*)\), to_apply=%main", hlo)
+    assert any(f"%{name}" in calls[-1] for name in [reduced, *gets])
+
+
+def test_without_an_order_it_is_xlas(group):
+    hlo = hlo_of(group.all_reduce(put(4, 8)))
+    assert TARGET not in hlo and "all-reduce(" in hlo
+
+
+def test_other_ranks_calls_are_compared(group):
+    theirs = json.dumps(["all_reduce of float32[4, 8]"])
+    group._store.set("xla_ops/collectives/0/1", theirs)
+    wrong = "got all_gather in dimension 0 of float32"
+    with pytest.raises(RuntimeError, match=wrong), group.in_order():
+        group.all_gather(put(4, 8))
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, size, sums, gathers",
+    [
+        ((4096,), torch.bfloat16, 2, True, True),
+        ((64, 4096), torch.bfloat16, 2, True, True),
+        ((1 << 18,), torch.float32, 2, True, False),  # no room to pad
+        (((1 << 18) + 2,), torch.float32, 2, False, False),
+        ((1 << 18,), torch.float32, 3, False, False),
+        ((1 << 17,), torch.float32, 3, True, False),
+        ((3,), torch.float32, 2, False, True),
+        ((3,), torch.int64, 2, False, True),
+        ((7,), torch.bool, 2, False, True),
+        ((0, 8), torch.float32, 2, False, False),
+        ((8,), torch.complex64, 2, False, False),
+    ],
+)
+def test_what_fits(shape, dtype, size, sums, gathers):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    assert peers.can_sum(x, size) is sums
+    assert peers.can_gather(x, size) is gathers
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.int64])
+def test_a_gather_has_its_shape(group, shape, dtype):
+    x = put(*shape, dtype=dtype)
+    with group.in_order():
+        for dim in (0, -1):
+            out = group.all_gather(x, dim)
+            wanted = list(shape)
+            wanted[dim] *= 2
+            assert (list(out.shape), out.dtype) == (wanted, dtype)
+
+
+@pytest.mark.parametrize(
+    "size, local_size, value, wanted",
+    [
+        (2, 2, None, True),
+        (8, 8, "1", True),
+        (2, 2, "0", False),
+        (2, 2, "false", False),
+        (9, 9, None, False),
+        (4, 2, None, False),
+        (1, 1, None, False),
+    ],
+)
+def test_where_it_is_wanted(monkeypatch, size, local_size, value, wanted):
+    monkeypatch.delenv(peers.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(peers.VARIABLE, value)
+    assert peers.is_wanted(size, local_size) is wanted
+
+
+def test_a_wrong_setting(monkeypatch):
+    monkeypatch.setenv(peers.VARIABLE, "maybe")
+    with pytest.raises(Problem, match=f"{peers.VARIABLE} must be"):
+        peers.is_wanted(2, 2)
+
+
+RANK = """
+import json, os, sys, warnings
+import torch.distributed as dist
+from xla_ops.programs import peers
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+{body}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    group = peers.open_group(dist.group.WORLD, rank)
+said = [str(w.message) for w in caught]
+os.write(1, (json.dumps({{"rank": rank, "found": [group, said]}}) + "\\n").encode())
+os._exit(0)
+"""
+
+
+def opened(tmp_path, body):
+    """What two processes get, by rank."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(body=body))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(script)]
+    found = subprocess.run(
+        command,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    rows = [json.loads(row) for row in found.stdout.splitlines() if row[:1] == "{"]
+    return [row["found"] for row in sorted(rows, key=lambda row: row["rank"])]
+
+
+def test_without_a_gpu_nccl_remains(tmp_path):
+    for group, said in opened(tmp_path, ""):
+        assert group is None
+        (warning,) = said
+        assert "are NCCL's" in warning and f"{peers.VARIABLE}=0" in warning
+
+
+def test_all_have_it_or_none(tmp_path):
+    body = """
+def ask(what, request, num_results):
+    if what == "open" and rank == 1:
+        raise ValueError("another rank's memory cannot be opened: no")
+    return [3, *range(8)] if what == "make" else [1]
+peers._ask = ask
+"""
+    (first, said), (second, said_there) = opened(tmp_path, body)
+    assert first is None and second is None
+    assert said == [] and "cannot be opened: no" in said_there[0]
+
+
+def test_handles_come_by_rank(tmp_path):
+    body = """
+def ask(what, request, num_results):
+    if what == "make":
+        assert request[:3] == (rank, rank, 2), request
+        return [3, *(100 * rank + i for i in range(8))]
+    assert request == (3, *range(8), *range(100, 108), *[0] * 48), request
+    return [1]
+peers._ask = ask
+"""
+    assert opened(tmp_path, body) == [[3, []], [3, []]]

@@ -1,0 +1,171 @@
+"""Collectives between processes of one host by a custom call, through GPUs' memory.
+
+A decode step's collectives are of few rows. XLA launches NCCL's by themselves, between
+the graphs of what lies between, so that a step of 64 of them is bound by launches. The
+call here (xla_ops/cc/ops/peer_collective) is part of the step's graph like any other.
+
+Tested by tests/programs/test_peers.py, and tests/gpu/check_processes.py on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from .. import _runtime
+from ..core import handlers, paths
+from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
+from ..core.environment import boolean
+from ..core.hlo import Spec
+
+VARIABLE = "XLA_OPS_PEER_COLLECTIVES"
+MAX_RANKS = 8
+# That a rank sends at most, to all others together: beyond it NCCL is as fast.
+_MOST_BYTES = 1 << 20
+_TIMEOUT_MS = 600_000  # as NCCL's (gpu/flags.py)
+
+_OP = "peer_collective"
+_TARGET = f"xla_ops.{_OP}"
+_HANDLE_WORDS = 8  # XLA_OPS_PEER_HANDLE_WORDS
+_UNIT_BYTES = 8
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("xla_ops", "FRAGMENT")
+_library.define(
+    f"{_OP}(Tensor input, Tensor? after, int group, int size, bool gathers) -> Tensor"
+)
+
+
+def most_bytes(size: int) -> int:
+    """Of an input, where there are `size` ranks."""
+    return _MOST_BYTES // (size - 1)
+
+
+def can_sum(x: torch.Tensor, size: int) -> bool:
+    """Whether the sum over `size` ranks can be such a call."""
+    count = x.numel() * x.element_size()
+    is_whole = count % _UNIT_BYTES == 0
+    return x.dtype in _DTYPES and is_whole and 0 < count <= most_bytes(size)
+
+
+def can_gather(x: torch.Tensor, size: int) -> bool:
+    """Whether the gather of `size` ranks' can be such a call."""
+    count = x.numel() * x.element_size() + _UNIT_BYTES
+    return not x.is_complex() and 0 < x.numel() and count <= most_bytes(size)
+
+
+def is_wanted(size: int, local_size: int) -> bool:
+    """Whether processes use it: 2 to 8 of one host, unless the variable is false.
+
+    Raises:
+        BadValue: the variable is neither true nor false.
+    """
+    wanted = boolean(os.environ, VARIABLE)
+    return wanted is not False and 2 <= size <= MAX_RANKS and size == local_size
+
+
+def open_group(cpu_group: dist.ProcessGroup, device: int) -> int | None:
+    """Has each process reach the others' memory; all of `cpu_group` have to call this.
+
+    Args:
+        device: this process's, as CUDA counts.
+
+    Returns:
+        the group's number, or None, on all of them, where one cannot; a
+        warning says why there.
+    """
+    rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
+    why, group = "", -1
+    handle: list[int] = []
+    try:
+        request = (device, rank, size, most_bytes(size), _TIMEOUT_MS)
+        group, *handle = _ask("make", request, 1 + _HANDLE_WORDS)
+    except (OSError, ValueError) as error:
+        why = str(error)
+    found: list = [None] * size
+    dist.all_gather_object(found, handle, group=cpu_group)
+    if all(found):
+        words = [word for others in found for word in others]
+        words += [0] * (MAX_RANKS * _HANDLE_WORDS - len(words))
+        try:
+            _ask("open", (group, *words), 1)
+        except (OSError, ValueError) as error:
+            why = str(error)
+    opened: list = [None] * size
+    # Also keeps each from a call before the others are there.
+    dist.all_gather_object(opened, all(found) and not why, group=cpu_group)
+    if all(opened):
+        return group
+    if why:
+        warnings.warn(
+            "xla_ops: collectives of few rows between these processes are NCCL's,"
+            f" slower, since their GPUs cannot reach each other's memory: {why}."
+            f" {VARIABLE}=0 says that this is meant",
+            stacklevel=2,
+        )
+    return None
+
+
+def _ask(what: str, request: tuple[int, ...], num_results: int) -> list[int]:
+    path = paths.LIB / f"libxla_ops_{_OP}_cuda.so"
+    return list(
+        _runtime.plan(str(path), f"xla_ops_peer_group_{what}", request, num_results)
+    )
+
+
+def all_reduce(
+    x: torch.Tensor, after: torch.Tensor | None, group: int, size: int
+) -> torch.Tensor:
+    """The sum of what the processes give.
+
+    Args:
+        x: that `can_sum` takes.
+        after: what the call before gave; calls have to run one after the other.
+        group: of `open_group`.
+        size: how many processes they are.
+    """
+    return torch.ops.xla_ops.peer_collective(x, after, group, size, False)
+
+
+def all_gather(
+    x: torch.Tensor, after: torch.Tensor | None, group: int, size: int
+) -> torch.Tensor:
+    """What the processes give, [size, *x.shape]; `x` one that `can_gather` takes."""
+    flat = x.flatten()
+    rest = -flat.numel() % max(_UNIT_BYTES // x.element_size(), 1)
+    padded = torch.nn.functional.pad(flat, (0, rest)) if rest else flat
+    gathered = torch.ops.xla_ops.peer_collective(padded, after, group, size, True)
+    return gathered[:, : flat.numel()].unflatten(1, x.shape)
+
+
+def _result(x: torch.Tensor, size: int, gathers: bool) -> Spec:
+    shape = tuple(x.shape)
+    return Spec((size, *shape) if gathers else shape, x.dtype)
+
+
+def _in_graph(
+    x: torch.Tensor, after: torch.Tensor | None, group: int, size: int, gathers: bool
+) -> torch.Tensor:
+    handlers.available(handlers.CUDA, _TARGET)
+    custom_call = CustomCall(
+        _TARGET,
+        ("input", OptionalOperand("after", torch.float32)),
+        (_result(x, size, gathers),),
+        {"group": group, "gathers": gathers},
+    )
+    (out,) = call_in_graph(custom_call.bind({"input": x, "after": after}))
+    return out
+
+
+def _fake(
+    x: torch.Tensor, after: torch.Tensor | None, group: int, size: int, gathers: bool
+) -> torch.Tensor:
+    shape, dtype = _result(x, size, gathers)
+    return x.new_empty(shape, dtype=dtype)
+
+
+_library.impl(_OP, _in_graph, "XLA")
+torch.library.register_fake(f"xla_ops::{_OP}", _fake, lib=_library)
