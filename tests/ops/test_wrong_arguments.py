@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 import xla_ops
 from legal_calls import caches, legal_calls
@@ -130,6 +131,51 @@ def test_tensors_that_are_not_dense(name, kind):
         error = str(outcome(Path("cpu"), name, arguments))
         error = error.replace("[0]", "")  # the first one of a list
         assert f"{name}: {argument} must be a dense tensor, got " in error
+
+
+# Of which the values are not what lies in memory.
+UNLIKE_MEMORY = {
+    "a negated view": lambda t: torch._neg_view(-t),
+    "zeros without memory": lambda t: torch._efficientzerotensor(
+        t.shape, dtype=t.dtype
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE_MEMORY)
+@pytest.mark.parametrize("name", legal_calls())
+def test_tensors_unlike_their_memory(name, kind):
+    def call(argument, change):
+        torch.manual_seed(0)
+        arguments = legal_calls()[name]
+        arguments[argument] = change(arguments[argument])
+        results = getattr(xla_ops, name)(**arguments)
+        leaves = pytree.tree_leaves((results, arguments))
+        return [t.double() for t in leaves if isinstance(t, torch.Tensor)]
+
+    for argument, value in legal_calls()[name].items():
+        if not isinstance(value, torch.Tensor) or value.dtype is torch.bool:
+            continue
+        change = UNLIKE_MEMORY[kind]
+        if argument in IN_PLACE.get(name, ()):
+            text = f"^{name}: {argument} must hold its values in memory, got {kind};"
+            with pytest.raises(ValueError, match=text):
+                call(argument, change)
+            continue
+        wanted = call(argument, lambda t, change=change: change(t).clone())
+        for a, b in zip(call(argument, change), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+CACHES = ("key_cache", "value_cache")
+IN_PLACE = {
+    "apply_repetition_penalties_": ("logits",),
+    "fused_qk_norm_rope": ("qkv",),
+    "fused_qk_norm_rope_and_cache": CACHES,
+    "reshape_and_cache": CACHES,
+    "reshape_and_cache_flash": CACHES,
+    "swap_blocks": ("dst",),
+}
 
 
 @pytest.mark.parametrize("kind", SPARSE)

@@ -81,6 +81,33 @@ def _refuse_sparse(name: str, given: Iterable[tuple[str, object]]) -> None:
             Checker(name).tensor(argument, value)
 
 
+def _is_unlike_its_memory(t: torch.Tensor) -> bool:
+    """Whether a tensor's values are not what lies at its address.
+
+    Torch's dispatcher makes them so for an op, but a front comes before that.
+    """
+    return t.is_neg() or t._is_zerotensor()
+
+
+def _check_written(
+    name: str, argument: str, value: object, written: Iterable[str]
+) -> None:
+    for called, t in autograd.tensors([(argument, value)]):
+        if argument in written and _is_unlike_its_memory(t):
+            got = "a negated view" if t.is_neg() else "zeros without memory"
+            rule = "hold its values in memory"
+            Checker(name).require(False, called, rule, f"{got}; pass a clone()")
+
+
+def _in_memory(value: Any) -> Any:
+    """An argument whose tensors have their values in memory."""
+    if isinstance(value, (list, tuple)):
+        return [_in_memory(v) for v in value]
+    if isinstance(value, torch.Tensor) and _is_unlike_its_memory(value):
+        return value.clone() if value._is_zerotensor() else value.resolve_neg()
+    return value
+
+
 def _define(
     namespace: str,
     schema: str,
@@ -113,6 +140,11 @@ def _define(
             autograd.refuse(name, others)
             return differentiable.kernel(*args, **kwargs)
         autograd.refuse(name, given)
+        if any(_is_unlike_its_memory(t) for _, t in autograd.tensors(given)):
+            for argument, value in given:
+                _check_written(name, argument, value, written)
+            args = tuple(map(_in_memory, args))
+            kwargs = {argument: _in_memory(value) for argument, value in kwargs.items()}
         results = kernel(*args, **kwargs)
         autograd.tell_written(value for name, value in given if name in written)
         return results
