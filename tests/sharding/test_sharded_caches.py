@@ -101,6 +101,29 @@ def test_eight_layers_in_place(how, make_cache, mesh, hlo_dump):
         assert torch.equal(t.cpu(), wanted)
 
 
+@pytest.mark.parametrize("how", WAYS)
+def test_whole_caches(how, mesh):
+    """What is computed from whole tensors is whole; they stay a program's inputs."""
+    caches, rows = [stacked() for _ in range(2)], make()
+    own = pytree.tree_map(torch.clone, caches)
+    on_xla, moved = pytree.tree_map(put, (caches, rows))
+    before = shard_addresses(on_xla)
+
+    def attend(caches, rows, k, number):
+        return step(caches, {**rows, "k": k * number}, 0.25)[1] + 1
+
+    function = run(how, attend)
+    for _ in range(4):
+        k, number = torch.randn(rows["k"].shape), torch.randn(1)
+        out = function(on_xla, moved, put(k), put(number))
+        torch_xla.sync(wait=True)
+        torch.testing.assert_close(out.cpu(), attend(own, rows, k, number))
+    for t, wanted in zip(on_xla, own, strict=True):
+        assert torch.equal(t.cpu(), wanted)
+    if how != "openxla":
+        assert shard_addresses(on_xla) == before
+
+
 @pytest.mark.parametrize("how", ["lazy", "xla_ops", "replay"])
 def test_a_thousand_steps(how, mesh, monkeypatch):
     """Each writes other rows; at the end all is as on one device, and where it was."""

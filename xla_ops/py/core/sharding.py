@@ -353,9 +353,23 @@ def is_unsaid(t: torch.Tensor, spec: str) -> bool:
     xlac = torch_xla._XLAC
     if spec or not xlac._check_tensor_need_materialization([t])[0]:
         return False
-    _, inputs = xlac._get_tensors_xla_device_data_node([t])
-    inputs = [value for value in inputs if isinstance(value, torch.Tensor)]
-    return any(map(parse, xlac._get_xla_sharding_specs(inputs)))
+    # Not asked of the tensors that it is computed from: of each torch_xla would make
+    # another here, whose number its buffer then has, and a program knows its inputs,
+    # and which buffers it may take, by those numbers.
+    key = xlac._get_graph_hash([t])
+    found = _from_sharded.get(key)
+    if found is None:
+        specs = _PARAMETER.findall(xlac._get_xla_tensors_hlo([t]))
+        if len(_from_sharded) >= _MAX_GRAPHS:
+            _from_sharded.clear()
+        found = _from_sharded[key] = any(map(parse, specs))
+    return found
+
+
+# Whether a lazy graph, by its hash, takes sharded tensors.
+_from_sharded: dict[bytes, bool] = {}
+_MAX_GRAPHS = 4096
+_PARAMETER = re.compile(r" parameter\(\d+\), sharding=(\{[^{}]*\})")
 
 
 class Decision(NamedTuple):
