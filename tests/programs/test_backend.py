@@ -109,6 +109,19 @@ def test_an_input_that_shares_its_buffer_at_the_first_call(share, sync):
         assert torch.equal(other.cpu(), wanted)
 
 
+def test_inputs_that_share_a_buffer_at_the_first_call_of_a_size():
+    """Each size has a program of its own."""
+    f = compiled(lambda a, b: a * 10 + b, dynamic=True)
+    for size in (2, 3, 4, 3):
+        a, b = xla(*[1] * size), xla(*[0] * size)
+        b.copy_(a)
+        torch_xla.sync()
+        assert f(a, b).tolist() == [11] * size
+        one, two = xla(*[1] * size), xla(*[2] * size)
+        assert f(one, two).tolist() == [12] * size
+        assert f(two, one).tolist() == [21] * size
+
+
 WAYS = pytest.mark.parametrize("way", [compiled, replay], ids=["xla_ops", "replay"])
 
 

@@ -124,6 +124,26 @@ def test_whole_caches(how, mesh):
         assert shard_addresses(on_xla) == before
 
 
+@pytest.mark.parametrize("how", ["openxla", "xla_ops"])
+@pytest.mark.parametrize("place", [put_heads, lambda t, mesh: put(t)])
+def test_graph_breaks(how, place, mesh):
+    """What two programs take is an input of the second one too."""
+    cache, rows = stacked(), make()
+    on_xla = place(cache, mesh)
+
+    def write(cache, k, slots):
+        xla_ops.reshape_and_cache_flash(k, k * 2, *cache.unbind(0), slots)
+        torch._dynamo.graph_break()
+        xla_ops.reshape_and_cache_flash(k + 1, k, *cache.unbind(0), slots + 1)
+
+    function = torch.compile(write, backend=how)
+    for i in range(4):
+        k, slots = torch.randn(rows["k"].shape), torch.arange(NUM_SEQS) * 5 + i
+        function(on_xla, put(k), put(slots))
+        write(cache, k, slots)
+        assert torch.equal(on_xla.cpu(), cache)
+
+
 @pytest.mark.parametrize("how", ["lazy", "xla_ops", "replay"])
 def test_a_thousand_steps(how, mesh, monkeypatch):
     """Each writes other rows; at the end all is as on one device, and where it was."""

@@ -33,6 +33,7 @@ from typing import cast
 import torch
 
 from .. import _runtime
+from . import handlers
 from .tracing import is_plain, node_of
 
 NAMESPACE = "xla_ops"
@@ -309,8 +310,11 @@ def _is_traced() -> bool:
     return _interpreter() is not None
 
 
-def _interpreter() -> torch.fx.Interpreter | None:
-    """What of torch_xla's runs a graph's nodes, further up in this thread."""
+def _interpreter() -> tuple[torch.fx.Interpreter, tuple] | None:
+    """What of torch_xla's runs a graph's nodes, further up in this thread, and on what.
+
+    None where nothing does.
+    """
     bridge = sys.modules.get("torch_xla._dynamo.dynamo_bridge")
     if bridge is None:
         return None
@@ -320,7 +324,7 @@ def _interpreter() -> torch.fx.Interpreter | None:
     while frame is not None:
         # To look at a frame's variables keeps what they are, while the frame lasts.
         if frame.f_code is run and isinstance(frame.f_locals["self"], theirs):
-            return frame.f_locals["self"]
+            return frame.f_locals["self"], frame.f_locals["args"]
         frame = frame.f_back
     return None
 
@@ -362,9 +366,22 @@ def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
     if traced is not None:
         from . import division
 
-        division.check(cast("torch.fx.Graph", traced.module.graph))
+        division.check(cast("torch.fx.Graph", traced[0].module.graph))
     protect(caches, finish_reads=True)
+    if traced is not None and handlers.is_spmd():
+        _renumber(traced[1])
     return [_NOTHING, *caches]
+
+
+def _renumber(inputs: Sequence[object]) -> None:
+    """Has torch_xla know the inputs of the graph that it is about to extract.
+
+    For sharded tensors it gives the inputs of each program that it extracts another
+    number, and takes them for constants of the next one that has them.
+    """
+    for t in inputs:
+        if isinstance(t, torch.Tensor) and (value := _value(t)) is not None:
+            separate(value)
 
 
 _library.impl("owned", _owned, "XLA")

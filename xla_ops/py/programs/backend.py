@@ -18,7 +18,8 @@ the same donations, and replaces what runs around it on every call:
   `snapshot.copy_(cache)`, or shared it before, is an input in later calls too; openxla
   makes it a constant, or takes another input for it.
 
-Symbolic sizes and SPMD meshes are left to openxla's own way of calling. Measurements:
+Symbolic sizes and SPMD meshes are left to openxla's own way of calling, but for which
+input is which. Measurements:
 docs/in_place.md.
 """
 
@@ -229,7 +230,7 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
     """Does what dynamo_bridge.extract_internal does, and returns a faster call."""
     args: Sequence = vars(module)["xla_args"]
     if xr.is_spmd() or not all(isinstance(a, torch.Tensor) for a in args):
-        return dynamo_bridge.extract_internal(module)
+        return _extract_internal(module)
     (
         _sharding,
         _results,
@@ -300,6 +301,23 @@ _extract_graph_helper = _with_globals(
     dynamo_bridge.extract_graph_helper,
     GraphInputMatcher=_InputMatcher,
     SpecialReturnHandler=_SpecialReturnHandler,
+)
+
+
+def _extract_graph(module: torch.fx.GraphModule, known: dict) -> tuple:
+    """For openxla's way of calling, which also extracts anew for other sizes."""
+    args = vars(module)["xla_args"]
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    if known:  # before the first program, `_compile` has done so
+        ownership.protect(tensors, finish_reads=True)
+    found = _extract_graph_helper(module, known)
+    (matcher,) = (part for part in found if isinstance(part, _InputMatcher))
+    matcher.match(tensors)
+    return found
+
+
+_extract_internal = _with_globals(
+    dynamo_bridge.extract_internal, extract_graph_helper=_extract_graph
 )
 _extract_program = _with_globals(
     dynamo_bridge.extract_compiled_graph,
