@@ -19,6 +19,7 @@ import torch_xla.debug.metrics as met
 from torch_xla._dynamo import dynamo_bridge
 
 import xla_ops
+from xla_ops.extend import torch_op
 from xla_ops.programs import backend as backend_module
 from xla_ops.programs.replay import replay
 
@@ -378,6 +379,29 @@ def test_a_failing_handler_raises_and_later_calls_go_on(backend):
         f(xla([1, 2], [3, 4]).half().unsqueeze(0))
     t = xla([1, 1], [1, 1])
     assert torch.allclose(f(t).cpu(), torch.ones(2, 2))
+
+
+@WAYS
+def test_a_tensor_that_is_lost_with_a_failed_program_is_named(way):
+    look_up = torch_op("aten::embedding")
+    ids = [torch.tensor([i]).to(torch_xla.device()) for i in (1, 9)]
+
+    def step(t, ids):
+        t.add_(1)
+        return look_up(t, ids, -1, False, False).sum()
+
+    f, t = way(step), xla([1, 2], [3, 4])
+    assert f(t, ids[0]).item() == 9
+    result = f(t, ids[1])
+    with pytest.raises(RuntimeError, match="aten::embedding failed: index out of"):
+        result.item()
+    text = r"an argument must have a value, got one .* failed, of shape \[2, 2\];"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=text):
+            f(t, ids[0])
+    t = xla([1, 2], [3, 4])
+    assert f(t, ids[0]).item() == 9
+    assert t.tolist() == [[2, 3], [4, 5]]
 
 
 def test_an_update_adds_nothing_to_the_lazy_graph():

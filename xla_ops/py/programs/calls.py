@@ -17,8 +17,10 @@ from . import kept
 
 _xlac = torch_xla._XLAC
 
-# What torch_xla's _run_cached_graph says of an argument that is not computed yet.
+# What torch_xla's _run_cached_graph says of an argument that is not computed yet, and
+# of one whose program failed.
 _PENDING = "can not be a pending ir"
+_FAILED = "handle->HasValue()"
 
 
 def run_cached(
@@ -36,10 +38,22 @@ def run_cached(
     try:
         return torch_xla._XLAC._run_cached_graph(program, inputs(args))
     except RuntimeError as error:
+        if _FAILED in str(error):
+            raise _failed(args) from error
         if _PENDING not in str(error):
             raise
     finish(args)
     return torch_xla._XLAC._run_cached_graph(program, inputs(args))
+
+
+def _failed(args: Sequence[torch.Tensor]) -> RuntimeError:
+    """Of arguments that a program was to compute, or to update, as it failed."""
+    lost = [t for t in args if t.device.type == "xla" and _xlac._is_placecholder(t)]
+    shapes = ", ".join(str(list(t.shape)) for t in lost)
+    return RuntimeError(
+        "xla_ops: an argument must have a value, got one that was lost in a program"
+        f" that failed, of shape {shapes}; make it anew"
+    )
 
 
 def buffer_of(value: torch.Tensor) -> int:
