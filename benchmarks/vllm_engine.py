@@ -85,6 +85,12 @@ def bytes_used(worker):
     return memory.bytes_used()
 
 
+def host_bytes(worker):
+    """Memory of the worker's process on the host."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def run_steps(worker, count, context, new, repeats):
     """In the engine's process: ms of the program of a step, without a host.
 
@@ -353,14 +359,18 @@ def measure_long(llm, vocab, steps):
     rounds = max(1, steps // length)
     generate(llm, random_prompts(8, 16, vocab, 3), length)
     used = ask(llm, bytes_used)
+    host = [ask(llm, host_bytes)]
     start = time.perf_counter()
     for i in range(rounds):
         generate(llm, random_prompts(8, 16, vocab, i), length)
+        if (i + 1) % max(1, rounds // 4) == 0:
+            host.append(ask(llm, host_bytes))
     return {
         "steps": rounds * length,
         "seconds": time.perf_counter() - start,
         "bytes_before": used,
         "bytes_after": ask(llm, bytes_used),
+        "host_bytes": host,
     }
 
 

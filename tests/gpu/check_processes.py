@@ -11,6 +11,7 @@ Needs as many GPUs, torch_xla and the wheel. Parts:
                one process's, and ms a step
   two_hosts    the collectives, by processes that believe to be on hosts of their own
   dead         one rank dies: the others have to end, within the time that is set
+  dead_peers   the same, where the others wait for it in a call through the GPUs' memory
   absent       one rank never starts: the same
 
 Exit status 1 if a part fails.
@@ -29,7 +30,7 @@ import time
 
 import torch
 
-PARTS = ("torchrun", "two_hosts", "dead", "absent")
+PARTS = ("torchrun", "two_hosts", "dead", "dead_peers", "absent")
 TIMEOUT_S = 20  # of a stuck collective, in the parts dead and absent
 
 
@@ -197,6 +198,31 @@ def check_step(rank, world):
     return found
 
 
+def die_beside_a_peer(rank, world):
+    import torch.distributed as dist
+    import torch_xla
+
+    from xla_ops.programs import processes
+    from xla_ops.programs.replay import replay
+
+    group = processes.join(dist.new_group(backend="gloo"))
+    assert isinstance(group, processes.PeerGroup), "the GPUs do not reach each other"
+
+    @replay
+    def step(x):
+        with group.in_order():
+            return group.all_reduce(x)
+
+    x = torch.ones(4).to(torch_xla.device())
+    assert step(x).cpu().tolist() == [world] * 4
+    if rank == world - 1:
+        os._exit(7)
+    time.sleep(2)
+    print("waits for the dead rank", flush=True)
+    step(x).cpu()
+    print(f"rank {rank} got a value", flush=True)
+
+
 def run_rank(part, out):
     import torch.distributed as dist
     import torch_xla.distributed.xla_backend
@@ -219,6 +245,9 @@ def run_rank(part, out):
         print("waits for the dead rank", flush=True)
         xm.all_reduce(xm.REDUCE_SUM, x + 1).cpu()
         print(f"rank {rank} got a value", flush=True)
+        return
+    if part == "dead_peers":
+        die_beside_a_peer(rank, world)
         return
     found["collectives"] = check_collectives(rank, world)
     if part == "torchrun":
@@ -266,9 +295,17 @@ def wait(processes, seconds):
     return statuses
 
 
-def hosts(part, out, processes, started, environ):
-    """Starts ranks that are each alone on their host, with a GPU of their own."""
+def ranks(part, out, processes, started, environ, *, one_host=False):
+    """Starts ranks that are each alone on their host, with a GPU of their own, or
+    all on one."""
     port = str(free_port())
+
+    def place(rank):
+        if one_host:
+            return {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+        alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        return alone | {"GROUP_RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)}
+
     return [
         start(
             command(part, out),
@@ -280,10 +317,7 @@ def hosts(part, out, processes, started, environ):
                 "TORCHELASTIC_RUN_ID": "none",
                 "RANK": str(rank),
                 "WORLD_SIZE": str(processes),
-                "LOCAL_RANK": "0",
-                "LOCAL_WORLD_SIZE": "1",
-                "GROUP_RANK": str(rank),
-                "CUDA_VISIBLE_DEVICES": str(rank),
+                **place(rank),
             },
         )
         for rank in range(started)
@@ -328,19 +362,21 @@ def run_part(part, out, processes):
         )
         statuses = wait([launcher], 240)
     elif part == "two_hosts":
-        statuses = wait(hosts(part, out, processes, processes, {}), 150)
+        statuses = wait(ranks(part, out, processes, processes, {}), 150)
     else:
         flags = f"--xla_gpu_nccl_termination_timeout_seconds={TIMEOUT_S}"
         flags = {
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
             "XLA_OPS_JOIN_TIMEOUT_S": str(TIMEOUT_S),
         }
-        started = processes - (part == "absent")
-        statuses = wait(hosts(part, out, processes, started, flags), 150)
+        count = processes - (part == "absent")
+        one_host = part == "dead_peers"
+        running = ranks(part, out, processes, count, flags, one_host=one_host)
+        statuses = wait(running, 150)
     found = {"statuses": statuses, "seconds": time.monotonic() - began}
-    if part in ("dead", "absent"):
+    if part in ("dead", "dead_peers", "absent"):
         log = pathlib.Path(f"{out}.{part}.0.log").read_text()
-        last = "the dead rank" if part == "dead" else "the other ranks"
+        last = "the other ranks" if part == "absent" else "the dead rank"
         found["right"] = (
             None not in statuses and 0 not in statuses and f"waits for {last}" in log
         )
