@@ -241,7 +241,8 @@ class _Fields:
     def number(
         self, name: str, default: float | None = None, least: float = 0
     ) -> float:
-        """A number above 0, and at least `least`; finite in float32, as its powers."""
+        """A number above 0, and at least `least`; finite in float32, as its powers and
+        its inverse."""
         value: Any = self.raw.get(name)
         if value is None and default is not None:
             return default
@@ -250,6 +251,7 @@ class _Fields:
         ok = ok and 0 < value and least <= value < math.inf
         self.check(name, f"be a number {rule}", ok)
         self.check(name, "be at most 1e30", value <= 1e30)
+        self.check(name, "be at least 1e-30", value >= 1e-30)
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:

@@ -110,7 +110,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             "argument --tensor-parallel: must be the number of processes, "
             f"{num_processes}, got {args.tensor_parallel}"
         )
+    args.rank = from_environment("RANK", -1, 0)  # -1: not one of several
     args.has_ranks = num_processes > 1
+    if args.has_ranks and not 0 <= args.rank < num_processes:
+        raise ValueError(
+            f"RANK must be from 0 to {num_processes - 1} where WORLD_SIZE is "
+            f"{num_processes}, got {os.environ.get('RANK', '')!r}: start the processes "
+            "by torchrun, or unset WORLD_SIZE"
+        )
     if args.has_ranks and args.backend not in (None, "replay"):
         parser.error(
             f"argument --backend: must be replay under torchrun, got {args.backend}"
@@ -345,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         start_xla(
             args.device, 1 if args.has_ranks else args.tensor_parallel, Path(dump)
         )
-        if from_environment("RANK", 0, 0) > 0:  # the first one speaks for all
+        if args.has_ranks and args.rank > 0:  # the first one speaks for all
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))

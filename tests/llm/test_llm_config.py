@@ -457,6 +457,13 @@ def test_no_warning_without_a_cause():
         ModelConfig.from_dict(raw_config(layer_types=["full_attention"]))
 
 
+@pytest.mark.parametrize("name", ["beta_fast", "beta_slow", "attention_factor"])
+def test_a_number_whose_inverse_is_not_finite(name):
+    yarn = {"rope_type": "yarn", "factor": 4.0, name: 5e-324}
+    with pytest.raises(CheckpointError, match=f"{name} must be at least 1e-30, got"):
+        ModelConfig.from_dict(raw_config(rope_scaling=yarn))
+
+
 # --- Before weights. ----------------------------------------------------------
 def test_a_config_is_refused_before_a_weight_is_read(tmp_path):
     """Not even a file that holds none is noticed."""

@@ -143,6 +143,25 @@ def test_what_a_launcher_sets_is_looked_at(folder, monkeypatch, name, value):
     )
 
 
+@pytest.mark.parametrize("rank", [None, "", "2"])
+def test_a_process_without_a_place_among_several(folder, monkeypatch, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert refused(folder) == (
+        f"RANK must be from 0 to 1 where WORLD_SIZE is 2, got {rank or ''!r}: start "
+        "the processes by torchrun, or unset WORLD_SIZE"
+    )
+
+
+def test_a_rank_left_over_by_another_job_does_not_silence(folder, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(generate, "run", lambda args, dump: print("heard"))
+    generate.main(["--model", str(folder)])
+    assert capsys.readouterr().out == "heard\n"
+
+
 # --- Prompts. -----------------------------------------------------------------
 def test_an_empty_prompt_needs_a_tokenizer_that_begins_it(tmp_path):
     folder = tiny_checkpoint(tmp_path)
