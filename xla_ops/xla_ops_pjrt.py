@@ -143,7 +143,7 @@ def _fail(reason: str) -> str:
         try:
             # Loading a file that was cut short would end the process.
             elf = runpy.run_path(os.path.join(folder, "core", "elf.py"))
-            if not elf["cut_short"](bridge):
+            if not elf["unusable"](bridge):
                 ctypes.CDLL(bridge).xla_ops_pjrt_fail(reason.encode())
                 return bridge
         except Exception:  # noqa: BLE001 - of any kind, by a broken file

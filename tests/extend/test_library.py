@@ -120,7 +120,7 @@ def test_library_that_was_cut_short(prefix, tmp_path):
     path = tmp_path / "half.so"
     whole = fakes.build("fake_ops", PREFIX=prefix, API=VERSION).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    rule = "register_library: path must be a whole file, got"
+    rule = "register_library: path must be a whole file for this machine, got"
     assert re.match(f"{rule} {path} was cut short: it has", refused(path))
 
 

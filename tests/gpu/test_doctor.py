@@ -3,10 +3,12 @@ that fakes (fakes.py) stand for."""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ import pytest
 
 import fakes
 import xla_ops
+from installation import Installation
 from xla_ops.core import paths
 from xla_ops.doctor import checks, diagnose, probe
 from xla_ops.doctor.report import Report
@@ -31,6 +34,11 @@ def run(*arguments, **environ):
         env={**os.environ, **environ},
     )
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def installation(tmp_path) -> Installation:
+    return Installation(tmp_path / "site")
 
 
 def find(checks, section, name):
@@ -299,8 +307,60 @@ def test_missing_op_libraries_are_not_healthy(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "LIB", tmp_path / "lib")
     report = Report("CPU")
     checks.libraries(report)
-    (check,) = [c for c in report.checks if c.status == "FAIL"]
-    assert check.text == f"none in {tmp_path / 'lib'}"
+    check = next(c for c in report.checks if c.status == "FAIL")
+    where = f"in {tmp_path / 'lib'} (No such file or directory)"
+    assert check.name == "CPU ops" and check.text.endswith(where)
+    assert check.fix == "reinstall xla_ops"
+
+
+@pytest.mark.parametrize(
+    "gone", ["lib/libxla_ops_activation_cpu.so", "vllm/worker.py", "include"]
+)
+def test_a_half_installation_is_not_healthy(installation, gone):
+    """The doctor's own call would not meet what lacks there."""
+    path = installation.package / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code = (
+        "from xla_ops.doctor import checks, report; r = report.Report('CPU');"
+        "checks.libraries(r); print([(c.name, c.text, c.fix) for c in r.checks"
+        " if c.status == 'FAIL'])"
+    )
+    done = installation.run("-c", code)
+    ((name, text, fix),) = ast.literal_eval(done.stdout)
+    assert (name, fix) == ("files", "reinstall xla_ops"), done.stderr
+    assert text.startswith(f"{installation.package} lacks {gone}")
+
+
+def test_a_folder_that_cannot_be_read_is_the_cause(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "LIB", tmp_path / "file")
+    (tmp_path / "file").touch()
+    report = Report("CPU")
+    checks.libraries(report)
+    check = next(c for c in report.checks if c.status == "FAIL")
+    assert check.text.endswith(f"{tmp_path / 'file'} (Not a directory)")
+
+
+def test_a_doctor_that_cannot_be_imported_says_so(installation):
+    shutil.rmtree(installation.package / "gpu")
+    done = installation.run("-m", "xla_ops", "doctor")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip() == (
+        "error: xla_ops cannot be imported (ModuleNotFoundError: No module named"
+        " 'xla_ops.gpu'): reinstall xla_ops"
+    )
+
+
+@pytest.mark.parametrize("size", [None, 9000])
+def test_a_broken_bridge_is_named(machine, monkeypatch, tmp_path, size):
+    path = tmp_path / "libxla_ops_pjrt.so"
+    if size:
+        path.write_bytes((paths.LIB / path.name).read_bytes()[:size])
+    monkeypatch.setattr(paths, "LIB", tmp_path)
+    report = Report("GPU")
+    assert not checks.gpu(report, {})
+    check = next(c for c in report.checks if c.name == "bridge")
+    assert check.status == "FAIL" and str(path) in check.text
+    assert check.fix == "reinstall xla_ops"
 
 
 @pytest.mark.parametrize("size", [13, 5000])

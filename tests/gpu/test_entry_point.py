@@ -4,6 +4,7 @@ in a process of its own."""
 from __future__ import annotations
 
 import os
+import pathlib
 import shutil
 import socket
 import subprocess
@@ -208,8 +209,7 @@ def without_anything(installation):
 
 REINSTALL = "reinstall xla_ops, or run on the CPU with PJRT_DEVICE=CPU"
 BROKEN = {
-    without_runtime: "xla_ops cannot be imported (ModuleNotFoundError: No module named"
-    f" 'xla_ops._runtime'): {REINSTALL}",
+    without_runtime: f".so: reinstall xla_ops): {REINSTALL}",
     with_a_cut_runtime: ".so was cut short: it has 5000 of ",
     without_bridge: "libxla_ops_pjrt.so: reinstall xla_ops",
     with_a_cut_bridge: "libxla_ops_pjrt.so was cut short: it has 9000 of ",
@@ -233,9 +233,35 @@ def test_a_gpu_client_of_a_broken_installation_fails_with_the_cause(
     done = installation.run("-c", code, **with_fake_driver(tmp_path, "GPU", plugin))
     error = errors_of(done)
     assert BROKEN[harm] in error
-    if harm in (without_runtime, with_a_cut_op_library, with_a_syntax_error):
+    if harm in (with_a_cut_op_library, with_a_syntax_error):
         # Through the bridge: the reason and nothing else.
         assert error.count("xla_ops") <= 4 and "Failed to open" not in error
+
+
+def of_another_python(path):
+    path.rename(path.with_name("_runtime.cpython-27-x86_64-linux-gnu.so"))
+
+
+def of_zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "harm, what",
+    [
+        (pathlib.Path.unlink, "holds no _runtime.cpython-"),
+        (of_another_python, "for this Python, but _runtime.cpython-27-"),
+        (of_zeros, "invalid ELF header"),
+    ],
+)
+def test_an_extension_that_cannot_be_imported_is_named(installation, harm, what):
+    (path,) = installation.package.glob("_runtime*.so")
+    harm(path)
+    done = installation.run("-c", "import xla_ops")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and what in last
+    assert last.startswith("ImportError: xla_ops: ")
+    assert str(installation.package) in last and last.endswith(": reinstall xla_ops")
 
 
 def test_a_cut_extension_does_not_end_the_process(installation):

@@ -8,12 +8,9 @@ torch.ops.xla_ops.* and torch.ops.xla_gpu.* too.
 and torch was not, torch is imported when one of its ops is asked for.
 """
 
-# First: where the extension is missing or was cut short, these say so, and `from .
-# import _runtime` of another module would speak of a circular import.
-from .core import extension as _whole  # noqa: F401
-
-# isort: split
-from ._runtime import __name__ as _extension  # noqa: F401
+# First: where the extension cannot be imported, this says so, and `from . import
+# _runtime` of another module would speak of a circular import.
+from .core import extension as _extension  # noqa: F401
 
 # isort: split
 from typing import Any as _Any

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from .doctor import diagnose
-
 
 def main(argv: list[str]) -> int:
     """Runs a command; returns the exit status."""
     if argv[:1] == ["doctor"]:
+        try:
+            from .doctor import diagnose
+        except (ImportError, SyntaxError) as error:
+            what = f"xla_ops cannot be imported ({type(error).__name__}: {error})"
+            print(f"error: {what}: reinstall xla_ops", file=sys.stderr)
+            return 1
         return diagnose.main(argv[1:])
     print(
         "usage: python -m xla_ops doctor [--json] [-v]\n\n"

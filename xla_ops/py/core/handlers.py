@@ -89,7 +89,7 @@ class _Platform:
             if path in self.libraries:
                 continue
             try:
-                elf.require_whole(path, _REINSTALL)
+                elf.require_usable(path, _REINSTALL)
                 handlers = _runtime.load_library(str(path))
             except (OSError, Problem) as error:
                 self.broken[path.name] = str(error)
@@ -122,6 +122,8 @@ class _Platform:
     def why_not_loaded(self, target: str) -> str:
         if self.broken:
             return f"no op library that loads has it; {'; '.join(self.broken.values())}"
+        if not self.libraries:
+            return f"there are {paths.no_libraries(self.suffix)}: {_REINSTALL}"
         return f"this build of xla_ops has no {self.name} handler for {target}"
 
     def why_not_registered(self, target: str) -> str:
@@ -228,19 +230,18 @@ def plan(
     """
     if platform not in _platforms:
         return None
-    path = paths.LIB / f"libxla_ops_{op}_{_platforms[platform].suffix}.so"
     try:
-        return _ask(str(path), f"xla_ops_{op}_plan", request, num_results)
+        return _ask(op, _platforms[platform].suffix, request, num_results)
     except (OSError, Problem):  # the call will say what is wrong with it
         return None
 
 
 @functools.lru_cache(maxsize=1024)  # of answers; a failure is tried again
 def _ask(
-    path: str, function: str, request: tuple[int, ...], num_results: int
+    op: str, suffix: str, request: tuple[int, ...], num_results: int
 ) -> tuple[int, ...]:
-    elf.require_whole(path, _REINSTALL)
-    return tuple(_runtime.plan(path, function, request, num_results))
+    path = paths.op_library(op, suffix)
+    return tuple(_runtime.plan(path, f"xla_ops_{op}_plan", request, num_results))
 
 
 def unavailable_reason(platform: str, target: str) -> str:

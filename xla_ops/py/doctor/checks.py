@@ -95,7 +95,7 @@ def libraries(report: Report) -> None:
     found: dict[str, dict] = {}
     for path in sorted(paths.LIB.glob("libxla_ops_*_c*.so")):
         try:
-            elf.require_whole(path, _REINSTALL)
+            elf.require_usable(path, _REINSTALL)
             _require_harmless(path)
             found[path.name] = {
                 "handlers": [target for target, _ in _runtime.load_library(str(path))],
@@ -105,6 +105,7 @@ def libraries(report: Report) -> None:
             what = error.what if isinstance(error, Problem) else str(error)
             report.add("Libraries", path.name, FAIL, what, _REINSTALL)
     report.facts["libraries"] = found
+    _installed_files(report)
     for kind, name in (("cpu", "CPU ops"), ("cuda", "CUDA ops")):
         mine = {k: v for k, v in found.items() if k.endswith(f"_{kind}.so")}
         ops = sorted(
@@ -116,7 +117,7 @@ def libraries(report: Report) -> None:
             text = f"{len(ops)} in {len(mine)} libraries"
             report.add("Libraries", name, OK, text, details=", ".join(ops))
         elif kind == "cpu":
-            report.add("Libraries", name, FAIL, f"none in {paths.LIB}", _REINSTALL)
+            report.add("Libraries", name, FAIL, paths.no_libraries(kind), _REINSTALL)
         else:
             report.judge(
                 "GPU",
@@ -129,6 +130,24 @@ def libraries(report: Report) -> None:
         count = sum(library["archs"] == archs for library in found.values())
         text = f"{archs} ({count} libraries)"
         report.add("Libraries", "architectures", OK, text)
+
+
+def _installed_files(report: Report) -> None:
+    """What the wheel brought and is not there any more, or not yet."""
+    try:
+        files = importlib.metadata.files("xla_ops") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    package = paths.LIB.parent
+    parts = [file.parts[1:] for file in files if file.parts[:1] == (package.name,)]
+    gone = ["/".join(p) for p in parts if not package.joinpath(*p).exists()]
+    # What Python compiled itself comes and goes.
+    gone = [name for name in gone if not name.endswith(".pyc")]
+    report.facts["missing_files"] = gone
+    if gone:
+        more = f" and {len(gone) - 4} more" if len(gone) > 4 else ""
+        text = f"{package} lacks {', '.join(gone[:4])}{more}"
+        report.add("Libraries", "files", FAIL, text, _REINSTALL)
 
 
 def _require_harmless(path: pathlib.Path) -> None:
@@ -159,8 +178,12 @@ def _require_harmless(path: pathlib.Path) -> None:
 
 
 def gpu(report: Report, environ: Mapping[str, str]) -> bool:
-    """Plugin, driver and GPUs. Returns whether nothing stands against a client."""
+    """Bridge, plugin, driver, GPUs. Returns whether nothing stands against a client."""
     before = len(report.checks)
+    try:
+        paths.bridge_path()
+    except Problem as problem:
+        report.problem("GPU", "bridge", problem)
     path = _plugin(report)
     _driver(report, environ, path)
     usable = all(check.status == OK for check in report.checks[before:])

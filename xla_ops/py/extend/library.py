@@ -57,8 +57,8 @@ def register_library(path: str | os.PathLike[str]) -> Mapping[str, frozenset[str
         raise TypeError(f"{_check.op}: path must be a str or a path, got {got}")
     whole = os.path.realpath(os.fsdecode(path))
     _check.require(os.path.isfile(whole), "path", "be a file", whole)
-    cut_short = elf.cut_short(whole)
-    _check.require(not cut_short, "path", "be a whole file", cut_short)
+    unusable = elf.unusable(whole)
+    _check.require(not unusable, "path", "be a whole file for this machine", unusable)
     _check_version(whole)
     try:
         return handlers.register(whole)

@@ -74,7 +74,7 @@ def _of_kernels(describe: Callable[[str], T]) -> dict[str, T]:
     """File name of each installed CUDA op library to what `describe` says of it."""
     libraries = sorted(LIB.glob("libxla_ops_*_cuda.so"))
     for path in libraries:
-        elf.require_whole(path, "reinstall xla_ops")
+        elf.require_usable(path, "reinstall xla_ops")
     return {path.name: describe(str(path)) for path in libraries}
 
 

@@ -43,7 +43,7 @@ def plugin_info(path: pathlib.Path) -> PluginInfo:
 
     Raises Problem if the bridge cannot use it.
     """
-    elf.require_whole(path, discover.reinstall(path))
+    elf.require_usable(path, discover.reinstall(path))
     info = _runtime.find_plugin_info(str(path))
     if info["error"]:
         raise Problem(info["error"], info["fix"])
