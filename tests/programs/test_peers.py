@@ -3,6 +3,7 @@
 What they compute, tests/gpu/check_peers.py looks at on GPUs.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 
-from xla_ops.core import handlers
+from xla_ops.core import handlers, paths
 from xla_ops.core.errors import Problem
 from xla_ops.programs import peers, processes
 
@@ -57,6 +58,38 @@ def test_calls_follow_each_other(group):
     assert ["f32[0]" in call for call in calls] == [True, False, False]
     assert hlo.count("gathers = true") == 1
     assert "all-reduce" not in hlo and "all-gather" not in hlo
+
+
+def test_what_is_nested_keeps_its_place(group):
+    with group.in_order():
+        first = group.all_reduce(put(4, 8))
+        with group.in_order():
+            second = group.all_reduce(put(4, 8))
+        third = group.all_reduce(put(4, 8))
+    assert group._last is None
+    for before, after in ((first, second), (second, third)):
+        assert hlo_of(after).count(TARGET) == hlo_of(before).count(TARGET) + 1
+
+
+def test_what_has_no_element_takes_no_place(group):
+    """XLA takes it out of the program: who waited for it would wait for nothing."""
+    with group.in_order():
+        first = group.all_reduce(put(4, 8))
+        nothing = group.all_reduce(put(0, 8))
+        last = group.all_reduce(put(4, 8))
+    assert list(nothing.shape) == [0, 8]
+    hlo = hlo_of(last)
+    assert hlo.count(TARGET) == 2 and "all-" not in hlo
+    assert hlo_of(first).count(TARGET) == 1
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("shape, dim", [((4, 8), 2), ((4, 8), -3), ((), 0)])
+def test_a_dimension_that_is_not_there(group, ordered, shape, dim):
+    wrong = f"processes: dim must be .* has {len(shape)}, got {dim}"
+    order = group.in_order() if ordered else contextlib.nullcontext()
+    with pytest.raises(IndexError, match=wrong), order:
+        group.all_gather(put(*shape), dim)
 
 
 def test_each_program_begins_anew(group):
@@ -131,28 +164,17 @@ def test_a_gather_has_its_shape(group, shape, dtype):
 
 
 @pytest.mark.parametrize(
-    "size, local_size, value, wanted",
+    "size, local_size, can_be",
     [
-        (2, 2, None, True),
-        (8, 8, "1", True),
-        (2, 2, "0", False),
-        (2, 2, "false", False),
-        (9, 9, None, False),
-        (4, 2, None, False),
-        (1, 1, None, False),
+        (2, 2, True),
+        (8, 8, True),
+        (9, 9, False),
+        (4, 2, False),
+        (1, 1, False),
     ],
 )
-def test_where_it_is_wanted(monkeypatch, size, local_size, value, wanted):
-    monkeypatch.delenv(peers.VARIABLE, raising=False)
-    if value is not None:
-        monkeypatch.setenv(peers.VARIABLE, value)
-    assert peers.is_wanted(size, local_size) is wanted
-
-
-def test_a_wrong_setting(monkeypatch):
-    monkeypatch.setenv(peers.VARIABLE, "maybe")
-    with pytest.raises(Problem, match=f"{peers.VARIABLE} must be"):
-        peers.is_wanted(2, 2)
+def test_where_it_can_be(size, local_size, can_be):
+    assert peers.can_be(size, local_size) is can_be
 
 
 RANK = """
@@ -165,7 +187,10 @@ rank = dist.get_rank()
 {body}
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    group = peers.open_group(dist.group.WORLD, rank)
+    try:
+        group = peers.open_group(dist.group.WORLD, rank)
+    except ValueError as error:
+        group = str(error)
 said = [str(w.message) for w in caught]
 os.write(1, (json.dumps({{"rank": rank, "found": [group, said]}}) + "\\n").encode())
 os._exit(0)
@@ -208,6 +233,46 @@ peers._ask = ask
     (first, said), (second, said_there) = opened(tmp_path, body)
     assert first is None and second is None
     assert said == [] and "cannot be opened: no" in said_there[0]
+
+
+def test_what_one_process_lacks_none_waits_for(tmp_path):
+    body = """
+def ask(what, request, num_results):
+    if rank == 1:
+        raise Problem("libxla_ops_peer_collective_cuda.so was cut short", "reinstall")
+    return [3, *range(8)]
+from xla_ops.core.errors import Problem
+peers._ask = ask
+"""
+    (first, said), (second, said_there) = opened(tmp_path, body)
+    assert first is None and second is None
+    assert said == [] and "was cut short: reinstall" in said_there[0]
+
+
+@pytest.mark.parametrize("value", ["0", "false", "maybe"])
+def test_the_setting_of_one_process_is_all_processes(tmp_path, value):
+    body = f"""
+peers._ask = lambda what, request, num_results: [3, *range(8)]
+if rank == 1:
+    os.environ[peers.VARIABLE] = "{value}"
+"""
+    wrong = f"{peers.VARIABLE} must be 1, 0, true or false, got 'maybe'"
+    group = wrong if value == "maybe" else None
+    assert opened(tmp_path, body) == [[group, []]] * 2
+
+
+@pytest.mark.parametrize("library", ["peer_collective_cuda", "host_collective_cpu"])
+def test_a_library_that_was_cut_short_is_named(tmp_path, monkeypatch, library):
+    """Loading it would end the process."""
+    data = (paths.LIB / f"libxla_ops_{library}.so").read_bytes()
+    (tmp_path / f"libxla_ops_{library}.so").write_bytes(data[:9000])
+    monkeypatch.setattr(paths, "LIB", tmp_path)
+    uses = {
+        "peer_collective_cuda": lambda: peers._ask("make", (0, 0, 2, 1 << 20, 9), 9),
+        "host_collective_cpu": lambda: processes.HostGroup(0, 1, "file"),
+    }
+    with pytest.raises(Problem, match="was cut short: it has 9000 of .* reinstall"):
+        uses[library]()
 
 
 def test_handles_come_by_rank(tmp_path):

@@ -6,9 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
+
+from xla_ops.programs import processes
 
 RANK = """
 import json, os, sys, time
@@ -94,6 +97,62 @@ def test_values(size, tmp_path):
         assert row.pop("files") == []
         assert row.pop("left") == 1  # that of all_reduce, and nothing of its trace
         assert all(v for k, v in row.items() if k != "rank"), row
+
+
+NESTED = """
+found = {"right": True}
+
+def step(x):
+    with group.in_order():
+        first = group.all_reduce(x)
+        with group.in_order():
+            second = group.all_reduce(x + 1)
+            nothing = group.all_reduce(x[:0])
+        third = group.all_reduce(x + 2)
+    return third, nothing, second, first
+
+x = torch.full((3,), 1.0).to(device)
+for function in (step, replay(step)):
+    for _ in range(20):
+        third, nothing, second, first = (t.tolist() for t in function(x))
+        got = first + second + third
+        found["right"] &= nothing == [] and got == [size] * 3 + [2 * size] * 3 + [
+            3 * size
+        ] * 3
+hlo = torch_xla._XLAC._get_xla_tensors_hlo(list(step(x)))
+found["numbers"] = sorted(set(re.findall("[{ ]call = ([0-9]+)", hlo)))
+try:
+    group.all_gather(x, 1)
+except IndexError as error:
+    found["error"] = str(error)
+"""
+
+
+def test_what_is_nested_or_empty_keeps_the_order(tmp_path):
+    rows, err = finish(start(tmp_path, "import re\n" + NESTED))
+    assert len(rows) == 2, err
+    for row in rows:
+        assert row["right"] and row["numbers"] == ["0", "1", "2", "3"]
+        assert row["error"].startswith("processes: dim must be a dimension")
+
+
+def test_a_full_folder_ends_no_process(monkeypatch):
+    """Memory that is taken when it is written would end the one that writes."""
+    path = processes.HostGroup.make_file(2)
+    try:
+        taken = 512 * os.stat(path).st_blocks
+        assert taken >= os.path.getsize(path) > 2 << 20
+    finally:
+        os.unlink(path)
+
+    def full(fd, start, length):
+        raise OSError(28, "No space left on device")
+
+    before = os.listdir("/dev/shm"), os.listdir(tempfile.gettempdir())
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device: '.*xla_ops_group_"):
+        processes.HostGroup.make_file(2)
+    assert before == (os.listdir("/dev/shm"), os.listdir(tempfile.gettempdir()))
 
 
 DIES = """

@@ -19,6 +19,7 @@ from .. import _runtime
 from ..core import handlers, paths
 from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
 from ..core.environment import boolean
+from ..core.errors import BadValue
 from ..core.hlo import Spec
 
 VARIABLE = "XLA_OPS_PEER_COLLECTIVES"
@@ -57,14 +58,9 @@ def can_gather(x: torch.Tensor, size: int) -> bool:
     return not x.is_complex() and 0 < x.numel() and count <= most_bytes(size)
 
 
-def is_wanted(size: int, local_size: int) -> bool:
-    """Whether processes use it: 2 to 8 of one host, unless the variable is false.
-
-    Raises:
-        BadValue: the variable is neither true nor false.
-    """
-    wanted = boolean(os.environ, VARIABLE)
-    return wanted is not False and 2 <= size <= MAX_RANKS and size == local_size
+def can_be(size: int, local_size: int) -> bool:
+    """Whether processes can use it: 2 to 8, all of one host."""
+    return 2 <= size <= MAX_RANKS and size == local_size
 
 
 def open_group(cpu_group: dist.ProcessGroup, device: int) -> int | None:
@@ -74,25 +70,36 @@ def open_group(cpu_group: dist.ProcessGroup, device: int) -> int | None:
         device: this process's, as CUDA counts.
 
     Returns:
-        the group's number, or None, on all of them, where one cannot; a
-        warning says why there.
+        the group's number, or None, on all of them, where one cannot, and a warning
+        says why there, or is not to, by the variable.
+
+    Raises:
+        BadValue: the variable is neither true nor false, of this process or another.
     """
     rank, size = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
     why, group = "", -1
     handle: list[int] = []
+    # The others wait for whatever comes of it here, an error too.
+    wrong: BadValue | None = None
     try:
-        request = (device, rank, size, most_bytes(size), _TIMEOUT_MS)
-        group, *handle = _ask("make", request, 1 + _HANDLE_WORDS)
-    except (OSError, ValueError) as error:
+        if boolean(os.environ, VARIABLE) is not False:
+            request = (device, rank, size, most_bytes(size), _TIMEOUT_MS)
+            group, *handle = _ask("make", request, 1 + _HANDLE_WORDS)
+    except BadValue as error:
+        wrong = error
+    except (OSError, RuntimeError, ValueError) as error:
         why = str(error)
     found: list = [None] * size
-    dist.all_gather_object(found, handle, group=cpu_group)
+    dist.all_gather_object(found, wrong or handle, group=cpu_group)
+    for one in (wrong, *found):
+        if isinstance(one, BadValue):
+            raise one
     if all(found):
         words = [word for others in found for word in others]
         words += [0] * (MAX_RANKS * _HANDLE_WORDS - len(words))
         try:
             _ask("open", (group, *words), 1)
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             why = str(error)
     opened: list = [None] * size
     # Also keeps each from a call before the others are there.
@@ -110,10 +117,8 @@ def open_group(cpu_group: dist.ProcessGroup, device: int) -> int | None:
 
 
 def _ask(what: str, request: tuple[int, ...], num_results: int) -> list[int]:
-    path = paths.LIB / f"libxla_ops_{_OP}_cuda.so"
-    return list(
-        _runtime.plan(str(path), f"xla_ops_peer_group_{what}", request, num_results)
-    )
+    path = paths.op_library(_OP, "cuda")
+    return list(_runtime.plan(path, f"xla_ops_peer_group_{what}", request, num_results))
 
 
 def all_reduce(

@@ -76,8 +76,23 @@ class Group:
         raise NotImplementedError
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """What the processes give, in the order of ranks, one behind the other."""
+        """What the processes give, in the order of ranks, one behind the other.
+
+        Raises:
+            IndexError: `x` has no dimension `dim`.
+        """
         raise NotImplementedError
+
+
+def _dimension(x: torch.Tensor, dim: int) -> int:
+    """`dim` of `x`, counted from the first."""
+    rank = x.dim()
+    if not -rank <= dim < rank:
+        raise IndexError(
+            f"processes: dim must be a dimension of the tensor, which has {rank}, got"
+            f" {dim}"
+        )
+    return dim % rank
 
 
 class XlaGroup(Group):
@@ -124,7 +139,7 @@ class XlaGroup(Group):
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         import torch_xla.core.xla_model as xm
 
-        dim %= x.dim()
+        dim = _dimension(x, dim)
         self._note(f"all_gather in dimension {dim}", x)
         # With pinned layouts torch_xla makes of it an all-reduce of the whole result.
         return xm.all_gather(x, dim=dim, pin_layout=False)
@@ -178,15 +193,16 @@ class PeerGroup(XlaGroup):
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        before = self._last
+        is_outermost = self._calls is None
         try:
             with super().in_order():
                 yield
         finally:
-            self._last = before
+            if is_outermost:
+                self._last = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if self._calls is None:  # nothing would order it
+        if not self._orders(x):
             return super().all_reduce(x)
         if peers.can_sum(x, self.size):
             self._note("all_reduce", x)
@@ -196,15 +212,22 @@ class PeerGroup(XlaGroup):
         return self._last
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        if self._calls is None:
+        if not self._orders(x):
             return super().all_gather(x, dim)
+        dim = _dimension(x, dim)
         if not peers.can_gather(x, self.size):
             self._last = super().all_gather(self._behind_last(x), dim)
             return self._last
-        dim %= x.dim()
         self._note(f"all_gather in dimension {dim}", x)
         self._last = peers.all_gather(x, self._last, self._peers, self.size)
         return self._last.movedim(0, dim).flatten(dim, dim + 1)
+
+    def _orders(self, x: torch.Tensor) -> bool:
+        """Whether a collective of `x` has a place in the order.
+
+        XLA takes what has no element out of a program, and an order with it.
+        """
+        return self._calls is not None and x.numel() > 0
 
     def _behind_last(self, x: torch.Tensor) -> torch.Tensor:
         """`x`, for a collective of XLA's, which is to follow a call of ours.
@@ -235,11 +258,11 @@ class HostGroup(Group):
 
     def __init__(self, rank: int, size: int, path: str, timeout_ms: int = _TIMEOUT_MS):
         super().__init__(rank, size)
-        library = paths.LIB / f"libxla_ops_{_OP}_cpu.so"
+        library = paths.op_library(_OP, "cpu")
         # Never closed: the lock on it shows that this process lives.
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         (self._group,) = _runtime.plan(
-            str(library),
+            library,
             "xla_ops_host_group_join",
             (fd, rank, size, _SLOT_BYTES, timeout_ms),
             1,
@@ -252,28 +275,33 @@ class HostGroup(Group):
 
     @staticmethod
     def make_file(size: int) -> str:
-        """Makes the file of a group of `size` processes, in memory where it can be."""
-        folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        fd, path = tempfile.mkstemp(prefix="xla_ops_group_", dir=folder)
-        os.truncate(fd, _STATE_BYTES + size * _SLOT_BYTES)
-        os.close(fd)
-        return path
+        """Makes the file of a group of `size` processes, in memory where it can be.
+
+        Raises:
+            OSError: no folder has room for it.
+        """
+        try:
+            return _file_of_zeros("/dev/shm", size)
+        except OSError:
+            return _file_of_zeros(None, size)
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        before = self._is_ordered, self._last, self._calls
-        self._is_ordered, self._last, self._calls = True, None, 0
+        if self._is_ordered:
+            yield
+            return
+        self._is_ordered = True
         try:
             yield
         finally:
-            self._is_ordered, self._last, self._calls = before
+            self._is_ordered, self._last, self._calls = False, None, 0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return self._call(x, gathers=False)
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        dim = _dimension(x, dim)
         stacked = self._call(x, gathers=True)
-        dim %= x.dim()
         return stacked.movedim(0, dim).flatten(dim, dim + 1)
 
     def _call(self, x: torch.Tensor, *, gathers: bool) -> torch.Tensor:
@@ -283,6 +311,20 @@ class HostGroup(Group):
             self._last = out
             self._calls += 1
         return out
+
+
+def _file_of_zeros(folder: str | None, size: int) -> str:
+    fd, path = tempfile.mkstemp(prefix="xla_ops_group_", dir=folder)
+    try:
+        # Taken now: where the folder is full, a process that writes would be ended.
+        os.posix_fallocate(fd, 0, _STATE_BYTES + size * _SLOT_BYTES)
+    except OSError as error:
+        os.unlink(path)
+        error.filename = path
+        raise
+    finally:
+        os.close(fd)
+    return path
 
 
 def _result(x: torch.Tensor, size: int, gathers: bool) -> Spec:
@@ -401,7 +443,7 @@ def _join_client(cpu_group: dist.ProcessGroup, rank: int, size: int) -> XlaGroup
             f" {xr.world_size()}, got {rank} of {size}"
         )
     store = _make_store(cpu_group, rank, size)
-    if peers.is_wanted(size, local_size):
+    if peers.can_be(size, local_size):
         from ..gpu import options
 
         (device,) = options.client_options(os.environ)["visible_devices"]
