@@ -20,7 +20,8 @@ class Installation:
         self.site = folder
         for path in (_SITE / "xla_ops", *_SITE.glob("xla_ops-*.dist-info")):
             shutil.copytree(path, folder / path.name)
-        shutil.copy(_SITE / "xla_ops_pjrt.py", folder)
+        for name in ("xla_ops_pjrt.py", "xla_ops_vllm.py"):
+            shutil.copy(_SITE / name, folder)
 
     @property
     def package(self) -> pathlib.Path:

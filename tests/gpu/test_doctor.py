@@ -314,11 +314,17 @@ def test_missing_op_libraries_are_not_healthy(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "gone", ["lib/libxla_ops_activation_cpu.so", "vllm/worker.py", "include"]
+    "gone",
+    [
+        "xla_ops/lib/libxla_ops_activation_cpu.so",
+        "xla_ops/vllm/worker.py",
+        "xla_ops/include",
+        "xla_ops_vllm.py",
+    ],
 )
 def test_a_half_installation_is_not_healthy(installation, gone):
     """The doctor's own call would not meet what lacks there."""
-    path = installation.package / gone
+    path = installation.site / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     code = (
         "from xla_ops.doctor import checks, report; r = report.Report('CPU');"
@@ -328,7 +334,15 @@ def test_a_half_installation_is_not_healthy(installation, gone):
     done = installation.run("-c", code)
     ((name, text, fix),) = ast.literal_eval(done.stdout)
     assert (name, fix) == ("files", "reinstall xla_ops"), done.stderr
-    assert text.startswith(f"{installation.package} lacks {gone}")
+    assert text.startswith(f"{installation.site} lacks {gone}")
+
+
+def test_a_package_without_its_metadata_is_no_device(machine, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
+    report, found, _ = machine("GPU")
+    assert found["entry point"].status == "FAIL" and not report.healthy
+    assert found["entry point"].fix == "reinstall xla_ops, by pip"
+    assert machine("CPU")[1]["entry point"].status == "note"
 
 
 def test_a_folder_that_cannot_be_read_is_the_cause(monkeypatch, tmp_path):

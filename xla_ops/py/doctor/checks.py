@@ -138,15 +138,16 @@ def _installed_files(report: Report) -> None:
         files = importlib.metadata.files("xla_ops") or []
     except importlib.metadata.PackageNotFoundError:
         return
-    package = paths.LIB.parent
-    parts = [file.parts[1:] for file in files if file.parts[:1] == (package.name,)]
-    gone = ["/".join(p) for p in parts if not package.joinpath(*p).exists()]
+    # The package, and the modules beside it that are entry points.
+    package = pathlib.Path(__file__).parents[1]
+    mine = [f for f in files if f.parts[0] == package.name or len(f.parts) == 1]
+    gone = [str(f) for f in mine if not package.parent.joinpath(f).exists()]
     # What Python compiled itself comes and goes.
     gone = [name for name in gone if not name.endswith(".pyc")]
     report.facts["missing_files"] = gone
     if gone:
         more = f" and {len(gone) - 4} more" if len(gone) > 4 else ""
-        text = f"{package} lacks {', '.join(gone[:4])}{more}"
+        text = f"{package.parent} lacks {', '.join(gone[:4])}{more}"
         report.add("Libraries", "files", FAIL, text, _REINSTALL)
 
 
@@ -184,6 +185,11 @@ def gpu(report: Report, environ: Mapping[str, str]) -> bool:
         paths.bridge_path()
     except Problem as problem:
         report.problem("GPU", "bridge", problem)
+    entries = importlib.metadata.entry_points(group="torch_xla.plugins", name="GPU")
+    if not any(entry.module == "xla_ops_pjrt" for entry in entries):
+        text = "torch_xla finds none of xla_ops, and no device GPU without it: the"
+        text += f" package lies in {paths.LIB.parent.parent} without its metadata"
+        report.judge("GPU", "entry point", False, text, f"{_REINSTALL}, by pip")
     path = _plugin(report)
     _driver(report, environ, path)
     usable = all(check.status == OK for check in report.checks[before:])
