@@ -84,6 +84,21 @@ def test_what_has_no_element_takes_no_place(group):
 
 
 @pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("rows", [0, 4, 1 << 18])
+@pytest.mark.parametrize("call", ["all_reduce", "all_gather"])
+def test_a_gradient_is_refused(group, ordered, rows, call):
+    x = put(rows, 2).requires_grad_()
+    order = group.in_order() if ordered else contextlib.nullcontext()
+    wrong = f"processes.{call}: has no gradient: x requires one; use torch.no_grad"
+    raised = pytest.raises(RuntimeError, match=wrong)
+    with raised, torch.enable_grad(), order:
+        getattr(group, call)(x)
+    if call == "all_reduce":
+        with torch.no_grad(), group.in_order():
+            assert group.all_reduce(x).shape == x.shape
+
+
+@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("shape, dim", [((4, 8), 2), ((4, 8), -3), ((), 0)])
 def test_a_dimension_that_is_not_there(group, ordered, shape, dim):
     wrong = f"processes: dim must be .* has {len(shape)}, got {dim}"

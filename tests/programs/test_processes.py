@@ -125,6 +125,12 @@ try:
     group.all_gather(x, 1)
 except IndexError as error:
     found["error"] = str(error)
+found["gradients"] = []
+for collective in (group.all_reduce, group.all_gather):
+    try:
+        collective(x.detach().requires_grad_())
+    except RuntimeError as error:
+        found["gradients"].append(str(error))
 """
 
 
@@ -134,6 +140,8 @@ def test_what_is_nested_or_empty_keeps_the_order(tmp_path):
     for row in rows:
         assert row["right"] and row["numbers"] == ["0", "1", "2", "3"]
         assert row["error"].startswith("processes: dim must be a dimension")
+        assert len(row["gradients"]) == 2, row
+        assert all("has no gradient: x requires one" in e for e in row["gradients"])
 
 
 def test_a_full_folder_ends_no_process(monkeypatch):

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from .. import _runtime
-from ..core import handlers, paths
+from ..core import gradients, handlers, paths
 from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
 from ..core.hlo import Spec
 from . import peers
@@ -72,7 +72,11 @@ class Group:
         yield
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of what the processes give, the same bits for each of them."""
+        """The sum of what the processes give, the same bits for each of them.
+
+        Raises:
+            RuntimeError: `x` requires a gradient, which no collective has.
+        """
         raise NotImplementedError
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -80,6 +84,7 @@ class Group:
 
         Raises:
             IndexError: `x` has no dimension `dim`.
+            RuntimeError: `x` requires a gradient, which no collective has.
         """
         raise NotImplementedError
 
@@ -93,6 +98,12 @@ def _dimension(x: torch.Tensor, dim: int) -> int:
             f" {dim}"
         )
     return dim % rank
+
+
+def _refuse_gradient(call: str, x: torch.Tensor) -> None:
+    """At the call: XLA's own collectives lose it, and torch warns of ours alone."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(gradients.message(f"programs.processes.{call}", "x"))
 
 
 class XlaGroup(Group):
@@ -145,6 +156,7 @@ class XlaGroup(Group):
         return xm.all_gather(x, dim=dim, pin_layout=False)
 
     def _note(self, call: str, x: torch.Tensor) -> None:
+        _refuse_gradient(call.partition(" ")[0], x)
         if self._calls is not None:
             dtype = str(x.dtype).removeprefix("torch.")
             self._calls.append(f"{call} of {dtype}{list(x.shape)}")
@@ -305,6 +317,7 @@ class HostGroup(Group):
         return stacked.movedim(0, dim).flatten(dim, dim + 1)
 
     def _call(self, x: torch.Tensor, *, gathers: bool) -> torch.Tensor:
+        _refuse_gradient("all_gather" if gathers else "all_reduce", x)
         op = torch.ops.xla_ops.host_collective
         out = op(x, self._last, self._group, self.size, self._calls, gathers)
         if self._is_ordered:
