@@ -5,6 +5,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch_xla.distributed import spmd as xs
 
 import xla_ops
 from sharded import compiled, put, run, tiles_of
@@ -465,6 +466,27 @@ def test_what_is_computed_from_sharded_tensors_must_say_it(mesh, hlo_dump):
     assert tiles_of(beside) == [4, 1]
     whole = xla_ops.rms_norm(put(x) * 2, weight)
     close(whole.cpu(), xla_ops.rms_norm(x * 2, w))
+
+
+def test_what_is_computed_from_a_value_that_was_split_on_the_way(mesh):
+    """As inputs do: a lazy tensor that is marked, a result that `sharding` split."""
+    x, weight = floats(TOKENS, 32), put(floats(32))
+    marked = put(x) * 2
+    xs.mark_sharding(marked, mesh, ("tp", None))
+    with xla_ops.sharding(mesh, tokens="tp"):
+        result = xla_ops.rms_norm(put(x), weight)
+    assert tiles_of(result) == [4, 1]
+    for value in (marked, result):
+        with pytest.raises(ValueError, match="input must say how it is split"):
+            xla_ops.rms_norm(value + 1, weight)
+    # Replicated over all devices, by whatever words.
+    grid = xs.Mesh(list(range(4)), (1, 4), ("dp", "tp"))
+    whole = put(x) * 2
+    xs.mark_sharding(whole, grid, ("dp", None))
+    close(
+        xla_ops.rms_norm(whole + 1, weight).cpu(),
+        xla_ops.rms_norm(x * 2 + 1, weight.cpu()),
+    )
 
 
 def test_a_cached_decision_does_not_hide_a_value_that_says_nothing(mesh):

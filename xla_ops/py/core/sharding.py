@@ -359,17 +359,17 @@ def is_unsaid(t: torch.Tensor, spec: str) -> bool:
     key = xlac._get_graph_hash([t])
     found = _from_sharded.get(key)
     if found is None:
-        specs = _PARAMETER.findall(xlac._get_xla_tensors_hlo([t]))
+        # Of inputs, and of what xs.mark_sharding or `sharding` split on the way.
+        specs = _TILES.finditer(xlac._get_xla_tensors_hlo([t]))
         if len(_from_sharded) >= _MAX_GRAPHS:
             _from_sharded.clear()
-        found = _from_sharded[key] = any(map(parse, specs))
+        found = _from_sharded[key] = any(any(parse(spec[0])) for spec in specs)
     return found
 
 
-# Whether a lazy graph, by its hash, takes sharded tensors.
+# Whether a lazy graph, by its hash, has sharded tensors.
 _from_sharded: dict[bytes, bool] = {}
 _MAX_GRAPHS = 4096
-_PARAMETER = re.compile(r" parameter\(\d+\), sharding=(\{[^{}]*\})")
 
 
 class Decision(NamedTuple):
