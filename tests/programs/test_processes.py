@@ -10,6 +10,8 @@ import tempfile
 import time
 
 import pytest
+import torch
+import torch_xla
 
 from xla_ops.programs import processes
 
@@ -161,6 +163,20 @@ def test_a_full_folder_ends_no_process(monkeypatch):
     with pytest.raises(OSError, match="No space left on device: '.*xla_ops_group_"):
         processes.HostGroup.make_file(2)
     assert before == (os.listdir("/dev/shm"), os.listdir(tempfile.gettempdir()))
+
+
+def test_types_without_a_sum_or_a_gather():
+    path = processes.HostGroup.make_file(1)
+    try:
+        group = processes.HostGroup(0, 1, path)
+    finally:
+        os.unlink(path)
+    x = torch.ones(4).to(torch_xla.device())
+    with pytest.raises(ValueError, match="x must be float32, .*, got torch.int64"):
+        group.all_reduce(x.long())
+    with pytest.raises(ValueError, match="x must not be complex, got torch.complex64"):
+        group.all_gather(x.to(torch.complex64))
+    assert torch.equal(group.all_gather(x.long()).cpu(), torch.ones(4).long())
 
 
 DIES = """

@@ -45,6 +45,8 @@ _library.define(
     " -> Tensor"
 )
 
+_SUMMED = (torch.float32, torch.float16, torch.bfloat16)
+
 # What a process hands over at a time, and for how long it waits for another: as long as
 # the GPU's collectives (gpu/flags.py).
 _SLOT_BYTES = 1 << 20
@@ -259,6 +261,9 @@ class PeerGroup(XlaGroup):
 class HostGroup(Group):
     """Processes of one host, whose devices are XLA:CPU's.
 
+    Sums are of float32, float16 and bfloat16, and gathers of any type but complex ones:
+    others raise ValueError.
+
     Args:
         rank, size: of this process, and how many there are.
         path: of a file that `make_file` has made, the same for all.
@@ -317,7 +322,11 @@ class HostGroup(Group):
         return stacked.movedim(0, dim).flatten(dim, dim + 1)
 
     def _call(self, x: torch.Tensor, *, gathers: bool) -> torch.Tensor:
-        _refuse_gradient("all_gather" if gathers else "all_reduce", x)
+        call = "all_gather" if gathers else "all_reduce"
+        _refuse_gradient(call, x)
+        if x.is_complex() if gathers else x.dtype not in _SUMMED:
+            rule = "not be complex" if gathers else "be float32, float16 or bfloat16"
+            raise ValueError(f"programs.processes.{call}: x must {rule}, got {x.dtype}")
         op = torch.ops.xla_ops.host_collective
         out = op(x, self._last, self._group, self.size, self._calls, gathers)
         if self._is_ordered:
