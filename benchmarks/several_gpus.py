@@ -64,6 +64,11 @@ COLLECTIVE = re.compile(
     r"(?:-start)?\(",
     re.MULTILINE,
 )
+# What stands for them between processes.
+CALL = re.compile(
+    r" = (?P<type>\S.*?) custom-call\(.*"
+    r'custom_call_target="xla_ops\.(?P<op>(?:host|peer)_collective)"'
+)
 
 
 def bytes_of(shapes: str) -> int:
@@ -81,14 +86,10 @@ def collectives(hlo: str) -> list[tuple[int, str]]:
     """Of a program's collectives, the bytes that each gives on each device, and what it
     is; the largest first."""
     found = [
-        (bytes_of(match["type"]), match["op"]) for match in COLLECTIVE.finditer(hlo)
+        (bytes_of(match["type"]), match["op"])
+        for pattern in (COLLECTIVE, CALL)
+        for match in pattern.finditer(hlo)
     ]
-    # What stands for them between processes.
-    for line in hlo.splitlines():
-        for call in ("host_collective", "peer_collective"):
-            if f'custom_call_target="xla_ops.{call}"' in line:
-                result = line.partition(" = ")[2].partition(" custom-call(")[0]
-                found.append((bytes_of(result), call))
     return sorted(found, reverse=True)
 
 

@@ -69,10 +69,10 @@ def collectives(hlo: str) -> Counter:
     """The instructions of a module that move data between devices, by name."""
     names = (name.removesuffix("-start") for name in instructions(hlo))
     found = Counter(name for name in names if name in COLLECTIVES)
-    # What stands for them between processes on the CPU.
-    for gathers in re.findall(r'"xla_ops.host_collective".*?gathers = (\w+)', hlo):
+    # What stands for them between processes.
+    calls = r'"xla_ops\.(?:host|peer)_collective".*?gathers = (\w+)'
+    for gathers in re.findall(calls, hlo):
         found["all-gather" if gathers == "true" else "all-reduce"] += 1
-    found["all-reduce"] += hlo.count('custom_call_target="xla_ops.peer_collective"')
     return found
 
 

@@ -21,7 +21,7 @@ from checkpoints import (
 )
 from command import command_error, reported, run, run_generate
 from config import ModelConfig
-from hlo import inputs_elsewhere, step_programs
+from hlo import collectives, inputs_elsewhere, step_programs
 from parallel import Sharded
 from sampling import Sampling
 
@@ -49,6 +49,16 @@ CASES = {
     ),
     "qwen3": Qwen3Config(**SIZES, head_dim=64, tie_word_embeddings=False),
 }
+
+
+@pytest.mark.parametrize("where", ["host", "peer"])
+def test_calls_between_processes_are_collectives(where):
+    call = f'custom_call_target="xla_ops.{where}_collective", backend_config='
+    hlo = "\n".join(
+        f"  %c{i} = f32[8] custom-call(%a, %b), {call}{{gathers = {gathers}}}"
+        for i, gathers in enumerate(["true", "false", "false"])
+    )
+    assert collectives(hlo) == {"all-gather": 1, "all-reduce": 2}
 
 
 def make_parallel_engine(folder, **options):

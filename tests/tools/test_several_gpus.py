@@ -22,6 +22,14 @@ def test_counts_what_collectives_give():
     assert several_gpus.moved_bytes(HLO) == 4 * 4 * 256 + 16 + 16 + 8
 
 
+def test_counts_what_calls_through_the_gpus_memory_give():
+    hlo = """
+  %c = bf16[2,4]{1,0} custom-call(%a, %b), custom_call_target="xla_ops.peer_collective"
+  %d = f32[8]{0} custom-call(%a), custom_call_target="xla_ops.rms_norm"
+"""
+    assert several_gpus.collectives(hlo) == [(16, "peer_collective")]
+
+
 def test_one_model_both_ways(tmp_path):
     out = tmp_path / "record.json"
     command = [sys.executable, str(PROGRAM), "--devices", "2", "--out", str(out)]
