@@ -4,7 +4,7 @@ A decode step's collectives are of few rows. XLA launches NCCL's by themselves, 
 the graphs of what lies between, so that a step of 64 of them is bound by launches. The
 call here (xla_ops/cc/ops/peer_collective) is part of the step's graph like any other.
 
-Tested by tests/programs/test_peers.py, and tests/gpu/check_processes.py on GPUs.
+Tested by tests/programs/test_peers.py, and tests/gpu/check_peers.py on GPUs.
 """
 
 from __future__ import annotations
@@ -17,27 +17,20 @@ import torch.distributed as dist
 
 from .. import _runtime
 from ..core import handlers, paths
-from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
 from ..core.environment import boolean
 from ..core.errors import BadValue
-from ..core.hlo import Spec
+from . import collective
 
 VARIABLE = "XLA_OPS_PEER_COLLECTIVES"
 MAX_RANKS = 8
 # That a rank sends at most, to all others together: beyond it NCCL is as fast.
 _MOST_BYTES = 1 << 20
-_TIMEOUT_MS = 600_000  # as NCCL's (gpu/flags.py)
 
 _OP = "peer_collective"
-_TARGET = f"xla_ops.{_OP}"
 _HANDLE_WORDS = 8  # XLA_OPS_PEER_HANDLE_WORDS
 _UNIT_BYTES = 8
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_library = torch.library.Library("xla_ops", "FRAGMENT")
-_library.define(
-    f"{_OP}(Tensor input, Tensor? after, int group, int size, bool gathers) -> Tensor"
-)
+_call = collective.define(_OP, handlers.CUDA, "group")
 
 
 def most_bytes(size: int) -> int:
@@ -49,7 +42,7 @@ def can_sum(x: torch.Tensor, size: int) -> bool:
     """Whether the sum over `size` ranks can be such a call."""
     count = x.numel() * x.element_size()
     is_whole = count % _UNIT_BYTES == 0
-    return x.dtype in _DTYPES and is_whole and 0 < count <= most_bytes(size)
+    return x.dtype in collective.SUMMED and is_whole and 0 < count <= most_bytes(size)
 
 
 def can_gather(x: torch.Tensor, size: int) -> bool:
@@ -83,7 +76,8 @@ def open_group(cpu_group: dist.ProcessGroup, device: int) -> int | None:
     wrong: BadValue | None = None
     try:
         if boolean(os.environ, VARIABLE) is not False:
-            request = (device, rank, size, most_bytes(size), _TIMEOUT_MS)
+            most, timeout = most_bytes(size), collective.TIMEOUT_MS
+            request = (device, rank, size, most, timeout)
             group, *handle = _ask("make", request, 1 + _HANDLE_WORDS)
     except BadValue as error:
         wrong = error
@@ -132,7 +126,7 @@ def all_reduce(
         group: of `open_group`.
         size: how many processes they are.
     """
-    return torch.ops.xla_ops.peer_collective(x, after, group, size, False)
+    return _call(x, after, size, False, group)
 
 
 def all_gather(
@@ -142,35 +136,5 @@ def all_gather(
     flat = x.flatten()
     rest = -flat.numel() % max(_UNIT_BYTES // x.element_size(), 1)
     padded = torch.nn.functional.pad(flat, (0, rest)) if rest else flat
-    gathered = torch.ops.xla_ops.peer_collective(padded, after, group, size, True)
+    gathered = _call(padded, after, size, True, group)
     return gathered[:, : flat.numel()].unflatten(1, x.shape)
-
-
-def _result(x: torch.Tensor, size: int, gathers: bool) -> Spec:
-    shape = tuple(x.shape)
-    return Spec((size, *shape) if gathers else shape, x.dtype)
-
-
-def _in_graph(
-    x: torch.Tensor, after: torch.Tensor | None, group: int, size: int, gathers: bool
-) -> torch.Tensor:
-    handlers.available(handlers.CUDA, _TARGET)
-    custom_call = CustomCall(
-        _TARGET,
-        ("input", OptionalOperand("after", torch.float32)),
-        (_result(x, size, gathers),),
-        {"group": group, "gathers": gathers},
-    )
-    (out,) = call_in_graph(custom_call.bind({"input": x, "after": after}))
-    return out
-
-
-def _fake(
-    x: torch.Tensor, after: torch.Tensor | None, group: int, size: int, gathers: bool
-) -> torch.Tensor:
-    shape, dtype = _result(x, size, gathers)
-    return x.new_empty(shape, dtype=dtype)
-
-
-_library.impl(_OP, _in_graph, "XLA")
-torch.library.register_fake(f"xla_ops::{_OP}", _fake, lib=_library)

@@ -33,24 +33,12 @@ import torch.distributed as dist
 
 from .. import _runtime
 from ..core import gradients, handlers, paths
-from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
-from ..core.hlo import Spec
-from . import peers
+from . import collective, peers
 
 _OP = "host_collective"
-_TARGET = f"xla_ops.{_OP}"
-_library = torch.library.Library("xla_ops", "FRAGMENT")
-_library.define(
-    f"{_OP}(Tensor input, Tensor? after, int group, int size, int call, bool gathers)"
-    " -> Tensor"
-)
+_call_host = collective.define(_OP, handlers.HOST, "group", "call")
 
-_SUMMED = (torch.float32, torch.float16, torch.bfloat16)
-
-# What a process hands over at a time, and for how long it waits for another: as long as
-# the GPU's collectives (gpu/flags.py).
-_SLOT_BYTES = 1 << 20
-_TIMEOUT_MS = 600_000
+_SLOT_BYTES = 1 << 20  # what a process hands over at a time
 _STATE_BYTES = 64 * 64  # HostGroupBytes, in host_collective.h
 
 
@@ -100,6 +88,11 @@ def _dimension(x: torch.Tensor, dim: int) -> int:
             f" {dim}"
         )
     return dim % rank
+
+
+def _joined(stacked: torch.Tensor, dim: int) -> torch.Tensor:
+    """What [size, *shape] holds, one behind the other in dimension `dim` of shape."""
+    return stacked.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _refuse_gradient(call: str, x: torch.Tensor) -> None:
@@ -234,7 +227,7 @@ class PeerGroup(XlaGroup):
             return self._last
         self._note(f"all_gather in dimension {dim}", x)
         self._last = peers.all_gather(x, self._last, self._peers, self.size)
-        return self._last.movedim(0, dim).flatten(dim, dim + 1)
+        return _joined(self._last, dim)
 
     def _orders(self, x: torch.Tensor) -> bool:
         """Whether a collective of `x` has a place in the order.
@@ -273,7 +266,13 @@ class HostGroup(Group):
         ValueError: the file or the place is not as it has to be.
     """
 
-    def __init__(self, rank: int, size: int, path: str, timeout_ms: int = _TIMEOUT_MS):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        path: str,
+        timeout_ms: int = collective.TIMEOUT_MS,
+    ):
         super().__init__(rank, size)
         library = paths.op_library(_OP, "cpu")
         # Never closed: the lock on it shows that this process lives.
@@ -318,17 +317,16 @@ class HostGroup(Group):
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         dim = _dimension(x, dim)
-        stacked = self._call(x, gathers=True)
-        return stacked.movedim(0, dim).flatten(dim, dim + 1)
+        return _joined(self._call(x, gathers=True), dim)
 
     def _call(self, x: torch.Tensor, *, gathers: bool) -> torch.Tensor:
         call = "all_gather" if gathers else "all_reduce"
         _refuse_gradient(call, x)
-        if x.is_complex() if gathers else x.dtype not in _SUMMED:
+        if x.is_complex() if gathers else x.dtype not in collective.SUMMED:
             rule = "not be complex" if gathers else "be float32, float16 or bfloat16"
             raise ValueError(f"programs.processes.{call}: x must {rule}, got {x.dtype}")
-        op = torch.ops.xla_ops.host_collective
-        out = op(x, self._last, self._group, self.size, self._calls, gathers)
+        place = self._group, self._calls
+        out = _call_host(x, self._last, self.size, gathers, *place)
         if self._is_ordered:
             self._last = out
             self._calls += 1
@@ -347,46 +345,6 @@ def _file_of_zeros(folder: str | None, size: int) -> str:
     finally:
         os.close(fd)
     return path
-
-
-def _result(x: torch.Tensor, size: int, gathers: bool) -> Spec:
-    shape = tuple(x.shape)
-    return Spec((size, *shape) if gathers else shape, x.dtype)
-
-
-def _in_graph(
-    x: torch.Tensor,
-    after: torch.Tensor | None,
-    group: int,
-    size: int,
-    call: int,
-    gathers: bool,
-) -> torch.Tensor:
-    handlers.available(handlers.HOST, _TARGET)
-    custom_call = CustomCall(
-        _TARGET,
-        ("input", OptionalOperand("after", torch.float32)),
-        (_result(x, size, gathers),),
-        {"group": group, "call": call, "gathers": gathers},
-    )
-    (out,) = call_in_graph(custom_call.bind({"input": x, "after": after}))
-    return out
-
-
-def _fake(
-    x: torch.Tensor,
-    after: torch.Tensor | None,
-    group: int,
-    size: int,
-    call: int,
-    gathers: bool,
-) -> torch.Tensor:
-    shape, dtype = _result(x, size, gathers)
-    return x.new_empty(shape, dtype=dtype)
-
-
-_library.impl(_OP, _in_graph, "XLA")
-torch.library.register_fake(f"xla_ops::{_OP}", _fake, lib=_library)
 
 
 def set_ranks(
