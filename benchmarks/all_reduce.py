@@ -4,11 +4,11 @@
     PJRT_DEVICE=GPU benchmarks/all_reduce.py --devices 2 --out FILE [--only NAME ...]
 
 A program is 64 blocks: a norm, a product split by columns, one split by rows, and the
-all-reduce behind it, as a transformer has them. `whole` does it on
-one device, `half` one device's part of it without the all-reduce: what is above `half`
-is the all-reduce's. `sharded` are tensors of one process, `ranks` a process a device.
-Each variant's result is compared with `whole`'s before its time counts. Needs the
-installed wheel, and as many GPUs.
+all-reduce behind it, as a transformer has them. `whole` does it on one device, `half`
+one device's part of it without the all-reduce: what is above it is the all-reduce's.
+`sharded` are tensors of one process, `ranks` a process a device. Each variant's result
+is compared with `whole`'s before its time counts. Needs the installed wheel, and as
+many GPUs.
 """
 
 import argparse
@@ -47,7 +47,9 @@ VARIANTS = {
     "ranks": ("group", ""),
     "ranks by XLA": ("token", ""),
     "ranks by XLA, no token": ("bare", ""),
+    "ranks by XLA, no token, sync": ("bare", SYNC),
     "ranks by XLA, sync, kernels": ("bare", f"{SYNC} {KERNELS}"),
+    "ranks by XLA, sync, kernels, graphs": ("bare", f"{SYNC} {KERNELS} {GRAPHS}"),
     "ranks by XLA, symmetric": ("bare", SYMMETRIC),
 }
 

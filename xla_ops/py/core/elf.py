@@ -13,6 +13,7 @@ Tested by tests/core/test_elf.py.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import struct
@@ -45,7 +46,7 @@ def unusable(path: str | os.PathLike[str]) -> str:
                 table = file.read(entry * count)
     except OSError:
         return ""
-    if machine != _own_machine(machine):
+    if machine != (_own_machine() or machine):
         return f"{name} is for {_MACHINES.get(machine, f'machine {machine}')} alone"
     for at in range(0, len(table) - 55, max(entry, 56)):
         kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", table, at)
@@ -56,13 +57,14 @@ def unusable(path: str | os.PathLike[str]) -> str:
     return f"{name} was cut short: it has {size} of {max(ends)} bytes"
 
 
-def _own_machine(otherwise: int) -> int:
-    """What this process runs on, as ELF numbers it; `otherwise` where none tells."""
+@functools.cache
+def _own_machine() -> int | None:
+    """What this process runs on, as ELF numbers it; None where nothing tells."""
     try:
         with open("/proc/self/exe", "rb") as file:
             return int(struct.unpack_from("<H", file.read(20), 18)[0])
     except (OSError, struct.error):
-        return otherwise
+        return None
 
 
 def require_usable(path: str | os.PathLike[str], fix: str) -> None:

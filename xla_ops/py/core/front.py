@@ -89,11 +89,9 @@ def _is_unlike_its_memory(t: torch.Tensor) -> bool:
     return t.is_neg() or t._is_zerotensor()
 
 
-def _check_written(
-    name: str, argument: str, value: object, written: Iterable[str]
-) -> None:
-    for called, t in autograd.tensors([(argument, value)]):
-        if argument in written and _is_unlike_its_memory(t):
+def _check_written(name: str, written: Iterable[tuple[str, object]]) -> None:
+    for called, t in autograd.tensors(written):
+        if _is_unlike_its_memory(t):
             got = "a negated view" if t.is_neg() else "zeros without memory"
             rule = "hold its values in memory"
             Checker(name).require(False, called, rule, f"{got}; pass a clone()")
@@ -141,8 +139,7 @@ def _define(
             return differentiable.kernel(*args, **kwargs)
         autograd.refuse(name, given)
         if any(_is_unlike_its_memory(t) for _, t in autograd.tensors(given)):
-            for argument, value in given:
-                _check_written(name, argument, value, written)
+            _check_written(name, (pair for pair in given if pair[0] in written))
             args = tuple(map(_in_memory, args))
             kwargs = {argument: _in_memory(value) for argument, value in kwargs.items()}
         results = kernel(*args, **kwargs)

@@ -11,7 +11,7 @@
 // that of the next, for which the other ranks' packets of the next have come,
 // so that these have ended the call whose packets it overwrites.
 //
-// Run by tests/gpu/check_processes.py.
+// Run by tests/gpu/check_peers.py.
 
 #include <cuda_runtime_api.h>
 
@@ -92,9 +92,10 @@ class Call {
     }
   }
 
-  // Calls use(i, rank, unit) for each of the thread's units of every rank, and
-  // end(i) behind those of all. Several are on the way at once: to wait for
-  // one after the other costs the memory's latency each time.
+  // Calls use(b, i, rank, unit) for each of the thread's units of every rank,
+  // and end(b, i) behind those of all; unit i is the b-th of kBatch that are on
+  // the way at once: to wait for one after the other costs the memory's latency
+  // each time.
   template <typename Use, typename End>
   __device__ void Receive(Use&& use, End&& end) const {
     for (int64_t at = first_; at < units_; at += kBatch * stride_) {

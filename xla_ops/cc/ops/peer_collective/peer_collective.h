@@ -17,7 +17,7 @@
 // other: a program has each after the one before. A rank that does not come in
 // time is a fault of the others' device, as with NCCL.
 //
-// Run by tests/gpu/check_processes.py.
+// Run by tests/gpu/check_peers.py.
 
 #ifndef XLA_OPS_CC_OPS_PEER_COLLECTIVE_PEER_COLLECTIVE_H_
 #define XLA_OPS_CC_OPS_PEER_COLLECTIVE_PEER_COLLECTIVE_H_

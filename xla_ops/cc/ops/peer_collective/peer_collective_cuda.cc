@@ -1,6 +1,6 @@
 // The CUDA handler of xla_ops.peer_collective, and the groups that it works in.
 //
-// Run by tests/gpu/check_processes.py.
+// Run by tests/gpu/check_peers.py.
 
 #include <cuda_runtime_api.h>
 
