@@ -3,6 +3,7 @@
 
     PJRT_DEVICE=GPU benchmarks/several_gpus.py --devices 2 --out FILE [--shape 8b]
                     [--ways sharded ranks] [--only right one many prefill] [--no-one]
+                    [--trace]
 
 The ways are docs/several_gpus.md's: tensors of one process that are split over its
 devices, and a process a device. The model is that of examples/llm, with weights that
@@ -172,7 +173,7 @@ def max_len_of(case):
     return round_up(case[1] + NEW_TOKENS)
 
 
-def measure(decoder, config, parallel, case, dtype, dump):
+def measure(decoder, config, parallel, case, dtype, dump, trace):
     import hlo
 
     for path in dump.iterdir():  # of the case before
@@ -200,7 +201,9 @@ def measure(decoder, config, parallel, case, dtype, dump):
     needed = 2 * config.num_layers * rows * config.hidden_size * dtype.itemsize
     decode = statistics.median(stats.decode_s)
     program, host = program_seconds(engine, prompts)
+    kernels = traced(engine, prompts) if trace else None
     return {
+        "kernels": kernels,
         "tokens": answers,
         "ms_a_step": decode * 1e3,
         "program_ms": program * 1e3,
@@ -216,7 +219,26 @@ def measure(decoder, config, parallel, case, dtype, dump):
     }
 
 
-def program_seconds(engine, prompts, steps=30):
+def is_first():
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def traced(engine, prompts):
+    """What each kernel of a decode step takes, on the first device."""
+    import device_trace
+
+    steps = 3
+
+    def run():
+        return program_seconds(engine, prompts, steps, repeats=1)[0] * 1e3
+
+    if not is_first():  # it has a part in the first one's steps
+        return run()
+    with tempfile.TemporaryDirectory() as folder:
+        return device_trace.kernels(run, steps, folder)
+
+
+def program_seconds(engine, prompts, steps=30, repeats=3):
     """A decode step's program without the host: steps that do not wait for tokens."""
     import torch_xla.core.xla_model as xm
 
@@ -231,7 +253,7 @@ def program_seconds(engine, prompts, steps=30):
         batch.append(sequence)
     inputs = engine._inputs(batch, [1] * len(batch), engine.max_seqs)
     times = []
-    for _ in range(3):
+    for _ in range(repeats):
         xm.wait_device_ops()
         start = time.perf_counter()
         for _ in range(steps):
@@ -240,6 +262,8 @@ def program_seconds(engine, prompts, steps=30):
         host = (time.perf_counter() - start) / steps
         tokens.cpu()
         times.append(((time.perf_counter() - start) / steps, host))
+    for sequence in batch:
+        engine.cache.allocator.give_back(sequence.blocks)
     return min(times)
 
 
@@ -276,9 +300,11 @@ def child(args):
             decoder = None  # before the next takes its place
             decoder = make_decoder(config, parallel, max_len, dtype)
             made = (shape, dtype)
-        found[name] = measure(decoder, config, parallel, case, dtype, args.dump)
+        found[name] = measure(
+            decoder, config, parallel, case, dtype, args.dump, args.trace
+        )
         gc.collect()  # the engine and its caches
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first():
             args.out.write_text(json.dumps(found))
 
 
@@ -290,6 +316,7 @@ def run(way, devices, args, folder):
         torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(devices)]
         command[1:1] = torchrun
     command += ["--shape", args.shape, "--out", str(out), "--only", *args.only]
+    command += ["--trace"] if args.trace else []
     # torchrun would give each process one thread, to make and move its weights.
     threads = max(1, (os.cpu_count() or 1) // devices)
     env = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -339,6 +366,9 @@ def main():
         "--no-one", action="store_true", help="where one device is full"
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a way")
+    parser.add_argument(
+        "--trace", action="store_true", help="note what each kernel takes too"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = set(args.only) - {"right", *CASES}

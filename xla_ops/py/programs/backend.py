@@ -38,6 +38,7 @@ from torch_xla._dynamo import dynamo_bridge
 
 from ..core import division, in_place, ownership, tracing
 from ..core.interrupts import Uninterrupted
+from . import small_buffers
 from .calls import buffer_of, run_cached
 
 
@@ -92,6 +93,8 @@ def _extract_whole(
     interrupted. Flags that were left would have the next program, whatever it does,
     take the caches' buffers away.
     """
+    for device in {t.device for t in args if isinstance(t, torch.Tensor)}:
+        small_buffers.keep_apart(device)
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     try:

@@ -13,7 +13,7 @@ import torch_xla.runtime as xr
 from torch_xla._dynamo import dynamo_bridge
 
 from ..core import ownership
-from . import kept
+from . import kept, small_buffers
 
 _xlac = torch_xla._XLAC
 
@@ -92,6 +92,7 @@ def compile_graph(computed: list[torch.Tensor], donated: str) -> bytes | None:
     """
     if not computed:
         return None
+    small_buffers.keep_apart(computed[0].device)
     hlo = _xlac._get_xla_tensors_hlo(computed)
     computes = hashlib.sha256(f"{donated}\n{hlo}".encode()).hexdigest()
     for attempt in range(1, 10):
