@@ -28,7 +28,7 @@ namespace {
 constexpr int kThreads = 256;
 // All of them run at once, on any GPU that this is for: a block that waits
 // keeps no other from sending.
-constexpr int64_t kMaxBlocks = 64;
+constexpr int64_t kMaxBlocks = 128;
 constexpr int kSpinsBeforeLook = 1024;  // at the clock
 
 __device__ __forceinline__ void StorePacket(uint4* to, uint2 unit,
@@ -83,11 +83,22 @@ class Call {
         stride_(int64_t{gridDim.x} * kThreads) {}
 
   __device__ void Send() const {
-    for (int64_t i = first_; i < units_; i += stride_) {
-      const uint2 unit = input_[i];
+    for (int64_t at = first_; at < units_; at += kBatch * stride_) {
+      uint2 units[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t i = at + b * stride_;
+        if (i < units_) units[b] = input_[i];
+      }
       for (int step = 1; step < group_.size; ++step) {
         const int other = (group_.rank + step) % group_.size;
-        StorePacket(Packets(other, group_.rank) + i, unit, number_);
+        uint4* const to = Packets(other, group_.rank) + at;
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          if (at + b * stride_ < units_) {
+            StorePacket(to + b * stride_, units[b], number_);
+          }
+        }
       }
     }
   }
