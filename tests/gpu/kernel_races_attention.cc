@@ -34,6 +34,7 @@ struct Cases::Variant {
   float soft_cap = 0.0f;
   const char* kv_cache_dtype = "auto";
   bool extras = false;  // ALiBi slopes, sinks, leftpad_k or seqused_k
+  int64_t num_slots = 0;
 };
 
 void Cases::AddAttention(DType dtype) {
@@ -59,6 +60,20 @@ void Cases::AddAttention(DType dtype) {
       for (const Variant& variant : variants) {
         AddAttention(dtype, head_dim, batch, variant);
       }
+    }
+  }
+  // Decode that cuts the longest one, by lengths, into pieces that are larger
+  // than the others, and smaller.
+  if (dtype == kF32) return;
+  const Batch one_long = {"one long", {1, 1, 2, 1}, {1700, 300, 4500, 0}};
+  const Variant cut[] = {
+      {"page 16, 6 slots", 16, 1, -1, 0, 0.0f, "auto", false, 6},
+      {"page 16, 16 slots", 16, 1, -1, 0, 0.0f, "auto", false, 16},
+      {"page 16, fp8, 6 slots", 16, 1, -1, 0, 0.0f, "fp8_e4m3", false, 6},
+  };
+  for (const int64_t head_dim : {64, 128, 256}) {
+    for (const Variant& variant : cut) {
+      AddAttention(dtype, head_dim, one_long, variant);
     }
   }
 }
@@ -93,19 +108,23 @@ void Cases::AddAttention(DType dtype, int64_t head_dim, const Batch& batch,
 
   const int64_t max_blocks =
       paged ? (longest + v.page_size - 1) / v.page_size : 0;
-  const int64_t num_blocks = paged ? max_blocks * max_num_seqs : 1;
+  // Sequences share blocks where they are long.
+  const int64_t num_blocks =
+      paged ? std::min<int64_t>(max_blocks * max_num_seqs, 300) : 1;
   const int64_t page_size = paged ? v.page_size : num_kv_tokens;
   // Blocks in a mixed order, and one that does not exist.
   TestTensor block_table(kS32, {max_num_seqs, max_blocks});
   for (int64_t i = 0; i < block_table.size(); ++i) {
-    block_table.Set(i, static_cast<double>(block_table.size() - 1 - i));
+    block_table.Set(
+        i, static_cast<double>((block_table.size() - 1 - i) % num_blocks));
   }
   if (max_blocks > 1) block_table.Set(1, 9999);
 
   const Dims query = {num_tokens, kHeads, head_dim};
   const Dims cache = {num_blocks, page_size, kKvHeads, head_dim};
   const int64_t workspace =
-      AttentionWorkspaceBytes(num_tokens, kHeads, head_dim, v.num_splits);
+      AttentionWorkspaceBytes(num_tokens, kHeads, head_dim, v.num_splits) +
+      v.num_slots * AttentionSlotBytes(kKvHeads, head_dim);
   const std::string detail = NameOf(dtype) + " " + std::to_string(head_dim) +
                              " " + batch.name + ", " + v.name;
   const TestTensor scale = Scalar(0.1);
@@ -153,7 +172,7 @@ void Cases::AddAttention(DType dtype, int64_t head_dim, const Batch& batch,
         add_attrs(frame);
         frame->AddAttr("num_splits", v.num_splits).AddAttr("debug", false);
       });
-  if (v.num_splits > 1) return;
+  if (v.num_splits > 1 || v.num_slots > 0) return;
 
   const bool wants_dkv = !paged && !fp8;
   const Dims none = {0};

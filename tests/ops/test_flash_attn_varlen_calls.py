@@ -59,7 +59,7 @@ def test_library_is_asked_for_splits_and_workspace(monkeypatch, lowered):
     # Tokens, heads, KV heads, head_dim, sequences; the bound in octaves; splits.
     sizes = 3, 4, 2, 16, 2
     choose = ("Host", "attention", (*sizes, 1024, 0), 2)
-    assert asked == [choose, ("Host", "attention", (*sizes, 0, 7), 2)]
+    assert asked == [choose, ("Host", "attention", (*sizes, 2048, 7), 2)]
 
 
 def test_without_a_library_nothing_is_cut(monkeypatch, lowered):

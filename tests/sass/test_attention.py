@@ -24,8 +24,9 @@ LIBRARY = PACKAGE / "lib" / "libxla_ops_attention_cuda.so"
 # sm90: head_dim, whether a box holds all panels. mma.sync: query's type or fp8 keys,
 # head_dim; prefill: rows of a tile too.
 SM90 = re.compile(r"AttentionSm90KernelI(?:13__nv_bfloat16|6__half)Li(\d+)ELb([01])E")
+# Decode: whether it has slots.
 DECODE = re.compile(
-    r"AttentionMmaDecodeKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)E"
+    r"AttentionMmaDecodeKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)ELb([01])E"
 )
 PREFILL = re.compile(
     r"AttentionMmaPrefillKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)ELi(\d+)E"
@@ -46,6 +47,12 @@ BOUNDS = {
     ("decode", 64, "8 bits"): (1007, 64, 0, 0),
     ("decode", 128, "8 bits"): (1509, 128, 0, 0),
     ("decode", 256, "8 bits"): (2508, 256, 0, 0),
+    ("slots", 64, "16 bits"): (869, 32, 0, 0),
+    ("slots", 128, "16 bits"): (767, 32, 0, 0),
+    ("slots", 256, "16 bits"): (1056, 64, 0, 0),
+    ("slots", 64, "8 bits"): (1007, 64, 0, 0),
+    ("slots", 128, "8 bits"): (1507, 128, 0, 0),
+    ("slots", 256, "8 bits"): (2500, 256, 0, 0),
     ("128 rows", 64, "16 bits"): (1954, 128, 0, 0),
     ("128 rows", 128, "16 bits"): (2293, 256, 0, 0),
     ("128 rows", 64, "8 bits"): (2491, 256, 0, 0),
@@ -66,6 +73,9 @@ REGISTERS = {
     ("decode", 64): 128,
     ("decode", 128): 128,
     ("decode", 256): 255,
+    ("slots", 64): 128,
+    ("slots", 128): 128,
+    ("slots", 256): 255,
     ("128 rows", 64): 255,
     ("128 rows", 128): 255,
     ("64 rows", 64): 168,
@@ -79,7 +89,8 @@ def key_of(name):
     if found := SM90.search(name):
         return "sm90", int(found[1]), "all panels" if found[2] == "1" else "panel"
     if found := DECODE.search(name):
-        return "decode", int(found[2]), "8 bits" if found[1] == "1" else "16 bits"
+        name = "slots" if found[3] == "1" else "decode"
+        return name, int(found[2]), "8 bits" if found[1] == "1" else "16 bits"
     if found := PREFILL.search(name):
         bits = "8 bits" if found[1] == "1" else "16 bits"
         return f"{found[3]} rows", int(found[2]), bits

@@ -397,9 +397,7 @@ def lower(names: Names, check: Checker, a: Arguments) -> CustomCall:
     check.require(
         0 <= a.num_splits <= 1024, "num_splits", "be from 1 to 1024", a.num_splits
     )
-    # With a number of splits, lengths do not matter to the workspace's size.
-    longest = 0 if a.num_splits else _longest(a)
-    plan = _plan(a.query, num_kv_heads, a.batch, longest, a.num_splits)
+    plan = _plan(a.query, num_kv_heads, a.batch, _longest(a), a.num_splits)
     return CustomCall(
         f"xla_ops.{names.op}",
         (

@@ -43,7 +43,7 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   // a GPU before 8.0 their bodies are empty.
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(
-      &attributes, AttentionMmaDecodeKernel<__half, false, 64>);
+      &attributes, AttentionMmaDecodeKernel<__half, false, 64, false>);
   if (error != cudaSuccess) return error;
   device->has_mma = attributes.ptxVersion >= 80;
   device->can_overlap = CanOverlap(attributes);
@@ -54,19 +54,34 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   return error;
 }
 
+// What the kernel for decode left in slots.
+cudaError_t LaunchCombineSlots(cudaStream_t stream, const AttentionArgs& args,
+                               bool overlap) {
+  const dim3 grid(static_cast<unsigned>(args.num_kv_heads),
+                  static_cast<unsigned>(args.num_slots));
+  return LaunchOverlapping(stream, AttentionCombineSlotsKernel, grid,
+                           32 * kShareWarps, overlap, args);
+}
+
 cudaError_t LaunchAttentionMma(cudaStream_t stream,
                                const AttentionParams& params,
-                               const AttentionArgs& args,
+                               const AttentionArgs& all_args,
                                const AttentionDevice& device) {
-  const int rows =
-      args.few_rows > 0 ? kDecodeRows : MmaTileRows(params, device);
+  const bool mixed = all_args.few_rows > 0;
+  const int rows = mixed ? kDecodeRows : MmaTileRows(params, device);
+  const AttentionArgs args =
+      !mixed && rows == kDecodeRows ? WithSlots(params, all_args) : all_args;
   const int processors = device.multiprocessors;
+  cudaError_t error;
   if (params.kv_dtype != params.dtype) {
-    return LaunchMmaFp8(stream, args, rows, processors);
+    error = LaunchMmaFp8(stream, args, rows, processors);
+  } else if (params.dtype == DType::kF16) {
+    error = LaunchMma<__half, false>(stream, args, rows, processors);
+  } else {
+    error = LaunchMma<__nv_bfloat16, false>(stream, args, rows, processors);
   }
-  return params.dtype == DType::kF16
-             ? LaunchMma<__half, false>(stream, args, rows, processors)
-             : LaunchMma<__nv_bfloat16, false>(stream, args, rows, processors);
+  if (error != cudaSuccess || args.num_slots == 0) return error;
+  return LaunchCombineSlots(stream, args, device.can_overlap);
 }
 
 // Its kernels are prepared where they are the only ones.
@@ -153,6 +168,13 @@ cudaError_t FindDevice(AttentionDevice* result) {
     result->has_wgmma = false;
   }
   if (error == cudaSuccess) error = LoadKernel(AttentionCombineKernel);
+  if (error == cudaSuccess) error = LoadKernel(AttentionCombineSlotsKernel);
+  // As the kernel for decode has it, so that blocks of both find room together.
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(AttentionCombineSlotsKernel,
+                                 cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess) error = LoadKernel(ReportAttentionKernel);
   return error;
 }

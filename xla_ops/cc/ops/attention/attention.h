@@ -74,7 +74,11 @@
 // worked on by its own thread blocks and then combined. The host cannot see
 // lengths, so the caller picks it from bounds, or asks the library, with the
 // workspace's size (attention_plan.h); the device divides the actual length by
-// it. The CPU handler ignores it.
+// it. The CPU handler ignores it. With one split, and slots in the workspace,
+// CUDA's kernel for decode cuts sequences that are much longer than the others
+// (attention_share.h): there the order in which a sequence's tokens are added
+// up, and so the last bits of its rows, follow from the lengths of all. The
+// same call has the same bits.
 // fp32, fp16, bf16; head_dim a multiple of 8 up to 256;
 // num_heads % num_kv_heads == 0; any page_size. CUDA: no more rows (token,
 // head), sequences and KV heads than kAttentionMax... below.
@@ -158,7 +162,8 @@ constexpr int64_t kAttentionMaxSplits = 1024;
 constexpr int64_t kAttentionSchedulerBytes = 128;
 
 // Then, of every split and each query row and head, an unnormalised fp32
-// accumulator [head_dim], the running maximum and the sum.
+// accumulator [head_dim], the running maximum and the sum. A workspace has at
+// least that.
 constexpr int64_t AttentionWorkspaceBytes(int64_t num_tokens, int64_t num_heads,
                                           int64_t head_dim,
                                           int64_t num_splits) {
@@ -166,6 +171,15 @@ constexpr int64_t AttentionWorkspaceBytes(int64_t num_tokens, int64_t num_heads,
          (num_splits <= 1 ? 0
                           : num_splits * num_tokens * num_heads *
                                 (head_dim + 2) * int64_t{sizeof(float)});
+}
+
+// With one split, what is left of the workspace are slots, each for a piece of
+// one sequence that the kernel for decode cuts by its length: the same of up to
+// 16 packed rows of every KV head. It cuts none where there are none.
+constexpr int64_t kAttentionSlotRows = 16;
+constexpr int64_t AttentionSlotBytes(int64_t num_kv_heads, int64_t head_dim) {
+  return num_kv_heads * kAttentionSlotRows * (head_dim + 2) *
+         int64_t{sizeof(float)};
 }
 
 }  // namespace xla_ops

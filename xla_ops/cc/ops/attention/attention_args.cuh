@@ -9,6 +9,7 @@
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/ops/attention/attention.h"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
+#include "xla_ops/cc/ops/attention/attention_share.h"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
@@ -17,6 +18,27 @@ namespace xla_ops {
 inline int Window(int64_t window, int bound) {
   return window < 0 || window >= bound ? -1 : static_cast<int>(window);
 }
+
+// Has the workspace hold partial results of so many rows.
+inline void SetPartials(int64_t rows, const AttentionParams& params,
+                        AttentionArgs* args) {
+  args->partial_out = reinterpret_cast<float*>(
+      static_cast<char*>(params.workspace) + kAttentionSchedulerBytes);
+  args->partial_max = args->partial_out + rows * params.head_dim;
+  args->partial_sum = args->partial_max + rows;
+}
+
+// As many tiles of `tile_rows` packed rows as any cu_seqlens_q could need
+// (attention_tiles.cuh). The limits in attention.h and kTileRows >= 4 keep them
+// below 2^31. With few_rows, a tile a segment.
+inline int64_t NumTiles(const AttentionArgs& args, int tile_rows) {
+  const int64_t group = args.group.value();
+  return (args.few_rows > 0 ? 0 : args.num_tokens * group / tile_rows) +
+         args.max_num_seqs + 2;
+}
+
+// A grid has some room in y behind the KV heads (attention.h).
+constexpr int64_t kMostSlotBlocks = 4096;
 
 inline AttentionArgs MakeAttentionArgs(const AttentionParams& params) {
   AttentionArgs args = {};
@@ -77,12 +99,28 @@ inline AttentionArgs MakeAttentionArgs(const AttentionParams& params) {
   args.aligned = RowsAligned(params);
   args.next_item = static_cast<unsigned*>(params.workspace);
   if (args.num_splits > 1) {
-    const int64_t rows = args.num_splits * params.num_tokens * params.num_heads;
-    args.partial_out = reinterpret_cast<float*>(
-        static_cast<char*>(params.workspace) + kAttentionSchedulerBytes);
-    args.partial_max = args.partial_out + rows * params.head_dim;
-    args.partial_sum = args.partial_max + rows;
+    SetPartials(args.num_splits * params.num_tokens * params.num_heads, params,
+                &args);
   }
+  return args;
+}
+
+// The same for the kernel for decode, which has as many slots as the workspace
+// holds, where a sequence can be long.
+inline AttentionArgs WithSlots(const AttentionParams& params,
+                               AttentionArgs args) {
+  const int64_t slots =
+      (params.workspace_bytes - kAttentionSchedulerBytes) /
+      AttentionSlotBytes(params.num_kv_heads, params.head_dim);
+  if (args.num_splits > 1 || args.max_kv_len <= kShareLongTokens || slots < 2 ||
+      slots * params.num_kv_heads > kMostSlotBlocks ||
+      NumTiles(args, kDecodeRows) > INT32_MAX / params.num_kv_heads) {
+    return args;
+  }
+  args.num_slots = static_cast<int>(slots);
+  const bool fp8 = params.kv_dtype != params.dtype;
+  args.share_tile_shift = DecodeTileTokens(fp8, params.head_dim) == 128 ? 7 : 6;
+  SetPartials(slots * params.num_kv_heads * kAttentionSlotRows, params, &args);
   return args;
 }
 

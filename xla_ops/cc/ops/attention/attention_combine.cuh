@@ -15,6 +15,7 @@
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/vector.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
+#include "xla_ops/cc/ops/attention/attention_share.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
@@ -23,27 +24,32 @@ constexpr int kCombineMaxWarps = 4;
 // Accumulators that a lane loads before it uses the first.
 constexpr int kCombineBatch = 4;
 
-// A block a row of [num_tokens, num_heads], of 1 to kCombineMaxWarps warps,
-// each of which takes every so many-th split. A split whose sum is zero saw
-// nothing, and its accumulator is not read.
-__global__ void __launch_bounds__(32 * kCombineMaxWarps)
-    AttentionCombineKernel(const __grid_constant__ AttentionArgs args) {
-  WaitForPreviousKernel();
-  const int num_rows = args.num_tokens * args.num_heads;
-  const int row = blockIdx.x;
+// Where a row's partial results are: `count` of them, `step` rows apart.
+struct PartialRows {
+  const float* out;  // the first one's
+  const float* max;
+  const float* sum;
+  int64_t step;
+  int count;
+};
+
+// By a block's 1 to kCombineMaxWarps warps, each of which takes every so
+// many-th split. A split whose sum is zero saw nothing, and its accumulator is
+// not read.
+__device__ __forceinline__ void CombineRow(
+    const AttentionArgs& args, const QueryRow& row, const PartialRows& rows,
+    Vector<float, 4> (&totals)[kCombineMaxWarps][32]) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int num_warps = blockDim.x / 32;
-  const float* row_max = args.partial_max + row;
-  const float* row_sum = args.partial_sum + row;
 
   // Every warp looks at all splits; that is cheaper than a barrier.
   float max = -CUDART_INF_F;
   float sum = 0.0f;
-  for (int split = lane; split < args.num_splits; split += 32) {
-    const int64_t at = int64_t{split} * num_rows;
-    const float split_max = row_max[at];
-    const float split_sum = row_sum[at];
+  for (int split = lane; split < rows.count; split += 32) {
+    const int64_t at = split * rows.step;
+    const float split_max = rows.max[at];
+    const float split_sum = rows.sum[at];
     const float new_max = fmaxf(max, split_max);
     sum = sum * Exp2(max - FiniteMax(new_max)) +
           split_sum * Exp2(split_max - FiniteMax(new_max));
@@ -56,30 +62,25 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     sum += __shfl_xor_sync(kFullWarp, sum, step);
     max = new_max;
   }
-  const int token = row / args.num_heads;
-  const float factor =
-      EndRow(args, {token, row - token * args.num_heads}, max, sum);
+  const float factor = EndRow(args, row, max, sum);
 
-  __shared__ Vector<float, 4> totals[kCombineMaxWarps][32];
   for (int first = 0; first < args.head_dim; first += 128) {
     const int column = first + 4 * lane;
     const bool in_row = column < args.head_dim;
     float total[4] = {};
-    for (int base = warp; base < args.num_splits;
+    for (int base = warp; base < rows.count;
          base += kCombineBatch * num_warps) {
       float weight[kCombineBatch];
       Vector<float, 4> part[kCombineBatch];
 #pragma unroll
       for (int i = 0; i < kCombineBatch; ++i) {
         const int split = base + i * num_warps;
-        const int64_t at = int64_t{min(split, args.num_splits - 1)} * num_rows;
-        const bool used =
-            in_row && split < args.num_splits && row_sum[at] != 0.0f;
-        weight[i] = used ? Exp2(row_max[at] - FiniteMax(max)) : 0.0f;
+        const int64_t at = min(split, rows.count - 1) * rows.step;
+        const bool used = in_row && split < rows.count && rows.sum[at] != 0.0f;
+        weight[i] = used ? Exp2(rows.max[at] - FiniteMax(max)) : 0.0f;
         part[i] = {};
         if (used) {
-          part[i] = LoadVector<4>(args.partial_out +
-                                  (at + row) * args.head_dim + column);
+          part[i] = LoadVector<4>(rows.out + at * args.head_dim + column);
         }
       }
 #pragma unroll
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
       }
     }
     if (num_warps > 1) {
-      __syncthreads();  // the last 128 columns' totals have been read
+      __syncthreads();  // the totals before have been read
       StoreVector(totals[warp][lane].data,
                   Vector<float, 4>{total[0], total[1], total[2], total[3]});
       __syncthreads();
@@ -102,7 +103,49 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     if (!in_row) continue;
 #pragma unroll
     for (int j = 0; j < 4; ++j) total[j] *= factor;
-    StoreOut(args, int64_t{row} * args.head_dim + column, total);
+    StoreOut(args, row.Index(args) * args.head_dim + column, total);
+  }
+}
+
+// A block a row of [num_tokens, num_heads], of 1 to kCombineMaxWarps warps.
+__global__ void __launch_bounds__(32 * kCombineMaxWarps)
+    AttentionCombineKernel(const __grid_constant__ AttentionArgs args) {
+  __shared__ Vector<float, 4> totals[kCombineMaxWarps][32];
+  WaitForPreviousKernel();
+  const int64_t row = blockIdx.x;
+  const int token = static_cast<int>(blockIdx.x) / args.num_heads;
+  CombineRow(args,
+             {token, static_cast<int>(blockIdx.x) - token * args.num_heads},
+             {args.partial_out + row * args.head_dim, args.partial_max + row,
+              args.partial_sum + row, int64_t{args.num_tokens} * args.num_heads,
+              args.num_splits},
+             totals);
+}
+
+// Combines what the kernel for decode left in slots, a block a slot and KV
+// head: of a tile in several slots each takes every so many-th row. Most blocks
+// find that their slot is not used, before the previous kernel has ended.
+__global__ void __launch_bounds__(32 * kShareWarps)
+    AttentionCombineSlotsKernel(const __grid_constant__ AttentionArgs args) {
+  __shared__ ShareSearch search;
+  __shared__ QueryTile tile;
+  __shared__ Vector<float, 4> totals[kCombineMaxWarps][32];
+  static_assert(kShareWarps <= kCombineMaxWarps);
+  const int kv_head = blockIdx.x;
+  const int slot = blockIdx.y;
+  const bool used = AnyLong(LongestOfThread(args)) &&
+                    FindItem(args, slot, true, search, tile);
+  // One block has to, so that this kernel does not end before the previous one.
+  if (used || (kv_head == 0 && slot == 0)) WaitForPreviousKernel();
+  if (!used) return;
+  const ShareItem item = search.item;
+  for (int row = item.piece; row < tile.num_rows; row += item.pieces) {
+    const int64_t first = SlotRow(args, slot - item.piece, kv_head, row);
+    CombineRow(args, tile.Row(args, kv_head, row),
+               {args.partial_out + first * args.head_dim,
+                args.partial_max + first, args.partial_sum + first,
+                int64_t{args.num_kv_heads} * kDecodeRows, item.pieces},
+               totals);
   }
 }
 

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "xla_ops/cc/device/kernel_list.h"
+#include "xla_ops/cc/ops/attention/attention_args.cuh"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
 #include "xla_ops/cc/ops/attention/attention_mma_decode.cuh"
@@ -28,12 +29,14 @@ cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args,
                          int rows, int multiprocessors);
 cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args);
 
-// Calls f(shape, kernel) for the kernel of tiles of `rows` packed rows.
+// Calls f(shape, kernel) for the kernel of tiles of `rows` packed rows, for
+// decode the one with or without slots.
 template <typename T, bool kFp8, int kHeadDim, typename F>
-cudaError_t WithMmaKernel(int rows, F&& f) {
+cudaError_t WithMmaKernel(int rows, bool has_slots, F&& f) {
   if (rows == kDecodeRows) {
     return f(MmaDecodeShape<kFp8, kHeadDim>{},
-             AttentionMmaDecodeKernel<T, kFp8, kHeadDim>);
+             has_slots ? AttentionMmaDecodeKernel<T, kFp8, kHeadDim, true>
+                       : AttentionMmaDecodeKernel<T, kFp8, kHeadDim, false>);
   }
   if constexpr (kHeadDim <= kMmaManyRowsMaxHeadDim) {
     if (rows == kMmaManyRows) {
@@ -49,13 +52,14 @@ template <typename T, bool kFp8>
 cudaError_t PrepareMma() {
   return ForEachHeadDim([](auto padded) {
     constexpr int kHeadDim = decltype(padded)::value;
-    cudaError_t error = cudaSuccess;
+    const auto load = [](auto shape, auto* kernel) {
+      return LoadKernel(kernel, decltype(shape)::kSharedBytes);
+    };
+    cudaError_t error =
+        WithMmaKernel<T, kFp8, kHeadDim>(kDecodeRows, true, load);
     for (const int rows : {kDecodeRows, kMmaFewRows, kMmaManyRows}) {
       if (error != cudaSuccess) return error;
-      error =
-          WithMmaKernel<T, kFp8, kHeadDim>(rows, [](auto shape, auto* kernel) {
-            return LoadKernel(kernel, decltype(shape)::kSharedBytes);
-          });
+      error = WithMmaKernel<T, kFp8, kHeadDim>(rows, false, load);
     }
     return error;
   });
@@ -68,22 +72,17 @@ cudaError_t PrepareSimt() {
   });
 }
 
-// As many tiles of `tile_rows` packed rows as any cu_seqlens_q could need
-// (attention_tiles.cuh). The limits in attention.h and kTileRows >= 4 keep them
-// below 2^31. With few_rows, a tile a segment.
-inline int64_t NumTiles(const AttentionArgs& args, int tile_rows) {
-  const int64_t group = args.group.value();
-  return (args.few_rows > 0 ? 0 : args.num_tokens * group / tile_rows) +
-         args.max_num_seqs + 2;
-}
-
-// Launches a kernel over tiles, KV heads and splits.
+// Launches a kernel over tiles, KV heads and splits. With slots there are
+// enough blocks more for each of every KV head.
 template <typename Kernel>
 cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
                         int threads, int shared_bytes,
                         const AttentionArgs& args) {
-  const dim3 grid(static_cast<unsigned>(NumTiles(args, tile_rows)),
-                  static_cast<unsigned>(args.num_kv_heads),
+  const int64_t tiles = NumTiles(args, tile_rows);
+  const int64_t more =
+      (int64_t{args.num_slots} * args.num_kv_heads + tiles - 1) / tiles;
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(args.num_kv_heads + more),
                   static_cast<unsigned>(args.num_splits));
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cudaGetLastError();
@@ -123,7 +122,7 @@ cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args, int rows,
                       int multiprocessors) {
   return DispatchHeadDim(args.head_dim, [&](auto padded) {
     return WithMmaKernel<T, kFp8, decltype(padded)::value>(
-        rows, [&](auto shape, auto* kernel) {
+        rows, args.num_slots > 0, [&](auto shape, auto* kernel) {
           using Shape = decltype(shape);
           if (Shape::kTileRows == kDecodeRows) {
             return LaunchTiles(stream, kernel, Shape::kTileRows,

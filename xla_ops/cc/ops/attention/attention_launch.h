@@ -18,8 +18,9 @@ cudaError_t PrepareAttention();
 
 // Queues one kernel on `stream`, or two that share the sequences, before them
 // perhaps a memset in the workspace (Hopper), after them one that combines the
-// splits when num_splits > 1, and with params.debug one that prints what is
-// masked or clamped for being out of range; never allocates or synchronises.
+// splits when num_splits > 1 or the pieces in slots, and with params.debug one
+// that prints what is masked or clamped for being out of range; never allocates
+// or synchronises.
 // With no token or no head it queues nothing. Beyond the limits in attention.h
 // it returns cudaErrorInvalidConfiguration, with a workspace too small or not
 // aligned to 16 bytes cudaErrorInvalidValue.

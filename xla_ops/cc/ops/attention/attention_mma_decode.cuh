@@ -27,6 +27,7 @@
 #include "xla_ops/cc/device/softmax_fragment.cuh"
 #include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
 #include "xla_ops/cc/ops/attention/attention_rows.cuh"
+#include "xla_ops/cc/ops/attention/attention_share.cuh"
 #include "xla_ops/cc/ops/attention/attention_tiles.cuh"
 
 namespace xla_ops {
@@ -38,8 +39,8 @@ struct MmaDecodeShape {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileRows = 16;
-  static constexpr int kWarpTokens = kFp8 || kHeadDim == 64 ? 32 : 16;
-  static constexpr int kTileTokens = kWarpTokens * kWarps;
+  static constexpr int kTileTokens = DecodeTileTokens(kFp8, kHeadDim);
+  static constexpr int kWarpTokens = kTileTokens / kWarps;
   // Shared memory: the query tile, then a ring of K and V tiles.
   static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
   static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
@@ -64,10 +65,11 @@ struct MmaDecodeShape {
 
 // Each warp holds a part of the tokens of the same 16 rows: bring them to
 // one maximum, add them up through shared memory, and write.
-template <typename T, bool kFp8, int kHeadDim>
+// `slot`: of the partial results, with slots; -1 for a tile that is not cut.
+template <typename T, bool kFp8, int kHeadDim, bool kSlots>
 __device__ __forceinline__ void MergeAndStoreRows(
     const AttentionArgs& args, const QueryTile& tile, int kv_head,
-    int64_t split_start, float value_scale, float* shared,
+    int64_t split_start, int slot, float value_scale, float* shared,
     const MmaAccumulator<kHeadDim>& acc) {
   using Shape = MmaDecodeShape<kFp8, kHeadDim>;
   constexpr int kStride = Shape::kMergeStride;
@@ -115,10 +117,15 @@ __device__ __forceinline__ void MergeAndStoreRows(
     }
     const QueryRow query_row = tile.Row(args, kv_head, row);
     const int64_t out_row = query_row.Index(args);
-    const int64_t partial_row = split_start + out_row;
-    const float factor =
-        value_scale *
-        EndOrSplitRow(args, query_row, partial_row, max, sum, lane == 0);
+    const bool partial = kSlots ? slot >= 0 : args.partial_out != nullptr;
+    const int64_t partial_row =
+        kSlots ? SlotRow(args, slot, kv_head, row) : split_start + out_row;
+    float factor = value_scale;
+    if (partial) {
+      StorePartial(args, partial_row, max, sum, lane == 0);
+    } else {
+      factor *= EndRow(args, query_row, max, sum);
+    }
     for (int column = 2 * lane; column < args.head_dim; column += 64) {
       float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -128,8 +135,8 @@ __device__ __forceinline__ void MergeAndStoreRows(
         total.x += part.x;
         total.y += part.y;
       }
-      StorePair<T, kFp8>(args, out_row, partial_row, column, total.x * factor,
-                         total.y * factor);
+      StorePair<T, kFp8>(args, partial, out_row, partial_row, column,
+                         total.x * factor, total.y * factor);
     }
   }
 }
@@ -144,8 +151,10 @@ __device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
 #endif  // XLA_OPS_HAS_MMA
 
 // T is the tensor cores' operand type: query's, or __half with 8-bit keys
-// and values (kFp8). Grid: x query tiles, y KV heads, z splits.
-template <typename T, bool kFp8, int kHeadDim>
+// and values (kFp8). Grid: x query tiles, y KV heads, z splits. With slots
+// there is one split, and behind all KV heads enough blocks for an item a slot
+// (attention_share.h), which have nothing to do where no sequence is long.
+template <typename T, bool kFp8, int kHeadDim, bool kSlots>
 __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
                                   MmaDecodeShape<kFp8, kHeadDim>::kMinBlocks)
     AttentionMmaDecodeKernel(const __grid_constant__ AttentionArgs args) {
@@ -161,12 +170,39 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   __shared__ float row_scale[kFp8 ? Shape::kTileRows : 1];
 
   // Last tiles first: under a causal mask they have the most to do.
+  const int tile_index = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   QueryTile tile;
-  if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(
-          args, static_cast<int>(gridDim.x - 1 - blockIdx.x), search, &tile)) {
+  int kv_head = blockIdx.y;
+  int piece = blockIdx.z;
+  int pieces = args.num_splits;
+  int* slot_of_item = nullptr;
+  if constexpr (kSlots) {
+    static_assert(Shape::kTileRows == kDecodeRows);
+    static_assert(Shape::kWarps == kShareWarps);
+    __shared__ ShareSearch share;
+    slot_of_item = &share.item.slot;
+    if (threadIdx.x == 0) share.item.slot = -1;
+    // Asked for before the tile is looked for, and looked at behind it.
+    const int longest = LongestOfThread(args);
+    bool found = false;
+    if (kv_head < args.num_kv_heads) {
+      found = FindQueryTile<Shape::kTileRows, Shape::kWarps>(args, tile_index,
+                                                             search, &tile);
+    }
+    if (__builtin_expect(AnyLong(longest), 0)) {
+      const unsigned block = blockIdx.y * gridDim.x + blockIdx.x;
+      const unsigned item = block / args.num_kv_heads;
+      kv_head = static_cast<int>(block - item * args.num_kv_heads);
+      found = FindItem(args, static_cast<int>(item), false, share, search.tile);
+      tile = search.tile;
+      piece = share.item.piece;
+      pieces = share.item.pieces;
+    }
+    if (!found) return;
+  } else if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(args, tile_index,
+                                                             search, &tile)) {
     return;
   }
-  const int kv_head = blockIdx.y;
   const int64_t split_start =
       int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
   const int lane = threadIdx.x % 32;
@@ -175,9 +211,8 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
       VisibleTokens(args, tile.kv_len, tile.Position(args, 0),
                     tile.Position(args, tile.num_rows - 1));
   const TokenRange tiles = TilesOf<kTileTokens>(visible);
-  const TokenRange split =
-      SplitRange(tiles.end - tiles.begin, args.num_splits, blockIdx.z);
-  if (args.num_splits > 1 && split.begin == split.end) {
+  const TokenRange split = SplitRange(tiles.end - tiles.begin, pieces, piece);
+  if (!kSlots && args.num_splits > 1 && split.begin == split.end) {
     StoreEmptySplit(args, tile, kv_head, split_start);
     return;
   }
@@ -270,6 +305,8 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   // Tokens that all rows see.
   const TokenRange common = {rows[15].visible.begin, rows[0].visible.end};
 
+  // The one that combines slots, which most calls have nothing in.
+  if constexpr (kSlots) LetNextKernelStart();
   MmaAccumulator<kHeadDim> acc;
   acc.Clear();
   uint32_t slot = 0;
@@ -333,11 +370,14 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   }
 
   // The one that combines splits; sooner, it would take room from others.
-  LetNextKernelStart();
+  if constexpr (!kSlots) LetNextKernelStart();
 #pragma unroll
   for (float& sum : acc.sum) sum = QuadSum(sum);
-  MergeAndStoreRows<T, kFp8>(args, tile, kv_head, split_start, value_scale,
-                             reinterpret_cast<float*>(shared), acc);
+  // With slots from shared memory: the loop needs the registers.
+  MergeAndStoreRows<T, kFp8, kHeadDim, kSlots>(
+      args, kSlots ? search.tile : tile, kv_head, split_start,
+      kSlots ? *slot_of_item : -1, value_scale,
+      reinterpret_cast<float*>(shared), acc);
 #endif  // XLA_OPS_HAS_MMA
 }
 

@@ -60,8 +60,8 @@ __device__ __forceinline__ void StoreRows(const AttentionArgs& args,
       const int column = OutColumn<kFp8>(pair);
       if (column >= args.head_dim) break;
       const float2 out = OutPair<kFp8>(acc.out, pair, i);
-      StorePair<T, kFp8>(args, out_row, partial_row, column, out.x * factor,
-                         out.y * factor);
+      StorePair<T, kFp8>(args, args.partial_out != nullptr, out_row,
+                         partial_row, column, out.x * factor, out.y * factor);
     }
   }
 }

@@ -350,13 +350,14 @@ __device__ __forceinline__ void MaskTokens(const TileRow* rows, int token,
       [&](int c) { return (valid >> c & 1) != 0; }, scores);
 }
 
-// Writes two neighbouring elements of a row: to `out` or, with splits, to
-// the split's partial result.
+// Writes two neighbouring elements of a row: to `out` or, of a split or a
+// piece, to its partial result.
 template <typename T, bool kFp8>
 __device__ __forceinline__ void StorePair(const AttentionArgs& args,
-                                          int64_t out_row, int64_t partial_row,
-                                          int column, float x, float y) {
-  if (args.partial_out != nullptr) {
+                                          bool partial, int64_t out_row,
+                                          int64_t partial_row, int column,
+                                          float x, float y) {
+  if (partial) {
     *reinterpret_cast<float2*>(args.partial_out + partial_row * args.head_dim +
                                column) = make_float2(x, y);
     return;

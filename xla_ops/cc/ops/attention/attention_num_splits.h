@@ -20,6 +20,10 @@ int64_t ChooseNumSplits(const XlaOpsAttentionRequest& request);
 int64_t ChooseDecodeSplits(int64_t tiles, int64_t max_kv_len);
 int64_t ChoosePrefillSplits(int64_t tiles, int64_t max_kv_len);
 
+// How many slots a call of one split should have (attention.h), for the kernel
+// for decode to cut long sequences among short ones; 0 where none can be long.
+int64_t ChooseNumSlots(const XlaOpsAttentionRequest& request);
+
 // xla_ops_attention_plan; `can_split`: the handler makes use of splits.
 const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
                               bool can_split, XlaOpsAttentionPlan* plan);

@@ -6,6 +6,7 @@
 #include "xla_ops/cc/ops/attention/attention.h"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_num_splits.h"
+#include "xla_ops/cc/ops/attention/attention_share.h"
 
 namespace xla_ops {
 namespace {
@@ -35,7 +36,24 @@ constexpr int64_t kCombineTime = 4000;
 // Of prefill's pieces.
 constexpr int64_t kLeastKvTiles = 2;
 
+// Slots times KV heads. A large GPU holds 528 blocks; with 512 slots an H200 took
+// up to a sixth longer where a few lengths differ (benchmarks/NOTES.md).
+constexpr int64_t kSlotBlocks = 384;
+
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// False where they are more than any call has.
+bool CountRows(const XlaOpsAttentionRequest& request, int64_t* rows) {
+  const int64_t group =
+      request.num_heads / std::max<int64_t>(1, request.num_kv_heads);
+  return !__builtin_mul_overflow(request.num_tokens, group, rows) &&
+         request.max_num_seqs <= kAttentionMaxSeqs;
+}
+
+bool IsDecode(const XlaOpsAttentionRequest& request, int64_t rows) {
+  return rows / kDecodeRows <= request.max_num_seqs &&
+         rows <= kDecodeRows * request.max_num_seqs;
+}
 
 }  // namespace
 
@@ -79,16 +97,10 @@ int64_t ChoosePrefillSplits(int64_t tiles, int64_t max_kv_len) {
 }
 
 int64_t ChooseNumSplits(const XlaOpsAttentionRequest& request) {
-  const int64_t group =
-      request.num_heads / std::max<int64_t>(1, request.num_kv_heads);
   int64_t rows;
   int64_t tiles;
-  if (__builtin_mul_overflow(request.num_tokens, group, &rows) ||
-      request.max_num_seqs > kAttentionMaxSeqs) {
-    return 1;
-  }
-  const bool is_decode = rows / kDecodeRows <= request.max_num_seqs &&
-                         rows <= kDecodeRows * request.max_num_seqs;
+  if (!CountRows(request, &rows)) return 1;
+  const bool is_decode = IsDecode(request, rows);
   // What sequences of a row or more could have at most, a tile of each in part
   // full.
   const int64_t tile_rows =
@@ -100,6 +112,18 @@ int64_t ChooseNumSplits(const XlaOpsAttentionRequest& request) {
   if (__builtin_mul_overflow(bound, request.num_kv_heads, &tiles)) return 1;
   return is_decode ? ChooseDecodeSplits(tiles, request.max_kv_len)
                    : ChoosePrefillSplits(tiles, request.max_kv_len);
+}
+
+int64_t ChooseNumSlots(const XlaOpsAttentionRequest& request) {
+  int64_t rows;
+  // The bound may have been rounded down to a power of two.
+  if (request.max_kv_len < kShareLongTokens || request.max_num_seqs < 2 ||
+      !CountRows(request, &rows) || !IsDecode(request, rows)) {
+    return 0;
+  }
+  const int64_t slots =
+      kSlotBlocks / std::max<int64_t>(1, request.num_kv_heads);
+  return slots < 2 ? 0 : slots;
 }
 
 const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
@@ -131,9 +155,19 @@ const char* MakeAttentionPlan(const XlaOpsAttentionRequest& request,
       __builtin_add_overflow(unused, kAttentionSchedulerBytes, &unused)) {
     return "the workspace must have less than 2^63 bytes";
   }
+  const int64_t slots = can_split && splits == 1 ? ChooseNumSlots(request) : 0;
+  int64_t slot_bytes;
+  if (__builtin_mul_overflow(
+          slots * request.num_kv_heads * kAttentionSlotRows * 4,
+          request.head_dim + 2, &slot_bytes) ||
+      __builtin_add_overflow(unused, slot_bytes, &unused)) {
+    return "the workspace must have less than 2^63 bytes";
+  }
   plan->num_splits = splits;
-  plan->workspace_bytes = AttentionWorkspaceBytes(
-      request.num_tokens, request.num_heads, request.head_dim, splits);
+  plan->workspace_bytes =
+      AttentionWorkspaceBytes(request.num_tokens, request.num_heads,
+                              request.head_dim, splits) +
+      slot_bytes;
   return nullptr;
 }
 

@@ -112,6 +112,53 @@ XLA_OPS_TEST(TheLibraryChoosesAndSizesTheWorkspace) {
             AttentionWorkspaceBytes(1, 32, 128, 32));
 }
 
+XLA_OPS_TEST(SlotsAreForManySequencesThatDecode) {
+  const auto slots = [](int64_t tokens, int64_t seqs, int64_t kv_heads,
+                        int64_t length) {
+    XlaOpsAttentionRequest request = Request();
+    request.num_tokens = tokens;
+    request.num_kv_heads = kv_heads;
+    request.max_num_seqs = seqs;
+    request.max_kv_len = length;
+    const Answer answer = Ask(request);
+    EXPECT_EQ(answer.error, "");
+    const int64_t bytes =
+        answer.plan.workspace_bytes -
+        AttentionWorkspaceBytes(tokens, 32, 128, answer.plan.num_splits);
+    return bytes == 0 ? 0 : bytes / AttentionSlotBytes(kv_heads, 128);
+  };
+  EXPECT_EQ(slots(64, 64, 8, 32768), 48);
+  EXPECT_EQ(slots(1000, 1000, 8, 32768), 48);
+  EXPECT_EQ(slots(64, 64, 32, 32768), 12);
+  EXPECT_EQ(slots(200, 64, 8, 32768), 48);
+  // Few are cut by shapes.
+  EXPECT_EQ(slots(8, 8, 8, 32768), 0);
+  EXPECT_EQ(slots(64, 64, 1, 32768), 0);
+  // None is long.
+  EXPECT_EQ(slots(64, 64, 8, 4095), 0);
+  EXPECT_EQ(slots(64, 64, 8, 4096), 48);
+  // Prefill, and prefill beside decode.
+  EXPECT_EQ(slots(65536, 64, 8, 32768), 0);
+  EXPECT_EQ(slots(4096, 64, 8, 32768), 0);
+}
+
+XLA_OPS_TEST(SlotsOfSizesThatNothingHolds) {
+  XlaOpsAttentionRequest request = Request();
+  request.num_tokens = 64;
+  request.max_num_seqs = 64;
+  request.max_kv_len = INT64_MAX;
+  EXPECT_EQ(ChooseNumSlots(request), 48);
+  request.num_kv_heads = 2000;
+  EXPECT_EQ(ChooseNumSlots(request), 0);
+  request.num_kv_heads = 0;
+  EXPECT_EQ(ChooseNumSlots(request), 0);
+  request.max_num_seqs = INT64_MAX;
+  EXPECT_EQ(ChooseNumSlots(request), 0);
+  request.max_num_seqs = 64;
+  request.num_tokens = INT64_MAX;
+  EXPECT_EQ(ChooseNumSlots(request), 0);
+}
+
 XLA_OPS_TEST(TheCallerMayChoose) {
   XlaOpsAttentionRequest request = Request();
   request.num_splits = 3;
@@ -122,6 +169,16 @@ XLA_OPS_TEST(TheCallerMayChoose) {
   }
   request.num_splits = 1;
   EXPECT_EQ(Ask(request).plan.workspace_bytes, 128);
+  // One may be the library's choice, which a caller hands back.
+  request.num_tokens = 64;
+  request.max_num_seqs = 64;
+  request.max_kv_len = 32768;
+  EXPECT_EQ(Ask(request).plan.workspace_bytes,
+            128 + 48 * AttentionSlotBytes(8, 128));
+  EXPECT_EQ(Ask(request, false).plan.workspace_bytes, 128);
+  request.num_splits = 2;
+  EXPECT_EQ(Ask(request).plan.workspace_bytes,
+            AttentionWorkspaceBytes(64, 32, 128, 2));
 }
 
 XLA_OPS_TEST(TheCpuLibraryNeverSplits) {

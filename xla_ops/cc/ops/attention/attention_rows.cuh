@@ -118,18 +118,23 @@ __device__ __forceinline__ float EndRow(const AttentionArgs& args,
   return end.factor;
 }
 
-// The same where the row may be one split's, which leaves its softmax as it
-// is for the combining kernel. Called by all lanes that hold the row, with
-// the same values; `writer` is one of them.
+// Leaves a row's softmax as it is for the combining kernel. Called by all lanes
+// that hold the row, with the same values; `writer` is one of them.
+__device__ __forceinline__ void StorePartial(const AttentionArgs& args,
+                                             int64_t partial_row, float max,
+                                             float sum, bool writer) {
+  if (!writer) return;
+  args.partial_max[partial_row] = max;
+  args.partial_sum[partial_row] = sum;
+}
+
+// EndRow or StorePartial, where the row may be one split's.
 __device__ __forceinline__ float EndOrSplitRow(const AttentionArgs& args,
                                                const QueryRow& row,
                                                int64_t partial_row, float max,
                                                float sum, bool writer) {
   if (args.partial_out == nullptr) return EndRow(args, row, max, sum);
-  if (writer) {
-    args.partial_max[partial_row] = max;
-    args.partial_sum[partial_row] = sum;
-  }
+  StorePartial(args, partial_row, max, sum, writer);
   return 1.0f;
 }
 

@@ -49,7 +49,8 @@ struct AttentionArgs {
   void* out;
   float* lse;  // [num_heads, num_tokens]
   // Partial results when num_splits > 1, else null; the row index is
-  // (split * num_tokens + token) * num_heads + head.
+  // (split * num_tokens + token) * num_heads + head. With num_slots,
+  // [num_slots, num_kv_heads, 16 packed rows] instead.
   float* partial_out;   // [num_splits, num_tokens, num_heads, head_dim]
   float* partial_max;   // [num_splits, num_tokens, num_heads], base 2
   float* partial_sum;   // [num_splits, num_tokens, num_heads]
@@ -89,6 +90,10 @@ struct AttentionArgs {
   bool aligned;  // every row of query, key, value and out to 16 bytes
   // Prefill by mma.sync: KV heads of a section (LaunchSections).
   int section_heads;
+  // Of the kernel for decode, where it may cut long sequences: one split, and
+  // this many pieces. Its KV tiles have 1 << share_tile_shift tokens.
+  int num_slots;
+  int share_tile_shift;
 };
 
 // A row of query and out.
