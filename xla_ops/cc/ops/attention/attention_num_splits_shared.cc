@@ -36,8 +36,8 @@ constexpr int64_t kCombineTime = 4000;
 // Of prefill's pieces.
 constexpr int64_t kLeastKvTiles = 2;
 
-// Slots times KV heads. A large GPU holds 528 blocks; with 512 slots an H200 took
-// up to a sixth longer where a few lengths differ (benchmarks/NOTES.md).
+// Slots times KV heads. A large GPU holds 528 blocks; with 512 slots an H200
+// took up to a sixth longer where a few lengths differ (benchmarks/NOTES.md).
 constexpr int64_t kSlotBlocks = 384;
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -5,11 +5,11 @@
 // A sequence asks for query tiles, each of which sees some KV tiles. A fair
 // share is the sum of all KV tiles over the number of slots for partial results
 // in the workspace, which with all KV heads are somewhat fewer than the blocks
-// that a large GPU holds. A sequence that takes more than a third longer than that, and has
-// more than kShareLongTokens, is long: its KV tiles are cut into pieces, and
-// each piece is an item; every other query tile is one. There are so many
-// pieces that they take all slots, and never more: equal sequences stay whole
-// where they are more than half as many as slots.
+// that a large GPU holds. A sequence that takes more than a third longer than
+// that, and has more than kShareLongTokens, is long: its KV tiles are cut into
+// pieces, and each piece is an item; every other query tile is one. There are
+// so many pieces that they take all slots, and never more: equal sequences stay
+// whole where they are more than half as many as slots.
 //
 // The larger items come first: those of cut sequences, in the order of their
 // slots, or those of whole ones. No CUDA header, so that it can be tested
