@@ -52,6 +52,13 @@ def test_the_first_program_of_a_gpu_has_walls_made_that_stay(on_gpu, way):
     assert {pointer(wall) for wall in walls} == addresses
 
 
+def test_they_have_buffers_where_tensors_are_lazy_by_default(on_gpu):
+    with torch_xla.device():
+        use(replay)
+    [walls] = small_buffers._walls.values()
+    assert len({pointer(wall) for wall in walls}) == small_buffers._HOLES
+
+
 def test_nothing_is_made_for_tensors_of_the_host(none_made):
     small_buffers.keep_apart(torch.device("cpu"))
     assert not small_buffers._walls

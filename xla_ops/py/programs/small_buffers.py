@@ -36,7 +36,9 @@ def keep_apart(device: torch.device) -> None:
         return
     walls: list[torch.Tensor] = []
     holes: list[torch.Tensor] = []
+    # Made on the host, whatever the default device: a lazy tensor has no buffer.
+    hole = torch.zeros(_HOLE_BYTES, dtype=torch.uint8, device="cpu")
     for _ in range(_HOLES):
-        holes.append(torch.zeros(_HOLE_BYTES, dtype=torch.uint8).to(device))
-        walls.append(torch.zeros(1, dtype=torch.uint8).to(device))
+        holes.append(hole.to(device))
+        walls.append(hole[:1].to(device))
     _walls[device] = walls
