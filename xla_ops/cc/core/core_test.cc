@@ -1,7 +1,9 @@
-// Operand checks and their texts, dtypes, dispatch and cache geometry.
+// Operand checks and their texts, dtypes, dispatch, cache geometry and numbers
+// of objects.
 
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +15,7 @@
 #include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/ffi_dtype.h"
 #include "xla_ops/cc/core/float.h"
+#include "xla_ops/cc/core/numbered.h"
 #include "xla_ops/cc/core/testing.h"
 
 namespace xla_ops {
@@ -155,6 +158,27 @@ XLA_OPS_TEST(CacheBoundsHold) {
   EXPECT_EQ(ErrorText(CheckGeometry("op", {kHuge, 4, 0, 0, 0})),
             "op: num_blocks must give less than 2^63 slots, got "
             "4611686018427387904");
+}
+
+// --- Numbered objects ------------------------------------------------------
+
+XLA_OPS_TEST(ObjectsAreFoundByTheNumberThatTheyGot) {
+  auto& all = Numbered<int>::All();
+  EXPECT_TRUE(all.Find(0) == nullptr);
+  EXPECT_EQ(all.Add(std::make_unique<int>(5)), 0);
+  int* const first = all.Find(0);
+  for (int64_t i = 1; i < 100; ++i) {
+    EXPECT_EQ(all.Add(std::make_unique<int>(static_cast<int>(i))), i);
+  }
+  EXPECT_TRUE(all.Find(0) == first);  // it stays where it is
+  EXPECT_EQ(*first, 5);
+  EXPECT_EQ(*all.Find(99), 99);
+  for (const int64_t number :
+       {int64_t{-1}, int64_t{100}, std::numeric_limits<int64_t>::max(),
+        std::numeric_limits<int64_t>::min()}) {
+    EXPECT_TRUE(all.Find(number) == nullptr);
+  }
+  EXPECT_TRUE(Numbered<char>::All().Find(0) == nullptr);
 }
 
 }  // namespace

@@ -20,7 +20,6 @@
 #include <mutex>  // NOLINT
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/checks.h"
@@ -29,6 +28,7 @@
 #include "xla_ops/cc/core/ffi_dtype.h"
 #include "xla_ops/cc/core/float.h"
 #include "xla_ops/cc/core/handler.h"
+#include "xla_ops/cc/core/numbered.h"
 #include "xla_ops/cc/ops/host_collective/host_collective.h"
 
 namespace xla_ops {
@@ -182,25 +182,6 @@ class Group {
   int64_t pieces_ = 0;  // guarded by mutex_
 };
 
-struct Groups {
-  std::mutex mutex;
-  std::vector<std::unique_ptr<Group>> groups;  // guarded by mutex
-};
-
-// Never destroyed: handlers may run while the process exits.
-Groups& AllGroups() {
-  static auto* const groups = new Groups;
-  return *groups;
-}
-
-Group* FindGroup(int64_t group) {
-  Groups& all = AllGroups();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  const bool is_known =
-      0 <= group && group < static_cast<int64_t>(all.groups.size());
-  return is_known ? all.groups[group].get() : nullptr;
-}
-
 struct HostCollectiveParams {
   Group* group;
   int64_t call;
@@ -226,7 +207,7 @@ ffi::Error MakeHostCollectiveParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
                                     int64_t group, int64_t call, bool gathers,
                                     HostCollectiveParams* params) {
   (void)after;
-  params->group = FindGroup(group);
+  params->group = Numbered<Group>::All().Find(group);
   if (params->group == nullptr) {
     return MustError(kOp, "group", "be one that this process has joined",
                      std::to_string(group));
@@ -311,10 +292,7 @@ const char* Join(const XlaOpsHostGroupRequest& request, int64_t* group) {
   void* const memory =
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (memory == MAP_FAILED) return "fd must be a file that can be mapped";
-  Groups& all = AllGroups();
-  std::lock_guard<std::mutex> guard(all.mutex);
-  *group = static_cast<int64_t>(all.groups.size());
-  all.groups.push_back(std::make_unique<Group>(request, memory));
+  *group = Numbered<Group>::All().Add(std::make_unique<Group>(request, memory));
   return nullptr;
 }
 

@@ -7,15 +7,15 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>  // NOLINT
 #include <optional>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/checks.h"
 #include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/ffi_dtype.h"
+#include "xla_ops/cc/core/numbered.h"
 #include "xla_ops/cc/device/cuda_handler.h"
 #include "xla_ops/cc/ops/peer_collective/peer_collective.h"
 #include "xla_ops/cc/ops/peer_collective/peer_collective_launch.h"
@@ -32,25 +32,6 @@ struct Member {
   bool is_open;
   PeerGroup group;
 };
-
-struct Members {
-  std::mutex mutex;
-  std::vector<std::unique_ptr<Member>> members;  // guarded by mutex
-};
-
-// Never destroyed: handlers may run while the process exits.
-Members& AllMembers() {
-  static auto* const members = new Members;
-  return *members;
-}
-
-Member* FindMember(int64_t group) {
-  Members& all = AllMembers();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  const bool is_known =
-      0 <= group && group < static_cast<int64_t>(all.members.size());
-  return is_known ? all.members[group].get() : nullptr;
-}
 
 // CUDA's own words, for one of the functions that return text.
 const char* Said(const char* what, cudaError_t error) {
@@ -121,15 +102,12 @@ const char* Make(const XlaOpsPeerGroupRequest& request,
   member->group.slot_units = units;
   member->group.timeout_ns =
       static_cast<uint64_t>(request.timeout_ms) * 1'000'000;
-  Members& all = AllMembers();
-  std::lock_guard<std::mutex> lock(all.mutex);
-  result->group = static_cast<int64_t>(all.members.size());
-  all.members.push_back(std::move(member));
+  result->group = Numbered<Member>::All().Add(std::move(member));
   return nullptr;
 }
 
 const char* Open(const XlaOpsPeerHandles& request) {
-  Member* const member = FindMember(request.group);
+  Member* const member = Numbered<Member>::All().Find(request.group);
   if (member == nullptr || member->is_open) {
     return "group must be one that was made and is not open";
   }
@@ -167,7 +145,7 @@ ffi::Error MakePeerCollectiveParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
                                     int64_t group, bool gathers,
                                     PeerCollectiveParams* params) {
   (void)after;
-  const Member* const member = FindMember(group);
+  const Member* const member = Numbered<Member>::All().Find(group);
   if (member == nullptr || !member->is_open) {
     return MustError(kOp, "group", "be one that this process has opened",
                      std::to_string(group));
