@@ -39,21 +39,33 @@ def run_cached(
         return torch_xla._XLAC._run_cached_graph(program, inputs(args))
     except RuntimeError as error:
         if _FAILED in str(error):
-            raise _failed(args) from error
+            raise _failed(args, inputs) from error
         if _PENDING not in str(error):
             raise
     finish(args)
     return torch_xla._XLAC._run_cached_graph(program, inputs(args))
 
 
-def _failed(args: Sequence[torch.Tensor]) -> RuntimeError:
-    """Of arguments that a program was to compute, or to update, as it failed."""
-    lost = [t for t in args if t.device.type == "xla" and _xlac._is_placecholder(t)]
-    shapes = ", ".join(str(list(t.shape)) for t in lost)
+def _failed(args: Sequence[torch.Tensor], inputs: Callable) -> RuntimeError:
+    """Of a program of which an input has no value any more."""
+    tensors = [t for t in args if t.device.type == "xla"]
+    shapes = _lost(tensors)  # as a program failed that was to compute or update them
+    if shapes:
+        return RuntimeError(
+            "xla_ops: an argument must have a value, got one that was lost in a program"
+            f" that failed, of shape {shapes}; make it anew"
+        )
+    # torch_xla gives the buffer of what torch's own operations update away.
     return RuntimeError(
-        "xla_ops: an argument must have a value, got one that was lost in a program"
-        f" that failed, of shape {shapes}; make it anew"
+        "xla_ops: a tensor that a compiled function closes over must stay as it is, got"
+        f" one that was updated in place, of shape {_lost(inputs(args))}; give it as an"
+        " argument, or name it in replay's `state`"
     )
+
+
+def _lost(tensors: Sequence[torch.Tensor]) -> str:
+    lost = [t for t in tensors if _xlac._is_placecholder(t)]
+    return ", ".join(str(list(t.shape)) for t in lost)
 
 
 def buffer_of(value: torch.Tensor) -> int:

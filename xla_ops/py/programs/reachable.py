@@ -6,7 +6,7 @@ Tested by tests/programs/test_replay_threads.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import torch
@@ -15,11 +15,12 @@ import torch
 _LIMIT = 100_000
 
 
-def tensors(function: Callable) -> list[torch.Tensor]:
+def tensors(function: object) -> list[torch.Tensor]:
     """The XLA tensors in what a function closes over and in the globals that it names.
 
     Looked for in functions within it and those that it calls by such names, in
-    containers, and in the attributes of objects.
+    containers, and in the attributes of objects. Of an object of another kind, those in
+    its elements and attributes.
     """
     found: list[torch.Tensor] = []
     seen: dict[int, object] = {}

@@ -40,7 +40,7 @@ from torch.utils import _pytree as pytree
 from torch_xla.experimental.eager import eager_mode_context
 
 from ..core import autograd, in_place, interrupts, ownership, sharding
-from . import reachable
+from . import arguments, reachable
 from .calls import buffer_of, compile_graph, finish, run_cached
 from .reads import Reads
 
@@ -66,16 +66,22 @@ class Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if in_place.is_collecting():
             return self._function(*args, **kwargs)  # a part of another program
-        leaves, form = _flatten(args, kwargs)
+        leaves, form = arguments.flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         with ownership.LOCK:
             if self._shares is None:
                 self._shares = _Shares(_tensors_of(self._state))
             shares = self._shares.of(tensors)
-            key: Hashable = (form, _signature(leaves), shares, _surroundings())
+            key: Hashable = (
+                *(form, arguments.signature(leaves), shares),
+                arguments.surroundings(),
+            )
             if xr.is_spmd():
                 key = (key, sharding.signature(tensors))
-            program = self._programs.get(key)
+            try:
+                program = self._programs.get(key)
+            except TypeError as error:
+                raise arguments.unhashable(leaves) or error from None
             if program is None:
                 program = self._trace(key, leaves, tensors, form)
             return program(tensors)
@@ -83,7 +89,7 @@ class Replay:
     def _trace(
         self, key: Hashable, leaves: list, tensors: list[torch.Tensor], form: object
     ) -> _Program:
-        _check(leaves)
+        arguments.check(leaves)
         # The function is kept, for a program that torch_xla drops; the tensors of this
         # call are not.
         places = [isinstance(leaf, torch.Tensor) for leaf in leaves]
@@ -94,7 +100,7 @@ class Replay:
 
         def call(*given: torch.Tensor) -> Any:
             rest = iter(given)
-            args, kwargs = _unflatten(
+            args, kwargs = arguments.unflatten(
                 [
                     next(rest) if is_tensor else value
                     for value, is_tensor in zip(values, places, strict=True)
@@ -119,9 +125,10 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
     first call. Results have no gradient.
 
     Args:
-        function: takes any tree (tuples, lists, dicts) of XLA tensors and of values
-            that can be hashed, and returns a tree of tensors and values. A tensor that
-            it updates by an op of this package, such as a KV cache, keeps its buffer.
+        function: takes any tree (tuples, lists, dicts, what torch's pytree knows) of
+            XLA tensors and of values that can be hashed, and returns a tree of tensors
+            and values. A tensor that it updates by an op of this package, such as a KV
+            cache, keeps its buffer.
         state: tensors and modules that the function uses or updates without being
             given them, such as a model and its caches. They may get new values between
             calls; a module's parameters must stay the same objects, and what is split
@@ -134,7 +141,8 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
         ValueError: at a call, where an argument is on another device, requires a
             gradient, or a tensor would be updated that is no argument and not in
             `state`.
-        TypeError: where an argument that is no tensor cannot be hashed.
+        TypeError: where an argument that is no tensor cannot be hashed, is hashed by
+            its identity, as an object of a plain class is, or holds tensors.
 
     Example:
         >>> @replay
@@ -150,31 +158,6 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
 
 # How often a function is traced that other threads may have disturbed.
 _MAX_TRACES = 8
-
-# A call without keywords, of leaves alone: most are.
-_FLAT = "flat"
-
-
-def _flatten(args: tuple, kwargs: dict) -> tuple[list, object]:
-    if not kwargs and not any(isinstance(a, (tuple, list, dict)) for a in args):
-        return list(args), _FLAT
-    return pytree.tree_flatten((args, kwargs))
-
-
-def _unflatten(leaves: list, form: object) -> tuple[Sequence, dict]:
-    if form is _FLAT:
-        return leaves, {}
-    return pytree.tree_unflatten(leaves, form)  # type: ignore[arg-type]
-
-
-def _signature(leaves: Sequence) -> tuple:
-    return tuple(
-        (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
-        if isinstance(leaf, torch.Tensor)
-        # 0.0 equals -0.0, and NaN not itself.
-        else (type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else leaf)
-        for leaf in leaves
-    )
 
 
 class _Shares:
@@ -205,38 +188,6 @@ class _Shares:
 def _storage(t: torch.Tensor) -> int:
     """Identifies what views, detach() and .data have in common with their tensor."""
     return t.untyped_storage()._cdata
-
-
-def _surroundings() -> tuple:
-    """What else changes a program."""
-    autocast = torch.is_autocast_enabled("xla")
-    return (
-        torch.get_autocast_dtype("xla") if autocast else None,
-        torch.get_default_dtype(),
-        _xlac._xla_get_mat_mul_precision(),
-        torch.is_grad_enabled(),
-    )
-
-
-def _check(leaves: Sequence) -> None:
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor):
-            continue
-        if leaf.device.type != "xla":
-            raise ValueError(
-                f"replay: tensor argument {i} must be on an XLA device, got"
-                f" {leaf.device}"
-            )
-        if not torch._is_functional_tensor(leaf):
-            raise RuntimeError(
-                f"replay: tensor argument {i} must be functionalized, got one that is"
-                " not; unset XLA_DISABLE_FUNCTIONALIZATION"
-            )
-        if leaf.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"replay: tensor argument {i} must not require a gradient, got one that"
-                " does: results have none; use torch.no_grad()"
-            )
 
 
 def _tensors_of(state: State) -> list[torch.Tensor]:
