@@ -9,7 +9,7 @@ import pathlib
 import pytest
 
 import fakes
-from xla_ops.gpu import check
+from xla_ops.gpu import check, cuda_libraries
 from xla_ops.gpu import driver as cuda_driver
 
 _numbers = itertools.count()
@@ -177,3 +177,44 @@ def test_runs_on(archs, runs, not_on):
 def test_malformed_architecture_raises():
     with pytest.raises(ValueError, match="malformed architecture 'sm_90'"):
         check.runs_on("8.0 sm_90", (9, 0))
+
+
+@pytest.mark.parametrize("cuda", [12, 13])
+@pytest.mark.parametrize("part", cuda_libraries.PARTS, ids=lambda part: part.name)
+def test_broken_files_of_cuda(tmp_path, part, cuda):
+    """Each of which a program would have found at the end of its process, or not."""
+    plugin = tmp_path / f"jax_plugins/xla_cuda{cuda}/xla_cuda_plugin.so"
+    file = tmp_path / "nvidia" / part.places[cuda].path
+    library = fakes.build("fake_ops").read_bytes()
+    whole = b"BC\xc0\xde and more" if part.name == "libdevice" else library
+    assert check.broken_cuda_files(plugin) is None
+    fakes.copy(fakes.build("fake_ops"), file)
+    file.write_bytes(whole)
+    assert check.broken_cuda_files(plugin) is None
+    kind = {"ptxas": "program", "libdevice": "LLVM bitcode"}
+    pointer = b"version https://git-lfs.github.com/spec/v1"
+    contents = {
+        f"{file} is empty": b"",
+        f"{file} is no {kind.get(part.name, 'shared object')}": pointer,
+    }
+    if whole is library:
+        total = len(library)
+        cut = f"{file} was cut short: it has 9000 of {total} bytes"
+        contents[cut] = library[:9000]
+    for what, data in contents.items():
+        file.write_bytes(data)
+        found = check.broken_cuda_files(plugin)
+        assert found.what == what
+        assert found.fix.startswith("pip install --force-reinstall --no-deps ")
+        assert part.places[cuda].wheel in found.fix
+
+
+def test_broken_files_of_one_wheel_are_brought_once(tmp_path):
+    for name in ("libcublas.so.13", "libcublasLt.so.13"):
+        file = tmp_path / "nvidia/cu13/lib" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = check.broken_cuda_files(tmp_path / "jax_plugins/xla_cuda13/plugin.so")
+    assert found.what.count(" is empty") == 2 and found.fix.count("cublas") == 1
+    # Of a plugin from elsewhere nothing is known.
+    assert check.broken_cuda_files(tmp_path / "plugin.so") is None

@@ -231,6 +231,20 @@ def test_missing_cuda_libraries(machine, monkeypatch, device, status):
     assert report.facts["cuda_libraries"]["cuBLAS"] is None
 
 
+@pytest.mark.parametrize("device, status", [("GPU", "FAIL"), ("CPU", "note")])
+def test_broken_cuda_libraries(machine, tmp_path, device, status):
+    # Beside the folder of the plugin, as the fixture numbers them.
+    broken = tmp_path / "nvidia" / "cu13" / "lib" / "libcublas.so.13"
+    broken.parent.mkdir(parents=True)
+    broken.touch()
+    report, _, calls = machine(device)
+    (check,) = [c for c in report.checks if c.name == "CUDA libraries"]
+    assert check.status == status and check.text == f"{broken} is empty"
+    assert check.fix.startswith("pip install --force-reinstall")
+    assert report.healthy is (device == "CPU")
+    assert calls == ["CPU"]  # no client is made of it
+
+
 @pytest.mark.parametrize(
     "device, status, verdict",
     [

@@ -293,3 +293,19 @@ def test_a_plugin_that_was_cut_short_is_named(tmp_path):
     error = use_device(tmp_path, "CUDA", path)
     assert f"{path} was cut short: it has 9000 of " in error
     assert error.endswith("reinstall jax-cuda13-pjrt, which xla_ops[cuda13] brings")
+
+
+@pytest.mark.parametrize(
+    "size, what", [(0, "is empty"), (9000, "was cut short: it has 9000 of ")]
+)
+def test_a_broken_library_of_cuda_is_named(tmp_path, size, what):
+    """XLA opened it when a program needed it, and the process ended there."""
+    path = tmp_path / "jax_plugins" / "xla_cuda13" / "xla_cuda_plugin.so"
+    fakes.copy(fakes.build("fake_pjrt_plugin"), path)
+    broken = tmp_path / "nvidia" / "cu13" / "lib" / "libcublas.so.13"
+    fakes.copy(fakes.build("fake_ops"), broken)
+    assert "fake plugin: no devices" in use_device(tmp_path, "CUDA", path)
+    broken.write_bytes(broken.read_bytes()[:size])
+    error = use_device(tmp_path, "CUDA", path)
+    assert error.startswith(f"{broken} {what}")
+    assert ": pip install --force-reinstall --no-deps 'nvidia-cublas>=" in error

@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import re
 import signal
 import time
 import warnings
@@ -192,11 +191,14 @@ def gpu(report: Report, environ: Mapping[str, str]) -> bool:
         report.judge("GPU", "entry point", False, text, f"{_REINSTALL}, by pip")
     path = _plugin(report)
     _driver(report, environ, path)
+    broken = None if path is None else check.broken_cuda_files(path)
+    if broken is not None:
+        report.problem("GPU", "CUDA libraries", broken)
     usable = all(check.status == OK for check in report.checks[before:])
     if report.facts["plugin"].get("warning"):
         report.add("GPU", "PJRT API", NOTE, report.facts["plugin"]["warning"])
     if path is not None:
-        _cuda_libraries(report, environ, path)
+        _cuda_libraries(report, environ, path, are_whole=broken is None)
     return usable
 
 
@@ -273,13 +275,12 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def _cuda_libraries(
-    report: Report, environ: Mapping[str, str], path: pathlib.Path
+    report: Report, environ: Mapping[str, str], path: pathlib.Path, *, are_whole: bool
 ) -> None:
     """What XLA opens when a program needs it; a client starts without most of it."""
-    match = re.fullmatch(r"xla_cuda(12|13)", path.parent.name)
-    if match is None:
+    cuda = check.cuda_of(path)
+    if cuda is None:
         return
-    cuda = int(match[1])
     parts = cuda_libraries.opened(path)
     found = {p.name: cuda_libraries.find(p, path, cuda, environ) for p in parts}
     report.facts["cuda_libraries"] = found
@@ -297,7 +298,7 @@ def _cuda_libraries(
                 report.add("GPU", "CUDA libraries", NOTE, text, fix)
             else:
                 report.judge("GPU", "CUDA libraries", False, text, fix)
-    if all(found.values()):
+    if all(found.values()) and are_whole:
         places = ", ".join(f"{name}: {place}" for name, place in found.items())
         text = f"all {len(parts)} that XLA opens are there"
         report.add("GPU", "CUDA libraries", OK, text, details=places)

@@ -15,7 +15,7 @@ from .. import _runtime
 from ..core import elf
 from ..core.errors import Problem
 from ..core.paths import LIB
-from . import discover, driver, options
+from . import cuda_libraries, discover, driver, options
 
 T = TypeVar("T")
 
@@ -54,6 +54,51 @@ def check_machine(plugin: pathlib.Path) -> None:
     for device in found.devices:
         if used is None or device.ordinal in used:
             _check_kernels(device)
+
+
+# How files begin that are no shared object, and what those are.
+_BEGINNINGS = {
+    "ptxas": ("program", (b"\x7fELF", b"#!")),
+    "libdevice": ("LLVM bitcode", (b"BC\xc0\xde", b"\xde\xc0\x17\x0b")),
+}
+
+
+def cuda_of(plugin: pathlib.Path) -> int | None:
+    """The CUDA, 12 or 13, that the plugin at `plugin` is for; None where unknown."""
+    match = re.fullmatch(r"xla_cuda(12|13)", plugin.parent.name)
+    return None if match is None else int(match[1])
+
+
+def broken_cuda_files(plugin: pathlib.Path) -> Problem | None:
+    """What of NVIDIA's wheels beside the plugin cannot be used; None where all can.
+
+    XLA opens a file when a program first needs it. One that was cut short would end the
+    process then, and one of no content would be "not found".
+    """
+    cuda = cuda_of(plugin)
+    if cuda is None:
+        return None
+    found = cuda_libraries.beside(plugin, cuda)
+    faults = [(part, what) for part, file in found if (what := _fault(part, file))]
+    if not faults:
+        return None
+    parts, texts = zip(*faults, strict=True)
+    line = cuda_libraries.pip_line(parts, cuda, anew=True)
+    return Problem("; ".join(texts), line)
+
+
+def _fault(part: cuda_libraries.Part, file: str) -> str:
+    kind, beginnings = _BEGINNINGS.get(part.name, ("shared object", (b"\x7fELF",)))
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(4)
+    except OSError as error:
+        return f"{file} cannot be read ({error.strerror})"
+    if not head:
+        return f"{file} is empty"
+    return elf.unusable(file) or (
+        "" if head.startswith(beginnings) else f"{file} is no {kind}"
+    )
 
 
 def _fix_for_driver(newest: int, plugin: str) -> str:

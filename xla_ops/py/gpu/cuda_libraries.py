@@ -190,10 +190,28 @@ def missing(plugin: pathlib.Path, cuda: int, environ: Mapping[str, str]) -> list
     return [p for p in opened(plugin) if find(p, plugin, cuda, environ) is None]
 
 
-def pip_line(parts: Iterable[Part], cuda: int) -> str:
-    """The command that brings the parts, in the versions that xla_ops asks for."""
+def beside(plugin: pathlib.Path, cuda: int) -> list[tuple[Part, str]]:
+    """What NVIDIA's wheels beside the plugin have of the parts, and where."""
+    found = []
+    for part in PARTS:
+        files = (base / part.places[cuda].path for base in _beside(plugin))
+        file = _first(file for file in files if file.is_file())
+        if file is not None:
+            found.append((part, file))
+    return found
+
+
+def pip_line(parts: Iterable[Part], cuda: int, *, anew: bool = False) -> str:
+    """The command that brings the parts, in the versions that xla_ops asks for.
+
+    Args:
+        parts: what is to be brought.
+        cuda: 12 or 13.
+        anew: whether pip takes them for installed, as where a file is broken.
+    """
     wheels = dict.fromkeys(part.places[cuda].wheel for part in parts)
-    return "pip install " + " ".join(shlex.quote(_requirement(w)) for w in wheels)
+    line = ["pip install", *(["--force-reinstall --no-deps"] if anew else [])]
+    return " ".join([*line, *(shlex.quote(_requirement(w)) for w in wheels)])
 
 
 def _requirement(wheel: str) -> str:

@@ -27,11 +27,15 @@ def open_bridge() -> str:
 
     Raises:
         Problem: no plugin or several, a wrong PJRT version, no driver, a GPU that the
-            kernels were not built for, or an environment variable with a wrong value.
+            kernels were not built for, a broken file of CUDA, or an environment
+            variable with a wrong value.
     """
     bridge = bridge_path()
     plugin = discover.find_plugin()
     check.check_machine(plugin)
+    broken = check.broken_cuda_files(plugin)
+    if broken is not None:
+        raise broken
     plugin_info(plugin)
     flags.set_defaults(os.environ)
     _runtime.open_plugin(bridge, str(plugin))
