@@ -213,7 +213,8 @@ def test_jobs_have_coordinators_of_their_own(monkeypatch, launched):
     assert min(ports) == 1024 and max(ports) == 65535
     assert all(port != master for master, port in enumerate(ports, 1024))
     assert port(MASTER_PORT=29501, XLA_COORDINATOR_PORT=5) == "5"
-    for wrong in ("", "x", "-1", "0", "99999", "29500.0"):
+    digits = "\u0662\u0669\u0665\u0660\u0660"  # of another script
+    for wrong in ("", "x", "-1", "0", "99999", "29500.0", digits, "9" * 5000):
         assert port(MASTER_PORT=wrong) is None
     assert port() is None
     # Before torch_xla reads it.

@@ -40,6 +40,10 @@ MACHINE = Gpus(GPUS, MIGS)
         ("01,2", 2),
         ("1gpu,2", 2),  # strtol() reads numbers
         ("0x1", 1),
+        ("-0,1", 2),
+        pytest.param("0" * 5000 + "1,2", 2, id="many zeros"),
+        pytest.param("9" * 5000, 0, id="many digits"),  # Python reads 4300
+        pytest.param("1,-" + "9" * 5000, 1, id="far below zero"),
         ("all", 0),
         ("none", 0),
         ("NoDevFiles", 0),

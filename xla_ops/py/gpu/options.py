@@ -97,7 +97,9 @@ def set_coordinator_port(environ: MutableMapping[str, str]) -> None:
     """
     name = _COORDINATOR_VARIABLE
     master = environ.get("MASTER_PORT", "")
-    if name not in environ and master.isdecimal() and int(master) in _PORTS:
+    if name in environ or not re.fullmatch("[0-9]{1,5}", master):
+        return
+    if int(master) in _PORTS:
         place = int(master) - _MASTER_PORT + _COORDINATOR_PORT - _PORTS.start
         environ[name] = str(_PORTS[place % len(_PORTS)])
 

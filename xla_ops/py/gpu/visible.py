@@ -17,6 +17,7 @@ from typing import NamedTuple
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 _NVML_LIBRARY = "libnvidia-ml.so.1"
+_DIGITS = 19  # that a number of 64 bits may have
 _UUID_BYTES = 96  # NVML_DEVICE_UUID_V2_BUFFER_SIZE
 
 
@@ -75,10 +76,11 @@ def _find(entry: str, by_uuid: bool, machine: Gpus | None) -> int | str | None:
         if not entry.startswith("GPU-"):
             return None
         return entry if machine is None else _index(entry, machine.gpus)
-    number = re.match(r"[ \t\n\v\f\r]*([+-]?[0-9]+)", entry)
-    if number is None or int(number[1]) < 0:
+    number = re.match(r"[ \t\n\v\f\r]*([+-]?)0*([0-9]+)", entry)
+    if number is None or (number[1] == "-" and number[2] != "0"):
         return None
-    index = int(number[1])
+    # strtol() makes the largest number of what is larger.
+    index = int(number[2]) if len(number[2]) < _DIGITS else 10**_DIGITS
     return index if machine is None or index < len(machine.gpus) else None
 
 
