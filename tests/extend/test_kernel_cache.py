@@ -82,6 +82,16 @@ def test_folder_that_cannot_be_written_is_told_once(folder):
     assert kernel_cache.load("key") is None
 
 
+def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kernel_cache.pathlib.Path, "replace", full)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        kernel_cache.store("key", CODE)
+    assert not list(folder.iterdir())
+
+
 def test_place_follows_the_environment(monkeypatch):
     for name, value, wanted in (
         ("XLA_OPS_CACHE_DIR", "/x", "/x/kernels"),

@@ -94,3 +94,34 @@ def test_too_late(tmp_path):
         check=True,
     )
     assert done.stdout.startswith("keep_programs: must be called before anything is")
+
+
+_FULL = """
+import resource, sys, warnings, torch, torch_xla
+from xla_ops.programs.kept import keep_programs
+from xla_ops.programs.replay import replay
+
+keep_programs(sys.argv[1])
+x = torch.ones(3).to(torch_xla.device())
+torch_xla.sync(wait=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+with warnings.catch_warnings(record=True) as caught:
+    f = replay(lambda x, n: x * n)
+    print([f(x, n).tolist() for n in (2, 2, 3)])
+print(*(w.message for w in caught), sep=chr(10))
+"""
+
+
+def test_a_folder_that_is_full_keeps_nothing_and_stops_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    results, warning = done.stdout.splitlines()
+    assert results == str([[2.0] * 3, [2.0] * 3, [3.0] * 3])
+    assert warning.startswith("keep_programs: programs are not kept any more, because ")
+    assert str(tmp_path) in warning and "File too large" in warning
+    assert not digests(tmp_path) and not list(tmp_path.glob("*.[0-9]*"))

@@ -7,9 +7,12 @@ handlers print each such id, on stderr on the CPU and on stdout on a GPU.
 
 from __future__ import annotations
 
+import functools
 import os
 
-_enabled = os.environ.get("XLA_OPS_DEBUG", "0") not in ("", "0")
+from . import environment
+
+_enabled: bool | None = None  # as the environment says
 
 
 def set_debug(enabled: bool) -> None:
@@ -23,5 +26,13 @@ def set_debug(enabled: bool) -> None:
 
 
 def enabled() -> bool:
-    """Returns whether debug mode is on."""
-    return _enabled
+    """Returns whether debug mode is on.
+
+    Raises BadValue if XLA_OPS_DEBUG is set to anything but a truth value.
+    """
+    return _of_environment() if _enabled is None else _enabled
+
+
+@functools.cache
+def _of_environment() -> bool:
+    return environment.boolean(os.environ, "XLA_OPS_DEBUG") or False

@@ -14,6 +14,7 @@ Tested by tests/extend/test_kernel_cache.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -123,6 +124,8 @@ def _write(path: pathlib.Path, data: bytes) -> bool:
         draft.write_bytes(data)
         draft.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()  # what there was room for
         _tell_unwritable(str(path.parent), str(error))
         return False
     return True

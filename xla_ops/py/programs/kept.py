@@ -9,10 +9,13 @@ Tested by tests/programs/test_kept.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 
 import torch_xla.runtime as xr
+
+from ..core.errors import warn_user
 
 _SUFFIX = ".hlo-sha256"
 _folders: list[pathlib.Path] = []  # at most one
@@ -52,11 +55,23 @@ def recall(program: bytes) -> str | None:
 
 
 def remember(program: bytes, digest: str) -> None:
-    """Notes what a program that has just been compiled computes."""
+    """Notes what a program that has just been compiled computes.
+
+    Where that cannot be written, as on a full disk, it says so and keeps no more.
+    """
     if not _folders:
         return
     # At once or not at all: other processes read it.
     path = _folders[0] / (program.hex() + _SUFFIX)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(digest)
-    draft.replace(path)
+    try:
+        draft.write_text(digest)
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        folder = _folders.pop()
+        warn_user(
+            f"keep_programs: programs are not kept any more, because {folder} cannot be"
+            f" written ({error})"
+        )
