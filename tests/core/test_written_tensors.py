@@ -245,3 +245,27 @@ def test_a_subclass_of_tensor_is_written_where_it_lies(layout):
     key_cache, value_cache = (t.as_subclass(Subclass) for t in take(raw))
     write(key_cache, value_cache, ROWS, SLOTS)
     assert torch.equal(raw, wanted)
+
+
+def test_a_cache_of_inference_mode_is_not_lost_outside():
+    """Torch refuses its update, by openxla once the program has run."""
+    path = Path("lazy")
+
+    def write(key, value, rows, slots):
+        xla_ops.reshape_and_cache_flash(rows, rows, key, value, slots)
+
+    with torch.inference_mode():
+        caches = path.put([torch.full((4, 2, 2, 8), 5.0) for _ in range(2)])
+    rows, slots = path.put([torch.ones(2, 2, 8), torch.tensor([0, 5])])
+    step = torch.compile(write, backend="openxla")
+    text = r"xla_ops: a cache made under torch.inference_mode\(\) must be .* \[4, 2, 2"
+    for is_warm in (False, True):
+        with pytest.raises(Exception, match=text):
+            step(*caches, rows, slots)
+        if not is_warm:
+            assert [cache.sum().item() for cache in caches] == [640, 640]
+            with torch.inference_mode():
+                step(*caches, rows, slots)
+        assert [cache.sum().item() for cache in caches] == [512, 512]
+    torch.compile(write, backend="xla_ops")(*caches, 2 * rows, slots)
+    assert [cache.sum().item() for cache in caches] == [544, 544]

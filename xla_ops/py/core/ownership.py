@@ -367,10 +367,28 @@ def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
         from . import division
 
         division.check(cast("torch.fx.Graph", traced[0].module.graph))
+    _require_updatable(caches)
     protect(caches, finish_reads=True)
     if traced is not None and handlers.is_spmd():
         _renumber(traced[1])
     return [_NOTHING, *caches]
+
+
+def _require_updatable(caches: Sequence[torch.Tensor]) -> None:
+    """Raises ValueError where torch refuses the update after the program has run.
+
+    By then the program has taken the buffers of all caches.
+    """
+    if torch.is_inference_mode_enabled():
+        return
+    for t in caches:
+        if t.is_inference():
+            raise ValueError(
+                "xla_ops: a cache made under torch.inference_mode() must be updated"
+                " under it by a function that is compiled for openxla, got one of shape"
+                f" {list(t.shape)} outside; call the function under it, or take the"
+                " backend xla_ops"
+            )
 
 
 def _renumber(inputs: Sequence[object]) -> None:
