@@ -36,6 +36,90 @@ def test_it_waits_for_the_end():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Alarm(Exception):
+    pass
+
+
+@pytest.fixture
+def handlers():
+    """Has each signal raise an error of its own; returns those errors."""
+
+    def handle(number, frame):
+        raise Alarm(signal.Signals(number).name)
+
+    names = ("SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    numbers = [getattr(signal, name) for name in names]
+    before = [signal.signal(number, handle) for number in numbers]
+    yield dict(zip(names, numbers, strict=True)), handle
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_any_signal_waits_for_the_end(handlers):
+    numbers, handle = handlers
+    for name, number in numbers.items():
+        done = []
+
+        def work(number=number, done=done):
+            with Uninterrupted():
+                signal.raise_signal(number)
+                done.append("to the end")
+
+        with pytest.raises(Alarm, match=name):
+            work()
+        assert done and all(signal.getsignal(n) is handle for n in numbers.values())
+
+
+def test_each_signal_that_came_is_told(handlers):
+    numbers, handle = handlers
+
+    def work():
+        with Uninterrupted():
+            signal.raise_signal(numbers["SIGALRM"])
+            interrupt()
+            signal.raise_signal(numbers["SIGTERM"])
+
+    with pytest.raises((Alarm, KeyboardInterrupt)) as raised:
+        work()
+    errors, error = set(), raised.value
+    while error is not None:
+        errors.add(str(error) or type(error).__name__)
+        error = error.__context__
+    assert errors == {"SIGALRM", "KeyboardInterrupt", "SIGTERM"}
+    assert all(signal.getsignal(n) is handle for n in numbers.values())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_while_handlers_are_changed_leaves_them_as_they_were(handlers):
+    """Before it is put off, and when it has been put back, it raises at once."""
+    numbers, handle = handlers
+    count = 0
+
+    def profile(frame, event, function):
+        # The module's own calls, at each of which a signal may come.
+        nonlocal count
+        if event == "c_call" and function.__name__ in ("signal", "getsignal"):
+            count -= 1
+            if not count:
+                sys.setprofile(None)
+                signal.raise_signal(numbers["SIGUSR1"])
+
+    for number in range(1, 40):
+        count, done = number, []
+        sys.setprofile(profile)
+        try:
+            with Uninterrupted():
+                done.append("begun")
+                done.append("ended")
+        except Alarm:
+            pass
+        finally:
+            sys.setprofile(None)
+        assert len(done) in (0, 2)
+        assert all(signal.getsignal(n) is handle for n in numbers.values())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_an_error_passes_and_the_handler_is_put_back():
     def work():
         with Uninterrupted():
