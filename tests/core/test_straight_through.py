@@ -5,6 +5,7 @@ import torch
 import torch_xla
 
 import xla_ops
+from support import Path
 
 ONE = torch.full((1,), 0.25)
 NAMES = ["static fp8", "dynamic fp8", "fp8 by row"]
@@ -85,6 +86,20 @@ def test_vjp():
     f = lambda x: xla_ops.straight_through(x, codes, scale)  # noqa: E731
     _, pull = torch.func.vjp(f, x)
     assert torch.equal(pull(x)[0], x)
+
+
+@pytest.mark.parametrize("name", ["cpu", "lazy"])
+def test_under_vmap(name):
+    x = Path(name).put(torch.randn(2, 3, 8))
+    codes, scale = quantiser(Path(name), "static int8")(x)
+
+    def through(x, codes):
+        return xla_ops.straight_through(x, codes, scale)
+
+    assert torch.equal(torch.func.vmap(through)(x, codes), through(x, codes))
+    slopes = torch.func.vmap(torch.func.grad(lambda *given: through(*given).sum()))
+    whole = torch.func.grad(lambda x: through(x, codes).sum())
+    assert torch.equal(slopes(x, codes), whole(x))
 
 
 @pytest.mark.parametrize(

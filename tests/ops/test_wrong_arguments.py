@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import xla_ops
@@ -165,6 +166,31 @@ def test_tensors_unlike_their_memory(name, kind):
         wanted = call(argument, lambda t, change=change: change(t).clone())
         for a, b in zip(call(argument, change), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@PATHS
+@pytest.mark.parametrize("name_of_function", legal_calls())
+def test_no_tangent_of_forward_mode_is_lost(name, name_of_function):
+    """A tensor with a tangent is a view of one without, in which an op might read."""
+    path = Path(name)
+
+    def dual(t):
+        return forward_ad.make_dual(t, torch.ones_like(t))
+
+    for argument, value in legal_calls()[name_of_function].items():
+        leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+        if not any(t.is_floating_point() for t in leaves):
+            continue
+        given_ = legal_calls()[name_of_function]
+        given_ = {a: put(path, v) for a, v in given_.items()}
+        with forward_ad.dual_level():
+            given_[argument] = pytree.tree_map_only(
+                torch.Tensor, dual, given_[argument]
+            )
+            error = outcome(path, name_of_function, given_)
+        text = f"xla_ops.{name_of_function}: has no gradient: {argument}"
+        assert (error or "").startswith(text), (argument, error)
+        assert "has a tangent (forward mode)" in error
 
 
 CACHES = ("key_cache", "value_cache")

@@ -78,8 +78,8 @@ def refuse(op: str, arguments: Iterable[tuple[str, object]]) -> None:
     for name, t in tensors(arguments):
         if reverse and t.requires_grad:
             raise RuntimeError(message(op, name))
-        if forward and _is_dual(t):
-            raise RuntimeError(message(op, name, _TANGENT))
+        if tracing.has_tangent(t):
+            raise RuntimeError(message(op, name, TANGENT))
 
 
 def tell_written(values: Iterable[object]) -> None:
@@ -100,7 +100,7 @@ def tell_written(values: Iterable[object]) -> None:
         torch.autograd.graph.increment_version(found)
 
 
-_TANGENT = "has a tangent (forward mode)"
+TANGENT = "has a tangent (forward mode)"
 
 
 def tensors(
@@ -114,10 +114,6 @@ def tensors(
             yield from tensors((f"{name}[{i}]", v) for i, v in enumerate(value))
 
 
-def _is_dual(t: torch.Tensor) -> bool:
-    return forward_ad.unpack_dual(t).tangent is not None
-
-
 def kernel(op: Op) -> Callable:
     """Returns the op's kernel for torch's autograd keys."""
     overload = op.overload
@@ -128,9 +124,9 @@ def kernel(op: Op) -> Callable:
             in_place.check_graph_inputs(op.public_name, given, ())
         if forward_ad._current_level >= 0:
             for name, t in tensors(zip(op.arguments, args, strict=True)):
-                if _is_dual(t):
+                if tracing.has_tangent(t):
                     name = op.gradient_label(name)
-                    raise RuntimeError(message(op.public_name, name, _TANGENT))
+                    raise RuntimeError(message(op.public_name, name, TANGENT))
         if _is_grad_enabled() and _any_requires_grad(*args):
             with enable_single_level_autograd_function():
                 return _Tracked.apply(op, *args)  # type: ignore[attr-defined]

@@ -81,6 +81,8 @@ def locate(t: torch.Tensor, *, to_write: bool = False) -> Located:
     if not is_value(t):
         return Located(elements_of(t), 0, t.stride())
     is_strided = to_write and t.device.type != "xla"
+    if tracing.has_tangent(t):  # which is a view of what has none
+        return Located(t, 0, dense_strides(t.shape))
     place = locate_in_base(t, is_strided)
     if place is not None:
         if _is_untracked_view(place.buffer):

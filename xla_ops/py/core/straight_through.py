@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from . import autograd, tracing
 from .checks import Checker
+from .gradients import message
 
 _check = Checker("straight_through")
 
@@ -57,13 +59,17 @@ def straight_through(
         >>> x.grad
         tensor([[1., 1., 1., 0.]])
     """
-    for name, value in (("input", input), ("codes", codes), ("scale", scale)):
+    named = (("input", input), ("codes", codes), ("scale", scale))
+    for name, value in named:
         _check.tensor(name, value)
     _check.optional_tensors(azp=azp)
     _check.rows("input", input)
     _check.dtype("codes", codes, list(_BOUNDS))
     _check.shape("codes", codes, input.shape)
     _check.dtype("scale", scale, [torch.float32])
+    for name, t in named:
+        if tracing.has_tangent(t):
+            raise RuntimeError(message(_check.op, name, autograd.TANGENT))
     _check.same_device("input", input, codes=codes, scale=scale, azp=azp)
     factor = _of_rows("scale", scale, input)
     offset: torch.Tensor | float = 0.0
@@ -90,6 +96,8 @@ def _of_rows(name: str, t: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
 
 
 class _Through(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         input: torch.Tensor, out: torch.Tensor, is_inside: torch.Tensor

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.fx.experimental import proxy_tensor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -35,6 +36,13 @@ def is_transformed() -> bool:
 
 
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+
+
+def has_tangent(t: torch.Tensor) -> bool:
+    """Whether forward mode differentiates in `t`."""
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def is_recorded() -> bool:
