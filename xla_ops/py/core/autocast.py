@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .dtypes import FLOAT_DTYPES
-from .lazy import torch
+from .lazy import torch, tracing
 
 # (arguments by name, the dtype of torch.autocast) -> new dtypes by argument.
 Rule = Callable[[Mapping[str, Any], torch.dtype], Mapping[str, torch.dtype]]
@@ -58,7 +58,7 @@ def register(
     if schema.overload_name:
         name += f".{schema.overload_name}"
     for device, key in _DEVICES.items():
-        library.impl(name, _kernel(device, overload, rule), key)
+        library.impl(name, tracing.untraced(_kernel(device, overload, rule)), key)
 
 
 def _kernel(device: str, overload: torch._ops.OpOverload, rule: Rule) -> Callable:

@@ -228,7 +228,11 @@ def _no_gradient(
     raise RuntimeError(message)
 
 
-_library.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
+_library.impl(
+    "no_gradient", tracing.untraced(_no_gradient), "CompositeExplicitAutograd"
+)
+for _function in (_Tracked.forward, _Tracked.setup_context, _Tracked.backward):
+    tracing.untraced(_function)
 torch.library.register_fake(
     f"{NAMESPACE}::no_gradient",
     lambda grad, message, shape, dtype: grad.new_empty(shape, dtype=dtype),

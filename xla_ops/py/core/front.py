@@ -149,9 +149,8 @@ def _define(
     library = op.library(namespace)
     library.define(schema)
     full_name = schema[: schema.index("(")]
-    library.impl(
-        full_name, refusing if written else reading, "CompositeImplicitAutograd"
-    )
+    front = tracing.untraced(refusing if written else reading)
+    library.impl(full_name, front, "CompositeImplicitAutograd")
     packet = getattr(getattr(torch.ops, namespace), parsed.name)
     overload = getattr(packet, parsed.overload_name or "default")
     register_autocast(library, overload, autocast)

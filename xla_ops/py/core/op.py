@@ -29,7 +29,7 @@ from .custom_call import (
 )
 from .foreign import Foreign, Framework
 from .hlo import Spec
-from .lazy import autograd, ownership, references, torch
+from .lazy import autograd, ownership, references, torch, tracing
 
 NAMESPACE = "xla_ops"
 
@@ -128,11 +128,11 @@ class Op:
         ops.define(self.name + self.schema)
         overload = getattr(torch.ops.xla_ops, self.name).default
         object.__setattr__(self, "overload", overload)
-        ops.impl(self.name, autograd.kernel(self), "Autograd")
+        ops.impl(self.name, tracing.untraced(autograd.kernel(self)), "Autograd")
         register_autocast(ops, overload, self.autocast)
-        ops.impl(self.name, self._in_graph, "XLA")
-        ops.impl(self.name, self._at_once, "CPU")
-        ops.impl(self.name, self._at_once, "CUDA")
+        ops.impl(self.name, tracing.untraced(self._in_graph), "XLA")
+        for key in ("CPU", "CUDA"):
+            ops.impl(self.name, tracing.untraced(self._at_once), key)
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._fake, lib=ops)
         if self.has_donor:
             self._define_twin()
@@ -147,7 +147,7 @@ class Op:
         ops = library(NAMESPACE)
         ops.define(f"{self.name}_({written}) -> ()")
         for key in ("CPU", "CUDA"):
-            ops.impl(f"{self.name}_", self._write, key)
+            ops.impl(f"{self.name}_", tracing.untraced(self._write), key)
         torch.library.register_fake(f"{NAMESPACE}::{self.name}_", self._check, lib=ops)
 
     @property

@@ -34,7 +34,7 @@ import torch
 
 from .. import _runtime
 from . import handlers
-from .tracing import is_plain, node_of
+from .tracing import is_plain, node_of, untraced
 
 NAMESPACE = "xla_ops"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -402,7 +402,7 @@ def _renumber(inputs: Sequence[object]) -> None:
             separate(value)
 
 
-_library.impl("owned", _owned, "XLA")
+_library.impl("owned", untraced(_owned), "XLA")
 torch.library.register_fake(
     f"{NAMESPACE}::owned",
     lambda caches: [torch.empty(0), *(torch.empty_like(cache) for cache in caches)],

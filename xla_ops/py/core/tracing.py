@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import sympy
 import torch
+from torch._C._dynamo import eval_frame
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental import proxy_tensor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+_Kernel = TypeVar("_Kernel", bound=Callable)
+_SKIP = eval_frame._FrameAction.SKIP
+
+
+def untraced(kernel: _Kernel) -> _Kernel:
+    """Has Dynamo leave a kernel, and all that it calls, alone; returns the kernel.
+
+    Where Dynamo has given a function up, as at a break of its graph in a `with`, it
+    traces the functions that run from there, each by itself: also one that torch's
+    dispatcher or autograd calls, and whatever this package does in there.
+    """
+    # Another op, as a kernel, has kernels of its own.
+    if not isinstance(kernel, torch._ops.OpOverload):
+        code = getattr(kernel, "__func__", kernel).__code__
+        strategy = eval_frame._FrameExecStrategy(_SKIP, _SKIP)
+        eval_frame.set_code_exec_strategy(code, strategy)
+    return kernel
 
 
 def is_plain(t: torch.Tensor) -> bool:

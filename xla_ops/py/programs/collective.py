@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..core import handlers
+from ..core import handlers, tracing
 from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
 from ..core.hlo import Spec
 
@@ -69,7 +69,7 @@ def define(op: str, platform: str, *numbers: str) -> Callable[..., torch.Tensor]
         shape, dtype = result(x, size, gathers)
         return x.new_empty(shape, dtype=dtype)
 
-    _library.impl(op, in_graph, "XLA")
+    _library.impl(op, tracing.untraced(in_graph), "XLA")
     torch.library.register_fake(f"xla_ops::{op}", fake, lib=_library)
     overload: Callable[..., torch.Tensor] = getattr(torch.ops.xla_ops, op).default
     return overload

@@ -28,6 +28,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import ops as _ops  # noqa: F401, defines torch.ops.xla_ops.*
+from ..core import tracing
 from ..core.errors import warn_user
 
 # Every lowering by op name, for register_lowerings.
@@ -98,7 +99,7 @@ def _register(
     library = torch.library.Library(namespace, "FRAGMENT")
     if packet is None:
         library.define(name + schema)
-        library.impl(name, front, "CompositeImplicitAutograd")
+        library.impl(name, tracing.untraced(front), "CompositeImplicitAutograd")
     else:
         op = packet.default
         known = torch._C.parse_schema(f"{namespace}::{name}{schema}")
@@ -165,7 +166,7 @@ def _add_to_kernels(
             return NotImplemented
         return kernel(*args)
 
-    library.impl(op, kernel, "CompositeImplicitAutograd")
+    library.impl(op, tracing.untraced(kernel), "CompositeImplicitAutograd")
     op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(decomposition)
 
 
