@@ -5,8 +5,10 @@ change later is no argument.
 """
 
 import collections
+import copy
 import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -180,6 +182,31 @@ def test_a_tensor_closed_over_that_was_updated_is_named():
         " it in replay's `state`"
     )
     assert x.tolist() == [1, 1] and weight.tolist() == [3, 4]
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.step = replay(self.layer_of, state=[self])
+
+    def layer_of(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_has_programs_of_its_own(copy):
+    model, x = Model().to(torch_xla.device()), xla(1.0, 2.0)
+    with torch.no_grad():
+        first = model.step(x)
+        other = copy(model)
+        assert other.step.num_programs == 0
+        other.layer.weight.zero_()
+        assert torch.equal(other.step(x).cpu(), other.layer.bias.cpu())
+        torch.testing.assert_close(model.step(x).cpu(), first.cpu())
+    assert model.step.num_programs == other.step.num_programs == 1
 
 
 def test_deterministic_algorithms_are_another_program():

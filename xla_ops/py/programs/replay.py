@@ -58,6 +58,10 @@ class Replay:
         self._programs: dict[Hashable, _Program] = {}
         self._shares: _Shares | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, of a model that has one say, is traced with its own tensors."""
+        return {**vars(self), "_programs": {}, "_shares": None}
+
     @property
     def num_programs(self) -> int:
         """How many signatures have been traced."""
