@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 import torch_xla
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from ..core import tracing
 from . import reachable
 
 # A call without keywords, of leaves alone: most are.
@@ -99,7 +101,12 @@ def surroundings() -> tuple:
 
 
 def check(leaves: Sequence) -> None:
-    """Raises by name where a leaf is none that a program can be kept by."""
+    """Raises by name where no program can be traced, or be kept by a leaf."""
+    if torch._C._len_torch_dispatch_stack():
+        raise RuntimeError(
+            "replay: a function must not be traced under a TorchDispatchMode, got a"
+            " first call that is; call it once before"
+        )
     error = unhashable(leaves)
     if error is not None:
         raise error
@@ -108,6 +115,22 @@ def check(leaves: Sequence) -> None:
             _check_tensor(i, leaf)
         else:
             _check_value(leaf)
+
+
+def refuse_transforms(tensors: Sequence[torch.Tensor]) -> None:
+    """Raises RuntimeError under what would have to look at a program's operations."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "replay: a function must not be called under a transform of torch.func, got"
+            " a call that is; transform what is replayed, as in"
+            " replay(torch.func.grad(f))"
+        )
+    for i, t in enumerate(tensors if forward_ad._current_level >= 0 else ()):
+        if tracing.has_tangent(t):
+            raise RuntimeError(
+                f"replay: tensor argument {i} must not have a tangent (forward mode),"
+                " got one that does: results have none"
+            )
 
 
 def _check_tensor(i: int, leaf: torch.Tensor) -> None:

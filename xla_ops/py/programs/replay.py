@@ -68,10 +68,11 @@ class Replay:
         return len(self._programs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if in_place.is_collecting():
+        if torch.compiler.is_dynamo_compiling() or in_place.is_collecting():
             return self._function(*args, **kwargs)  # a part of another program
         leaves, form = arguments.flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        arguments.refuse_transforms(tensors)
         with ownership.LOCK:
             if self._shares is None:
                 self._shares = _Shares(_tensors_of(self._state))
@@ -233,11 +234,13 @@ class _Program:
         for _ in range(_MAX_TRACES):
             traced = _Traced(function, args, len(args) - len(self._state), reads)
             try:
-                if reads.are_clear:
-                    self._hash = compile_graph(traced.computed, str(traced.donated))
-                    self._inputs = _inputs(traced, args)
-                    if traced.is_whole():
-                        return traced
+                if traced.has_run or reads.are_clear:
+                    if not traced.has_run:
+                        computed, donated = traced.computed, str(traced.donated)
+                        self._hash = compile_graph(computed, donated)
+                        self._inputs = _inputs(traced, args)
+                        if traced.is_whole():
+                            return traced
                     if is_alone:
                         raise RuntimeError(
                             "replay: the function must not run lazy graphs, by"
@@ -320,6 +323,8 @@ class _Traced:
         donated: arguments whose buffer the program overwrites.
         outputs: how each leaf of the function's result is made.
         form: of the function's result; None of a lone tensor.
+        has_run: whether somebody has computed what was traced, so that nothing of it is
+            known.
         values: the tensor below each argument.
         ids, pointers: torch_xla's number and the buffer of each, before the trace.
     """
@@ -360,11 +365,15 @@ class _Traced:
                 in_place.collecting(args) as updated,
                 torch.inference_mode(False),
                 torch.no_grad(),
+                # What is compiled in there is a part of this program.
+                torch.compiler.set_stance("force_eager"),
                 reads.watching(),
             ):
                 result = function(*args[:num_given])
             self.donated = sorted({places[id(t)] for t in updated})
-            self._collect(result)
+            self.has_run = not _is_pending(self._witness)
+            if not self.has_run:
+                self._collect(result)
         except BaseException:
             self.restore()
             raise
@@ -424,8 +433,7 @@ class _Traced:
         key = _xlac._xla_get_tensor_id(value)
         if key in self._arguments:
             return _CloneOfArgument(self._arguments[key])
-        (is_pending,) = _xlac._check_tensor_need_materialization([value])
-        if not is_pending:
+        if not _is_pending(value):
             where = buffer_of(value)
             if where and where in self.pointers:
                 # A copy of what the argument was before any update.
@@ -452,8 +460,7 @@ class _Traced:
     def restore(self) -> None:
         """Gives every argument the value back that it had."""
         for t, value, saved in zip(self._args, self.values, self._saved, strict=True):
-            (is_pending,) = _xlac._check_tensor_need_materialization([value])
-            if is_pending or buffer_of(value) != buffer_of(saved):
+            if _is_pending(value) or not _have_one_buffer(value, saved):
                 _xlac._replace_xla_tensor(value, saved)
             if torch._from_functional_tensor(t) is not value:
                 in_place.set_value(t, value)
@@ -469,6 +476,18 @@ class _Traced:
         # before it has left. The next graph would compute the traced ones again.
         for device in {str(t.device) for t in self._args} or {str(torch_xla.device())}:
             _xlac._set_all_reduce_token(device, None)
+
+
+def _is_pending(value: torch.Tensor) -> bool:
+    (is_pending,) = _xlac._check_tensor_need_materialization([value])
+    return is_pending
+
+
+def _have_one_buffer(a: torch.Tensor, b: torch.Tensor) -> bool:
+    try:
+        return buffer_of(a) == buffer_of(b)
+    except RuntimeError:  # a program has taken the buffer
+        return False
 
 
 def _copied(value: torch.Tensor) -> torch.Tensor:
