@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 
 import pytest
 import torch
@@ -187,3 +188,16 @@ def test_a_reference_is_no_custom_call(monkeypatch):
     monkeypatch.setattr(handlers, "available", lambda *_: False)
     with pytest.raises(Problem, match="rms_norm became another program"):
         child._custom_call()
+
+
+def test_no_folder_needs_to_be_writable(interpreter, monkeypatch):
+    """As where a disk is full, which the doctor may be asked about."""
+
+    def none(*_):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", none)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    interpreter(steps(*CLIENT, EXP, {**EXP, "text": "exp(1) = 2.718"}))
+    report, found = check()
+    assert found["exp"].status == "ok" and report.healthy

@@ -6,11 +6,10 @@ Tested by tests/gpu/test_doctor_probe.py.
 from __future__ import annotations
 
 import json
-import pathlib
+import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,11 +22,11 @@ _LONGEST = 800  # characters of an error in a line of the report
 
 def check(report: Report, device: str, environ: Mapping[str, str]) -> None:
     """Runs child.py's steps on `device`, "CPU" or "GPU", and reports each."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "steps"
-        path.touch()
-        end, stderr = _run(path, {**environ, "PJRT_DEVICE": device})
-        lines = path.read_text(encoding="utf-8").splitlines()
+    # In memory: a doctor may be asked where no folder can be written.
+    with open(os.memfd_create("steps"), encoding="utf-8") as file:
+        end, stderr = _run(file.fileno(), {**environ, "PJRT_DEVICE": device})
+        file.seek(0)
+        lines = file.read().splitlines()
     steps: dict[str, dict[str, Any]] = {}
     for line in lines:
         step = json.loads(line)
@@ -43,11 +42,9 @@ def check(report: Report, device: str, environ: Mapping[str, str]) -> None:
             report.judge(device, name, False, _short(step["what"]), step["fix"])
 
 
-def _run(
-    path: pathlib.Path, environ: dict[str, str]
-) -> tuple[dict[str, str] | None, str]:
+def _run(fd: int, environ: dict[str, str]) -> tuple[dict[str, str] | None, str]:
     """Runs child.py; returns what ended it before its end, if anything, and stderr."""
-    command = [sys.executable, "-m", "xla_ops.doctor.child", str(path)]
+    command = [sys.executable, "-m", "xla_ops.doctor.child", f"/proc/self/fd/{fd}"]
     try:
         done = subprocess.run(
             command,
@@ -58,6 +55,7 @@ def _run(
             errors="replace",
             timeout=_TIMEOUT_S,
             env=environ,
+            pass_fds=[fd],
         )
     except subprocess.TimeoutExpired as error:
         what = f"no answer in {_TIMEOUT_S} s"
