@@ -46,6 +46,13 @@ def test_one_plugin_installed(installed):
     assert discover.describe_plugin(path) == f"{path} (jax-cuda13-pjrt 0.7.2)"
 
 
+def test_metadata_that_was_left_empty_tells_no_version(installed, tmp_path):
+    path = installed("cuda13", "0.7.2")
+    (tmp_path / "jax_cuda13_pjrt-0.7.2.dist-info" / "METADATA").write_text("")
+    importlib.invalidate_caches()
+    assert discover.describe_plugin(path) == str(path)
+
+
 def test_two_plugins_installed(installed, monkeypatch):
     first = installed("cuda12", "0.7.1")
     second = installed("cuda13", "0.12.0.1")

@@ -286,12 +286,21 @@ def test_the_cpu_works_in_a_broken_installation(installation, harm):
     assert done.stdout.splitlines()[-1:] == ["4.0"], done.stderr
 
 
-def test_a_plugin_that_was_cut_short_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "size, what",
+    [
+        (9000, "was cut short: it has 9000 of "),
+        (0, "is empty: "),
+        (None, "is no shared object: "),  # as where Git LFS left a pointer to it
+    ],
+)
+def test_a_plugin_that_is_broken_is_named(tmp_path, size, what):
     path = tmp_path / "jax_plugins" / "xla_cuda13" / "xla_cuda_plugin.so"
     fakes.copy(fakes.build("fake_pjrt_plugin"), path)
-    path.write_bytes(path.read_bytes()[:9000])
+    data = b"version https://git" if size is None else path.read_bytes()[:size]
+    path.write_bytes(data)
     error = use_device(tmp_path, "CUDA", path)
-    assert f"{path} was cut short: it has 9000 of " in error
+    assert error.startswith(f"{path} {what}")
     assert error.endswith("reinstall jax-cuda13-pjrt, which xla_ops[cuda13] brings")
 
 

@@ -56,6 +56,7 @@ def check_machine(plugin: pathlib.Path) -> None:
             _check_kernels(device)
 
 
+_SHARED_OBJECT = ("shared object", (b"\x7fELF",))
 # How files begin that are no shared object, and what those are.
 _BEGINNINGS = {
     "ptxas": ("program", (b"\x7fELF", b"#!")),
@@ -88,7 +89,15 @@ def broken_cuda_files(plugin: pathlib.Path) -> Problem | None:
 
 
 def _fault(part: cuda_libraries.Part, file: str) -> str:
-    kind, beginnings = _BEGINNINGS.get(part.name, ("shared object", (b"\x7fELF",)))
+    return fault_of(file, *_BEGINNINGS.get(part.name, _SHARED_OBJECT))
+
+
+def fault_of(
+    file: str,
+    kind: str = _SHARED_OBJECT[0],
+    beginnings: tuple[bytes, ...] = _SHARED_OBJECT[1],
+) -> str:
+    """Says why the file at a path is none of its kind; "" if it may be one."""
     try:
         with open(file, "rb") as opened:
             head = opened.read(4)

@@ -52,11 +52,11 @@ def describe_plugin(path: pathlib.Path) -> str:
     """`path` with the distribution that it came from, where that is known."""
     name = distribution_of(path)
     try:
-        return (
-            f"{path} ({name} {importlib.metadata.version(name)})" if name else str(path)
-        )
+        version = importlib.metadata.version(name) if name else None
     except importlib.metadata.PackageNotFoundError:
-        return str(path)
+        version = None
+    # None too of metadata that pip left empty.
+    return f"{path} ({name} {version})" if version else str(path)
 
 
 def find_plugin() -> pathlib.Path:

@@ -10,7 +10,6 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from .. import _runtime
-from ..core import elf
 from ..core.errors import Problem
 from ..core.paths import bridge_path
 from . import check, discover, flags
@@ -47,7 +46,9 @@ def plugin_info(path: pathlib.Path) -> PluginInfo:
 
     Raises Problem if the bridge cannot use it.
     """
-    elf.require_usable(path, discover.reinstall(path))
+    what = check.fault_of(str(path))
+    if what:
+        raise Problem(what, discover.reinstall(path))
     info = _runtime.find_plugin_info(str(path))
     if info["error"]:
         raise Problem(info["error"], info["fix"])
