@@ -124,6 +124,26 @@ def test_allowed_token_ids(llm, oracle):
     assert_greedy(oracle, PROMPT, answer, change)
 
 
+def test_allowed_token_ids_of_others(llm, oracle):
+    """They stay with their request when it takes another's row."""
+    runner = llm.llm_engine
+    allowed = greedy(3 * ANSWER, allowed_token_ids=list(range(100, 140)))
+    for name, params in dict(first=greedy(2), second=allowed).items():
+        runner.add_request(name, {"prompt_token_ids": PROMPT}, params)
+    answers = {}
+    while runner.has_unfinished_requests():
+        for output in runner.step():
+            answers[output.request_id] = list(output.outputs[0].token_ids)
+            if output.request_id == "first" and output.finished:
+                finished = len(answers["second"])
+        if len(answers.get("second", ())) > 6 and "third" not in answers:
+            answers["third"] = []
+            runner.add_request("third", {"prompt_token_ids": OTHER}, greedy(ANSWER))
+    assert finished < 6  # so that the second has moved before the third came
+    assert len(answers["second"]) == 3 * ANSWER
+    assert_greedy(oracle, OTHER, answers["third"])
+
+
 def test_bad_words(llm, oracle, tokenizer):
     """A word of one token never comes, one of two only in parts."""
 

@@ -22,6 +22,19 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from .results import AsyncOutput
 
 
+class XlaInputBatch(InputBatch):
+    """vLLM's, which forgets the allowed tokens of a row that it has moved.
+
+    vLLM leaves them where they were, for the next request in that row.
+    """
+
+    def condense(self) -> None:
+        num_rows = self.num_reqs + len(self.batch_update_builder.removed)
+        super().condense()
+        if (mask := self.allowed_token_ids_mask_cpu_tensor) is not None:
+            mask[self.num_reqs : num_rows] = False
+
+
 class _Nothing:
     """A CUDA event or stream where there is none."""
 
@@ -82,4 +95,5 @@ def _count_greater(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 gpu_model_runner.AsyncGPUModelRunnerOutput = AsyncOutput
+gpu_model_runner.InputBatch = XlaInputBatch
 sampler.batched_count_greater_than = _count_greater
