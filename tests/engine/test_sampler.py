@@ -10,6 +10,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from vllm.v1.sample.sampler import Sampler
 
 from sampling_batch import metadata_of, padded, random_bits, request
+from xla_ops.vllm.edits import Edits
 from xla_ops.vllm.sampler import (
     LOGPROBS_MODES,
     DeviceSampler,
@@ -180,6 +181,36 @@ def test_a_bad_word_may_end_a_pending_token(device):
     assert sampler.host_waits == 0
     # After 3 4: neither 5 nor 6. After 7 4: not 6. After 3 8: anything.
     assert got.tolist() == [[7], [5], [5]]
+
+
+@pytest.mark.parametrize("bad_words", [None, [[0]]])
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_token_that_another_thread_fetches_counts_once(when, bad_words, monkeypatch):
+    """Whether it comes while the first, the second or no row is looked at."""
+    vocab, cpu = 40, torch.device("cpu")
+    asked = dict(temperature=0, frequency_penalty=2.0, bad_words=bad_words)
+    batch = [request(**asked) for _ in range(2)]
+    logits = torch.zeros(2, vocab)
+    # The first row says 5 again after one penalty and not after two, the second row
+    # not after one.
+    logits[:, 5], logits[:, 6] = 6.0, torch.tensor([3.0, 5.0])
+    sampler = DeviceSampler(vocab, LARGEST, cpu)
+    sampled(cpu, logits, metadata_of(batch, vocab), sampler)
+    histories = []
+
+    def history(*arguments):
+        made = Edits._history(sampler._edits, *arguments)
+        histories.append(made)
+        if len(histories) == when + 1:
+            sampler._last[-1].fetch()
+        return made
+
+    monkeypatch.setattr(sampler._edits, "_history", history)
+    for _, _, output, _ in batch:
+        output.append(-1)
+    got = sampled(cpu, logits, metadata_of(batch, vocab), sampler)
+    assert len(histories) == 2
+    assert got.tolist() == [[5], [6]]
 
 
 def test_fetching_fills_in_what_was_pending(device):

@@ -79,7 +79,6 @@ class _History:
 class _Row(NamedTuple):
     row: int
     penalties: tuple[float, float, float]
-    source: int
     tokens: np.ndarray
     counts: np.ndarray
     biases: np.ndarray
@@ -105,12 +104,40 @@ def needed(metadata: SamplingMetadata) -> bool:
     )
 
 
+def _penalised(metadata: SamplingMetadata) -> np.ndarray:
+    """Which rows have a penalty."""
+    of_repetition = metadata.repetition_penalties.numpy() != 1
+    if metadata.no_penalties:
+        return np.zeros_like(of_repetition)
+    of_others = metadata.frequency_penalties.numpy() != 0
+    return of_repetition | of_others | (metadata.presence_penalties.numpy() != 0)
+
+
 def _known(output: Sequence[int]) -> int:
     """How many tokens of an output the host knows."""
     known = len(output)
     while known and output[known - 1] == PENDING:
         known -= 1
     return known
+
+
+class _Look(NamedTuple):
+    """What a step takes an output for, whatever another thread fetches meanwhile.
+
+    Attributes:
+        known: how many of its tokens count as known.
+        source: the row of the last step that sampled the one after those, or -1.
+    """
+
+    known: int
+    source: int
+
+
+def _look(output: list[int], source_of: SourceOf) -> _Look:
+    source = source_of(output) if output and output[-1] == PENDING else None
+    if source is None:
+        return _Look(_known(output), -1)
+    return _Look(len(output) - 1, source)
 
 
 def _bad_word_bans(
@@ -161,27 +188,38 @@ class Edits:
             penalties: whether to make these.
             biases_and_bans: whether to make these.
         """
+        penalised = _penalised(metadata)
+        # Once a row: what came of an output in between would be counted twice.
+        looks = {
+            i: _look(metadata.output_token_ids[i], source_of)
+            for i in rows
+            if penalised[i] or i in metadata.bad_words_token_ids
+        }
         edits = self._edits(
-            metadata, rows, source_of, resolve, penalties, biases_and_bans
+            metadata,
+            rows,
+            looks,
+            resolve,
+            penalised if penalties else np.zeros_like(penalised),
+            biases_and_bans,
         )
-        bans: list[Ban] = []
+        bans = list(self._bans(metadata, rows, looks)) if biases_and_bans else []
         sources = np.full(num_rows, -1, np.int32)
-        for row in edits:
-            sources[row.row] = row.source
-        if biases_and_bans:
-            bans = list(self._bans(metadata, rows, source_of, sources))
+        for j, i in enumerate(rows):
+            if i in looks:
+                sources[j] = looks[i].source
         return self._pack(edits, bans, sources, num_rows)
 
     def _edits(
         self,
         metadata: SamplingMetadata,
         rows: Sequence[int],
-        source_of: SourceOf,
+        looks: dict[int, _Look],
         resolve: Callable[[], None],
-        penalties: bool,
+        penalised: np.ndarray,
         biases: bool,
     ) -> list[_Row]:
-        with_penalties = penalties and not metadata.no_penalties
+        with_penalties = bool(penalised.any())
         kept: dict[int, _History] = {}
         bias_of = _processor(metadata, LogitBiasLogitsProcessor, "biases")
         kept_biases = {}
@@ -189,28 +227,28 @@ class Edits:
             repetition = metadata.repetition_penalties.numpy()
             frequency = metadata.frequency_penalties.numpy()
             presence = metadata.presence_penalties.numpy()
-            penalised = (repetition != 1) | (frequency != 0) | (presence != 0)
         edits = []
         for j, i in enumerate(rows):
             bias = bias_of.get(i) if biases else None
-            if with_penalties and penalised[i]:
+            if penalised[i]:
                 factors = (repetition[i], frequency[i], presence[i])
                 output = metadata.output_token_ids[i]
-                source = _source(output, source_of)
-                history = self._history(metadata, i, repetition[i] != 1)
+                with_prompt = repetition[i] != 1
+                history = self._history(metadata, i, looks[i].known, with_prompt)
                 kept[id(output)] = history
-                if source >= 0 and history.size + len(bias or ()) > self._sizes[-1][0]:
+                most = self._sizes[-1][0]
+                if looks[i].source >= 0 and history.size + len(bias or ()) > most:
                     # A row of several rounds cannot tell whether its pending token
                     # is among the edits of another.
                     resolve()
-                    source = -1
-                    history.update(_known(output))
+                    looks[i] = _Look(_known(output), -1)
+                    history.update(looks[i].known)
                 tokens = history.tokens[: history.size]
                 counts = history.counts[: history.size]
                 floats = np.zeros(tokens.size, np.float32)
                 if bias:
                     tokens, counts, floats = _with_bias(history, floats, bias)
-                edits.append(_Row(j, factors, source, tokens, counts, floats))
+                edits.append(_Row(j, factors, tokens, counts, floats))
             elif bias:
                 if (cached := self._biases.get(id(bias))) is None:
                     tokens = np.fromiter(bias.keys(), np.int64, len(bias))
@@ -219,7 +257,7 @@ class Edits:
                 kept_biases[id(bias)] = cached
                 _, tokens, floats = cached
                 counts = np.zeros(tokens.size, np.int32)
-                edits.append(_Row(j, (1, 0, 0), -1, tokens, counts, floats))
+                edits.append(_Row(j, (1, 0, 0), tokens, counts, floats))
         if with_penalties and len(rows) == len(metadata.output_token_ids):
             self._histories = kept
         else:
@@ -228,10 +266,9 @@ class Edits:
         return edits
 
     def _history(
-        self, metadata: SamplingMetadata, i: int, with_prompt: bool
+        self, metadata: SamplingMetadata, i: int, known: int, with_prompt: bool
     ) -> _History:
         output = metadata.output_token_ids[i]
-        known = _known(output)
         history = self._histories.get(id(output))
         if history is None or not history.follows(known):
             prompt = None
@@ -246,8 +283,7 @@ class Edits:
         self,
         metadata: SamplingMetadata,
         rows: Sequence[int],
-        source_of: SourceOf,
-        sources: np.ndarray,
+        looks: dict[int, _Look],
     ) -> Iterator[Ban]:
         min_tokens = _processor(metadata, MinTokensLogitsProcessor, "min_toks")
         words_of = metadata.bad_words_token_ids
@@ -258,10 +294,9 @@ class Edits:
                 for token in min_tokens[i][2]:
                     yield j, token, ALWAYS
             if i in words_of:
-                output = metadata.output_token_ids[i]
-                sources[j] = _source(output, source_of)
+                output, look = metadata.output_token_ids[i], looks[i]
                 bans = _bad_word_bans(
-                    words_of[i], output, _known(output), sources[j] >= 0
+                    words_of[i], output, look.known, look.source >= 0
                 )
                 for token, condition in bans:
                     yield j, token, condition
@@ -338,13 +373,6 @@ class Edits:
         for k, (banned_in, token, what) in enumerate(bans):
             ban[k], condition[k] = banned_in * self._vocab + token, what
         return Round(num_edits, num_bans, packed)
-
-
-def _source(output: list[int], source_of: SourceOf) -> int:
-    if not output or output[-1] != PENDING:
-        return -1
-    source = source_of(output)
-    return -1 if source is None else source
 
 
 def _with_bias(
