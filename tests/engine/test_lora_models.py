@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 import vllm_session
 from vllm_adapters import ANSWER, LORA, OTHER, PROMPT, answers, assert_answers
 from vllm_checkpoints import ATTENTION, merge_lora, save_checkpoint, save_lora
-from vllm_in_process import core, engine, greedy, metric, steady
+from vllm_in_process import engine, greedy, metric, steady
 from vllm_oracle import Oracle, assert_greedy
 from vllm_quantized import SCHEMES, QuantizedOracle, base_config, save_quantized
 
@@ -42,20 +42,7 @@ def lora(tmp_path):
     return make
 
 
-def _hand_drafts_on(llm, monkeypatch) -> None:
-    """What vLLM's engine does in a process of its own, and leaves out in this one."""
-    engine_core = core(llm)
-    step = engine_core.step_fn
-
-    def step_and_hand_on():
-        outputs, was_executed = step()
-        engine_core.post_step(was_executed)
-        return outputs, was_executed
-
-    monkeypatch.setattr(engine_core, "step_fn", step_and_hand_on)
-
-
-def test_speculation(lora, monkeypatch):
+def test_speculation(lora):
     """Drafts of n-grams are judged by the request's adapter."""
     checkpoint, asked, oracles = lora("llama")
     ngram = dict(
@@ -74,7 +61,6 @@ def test_speculation(lora, monkeypatch):
 
     prompts, numbers = [PROMPT, OTHER + PROMPT] * 2, [0, 0, 1, 1]
     with engine(checkpoint, speculative_config=ngram, **OPTIONS) as llm, steady(llm):
-        _hand_drafts_on(llm, monkeypatch)
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             params,

@@ -24,7 +24,12 @@ PROMPTS = [
     [(start * 31 + 7 * i + i * i) % (VOCABULARY - 5) + 5 for i in range(length)]
     for start, length in enumerate([4, 17, 40, 90, 130])
 ]
-NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
+NGRAM = dict(
+    method="ngram",
+    num_speculative_tokens=3,
+    prompt_lookup_min=1,
+    prompt_lookup_max=3,
+)
 HLO = vllm_session.FOLDER / "parallel_hlo"
 
 

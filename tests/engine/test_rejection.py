@@ -1,14 +1,12 @@
 """Steps with drafts against steps without any."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 import torch_xla
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -20,9 +18,20 @@ from xla_ops.vllm.sampler import DeviceSampler
 CPU, ROWS = torch.device("cpu"), 32
 
 
-def batch_of(requests, vocab):
-    """Metadata as vLLM makes it with speculative decoding: no logits processors."""
-    return replace(metadata_of(requests, vocab), logitsprocs=LogitsProcessors())
+class Custom(LogitsProcessor):
+    """A user's own."""
+
+    def __init__(self):
+        pass
+
+    def apply(self, logits):
+        return logits
+
+    def is_argmax_invariant(self):
+        return True
+
+    def update_state(self, batch_update):
+        pass
 
 
 def step(logits, drafts, metadata, sampler=None, device=CPU, **more):
@@ -46,6 +55,9 @@ def parsed(output, vocab):
                 frequency_penalty=st.sampled_from([-1.0, 1.0]),
                 bad_words=st.just([[2, 1], [3], [0, 0]]),
                 allowed=st.just([1, 2, 4]),
+                logit_bias=st.just({2: 3.0, 4: -1.0}),
+                min_tokens=st.sampled_from([2, 5]),
+                stop_token_ids=st.just([0, 3]),
             ),
         ),
         min_size=1,
@@ -69,14 +81,14 @@ def test_greedy_steps_are_vllms_one_by_one(kinds, data):
         for position in range(len(draft) + 1):
             alone = (params, prompt, [*output, *draft[:position]], allowed)
             row = logits[start + position][None].clone()
-            theirs = Sampler()(row, batch_of([alone], vocab))
+            theirs = Sampler()(row, metadata_of([alone], vocab))
             tokens.append(int(theirs.sampled_token_ids))
             logprobs.append(theirs.logprobs_tensors.logprobs)
             if position < len(draft) and tokens[-1] != draft[position]:
                 break
         expected.append(tokens)
         start += len(draft) + 1
-    got = step(logits, drafts, batch_of(requests, vocab))
+    got = step(logits, drafts, metadata_of(requests, vocab))
     assert got.sampled_token_ids.shape == (len(drafts), max(map(len, drafts)) + 1)
     assert parsed(got, vocab) == expected
     torch.testing.assert_close(got.logprobs_tensors.logprobs, torch.cat(logprobs))
@@ -86,7 +98,7 @@ def test_drafts_are_accepted_as_often_as_they_are_likely():
     vocab, requests = 8, 4000
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
     probs = logits.softmax(-1)
-    batch = batch_of([request(temperature=1.0)] * requests, vocab)
+    batch = metadata_of([request(temperature=1.0)] * requests, vocab)
     sampler = DeviceSampler(vocab, 2 * requests, CPU, seed=3)
     spec = SpecDecodeMetadata.make_dummy([[5]] * requests, CPU)
     rows = logits.expand(2 * requests, -1)
@@ -107,15 +119,15 @@ def test_a_seeded_text_is_the_same_with_drafts(on):
     device = torch_xla.device() if on == "xla" else CPU
     vocab, length = 12, 10
     logits = torch.randn(length + 6, vocab, generator=torch.Generator().manual_seed(0))
-    kinds = dict(temperature=1.2, seed=4, top_k=8, presence_penalty=0.5)
-    metadata = batch_of([request(**kinds)], vocab)
+    kinds = dict(temperature=1.2, seed=4, top_k=8, min_p=0.05, presence_penalty=0.5)
+    metadata = metadata_of([request(**kinds)], vocab)
     sampler, (plain,) = DeviceSampler(vocab, ROWS, device), metadata.output_token_ids
     for at in range(length):
         row = padded(logits[at : at + 1], ROWS).to(device)
         plain += sampler(row, None, metadata, 1).cpu()[0].tolist()
 
     rng = np.random.default_rng(0)
-    metadata = batch_of([request(**kinds)], vocab)
+    metadata = metadata_of([request(**kinds)], vocab)
     (text,) = metadata.output_token_ids
     sampler = DeviceSampler(vocab, ROWS, device)
     accepted = 0
@@ -133,11 +145,11 @@ def test_a_seeded_text_is_the_same_with_drafts(on):
 
 
 def test_what_it_refuses():
-    batch = batch_of([request(temperature=0)], 9)
+    batch = metadata_of([request(temperature=0)], 9)
     spec = SpecDecodeMetadata.make_dummy([[1]], CPU)
     sampler = DeviceRejectionSampler(DeviceSampler(9, ROWS, CPU))
     with pytest.raises(ValueError, match="draft_probs must be None"):
         sampler(spec, torch.zeros(1, 9), torch.zeros(2, 9), batch)
-    batch = metadata_of([request(temperature=0)], 9)
-    with pytest.raises(ValueError, match="logitsprocs must be empty"):
+    batch = metadata_of([request(temperature=0)], 9, [Custom()])
+    with pytest.raises(ValueError, match="must be vLLM's own .+, got Custom"):
         sampler(spec, None, torch.zeros(2, 9), batch)

@@ -38,6 +38,8 @@ OPTIONS = dict(
 def engine(checkpoint: Path, **options) -> Iterator[LLM]:
     """An LLM for a checkpoint. Afterwards another may follow in this process."""
     llm = LLM(model=str(checkpoint), **OPTIONS | options)
+    if "speculative_config" in options:
+        _hand_drafts_on(llm)
     try:
         yield llm
     finally:
@@ -46,6 +48,19 @@ def engine(checkpoint: Path, **options) -> Iterator[LLM]:
         gc.collect()
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _hand_drafts_on(llm: LLM) -> None:
+    """What vLLM's engine does in a process of its own, and leaves out in this one."""
+    engine_core = core(llm)
+    step = engine_core.step_fn
+
+    def step_and_hand_on():
+        outputs, was_executed = step()
+        engine_core.post_step(was_executed)
+        return outputs, was_executed
+
+    engine_core.step_fn = step_and_hand_on
 
 
 def core(llm: LLM):

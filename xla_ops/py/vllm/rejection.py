@@ -15,11 +15,22 @@ Tested by tests/engine/test_rejection.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    BUILTIN_LOGITS_PROCESSORS,
+    LogitsProcessor,
+    LogitsProcessors,
+)
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
@@ -70,11 +81,12 @@ class DeviceRejectionSampler:
                 "DeviceRejectionSampler: draft_probs must be None, as n-gram drafts"
                 f" have it, got a tensor of shape {tuple(draft_probs.shape)}"
             )
-        if any(True for _ in sampling_metadata.logitsprocs.all):
-            raise ValueError(
-                "DeviceRejectionSampler: logitsprocs must be empty, as vLLM leaves"
-                " them with speculative decoding, got some"
-            )
+        for processor in sampling_metadata.logitsprocs.all:
+            if type(processor) not in BUILTIN_LOGITS_PROCESSORS:
+                raise ValueError(
+                    "DeviceRejectionSampler: logitsprocs must be vLLM's own with"
+                    f" speculative decoding, got {type(processor).__name__}"
+                )
         counts = metadata.num_draft_tokens
         parts = np.cumsum(counts)[:-1]
         drafts = np.split(metadata.draft_token_ids.cpu().numpy(), parts)
@@ -167,4 +179,28 @@ def expand(
         allowed_token_ids_mask=rows(metadata.allowed_token_ids_mask),
         bad_words_token_ids=words,
         spec_token_ids=None,
+        logitsprocs=LogitsProcessors(
+            _expanded(processor, request) for processor in metadata.logitsprocs.all
+        ),
     )
+
+
+def _expanded(processor: LogitsProcessor, request: np.ndarray) -> LogitsProcessor:
+    """One of vLLM's own, with the state of a request in each of its rows."""
+    # Of each row how many drafts are before it.
+    place = np.arange(request.size) - np.searchsorted(request, request)
+    rows = [*enumerate(zip(request.tolist(), place.tolist(), strict=True))]
+    made = copy(processor)
+    if isinstance(made, MinPLogitsProcessor):
+        made.min_p_cpu = made.min_p_cpu[request]
+    elif isinstance(made, LogitBiasLogitsProcessor):
+        biases = made.biases
+        made.biases = {row: biases[i] for row, (i, _) in rows if i in biases}
+    elif isinstance(made, MinTokensLogitsProcessor):
+        least = made.min_toks
+        made.min_toks = {
+            row: least[i]
+            for row, (i, drafts) in rows
+            if i in least and len(least[i][1]) + drafts < least[i][0]
+        }
+    return made

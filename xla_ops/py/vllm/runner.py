@@ -27,6 +27,10 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    BUILTIN_LOGITS_PROCESSORS,
+    LogitsProcessors,
+)
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import bind_kv_cache
@@ -85,6 +89,12 @@ class XlaModelRunner(GPUModelRunner):
 
     def may_reinitialize_input_batch(self, *args: Any, **kwargs: Any) -> None:
         super().may_reinitialize_input_batch(*args, **kwargs)
+        if self.speculative_config is not None:
+            # vLLM leaves them out; its warning that they do not work is not so here.
+            self.input_batch.logitsprocs = LogitsProcessors(
+                kind(self.vllm_config, self.device, False)
+                for kind in BUILTIN_LOGITS_PROCESSORS
+            )
         host.join_buffers(self, self.input_batch)
 
     # The model.
