@@ -197,6 +197,9 @@ def refuse(config: VllmConfig) -> None:
         config.cache_config,
     )
     speculative = config.speculative_config
+    # vLLM 0.12 may have it in the environment alone.
+    attention = getattr(getattr(config, "attention_config", None), "backend", None)
+    asynchronous = config.additional_config.get("async_scheduling")
     num_devices = visible.count(os.environ) if is_gpu() else None
     # What is asked for; the argument that asks; what is taken.
     rules = [
@@ -264,6 +267,31 @@ def refuse(config: VllmConfig) -> None:
             "auto, fp8, fp8_e4m3 or fp8_e5m2",
         ),
         (
+            cache.block_size is not None and cache.block_size < 1,
+            "block_size",
+            cache.block_size,
+            "at least 1",
+        ),
+        (cache.cpu_offload_gb != 0, "cpu_offload_gb", cache.cpu_offload_gb, "0"),
+        (
+            getattr(cache, "kv_offloading_size", None) is not None,
+            "kv_offloading_size",
+            getattr(cache, "kv_offloading_size", None),
+            "None",
+        ),
+        (
+            attention is not None,
+            "attention_backend",
+            getattr(attention, "name", attention),
+            "None, since there is one backend",
+        ),
+        (
+            asynchronous not in (None, True, False),
+            'additional_config["async_scheduling"]',
+            repr(asynchronous),
+            "True or False",
+        ),
+        (
             getattr(cache, "kv_sharing_fast_prefill", False),
             "kv_sharing_fast_prefill",
             True,
@@ -318,7 +346,7 @@ def _set_async_scheduling(config: VllmConfig) -> None:
     if config.speculative_config is not None:
         scheduler.async_scheduling = False
     elif asked is not None:
-        scheduler.async_scheduling = bool(asked)
+        scheduler.async_scheduling = asked
     elif not XlaPlatform._from_command_line:
         scheduler.async_scheduling = True
 
