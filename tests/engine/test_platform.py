@@ -18,6 +18,7 @@ REFUSED = {
     "calculate_kv_scales": dict(calculate_kv_scales=True, kv_cache_dtype="fp8"),
     "kv_cache_dtype": dict(kv_cache_dtype="fp8_inc"),
     "block_size": dict(block_size=0),
+    "num_gpu_blocks_override": dict(num_gpu_blocks_override=8, max_model_len=128),
     "cpu_offload_gb": dict(cpu_offload_gb=1),
     "kv_offloading_size": dict(kv_offloading_size=1),
     "attention_backend": dict(attention_backend="TRITON_ATTN"),
@@ -35,6 +36,11 @@ def config(family="llama", **options):
 def test_refused(name):
     with pytest.raises(NotImplementedError, match=rf"xla_ops: {name}\S* must be .+, got"):
         config(**REFUSED[name])
+
+
+def test_a_request_fits_into_the_cache():
+    config(num_gpu_blocks_override=9, max_model_len=128)
+    config(num_gpu_blocks_override=5, max_model_len=128, block_size=32)
 
 
 def test_lora_on_several_devices_is_refused():

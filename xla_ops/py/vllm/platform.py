@@ -28,6 +28,7 @@ logger = init_logger("vllm.xla_ops")
 VERSIONS = ("0.12.0", "0.13.0")
 # vLLM's own word for a kernel that wants nothing: the CPU client runs all of them.
 _CPU_CAPABILITY = DeviceCapability(9, 0)
+_BLOCK_SIZE = 16
 
 
 def check_version(version: str) -> None:
@@ -200,6 +201,11 @@ def refuse(config: VllmConfig) -> None:
     # vLLM 0.12 may have it in the environment alone.
     attention = getattr(getattr(config, "attention_config", None), "backend", None)
     asynchronous = config.additional_config.get("async_scheduling")
+    # With fewer, a long request would wait for ever. vLLM keeps one for padding.
+    num_blocks, least_blocks = cache.num_gpu_blocks_override, 2
+    if model.get_sliding_window() is None:
+        block_size = max(cache.block_size or _BLOCK_SIZE, 1)
+        least_blocks = -(-model.max_model_len // block_size) + 1
     num_devices = visible.count(os.environ) if is_gpu() else None
     # What is asked for; the argument that asks; what is taken.
     rules = [
@@ -272,6 +278,12 @@ def refuse(config: VllmConfig) -> None:
             cache.block_size,
             "at least 1",
         ),
+        (
+            num_blocks is not None and num_blocks < least_blocks,
+            "num_gpu_blocks_override",
+            num_blocks,
+            f"at least {least_blocks}, those of a request of max_model_len and one,",
+        ),
         (cache.cpu_offload_gb != 0, "cpu_offload_gb", cache.cpu_offload_gb, "0"),
         (
             getattr(cache, "kv_offloading_size", None) is not None,
@@ -316,7 +328,7 @@ def _update(config: VllmConfig) -> None:
     from vllm.config import CompilationMode, CUDAGraphMode
 
     if config.cache_config.block_size is None:
-        config.cache_config.block_size = 16
+        config.cache_config.block_size = _BLOCK_SIZE
     # The runner has programs of its own.
     compilation = config.compilation_config
     compilation.mode = CompilationMode.NONE
