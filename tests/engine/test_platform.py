@@ -34,7 +34,9 @@ def config(family="llama", **options):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
-    with pytest.raises(NotImplementedError, match=rf"xla_ops: {name}\S* must be .+, got"):
+    with pytest.raises(
+        NotImplementedError, match=rf"xla_ops: {name}\S* must be .+, got"
+    ):
         config(**REFUSED[name])
 
 

@@ -295,9 +295,7 @@ class Edits:
                     yield j, token, ALWAYS
             if i in words_of:
                 output, look = metadata.output_token_ids[i], looks[i]
-                bans = _bad_word_bans(
-                    words_of[i], output, look.known, look.source >= 0
-                )
+                bans = _bad_word_bans(words_of[i], output, look.known, look.source >= 0)
                 for token, condition in bans:
                     yield j, token, condition
 
