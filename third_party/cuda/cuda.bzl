@@ -19,7 +19,8 @@ _NVCC_OPTIONS = [
     # Every warning is an error, the device compilers' and the host's.
     "--Werror=all-warnings",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror",
-    # Code of several architectures is compiled at once.
+    # Code of several architectures is compiled at once. What each compiler prints
+    # goes through files in TMPDIR, which is set below.
     "--threads=2",
     # Not in /tmp, which sandboxes share: names there hold the process's number,
     # which is the same in many of them, and end up in the object file.
@@ -115,7 +116,7 @@ def _cuda_objects_impl(ctx):
                 ],
             ),
             outputs = [output],
-            env = {"PATH": "/usr/bin:/bin"},
+            env = {"PATH": "/usr/bin:/bin", "TMPDIR": output.dirname},
             mnemonic = "CudaCompile",
             progress_message = "Compiling %s for %s" % (
                 source.short_path,
