@@ -29,14 +29,19 @@ print("right")
 """
 
 
-def run(folder, *names):
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(folder), *names],
+def execute(script, *arguments):
+    """A script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def run(folder, *names):
+    done = execute(_PROGRAM, folder, *names)
     assert done.stdout.strip() == "right", done.stderr
 
 
@@ -86,13 +91,8 @@ except RuntimeError as error:
 
 
 def test_too_late(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _LATE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    done = execute(_LATE, tmp_path)
+    done.check_returncode()
     assert done.stdout.startswith("keep_programs: must be called before anything is")
 
 
@@ -113,13 +113,7 @@ print(*(w.message for w in caught), sep=chr(10))
 
 
 def test_a_folder_that_is_full_keeps_nothing_and_stops_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _FULL, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = execute(_FULL, tmp_path)
     results, warning = done.stdout.splitlines()
     assert results == str([[2.0] * 3, [2.0] * 3, [3.0] * 3])
     assert warning.startswith("keep_programs: programs are not kept any more, because ")
