@@ -14,18 +14,17 @@ Tested by tests/extend/test_kernel_cache.py.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core import files
 from ..core.errors import warn_user
 
 _FORMAT = 1
@@ -118,14 +117,10 @@ def store_note(key: str, note: Mapping[str, Any]) -> None:
 
 
 def _write(path: pathlib.Path, data: bytes) -> bool:
-    draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(data)
-        draft.replace(path)
+        files.write_at_once(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()  # what there was room for
         _tell_unwritable(str(path.parent), str(error))
         return False
     return True

@@ -9,12 +9,12 @@ Tested by tests/programs/test_kept.py.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 
 import torch_xla.runtime as xr
 
+from ..core import files
 from ..core.errors import warn_user
 
 _SUFFIX = ".hlo-sha256"
@@ -61,15 +61,10 @@ def remember(program: bytes, digest: str) -> None:
     """
     if not _folders:
         return
-    # At once or not at all: other processes read it.
     path = _folders[0] / (program.hex() + _SUFFIX)
-    draft = path.with_suffix(f".{os.getpid()}")
     try:
-        draft.write_text(digest)
-        draft.replace(path)
+        files.write_at_once(path, digest.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         folder = _folders.pop()
         warn_user(
             f"keep_programs: programs are not kept any more, because {folder} cannot be"
