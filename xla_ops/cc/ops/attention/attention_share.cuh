@@ -22,6 +22,7 @@ struct ShareSearch {
   int kv_end[kShareWarps];
   int64_t load[kShareWarps];
   int64_t cut_load[kShareWarps];
+  int64_t others[kShareWarps];
   ShareSums sums[kShareWarps];
   ShareItem item;
   bool found;
@@ -226,11 +227,18 @@ __device__ __forceinline__ bool FindItem(const AttentionArgs& args, int index,
   ShareRules rules;
   rules.tile_tokens = 1 << args.share_tile_shift;
   rules.long_tiles = LongTiles(loads.all, args.num_slots, rules.tile_tokens);
+  int64_t others = 0;
   visit([&](const ShareSegment&, const ShareNeed& need) {
-    if (need.kv_tiles > rules.long_tiles) loads.cut += LoadOf(need);
+    if (need.kv_tiles > rules.long_tiles) {
+      loads.cut += LoadOf(need);
+    } else {
+      others += need.tiles;
+    }
   });
   loads.cut = AddAll(loads.cut, search.cut_load);
-  rules.chunk = ShareChunk(loads.cut, args.num_slots);
+  others = AddAll(others, search.others);
+  rules.chunk =
+      ShareChunk(loads, static_cast<int>(others), args.num_slots);
   ShareSums sums = {0, 0};
   visit([&](const ShareSegment&, const ShareNeed& need) {
     const ShareSums items = ItemsOf(need, rules.Pieces(need.kv_tiles));

@@ -81,10 +81,21 @@ XLA_OPS_SHARE int LongTiles(int64_t all, int slots, int tile_tokens) {
   return limit > least ? limit : least;
 }
 
-// KV tiles of a piece, at least, for the load of all long sequences.
-XLA_OPS_SHARE int ShareChunk(int64_t cut, int slots) {
-  if (slots < 2 || cut > INT32_MAX - slots) return INT32_MAX;
-  const int chunk = (static_cast<int>(cut) + slots - 1) / slots;
+// Whether pieces are larger than what stays whole is on average.
+XLA_OPS_SHARE bool PiecesFirst(const ShareLoads& loads, int chunk, int whole) {
+  return int64_t{chunk} * whole >= loads.all - loads.cut;
+}
+
+// KV tiles of a piece, at least: a share of what all long sequences have or,
+// where the `whole` query tiles of the others have more each, of what all have.
+// Pieces that are smaller than those are left over when the first blocks end,
+// and land on whichever multiprocessors end first.
+XLA_OPS_SHARE int ShareChunk(const ShareLoads& loads, int whole, int slots) {
+  if (slots < 2 || loads.all > INT32_MAX - slots) return INT32_MAX;
+  const int chunk = (static_cast<int>(loads.cut) + slots - 1) / slots;
+  if (!PiecesFirst(loads, chunk, whole)) {
+    return (static_cast<int>(loads.all) + slots - 1) / slots;
+  }
   return chunk > 0 ? chunk : 1;
 }
 
@@ -119,11 +130,6 @@ struct ShareRules {
 XLA_OPS_SHARE ShareSums ItemsOf(const ShareNeed& need, int pieces) {
   return pieces > 1 ? ShareSums{need.tiles * pieces, 0}
                     : ShareSums{0, need.tiles};
-}
-
-// Whether pieces are larger than what stays whole is on average.
-XLA_OPS_SHARE bool PiecesFirst(const ShareLoads& loads, int chunk, int whole) {
-  return int64_t{chunk} * whole >= loads.all - loads.cut;
 }
 
 // Whether item `index` of all is one of this sequence, and which. `all`: items

@@ -31,8 +31,12 @@ struct Batch {
 
   ShareRules Rules() const {
     const ShareLoads loads = Loads();
-    return {LongTiles(loads.all, slots, kTileTokens),
-            ShareChunk(loads.cut, slots), kTileTokens};
+    const int long_tiles = LongTiles(loads.all, slots, kTileTokens);
+    int others = 0;
+    for (const ShareNeed& need : needs) {
+      if (need.kv_tiles <= long_tiles) others += need.tiles;
+    }
+    return {long_tiles, ShareChunk(loads, others, slots), kTileTokens};
   }
 
   int Pieces(const ShareNeed& need) const {
@@ -159,18 +163,22 @@ XLA_OPS_TEST(ShortSequencesStayWhole) {
   EXPECT_EQ(LongTiles(0, 64, 128), 32);
 }
 
-XLA_OPS_TEST(OneLongSequenceIsCutAmongShortOnes) {
+XLA_OPS_TEST(NoPieceIsSmallerThanWhatStaysWhole) {
   std::vector<int> kv_tiles(64, 16);
   kv_tiles[40] = 512;
-  const Batch batch = Sequences(kv_tiles, 64);
-  EXPECT_EQ(batch.Pieces({1, 512}), 64);
+  const Batch batch = Sequences(kv_tiles, 48);
+  EXPECT_EQ(batch.Rules().chunk, 32);  // not 11, by the long one alone
+  EXPECT_EQ(batch.Pieces({1, 512}), 16);
   EXPECT_EQ(batch.Pieces({1, 16}), 1);
-  // Its pieces are smaller than the others, and fill up what is left.
   ShareItem item;
-  EXPECT_TRUE(batch.Take(0, 0, &item));
-  EXPECT_TRUE(batch.Take(63, 40, &item));
+  EXPECT_TRUE(batch.Take(0, 40, &item));
   EXPECT_EQ(item.slot, 0);
+  EXPECT_TRUE(batch.Take(16, 0, &item));
   ExpectAllOnce(batch);
+  // Where the others are as short as its pieces there are as many as may be.
+  std::fill(kv_tiles.begin(), kv_tiles.end(), 1);
+  kv_tiles[40] = 512;
+  EXPECT_EQ(Sequences(kv_tiles, 48).Pieces({1, 512}), 46);
 }
 
 XLA_OPS_TEST(LargePiecesComeFirst) {
@@ -206,13 +214,13 @@ XLA_OPS_TEST(PiecesGrowAsTheRootOfTheLength) {
 
 XLA_OPS_TEST(SumsMayBeLarge) {
   EXPECT_EQ(LongTiles(1 << 28, 64, 64), (1 << 28) / 48);
-  EXPECT_EQ(ShareChunk(0, 64), 1);
-  EXPECT_EQ(ShareChunk(1520, 64), 24);
-  EXPECT_EQ(ShareChunk(1536, 64), 24);
-  EXPECT_EQ(ShareChunk(INT32_MAX - 64, 64), 33554431);
+  EXPECT_EQ(ShareChunk({0, 0}, 0, 64), 1);
+  EXPECT_EQ(ShareChunk({1520, 1520}, 0, 64), 24);
+  EXPECT_EQ(ShareChunk({1536, 1536}, 0, 64), 24);
+  EXPECT_EQ(ShareChunk({INT32_MAX - 64, INT32_MAX - 64}, 0, 64), 33554431);
   // Nothing is cut beyond.
   EXPECT_EQ(LongTiles(int64_t{1} << 60, 64, 64), INT32_MAX);
-  EXPECT_EQ(ShareChunk(INT32_MAX, 64), INT32_MAX);
+  EXPECT_EQ(ShareChunk({INT32_MAX, 0}, 1, 64), INT32_MAX);
 }
 
 }  // namespace
