@@ -237,8 +237,7 @@ __device__ __forceinline__ bool FindItem(const AttentionArgs& args, int index,
   });
   loads.cut = AddAll(loads.cut, search.cut_load);
   others = AddAll(others, search.others);
-  rules.chunk =
-      ShareChunk(loads, static_cast<int>(others), args.num_slots);
+  rules.chunk = ShareChunk(loads, static_cast<int>(others), args.num_slots);
   ShareSums sums = {0, 0};
   visit([&](const ShareSegment&, const ShareNeed& need) {
     const ShareSums items = ItemsOf(need, rules.Pieces(need.kv_tiles));
