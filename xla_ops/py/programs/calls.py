@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import torch
 import torch_xla
@@ -89,38 +90,99 @@ def finish(args: Sequence[torch.Tensor]) -> None:
 
 # What each program that was compiled here computes, by its hash in torch_xla.
 _computes: dict[bytes, str] = {}
+# XLA has threads of its own for each program.
+_THREADS = 16
 
 
-def compile_graph(computed: list[torch.Tensor], donated: str) -> bytes | None:
-    """Compiles the graph of `computed`; returns its hash, None where it is empty.
+class Graph:
+    """What a program has to compute, from when it is traced until it is compiled.
 
-    A program that torch_xla has already under that hash is taken only if it is known to
-    be of the same HLO. Otherwise the graph gets a further result, of no element, until
-    its hash is its own.
-
-    Args:
-        computed: the results; further ones are added behind them.
-        donated: what tells the buffers that it overwrites.
+    Attributes:
+        computed: the results; further ones are added behind them where the graph's hash
+            is another's.
+        digest: of its HLO, and of the buffers that it overwrites.
+        updates: whether some of them are new values of arguments.
+        program: its hash, once it is compiled; None of an empty graph.
     """
-    if not computed:
-        return None
-    small_buffers.keep_apart(computed[0].device)
-    hlo = _xlac._get_xla_tensors_hlo(computed)
-    computes = hashlib.sha256(f"{donated}\n{hlo}".encode()).hexdigest()
+
+    def __init__(
+        self, computed: list[torch.Tensor], donated: Sequence[int], updates: bool
+    ):
+        self.computed = computed
+        self.updates = updates
+        self.program: bytes | None = None
+        self.digest = ""
+        if computed:
+            hlo = _xlac._get_xla_tensors_hlo(computed)
+            text = f"{list(donated)}\n{hlo}"
+            self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+
+def compile_graph(graph: Graph) -> None:
+    """Compiles a graph, unless it is empty.
+
+    A program that torch_xla has already under the graph's hash is taken only if it is
+    known to be of the same HLO. Otherwise the graph gets a further result, of no
+    element, until its hash is its own.
+    """
+    if not graph.computed:
+        return
+    small_buffers.keep_apart(graph.computed[0].device)
     for attempt in range(1, 10):
         with dynamo_bridge.alias_with_buffer_donor_config():
-            program = _xlac._get_graph_hash(computed)
-            known = _computes.get(program) or kept.recall(program)
-            if known in (None, computes):
-                compiled_before = met.counter_value("UncachedCompile") or 0
-                _xlac._xla_warm_up_cache(computed, [])
-                is_new = (met.counter_value("UncachedCompile") or 0) > compiled_before
-                if is_new or known == computes:
-                    _computes[program] = computes
-                    if is_new:
-                        kept.remember(program, computes)
-                    return program
-        computed.append(torch.empty((attempt, 0), device=computed[0].device))
+            program = _xlac._get_graph_hash(graph.computed)
+            known = _known(program)
+            if known in (None, graph.digest):
+                is_new = _compile([graph.computed]) > 0
+                if is_new or known == graph.digest:
+                    _note(program, graph, is_new)
+                    return
+        graph.computed.append(
+            torch.empty((attempt, 0), device=graph.computed[0].device)
+        )
     raise RuntimeError(
         "replay: the graph's hash must be its own, got one of another program ten times"
     )
+
+
+def compile_beside(graphs: Sequence[Graph]) -> None:
+    """Compiles graphs that update nothing, on a thread each."""
+    first: dict[bytes, Graph] = {}
+    with dynamo_bridge.alias_with_buffer_donor_config():
+        for graph in graphs:
+            if graph.computed:
+                program = _xlac._get_graph_hash(graph.computed)
+                if _known(program) is None:
+                    first.setdefault(program, graph)
+        if len(first) > 1:
+            small_buffers.keep_apart(graphs[0].computed[0].device)
+            num_compiled = _compile([graph.computed for graph in first.values()])
+            # Else torch_xla had one of the hashes, of who knows which program.
+            if num_compiled == len(first):
+                for program, graph in first.items():
+                    _note(program, graph, is_new=True)
+    for graph in graphs:
+        if graph.program is None:
+            compile_graph(graph)
+
+
+def _known(program: bytes) -> str | None:
+    return _computes.get(program) or kept.recall(program)
+
+
+def _compile(graphs: list[list[torch.Tensor]]) -> int:
+    """Has torch_xla compile graphs; returns how many it had not."""
+    before = met.counter_value("UncachedCompile") or 0
+    if len(graphs) == 1:
+        _xlac._xla_warm_up_cache(graphs[0], [])
+    else:
+        with futures.ThreadPoolExecutor(min(len(graphs), _THREADS)) as pool:
+            list(pool.map(lambda graph: _xlac._xla_warm_up_cache(graph, []), graphs))
+    return (met.counter_value("UncachedCompile") or 0) - before
+
+
+def _note(program: bytes, graph: Graph, is_new: bool) -> None:
+    graph.program = program
+    _computes[program] = graph.digest
+    if is_new:
+        kept.remember(program, graph.digest)

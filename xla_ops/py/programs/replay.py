@@ -22,13 +22,15 @@ operation takes (pytorch/xla#8353), a program is held to the HLO it was compiled
 Several threads may call programs, and trace them: `ownership.LOCK` has them take turns.
 The rest of what other threads may do to a trace is found out, and it begins again.
 
-Tested by tests/programs/test_replay.py and tests/programs/test_replay_threads.py.
+Tested by test_replay.py, test_replay_threads.py and test_compile_calls.py of
+tests/programs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -41,7 +43,7 @@ from torch_xla.experimental.eager import eager_mode_context
 
 from ..core import autograd, in_place, interrupts, ownership, sharding
 from . import arguments
-from .calls import buffer_of, compile_graph, run_cached
+from .calls import Graph, buffer_of, compile_beside, compile_graph, run_cached
 from .reads import Reads
 from .traces import Traced, storage_of
 
@@ -75,25 +77,33 @@ class Replay:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         arguments.refuse_transforms(tensors)
         with ownership.LOCK:
-            if self._shares is None:
-                self._shares = _Shares(_tensors_of(self._state))
-            shares = self._shares.of(tensors)
-            key: Hashable = (
-                *(form, arguments.signature(leaves), shares),
-                arguments.surroundings(),
-            )
-            if xr.is_spmd():
-                key = (key, sharding.signature(tensors))
+            key = self._key(leaves, tensors, form)
             try:
                 program = self._programs.get(key)
             except TypeError as error:
                 raise arguments.unhashable(leaves) or error from None
             if program is None:
-                program = self._trace(key, leaves, tensors, form)
+                program = self._plan(leaves, tensors, form)
+                for graph in program.build(tensors):
+                    compile_graph(graph)
+                self._add(key, program)
             return program(tensors)
 
-    def _trace(
-        self, key: Hashable, leaves: list, tensors: list[torch.Tensor], form: object
+    def _key(self, leaves: list, tensors: list[torch.Tensor], form: object) -> Hashable:
+        """All that may change the program of a call."""
+        if self._shares is None:
+            self._shares = _Shares(_tensors_of(self._state))
+        shares = self._shares.of(tensors)
+        key: Hashable = (
+            *(form, arguments.signature(leaves), shares),
+            arguments.surroundings(),
+        )
+        if xr.is_spmd():
+            key = (key, sharding.signature(tensors))
+        return key
+
+    def _plan(
+        self, leaves: list, tensors: list[torch.Tensor], form: object
     ) -> _Program:
         arguments.check(leaves)
         # The function is kept, for a program that torch_xla drops; the tensors of this
@@ -115,10 +125,11 @@ class Replay:
             )
             return self._function(*args, **kwargs)
 
-        program = _Program(call, tensors, _tensors_of(self._state))
+        return _Program(call, tensors, _tensors_of(self._state))
+
+    def _add(self, key: Hashable, program: _Program) -> None:
         self._programs[key] = program
         self._shares = None  # the state may have grown
-        return program
 
 
 def replay(function: Callable | None = None, *, state: State = ()) -> Any:
@@ -160,6 +171,58 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
     if function is None:
         return functools.partial(replay, state=state)
     return Replay(function, state)
+
+
+def compile_calls(calls: Iterable[tuple[Replay, Sequence]]) -> None:
+    """Makes the programs of several calls, and runs none.
+
+    Those that update nothing are compiled beside each other, which for small programs
+    takes as long as one of them where there are cores enough.
+
+    Args:
+        calls: replayed functions, and the positional arguments of a call of each.
+
+    Raises:
+        what the calls would raise.
+
+    Example:
+        >>> double, halve = replay(lambda x: x * 2), replay(lambda x: x / 2)
+        >>> x = torch.ones(2, device="xla")
+        >>> compile_calls([(double, (x,)), (halve, (x,))])
+        >>> double(x).cpu()
+        tensor([2., 2.])
+    """
+    with ownership.LOCK, eager_mode_context(False), contextlib.ExitStack() as stack:
+        if ownership.may_compute_all():
+            torch_xla.sync(reset_scope=False)
+        graphs: list[Graph] = []
+        unfinished: dict[tuple, tuple[Iterator[Graph], _Program]] = {}
+        for function, args in list(calls):
+            leaves, form = arguments.flatten(tuple(args), {})
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            arguments.refuse_transforms(tensors)
+            key = function._key(leaves, tensors, form)
+            try:
+                if key in function._programs or (function, key) in unfinished:
+                    continue
+            except TypeError as error:
+                raise arguments.unhashable(leaves) or error from None
+            program = function._plan(leaves, tensors, form)
+            building = program.build(tensors, beside=True)
+            stack.enter_context(contextlib.closing(building))
+            for graph in building:
+                if not graph.updates:
+                    graphs.append(graph)
+                    unfinished[function, key] = building, program
+                    break
+                compile_graph(graph)
+            else:
+                function._add(key, program)
+        compile_beside(graphs)
+        for (function, key), (rest, program) in unfinished.items():
+            for graph in rest:  # of a trace that others have disturbed
+                compile_graph(graph)
+            function._add(key, program)
 
 
 # How often a function is traced that other threads may have disturbed.
@@ -211,29 +274,43 @@ class _Program:
         state: Sequence[torch.Tensor],
     ):
         given = {id(t) for t in tensors}
+        self._function = function
         self._state = tuple(t for t in state if id(t) not in given)
-        self._rebuild = lambda *args: self._build(function, (*args, *self._state))
-        self._rebuild(*tensors)
 
-    def _build(self, function: Callable, args: tuple[torch.Tensor, ...]) -> None:
+    def build(
+        self, tensors: Sequence[torch.Tensor], *, beside: bool = False
+    ) -> Generator[Graph, None, None]:
+        """Yields each graph that it needs compiled, until it can be called.
+
+        Args:
+            tensors: a call's.
+            beside: whether graphs of other programs wait to be compiled.
+        """
         with eager_mode_context(False):
-            traced = self._compile(function, args)
+            args = (*tensors, *self._state)
+            traced = yield from self._compiled(args, beside)
         self._updates = list(traced.updates.items())
         self._donated = traced.donated
         self._outputs = traced.outputs
         self._form = traced.form
 
-    def _compile(self, function: Callable, args: tuple[torch.Tensor, ...]) -> Traced:
-        """Traces and compiles, until no other thread has had a part in it."""
+    def _compiled(
+        self, args: tuple[torch.Tensor, ...], beside: bool
+    ) -> Generator[Graph, None, Traced]:
+        """Traces and has it compiled, until no other thread has had a part in it."""
         reads = Reads()
-        is_alone = ownership.may_compute_all()
+        given = len(args) - len(self._state)
         for _ in range(_MAX_TRACES):
-            traced = Traced(function, args, len(args) - len(self._state), reads)
+            is_alone = ownership.may_compute_all() and not beside
+            traced = Traced(self._function, args, given, reads, is_alone)
             try:
                 if traced.has_run or reads.are_clear:
                     if not traced.has_run:
-                        computed, donated = traced.computed, str(traced.donated)
-                        self._hash = compile_graph(computed, donated)
+                        graph = Graph(
+                            traced.computed, traced.donated, bool(traced.updates)
+                        )
+                        yield graph
+                        self._hash = graph.program
                         self._inputs = _inputs(traced, args)
                         if traced.is_whole():
                             return traced
@@ -277,7 +354,9 @@ class _Program:
         except RuntimeError as error:
             if "Failed to get computation by hash" not in str(error):
                 raise
-        self._rebuild(*tensors)  # torch_xla keeps so many programs, and no more
+        # torch_xla keeps so many programs, and no more.
+        for graph in self.build(tensors):
+            compile_graph(graph)
         return run_cached(self._hash, self._inputs, args)
 
 

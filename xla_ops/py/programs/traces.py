@@ -76,9 +76,10 @@ class Traced:
         args: tuple[torch.Tensor, ...],
         num_given: int,
         reads: Reads,
+        is_alone: bool,
     ):
         # Whatever is pending would become a part of the program.
-        if ownership.may_compute_all():
+        if is_alone:
             torch_xla.sync(reset_scope=False)
         else:
             ownership.give_buffers(reachable.tensors(function))

@@ -35,7 +35,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import bind_kv_cache
 
-from ..programs.replay import replay
+from ..programs.replay import compile_calls, replay
 from . import communicator, host, loading
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
 from .rejection import DeviceRejectionSampler
@@ -64,11 +64,11 @@ class XlaModelRunner(GPUModelRunner):
             min(_SMALLEST_BUCKET, self.max_num_tokens), self.max_num_tokens
         )
         # Few, since each has a program of every way to sample; more rows than are
-        # needed cost little, since weights are read once.
+        # needed cost little, since weights are read once, but logits are written.
         self._row_buckets = [
             size
             for size in buckets(self._buckets[0], self._most_logit_rows)
-            if size in (self._most_logit_rows, 8, 32, 128, 512)
+            if size in (self._most_logit_rows, 8, 32, 64, 128, 512)
         ]
         self._max_logit_rows = self._row_buckets[-1]
         self._bitmask: np.ndarray | None = None
@@ -122,6 +122,7 @@ class XlaModelRunner(GPUModelRunner):
             self._max_logit_rows,
             self.xla_device,
             lambda name, function: replay(function),
+            compile_calls=compile_calls,
             logprobs_mode=self.model_config.logprobs_mode,
             max_logprobs=self.model_config.max_logprobs,
             seed=self.model_config.seed or 0,

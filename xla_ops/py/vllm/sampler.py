@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class DeviceSampler:
         max_rows: of any step: the length of the vector of tokens.
         device: where the logits are.
         make_program: compiles a function of tensors, given its name.
+        compile_calls: compiles programs for calls of them, before they are called.
         logprobs_mode: vLLM's.
         max_logprobs: vLLM's: how many a request may ask for, -1 for all.
         seed: of the requests without one of their own. Ranks that sample the same
@@ -86,6 +88,7 @@ class DeviceSampler:
         device: torch.device | str,
         make_program: MakeProgram = lambda name, function: function,
         *,
+        compile_calls: Callable[[list[tuple[Any, tuple]]], None] = lambda calls: None,
         logprobs_mode: str = "raw_logprobs",
         max_logprobs: int = NUM_LOGPROBS,
         seed: int = 0,
@@ -103,7 +106,7 @@ class DeviceSampler:
         self.vocab_size, self.max_rows, self.device = vocab_size, max_rows, device
         self.late_programs: list[Key] = []
         self.host_rows = self.host_waits = 0
-        self._make_program = make_program
+        self._make_program, self._compile_calls = make_program, compile_calls
         self._programs: dict[Key, Program] = {}
         self._normalise = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed")
@@ -160,7 +163,7 @@ class DeviceSampler:
                 return lambda tokens, own: torch.where(own >= 0, own, tokens)
         raise AssertionError(f"no program {key}")
 
-    def _call(self, key: Key, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _program(self, key: Key) -> Program:
         program = self._programs.get(key)
         if program is None:
             name, rows, what = key
@@ -168,7 +171,10 @@ class DeviceSampler:
             program = self._make_program(f"sampler_{name}_{rows}_{what}", function)
             self._programs[key] = program
             self.late_programs.append(key)
-        result = program(*tensors)
+        return program
+
+    def _call(self, key: Key, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        result = self._program(key)(*tensors)
         return (result,) if isinstance(result, torch.Tensor) else result
 
     def _run(
@@ -186,10 +192,15 @@ class DeviceSampler:
         with torch.inference_mode(False), torch.no_grad():
             if logits is None:
                 logits = self._up(np.zeros((rows, self.vocab_size), np.float32))
-            for key in self.programs(rows):
-                # Twice: the first time may trace, the second runs what was made.
+            calls = [
+                (self._program(key), self._arguments(key, logits))
+                for key in self.programs(rows)
+            ]
+            self._compile_calls(calls)
+            for program, tensors in calls:
+                # Twice: XLA makes a CUDA graph of a program when it runs again.
                 for _ in range(2):
-                    self._call(key, *self._arguments(key, logits))
+                    program(*tensors)
         self.late_programs.clear()
 
     def _arguments(self, key: Key, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
