@@ -68,8 +68,10 @@ COLLECTIVE = re.compile(
 # What stands for them between processes.
 CALL = re.compile(
     r" = (?P<type>\S.*?) custom-call\(.*"
-    r'custom_call_target="xla_ops\.(?P<op>(?:host|peer)_collective)"'
+    r'custom_call_target="xla_ops\.(?P<op>(?:host|peer)_collective|peer_add_rms_norm)"'
 )
+# Of its two results one is what every process has already.
+HALVED = "peer_add_rms_norm"
 
 
 def bytes_of(shapes: str) -> int:
@@ -87,7 +89,7 @@ def collectives(hlo: str) -> list[tuple[int, str]]:
     """Of a program's collectives, the bytes that each gives on each device, and what it
     is; the largest first."""
     found = [
-        (bytes_of(match["type"]), match["op"])
+        (bytes_of(match["type"]) // (1 + (match["op"] == HALVED)), match["op"])
         for pattern in (COLLECTIVE, CALL)
         for match in pattern.finditer(hlo)
     ]

@@ -73,7 +73,8 @@ def collectives(hlo: str) -> Counter:
     calls = r'"xla_ops\.(?:host|peer)_collective".*?gathers = (\w+)'
     for gathers in re.findall(calls, hlo):
         found["all-gather" if gathers == "true" else "all-reduce"] += 1
-    return found
+    found["all-reduce"] += hlo.count('"xla_ops.peer_add_rms_norm"')
+    return +found
 
 
 def inputs_elsewhere(shape: str, hlo: str) -> int:

@@ -90,6 +90,45 @@ def check_gathers(group):
     return found
 
 
+def check_norms(group):
+    """The norm of a sum in its call, beside the two calls on the same inputs."""
+    found = {}
+    shapes = ((1, 4096), (64, 4096), (3, 8), (5, 2048), (130, 1000), (33, 8192))
+    for dtype in DTYPES:
+        for shape in shapes:
+            count = torch.Size(shape).numel()
+            hidden = shape[-1]
+            if hidden * dtype.itemsize > 16384 or hidden * dtype.itemsize % 8:
+                continue
+            if count * dtype.itemsize > peers.most_bytes(group.size):
+                continue
+            residual = given(99, dtype, count).view(shape).to(torch_xla.device())
+            weight = given(98, dtype, hidden).to(torch_xla.device())
+            soon = torch.ones(300, 4096, device=torch_xla.device())
+
+            def normed(x, residual, weight, soon):
+                with group.in_order():
+                    one = group.all_reduce_add_rms_norm(x, residual, weight, 1e-5, soon)
+                    rest = group.all_reduce(x), residual, weight, 1e-5
+                    two = torch.ops.xla_ops.fused_add_rms_norm_functional(*rest)
+                    three = group.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
+                return *one, *two, *three
+
+            function = replay(normed)
+            right = True
+            for seed in range(3):
+                x = given(group.rank, dtype, count, seed).view(shape)
+                x = x.to(torch_xla.device())
+                results = [t.cpu() for t in function(x, residual, weight, soon)]
+                out, total, wanted, wanted_total, again, _ = results
+                right &= torch.equal(total, wanted_total) and torch.equal(out, again)
+                # The squares are added up in another order.
+                close = dict(rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-6)
+                right &= torch.allclose(out.float(), wanted.float(), **close)
+            found[f"norm {shape} {dtype}"] = right
+    return found
+
+
 def check_independent(group):
     """Calls that nothing but their order holds apart, some of them XLA's."""
     found = {}
@@ -185,7 +224,13 @@ def main():
     group = processes.join(dist.group.WORLD)
     record = {"processes": group.size, "opened": type(group).__name__ == "PeerGroup"}
     checks = {"opened": record["opened"]}
-    for check in (check_values, check_gathers, check_independent, check_late_ranks):
+    for check in (
+        check_values,
+        check_gathers,
+        check_norms,
+        check_independent,
+        check_late_ranks,
+    ):
         checks |= check(group)
         dist.barrier()
     record["wrong"] = [name for name, right in checks.items() if not right]

@@ -61,6 +61,13 @@ def test_calls_between_processes_are_collectives(where):
     assert collectives(hlo) == {"all-gather": 1, "all-reduce": 2}
 
 
+def test_a_sum_that_is_normed_is_an_all_reduce():
+    call = 'custom_call_target="xla_ops.peer_add_rms_norm", backend_config={}'
+    hlo = f"  %c = (f32[8], f32[8]) custom-call(%a, %b, %r, %w, %s), {call}"
+    assert collectives(hlo) == {"all-reduce": 1}
+    assert collectives("") == {}
+
+
 def make_parallel_engine(folder, **options):
     parallel = Sharded(2, ModelConfig.from_folder(folder))
     return make_engine(folder, parallel=parallel, **options)

@@ -183,7 +183,11 @@ def test_handlers_and_declarations_agree():
     # What no op calls: the CPU client's stand-in for XLA's own collectives.
     assert handlers.load(handlers.HOST) == wanted | {"xla_ops.host_collective"}
     # And that of users' ops, and what programs of several processes call.
-    others = {"xla_ops.launch_kernel", "xla_ops.peer_collective"}
+    others = {
+        "xla_ops.launch_kernel",
+        "xla_ops.peer_add_rms_norm",
+        "xla_ops.peer_collective",
+    }
     cuda = handlers.load(handlers.CUDA) - others
     assert cuda in (wanted, frozenset()), "a CUDA build has them all, a CPU build none"
 

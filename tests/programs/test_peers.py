@@ -60,6 +60,52 @@ def test_calls_follow_each_other(group):
     assert "all-reduce" not in hlo and "all-gather" not in hlo
 
 
+NORM = "xla_ops.peer_add_rms_norm"
+
+
+def test_the_norm_of_a_sum_is_one_call_in_the_order(group):
+    x, residual, weight, soon = put(4, 8), put(4, 8), put(8), put(16, 8)
+    with group.in_order():
+        first = group.all_reduce(x)
+        second, total = group.all_reduce_add_rms_norm(x, residual, weight, 1e-3, soon)
+        third = group.all_reduce(x)
+        fourth, _ = group.all_reduce_add_rms_norm(x, residual, weight)
+    assert second.shape == total.shape == x.shape and fourth.dtype == x.dtype
+    hlo = hlo_of(first, second, total, third, fourth)
+    assert hlo.count(f'"{TARGET}"') == hlo.count(f'"{NORM}"') == 2
+    assert "rms_norm_functional" not in hlo and "xla_ops.fused_add" not in hlo
+    operands = re.findall(rf'custom-call\((.*?)\), custom_call_target="{NORM}"', hlo)
+    # Without a matrix it has one of no element.
+    assert ["f32[0]" in call for call in operands] == [False, True]
+    assert hlo_of(third).count(NORM) == 1  # what it comes after
+    raised = pytest.raises(RuntimeError, match="all_reduce: has no gradient")
+    with raised, torch.enable_grad(), group.in_order():
+        group.all_reduce_add_rms_norm(x.clone().requires_grad_(), residual, weight)
+
+
+@pytest.mark.parametrize(
+    "x, residual, weight, dtype",
+    [
+        ((4, 8), (1, 8), (8,), torch.float32),  # spread over rows
+        ((2, 8200), (2, 8200), (8200,), torch.bfloat16),  # a long row
+        ((4, 3), (4, 3), (3,), torch.float32),  # no whole units
+        ((1 << 10, 512), (1 << 10, 512), (512,), torch.float32),  # many rows
+    ],
+)
+def test_the_norm_of_other_sums_is_another_call(group, x, residual, weight, dtype):
+    given = [put(*shape, dtype=dtype) for shape in (x, residual, weight)]
+    assert not peers.can_norm(*given, 2)
+    if x != residual:
+        raised = pytest.raises(ValueError, match="residual must have shape")
+        with raised, group.in_order():
+            group.all_reduce_add_rms_norm(*given)
+        return
+    with group.in_order():
+        out, _ = group.all_reduce_add_rms_norm(*given)
+    hlo = hlo_of(out)
+    assert NORM not in hlo and "xla_ops.fused_add_rms_norm" in hlo
+
+
 def test_what_is_nested_keeps_its_place(group):
     with group.in_order():
         first = group.all_reduce(put(4, 8))

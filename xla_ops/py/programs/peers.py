@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from .. import _runtime
-from ..core import handlers, paths
+from ..core import handlers, paths, tracing
+from ..core.custom_call import CustomCall, OptionalOperand, call_in_graph
 from ..core.environment import boolean
 from ..core.errors import BadValue
+from ..core.hlo import Spec
 from . import collective
 
 VARIABLE = "XLA_OPS_PEER_COLLECTIVES"
@@ -26,11 +28,22 @@ MAX_RANKS = 8
 # That a rank sends at most, to all others together: beyond it NCCL is as fast.
 _MOST_BYTES = 1 << 20
 
+# Of a matrix that is read next.
+_SOON_BYTES = int(os.environ.get("SOON") or 0)
+
 _OP = "peer_collective"
 _HANDLE_WORDS = 8  # XLA_OPS_PEER_HANDLE_WORDS
 _UNIT_BYTES = 8
 
 _call = collective.define(_OP, handlers.CUDA, "group")
+
+_NORM_OP = "peer_add_rms_norm"
+_MOST_ROW_BYTES = 16384
+_library = torch.library.Library("xla_ops", "FRAGMENT")
+_library.define(
+    f"{_NORM_OP}(Tensor input, Tensor? after, Tensor residual, Tensor weight,"
+    " Tensor? soon, int group, int soon_bytes, float eps) -> (Tensor, Tensor)"
+)
 
 
 def most_bytes(size: int) -> int:
@@ -43,6 +56,17 @@ def can_sum(x: torch.Tensor, size: int) -> bool:
     count = x.numel() * x.element_size()
     is_whole = count % _UNIT_BYTES == 0
     return x.dtype in collective.SUMMED and is_whole and 0 < count <= most_bytes(size)
+
+
+def can_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, size: int
+) -> bool:
+    """Whether the norm of the sum and a residual can be part of such a call."""
+    alike = x.shape == residual.shape and x.dtype == residual.dtype == weight.dtype
+    if not alike or x.shape[-1:] != weight.shape or not can_sum(x, size):
+        return False
+    row = x.shape[-1] * x.element_size()
+    return row % _UNIT_BYTES == 0 and row <= _MOST_ROW_BYTES
 
 
 def can_gather(x: torch.Tensor, size: int) -> bool:
@@ -127,6 +151,65 @@ def all_reduce(
         size: how many processes they are.
     """
     return _call(x, after, size, False, group)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    soon: torch.Tensor | None,
+    after: torch.Tensor | None,
+    group: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fused_add_rms_norm of the sum of what the processes give, and of a residual.
+
+    Args:
+        x, residual, weight: that `can_norm` takes.
+        eps: added to the mean square.
+        soon: a matrix that is read next, of which some is brought into the GPU's cache
+            while the processes wait for each other.
+        after, group: as all_reduce's.
+    """
+    call = torch.ops.xla_ops.peer_add_rms_norm.default
+    out, total = call(x, after, residual, weight, soon, group, _SOON_BYTES, eps)
+    return out, total
+
+
+def _in_graph(
+    x: torch.Tensor,
+    after: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    soon: torch.Tensor | None,
+    group: int,
+    soon_bytes: int,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    target = f"xla_ops.{_NORM_OP}"
+    handlers.available(handlers.CUDA, target)
+    custom_call = CustomCall(
+        target,
+        (
+            "input",
+            OptionalOperand("after", torch.float32),
+            "residual",
+            "weight",
+            OptionalOperand("soon", torch.float32),
+        ),
+        (Spec.of(x), Spec.of(x)),
+        {"group": group, "soon_bytes": soon_bytes, "eps": eps},
+    )
+    given = {"input": x, "after": after, "residual": residual, "weight": weight}
+    return tuple(call_in_graph(custom_call.bind(given | {"soon": soon})))
+
+
+_library.impl(_NORM_OP, tracing.untraced(_in_graph), "XLA")
+torch.library.register_fake(
+    f"xla_ops::{_NORM_OP}",
+    lambda x, *rest: (torch.empty_like(x), torch.empty_like(x)),
+    lib=_library,
+)
 
 
 def all_gather(

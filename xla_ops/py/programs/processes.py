@@ -69,6 +69,33 @@ class Group:
         """
         raise NotImplementedError
 
+    def all_reduce_add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        soon: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`fused_add_rms_norm` of `all_reduce(x)`: its norm, and the sum of both.
+
+        One call where few rows go through GPUs' memory, two elsewhere.
+
+        Args:
+            x: [..., hidden], what this process adds.
+            residual: like `x`, the same for each process.
+            weight: [hidden], of the same dtype.
+            eps: added to the mean square; positive.
+            soon: a matrix that is read next, as a hint: some of it is brought into the
+                GPU's cache while the processes wait for each other.
+
+        Raises:
+            RuntimeError: `x` requires a gradient, which no collective has.
+        """
+        norm = torch.ops.xla_ops.fused_add_rms_norm_functional
+        out, total = norm(self.all_reduce(x), residual, weight, eps)
+        return out, total
+
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """What the processes give, in the order of ranks, one behind the other.
 
@@ -217,6 +244,23 @@ class PeerGroup(XlaGroup):
         else:
             self._last = super().all_reduce(self._behind_last(x))
         return self._last
+
+    def all_reduce_add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        soon: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        fits = peers.can_norm(x, residual, weight, self.size)
+        if not fits or not self._orders(x):
+            return super().all_reduce_add_rms_norm(x, residual, weight, eps)
+        self._note("all_reduce", x)
+        self._last, total = peers.add_rms_norm(
+            x, residual, weight, eps, soon, self._last, self._peers
+        )
+        return self._last, total
 
     def all_gather(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         if not self._orders(x):

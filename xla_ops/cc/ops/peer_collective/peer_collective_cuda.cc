@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -140,25 +141,41 @@ auto PeerCollectiveBinding() {
       .Attr<bool>("gathers");
 }
 
+// The group of a call whose input this is.
+ffi::Error FindGroup(const char* op, int64_t number, ffi::AnyBuffer input,
+                     PeerGroup* group) {
+  const Member* const member = Numbered<Member>::All().Find(number);
+  if (member == nullptr || !member->is_open) {
+    return MustError(op, "group", "be one that this process has opened",
+                     std::to_string(number));
+  }
+  int device = -1;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return ToLaunchError(op, error);
+  if (device != member->device) {
+    return MustError(op, "input",
+                     "be on device " + std::to_string(member->device) +
+                         ", which the group was made with",
+                     std::to_string(device));
+  }
+  *group = member->group;
+  const int64_t bytes = static_cast<int64_t>(input.size_bytes());
+  const int64_t most = group->slot_units * kPeerUnitBytes;
+  if (bytes > most || bytes % kPeerUnitBytes != 0) {
+    return MustError(
+        op, "input",
+        "be of a multiple of 8 bytes and at most " + std::to_string(most),
+        std::to_string(bytes));
+  }
+  return ffi::Error::Success();
+}
+
 ffi::Error MakePeerCollectiveParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
                                     ffi::Result<ffi::AnyBuffer> out,
                                     int64_t group, bool gathers,
                                     PeerCollectiveParams* params) {
   (void)after;
-  const Member* const member = Numbered<Member>::All().Find(group);
-  if (member == nullptr || !member->is_open) {
-    return MustError(kOp, "group", "be one that this process has opened",
-                     std::to_string(group));
-  }
-  int device = -1;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return ToLaunchError(kOp, error);
-  if (device != member->device) {
-    return MustError(kOp, "input",
-                     "be on device " + std::to_string(member->device) +
-                         ", which the group was made with",
-                     std::to_string(device));
-  }
+  XLA_OPS_RETURN_IF_ERROR(FindGroup(kOp, group, input, &params->group));
   const std::optional<DType> dtype = ToDType(input.element_type());
   const bool can_add =
       dtype == DType::kF32 || dtype == DType::kF16 || dtype == DType::kBF16;
@@ -167,21 +184,13 @@ ffi::Error MakePeerCollectiveParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
                      DTypeName(input.element_type()));
   }
   const int64_t bytes = static_cast<int64_t>(input.size_bytes());
-  const int64_t most = member->group.slot_units * kPeerUnitBytes;
-  if (bytes > most || bytes % kPeerUnitBytes != 0) {
-    return MustError(
-        kOp, "input",
-        "be of a multiple of 8 bytes and at most " + std::to_string(most),
-        std::to_string(bytes));
-  }
-  const int64_t copies = gathers ? member->group.size : 1;
+  const int64_t copies = gathers ? params->group.size : 1;
   if (out->element_type() != input.element_type() ||
       static_cast<int64_t>(out->size_bytes()) != copies * bytes) {
     return MustError(
         kOp, "out", "be " + std::to_string(copies) + " inputs",
         DTypeName(out->element_type()) + " " + FormatShape(out->dimensions()));
   }
-  params->group = member->group;
   params->gathers = gathers;
   params->dtype = dtype.value_or(DType::kF32);
   params->input = input.untyped_data();
@@ -190,7 +199,83 @@ ffi::Error MakePeerCollectiveParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
   return ffi::Error::Success();
 }
 
+constexpr char kNormOp[] = "peer_add_rms_norm";
+
+auto PeerAddRmsNormBinding() {
+  return ffi::Ffi::Bind()
+      .Arg<ffi::AnyBuffer>()  // input
+      .Arg<ffi::AnyBuffer>()  // after
+      .Arg<ffi::AnyBuffer>()  // residual
+      .Arg<ffi::AnyBuffer>()  // weight
+      .Arg<ffi::AnyBuffer>()  // soon
+      .Ret<ffi::AnyBuffer>()  // out
+      .Ret<ffi::AnyBuffer>()  // residual_out
+      .Attr<int64_t>("group")
+      .Attr<int64_t>("soon_bytes")
+      .Attr<float>("eps");
+}
+
+// Of a matrix, `bytes` in all, so much of the start of each row.
+PeerSoon SoonOf(ffi::AnyBuffer matrix, int64_t bytes) {
+  constexpr int64_t kLine = 128;
+  const ffi::AnyBuffer::Dimensions dims = matrix.dimensions();
+  PeerSoon soon = {};
+  if (dims.size() != 2 || matrix.element_count() == 0 || bytes < kLine) {
+    return soon;
+  }
+  soon.matrix = matrix.untyped_data();
+  soon.rows = dims[0];
+  soon.row_bytes = static_cast<int64_t>(matrix.size_bytes()) / dims[0];
+  if (soon.row_bytes % kLine != 0) return {};  // and rows begin at a line
+  const int64_t share = std::max(kLine, bytes / dims[0] / kLine * kLine);
+  soon.bytes = static_cast<uint32_t>(
+      std::min({share, soon.row_bytes, int64_t{1} << 20}));
+  return soon;
+}
+
+ffi::Error MakePeerAddRmsNormParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
+                                    ffi::AnyBuffer residual,
+                                    ffi::AnyBuffer weight, ffi::AnyBuffer soon,
+                                    ffi::Result<ffi::AnyBuffer> out,
+                                    ffi::Result<ffi::AnyBuffer> residual_out,
+                                    int64_t group, int64_t soon_bytes,
+                                    float eps, PeerAddRmsNormParams* params) {
+  (void)after;
+  int64_t hidden_size = 0;
+  XLA_OPS_RETURN_IF_ERROR(FindGroup(kNormOp, group, input, &params->group));
+  XLA_OPS_RETURN_IF_ERROR(BindRows(kNormOp, input, &params->dtype,
+                                   &params->num_rows, &hidden_size));
+  XLA_OPS_RETURN_IF_ERROR(CheckSameAs(kNormOp, "residual", residual, input));
+  XLA_OPS_RETURN_IF_ERROR(
+      CheckDType(kNormOp, "weight", weight, {params->dtype}));
+  XLA_OPS_RETURN_IF_ERROR(CheckShape(kNormOp, "weight", weight, {hidden_size}));
+  XLA_OPS_RETURN_IF_ERROR(CheckSameAs(kNormOp, "out", out, input));
+  XLA_OPS_RETURN_IF_ERROR(
+      CheckSameAs(kNormOp, "residual_out", residual_out, input));
+  XLA_OPS_RETURN_IF_ERROR(CheckPositiveFinite(kNormOp, "eps", eps));
+  const int64_t row_bytes = static_cast<int64_t>(weight.size_bytes());
+  if (row_bytes > kPeerMaxRowUnits * kPeerUnitBytes ||
+      row_bytes % kPeerUnitBytes != 0) {
+    return MustError(kNormOp, "input",
+                     "have rows of a multiple of 8 bytes and at most " +
+                         std::to_string(kPeerMaxRowUnits * kPeerUnitBytes),
+                     std::to_string(row_bytes));
+  }
+  params->row_units = row_bytes / kPeerUnitBytes;
+  params->eps = eps;
+  params->input = input.untyped_data();
+  params->residual = residual.untyped_data();
+  params->weight = weight.untyped_data();
+  params->out = out->untyped_data();
+  params->residual_out = residual_out->untyped_data();
+  params->soon = SoonOf(soon, soon_bytes);
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_OPS_CUDA_HANDLER(peer_add_rms_norm, PeerAddRmsNormBinding(),
+                     MakePeerAddRmsNormParams, LaunchPeerAddRmsNorm);
 
 XLA_OPS_CUDA_HANDLER(peer_collective, PeerCollectiveBinding(),
                      MakePeerCollectiveParams, LaunchPeerCollective);

@@ -45,10 +45,39 @@ struct PeerCollectiveParams {
   int64_t bytes;  // a multiple of kPeerUnitBytes, at most slot_units of them
 };
 
+// A matrix that is read soon after a call: how much of each row's start to
+// bring into the cache. `bytes` of 0: nothing.
+struct PeerSoon {
+  const void* matrix;
+  int64_t rows;
+  int64_t row_bytes;
+  uint32_t bytes;
+};
+
+// Of a row that can be normed behind its sum.
+constexpr int64_t kPeerMaxRowUnits = 2048;
+
+struct PeerAddRmsNormParams {
+  PeerGroup group;
+  DType dtype;
+  const void* input;
+  const void* residual;
+  const void* weight;  // [row]
+  void* out;
+  void* residual_out;
+  int64_t num_rows;
+  int64_t row_units;  // at most kPeerMaxRowUnits
+  float eps;
+  PeerSoon soon;
+};
+
 // Queues the call on `stream`; neither allocates nor synchronises. `input` and
 // `out` are aligned to kPeerUnitBytes.
 cudaError_t LaunchPeerCollective(cudaStream_t stream,
                                  const PeerCollectiveParams& params);
+
+cudaError_t LaunchPeerAddRmsNorm(cudaStream_t stream,
+                                 const PeerAddRmsNormParams& params);
 
 }  // namespace xla_ops
 
