@@ -16,7 +16,7 @@ ops what lazy tensors do not say. Or each device has a process, which torchrun s
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -285,8 +285,10 @@ class Ranks(OneDevice):
         if decoder.ops.add_rms_norm is xla_ops.fused_add_rms_norm and not (
             config.o_bias or config.mlp_bias
         ):
-            # The norm behind the two products of a layer adds up what they give.
-            decoder.add_norm = self._add_norm(decoder)  # type: ignore[method-assign]
+            # The norm behind each of a layer's second products adds up what they give.
+            decoder.ops = decoder.ops._replace(
+                add_rms_norm=self.group.all_reduce_add_rms_norm
+            )
         else:
             for module in decoder.modules():
                 for name in ("o_proj", "down_proj"):
@@ -298,23 +300,6 @@ class Ranks(OneDevice):
             body.embed_tokens = part  # type: ignore[assignment]
             self._first_token = self.group.rank * rows
         return decoder.to(device)
-
-    def _add_norm(self, decoder: Decoder) -> Callable:
-        # What each norm's result is multiplied with.
-        head = getattr(decoder, "lm_head", decoder.model.embed_tokens)
-        nexts: dict[nn.Module, nn.Module] = {decoder.model.norm: head}
-        for layer in decoder.model.layers:
-            nexts[layer.input_layernorm] = layer.self_attn.q_proj
-            nexts[layer.post_attention_layernorm] = layer.mlp.gate_up_proj
-
-        def add_norm(norm, x, residual):
-            if residual is None:
-                return norm(x), x
-            return self.group.all_reduce_add_rms_norm(
-                x, residual, norm.weight, norm.eps, getattr(nexts[norm], "weight", None)
-            )
-
-        return add_norm
 
     def run(self, decoder: Decoder, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
         with self.group.in_order():

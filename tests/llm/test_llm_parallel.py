@@ -63,7 +63,7 @@ def test_calls_between_processes_are_collectives(where):
 
 def test_a_sum_that_is_normed_is_an_all_reduce():
     call = 'custom_call_target="xla_ops.peer_add_rms_norm", backend_config={}'
-    hlo = f"  %c = (f32[8], f32[8]) custom-call(%a, %b, %r, %w, %s), {call}"
+    hlo = f"  %c = (f32[8], f32[8]) custom-call(%a, %b, %r, %w), {call}"
     assert collectives(hlo) == {"all-reduce": 1}
     assert collectives("") == {}
 

@@ -32,7 +32,7 @@ def test_counts_what_calls_through_the_gpus_memory_give():
 
 def test_counts_a_sum_that_is_normed_once():
     hlo = """
-  %c = (bf16[2,8]{1,0}, bf16[2,8]{1,0}) custom-call(%a, %b, %r, %w, %s), custom_call_target="xla_ops.peer_add_rms_norm"
+  %c = (bf16[2,8]{1,0}, bf16[2,8]{1,0}) custom-call(%a, %b, %r, %w), custom_call_target="xla_ops.peer_add_rms_norm"
 """  # noqa: E501
     assert several_gpus.collectives(hlo) == [(32, "peer_add_rms_norm")]
 

@@ -28,9 +28,6 @@ MAX_RANKS = 8
 # That a rank sends at most, to all others together: beyond it NCCL is as fast.
 _MOST_BYTES = 1 << 20
 
-# Of a matrix that is read next.
-_SOON_BYTES = int(os.environ.get("SOON") or 0)
-
 _OP = "peer_collective"
 _HANDLE_WORDS = 8  # XLA_OPS_PEER_HANDLE_WORDS
 _UNIT_BYTES = 8
@@ -42,7 +39,7 @@ _MOST_ROW_BYTES = 16384
 _library = torch.library.Library("xla_ops", "FRAGMENT")
 _library.define(
     f"{_NORM_OP}(Tensor input, Tensor? after, Tensor residual, Tensor weight,"
-    " Tensor? soon, int group, int soon_bytes, float eps) -> (Tensor, Tensor)"
+    " int group, float eps) -> (Tensor, Tensor)"
 )
 
 
@@ -158,7 +155,6 @@ def add_rms_norm(
     residual: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    soon: torch.Tensor | None,
     after: torch.Tensor | None,
     group: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,12 +163,10 @@ def add_rms_norm(
     Args:
         x, residual, weight: that `can_norm` takes.
         eps: added to the mean square.
-        soon: a matrix that is read next, of which some is brought into the GPU's cache
-            while the processes wait for each other.
         after, group: as all_reduce's.
     """
     call = torch.ops.xla_ops.peer_add_rms_norm.default
-    out, total = call(x, after, residual, weight, soon, group, _SOON_BYTES, eps)
+    out, total = call(x, after, residual, weight, group, eps)
     return out, total
 
 
@@ -181,27 +175,19 @@ def _in_graph(
     after: torch.Tensor | None,
     residual: torch.Tensor,
     weight: torch.Tensor,
-    soon: torch.Tensor | None,
     group: int,
-    soon_bytes: int,
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
     target = f"xla_ops.{_NORM_OP}"
     handlers.available(handlers.CUDA, target)
     custom_call = CustomCall(
         target,
-        (
-            "input",
-            OptionalOperand("after", torch.float32),
-            "residual",
-            "weight",
-            OptionalOperand("soon", torch.float32),
-        ),
+        ("input", OptionalOperand("after", torch.float32), "residual", "weight"),
         (Spec.of(x), Spec.of(x)),
-        {"group": group, "soon_bytes": soon_bytes, "eps": eps},
+        {"group": group, "eps": eps},
     )
     given = {"input": x, "after": after, "residual": residual, "weight": weight}
-    return tuple(call_in_graph(custom_call.bind(given | {"soon": soon})))
+    return tuple(call_in_graph(custom_call.bind(given)))
 
 
 _library.impl(_NORM_OP, tracing.untraced(_in_graph), "XLA")

@@ -75,7 +75,6 @@ class Group:
         residual: torch.Tensor,
         weight: torch.Tensor,
         eps: float = 1e-6,
-        soon: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`fused_add_rms_norm` of `all_reduce(x)`: its norm, and the sum of both.
 
@@ -86,8 +85,6 @@ class Group:
             residual: like `x`, the same for each process.
             weight: [hidden], of the same dtype.
             eps: added to the mean square; positive.
-            soon: a matrix that is read next, as a hint: some of it is brought into the
-                GPU's cache while the processes wait for each other.
 
         Raises:
             RuntimeError: `x` requires a gradient, which no collective has.
@@ -251,14 +248,13 @@ class PeerGroup(XlaGroup):
         residual: torch.Tensor,
         weight: torch.Tensor,
         eps: float = 1e-6,
-        soon: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         fits = peers.can_norm(x, residual, weight, self.size)
         if not fits or not self._orders(x):
             return super().all_reduce_add_rms_norm(x, residual, weight, eps)
         self._note("all_reduce", x)
         self._last, total = peers.add_rms_norm(
-            x, residual, weight, eps, soon, self._last, self._peers
+            x, residual, weight, eps, self._last, self._peers
         )
         return self._last, total
 

@@ -153,10 +153,10 @@ class Call {
     }
   }
 
-  // All threads of the call's `blocks` blocks must call.
-  __device__ void End(unsigned blocks) const {
+  // All threads of the grid must call.
+  __device__ void End() const {
     __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(&state_->finished, 1) == blocks - 1) {
+    if (threadIdx.x == 0 && atomicAdd(&state_->finished, 1) == gridDim.x - 1) {
       state_->finished = 0;
       state_->calls = number_;
     }
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads)
         Add<T>(bits, rank, sums[b]);
       },
       [&](int b, int64_t i) { out[i] = Rounded<T>(sums[b]); });
-  call.End(gridDim.x);
+  call.End();
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -240,29 +240,11 @@ __global__ void __launch_bounds__(kThreads)
         out[rank * units + i] = unit;
       },
       [](int, int64_t) {});
-  call.End(gridDim.x);
-}
-
-// Asks for the first bytes of each row of a matrix to come into the L2 cache;
-// nobody waits for them. So that a product that begins everywhere finds some
-// wherever it begins.
-__device__ __forceinline__ void FetchRows(const PeerSoon& soon, int block,
-                                          int blocks) {
-#if __CUDA_ARCH__ >= 900
-  for (int64_t row = int64_t{threadIdx.x} * blocks + block; row < soon.rows;
-       row += int64_t{blocks} * kRowThreads) {
-    asm volatile(
-        "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-            static_cast<const char*>(soon.matrix) + row * soon.row_bytes),
-        "r"(soon.bytes)
-        : "memory");
-  }
-#endif
+  call.End();
 }
 
 // The sum, what is added to it, and the norm of that: a block a row, of which
-// a thread has kUnits units. Rounds where fused_add_rms_norm does. Blocks from
-// `call_blocks` on have no row.
+// a thread has kUnits units. Rounds where fused_add_rms_norm does.
 template <typename T, int kUnits>
 __global__ void __launch_bounds__(kRowThreads)
     PeerAddRmsNormKernel(const __grid_constant__ PeerGroup group,
@@ -272,22 +254,16 @@ __global__ void __launch_bounds__(kRowThreads)
                          uint2* __restrict__ out,
                          uint2* __restrict__ residual_out, const int num_rows,
                          const int row_units, const ExactDiv hidden_size,
-                         const float eps, const unsigned call_blocks,
-                         const __grid_constant__ PeerSoon soon) {
+                         const float eps) {
   constexpr int kSize = Unit<T>::kSize;
   __shared__ WarpResults scratch;
-  if (blockIdx.x >= call_blocks) {
-    FetchRows(soon, static_cast<int>(blockIdx.x - call_blocks),
-              static_cast<int>(gridDim.x - call_blocks));
-    return;
-  }
   const Call<kUnits> call(group, input);
   const auto units_of = [&](int row) {
     const int64_t start = int64_t{row} * row_units;
     return Units{start + threadIdx.x, start + row_units, kRowThreads};
   };
   const int first = static_cast<int>(blockIdx.x);
-  const int step = static_cast<int>(call_blocks);
+  const int step = static_cast<int>(gridDim.x);
   for (int row = first; row < num_rows; row += step) call.Send(units_of(row));
   for (int row = first; row < num_rows; row += step) {
     const Units mine = units_of(row);
@@ -336,7 +312,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     __syncthreads();  // scratch has been read
   }
-  call.End(call_blocks);
+  call.End();
 }
 
 }  // namespace
@@ -365,13 +341,11 @@ cudaError_t LaunchPeerAddRmsNorm(cudaStream_t stream,
   if (params.num_rows == 0 || params.row_units == 0) return cudaSuccess;
   const auto blocks =
       static_cast<unsigned>(std::min(kMaxBlocks, params.num_rows));
-  const auto fetching =
-      static_cast<unsigned>(params.soon.bytes > 0 ? kMaxBlocks : 0);
   return DispatchCudaFloat(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto launch = [&](auto units) {
       return LaunchKernel<PeerAddRmsNormKernel<T, decltype(units)::value>>(
-          stream, blocks + fetching, kRowThreads, params.group,
+          stream, blocks, kRowThreads, params.group,
           static_cast<const uint2*>(params.input),
           static_cast<const uint2*>(params.residual),
           static_cast<const uint2*>(params.weight),
@@ -380,7 +354,7 @@ cudaError_t LaunchPeerAddRmsNorm(cudaStream_t stream,
           static_cast<int>(params.num_rows), static_cast<int>(params.row_units),
           ExactDiv(static_cast<float>(params.row_units * kPeerUnitBytes /
                                       static_cast<int64_t>(sizeof(T)))),
-          params.eps, blocks, params.soon);
+          params.eps);
     };
     static_assert(kPeerMaxRowUnits == 4 * kRowThreads);
     return params.row_units <= 2 * kRowThreads

@@ -13,12 +13,10 @@
 //     input: of a multiple of 8 bytes, at most slot_bytes
 //     after: any array, not read: the call waits for what computes it
 //
-//   xla_ops.peer_add_rms_norm(input, after, residual, weight, soon)
+//   xla_ops.peer_add_rms_norm(input, after, residual, weight)
 //       -> (out, residual_out)
 //     fused_add_rms_norm of the sum of the ranks' inputs, rounded as by the two
 //     calls; input [..., hidden], of at most 16 KB a row
-//     soon: a matrix that is read next, of which `soon_bytes` are asked for
-//       while the ranks wait for each other; of no element: none
 //
 // Every rank has to make the same calls in the same order, one after the
 // other: a program has each after the one before. A rank that does not come in

@@ -4,7 +4,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -207,39 +206,19 @@ auto PeerAddRmsNormBinding() {
       .Arg<ffi::AnyBuffer>()  // after
       .Arg<ffi::AnyBuffer>()  // residual
       .Arg<ffi::AnyBuffer>()  // weight
-      .Arg<ffi::AnyBuffer>()  // soon
       .Ret<ffi::AnyBuffer>()  // out
       .Ret<ffi::AnyBuffer>()  // residual_out
       .Attr<int64_t>("group")
-      .Attr<int64_t>("soon_bytes")
       .Attr<float>("eps");
-}
-
-// Of a matrix, `bytes` in all, so much of the start of each row.
-PeerSoon SoonOf(ffi::AnyBuffer matrix, int64_t bytes) {
-  constexpr int64_t kLine = 128;
-  const ffi::AnyBuffer::Dimensions dims = matrix.dimensions();
-  PeerSoon soon = {};
-  if (dims.size() != 2 || matrix.element_count() == 0 || bytes < kLine) {
-    return soon;
-  }
-  soon.matrix = matrix.untyped_data();
-  soon.rows = dims[0];
-  soon.row_bytes = static_cast<int64_t>(matrix.size_bytes()) / dims[0];
-  if (soon.row_bytes % kLine != 0) return {};  // and rows begin at a line
-  const int64_t share = std::max(kLine, bytes / dims[0] / kLine * kLine);
-  soon.bytes = static_cast<uint32_t>(
-      std::min({share, soon.row_bytes, int64_t{1} << 20}));
-  return soon;
 }
 
 ffi::Error MakePeerAddRmsNormParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
                                     ffi::AnyBuffer residual,
-                                    ffi::AnyBuffer weight, ffi::AnyBuffer soon,
+                                    ffi::AnyBuffer weight,
                                     ffi::Result<ffi::AnyBuffer> out,
                                     ffi::Result<ffi::AnyBuffer> residual_out,
-                                    int64_t group, int64_t soon_bytes,
-                                    float eps, PeerAddRmsNormParams* params) {
+                                    int64_t group, float eps,
+                                    PeerAddRmsNormParams* params) {
   (void)after;
   int64_t hidden_size = 0;
   XLA_OPS_RETURN_IF_ERROR(FindGroup(kNormOp, group, input, &params->group));
@@ -268,7 +247,6 @@ ffi::Error MakePeerAddRmsNormParams(ffi::AnyBuffer input, ffi::AnyBuffer after,
   params->weight = weight.untyped_data();
   params->out = out->untyped_data();
   params->residual_out = residual_out->untyped_data();
-  params->soon = SoonOf(soon, soon_bytes);
   return ffi::Error::Success();
 }
 

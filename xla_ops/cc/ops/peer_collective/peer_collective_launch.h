@@ -45,15 +45,6 @@ struct PeerCollectiveParams {
   int64_t bytes;  // a multiple of kPeerUnitBytes, at most slot_units of them
 };
 
-// A matrix that is read soon after a call: how much of each row's start to
-// bring into the cache. `bytes` of 0: nothing.
-struct PeerSoon {
-  const void* matrix;
-  int64_t rows;
-  int64_t row_bytes;
-  uint32_t bytes;
-};
-
 // Of a row that can be normed behind its sum.
 constexpr int64_t kPeerMaxRowUnits = 2048;
 
@@ -68,7 +59,6 @@ struct PeerAddRmsNormParams {
   int64_t num_rows;
   int64_t row_units;  // at most kPeerMaxRowUnits
   float eps;
-  PeerSoon soon;
 };
 
 // Queues the call on `stream`; neither allocates nor synchronises. `input` and
