@@ -55,6 +55,16 @@ __device__ __forceinline__ void LoadFromCluster(uint32_t address,
                : "memory");
 }
 
+// Reads two, aligned to 8 bytes.
+__device__ __forceinline__ float2 LoadPairFromCluster(uint32_t address) {
+  float2 pair;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(pair.x), "=f"(pair.y)
+               : "r"(address)
+               : "memory");
+  return pair;
+}
+
 #endif  // XLA_OPS_HAS_WGMMA
 
 }  // namespace xla_ops

@@ -51,7 +51,12 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   error = PrepareMma<__half, false>();
   if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>();
   if (error == cudaSuccess) error = PrepareMmaFp8();
-  return error;
+  if (error != cudaSuccess || !device->has_wgmma) return error;
+  using Largest = MmaDecodeShape<false, 256>;
+  return FindClusters(
+      reinterpret_cast<const void*>(
+          AttentionMmaDecodeKernel<__nv_bfloat16, false, 256, false>),
+      Largest::kThreads, Largest::kSharedBytes, &device->has_clusters);
 }
 
 // What the kernel for decode left in slots.
@@ -195,6 +200,18 @@ cudaError_t LaunchCombine(cudaStream_t stream, const AttentionArgs& args,
                            overlap, args);
 }
 
+// The same call with the splits of a tile as a cluster, where that is better.
+AttentionArgs InClusters(AttentionKernel kernel, const AttentionParams& params,
+                         const AttentionDevice& device, AttentionArgs args) {
+  if (kernel != AttentionKernel::kMma) return args;
+  const int splits = ClusterSplits(params, device, args.num_splits);
+  if (splits > 0) {
+    args.num_splits = splits;
+    args.clustered = true;
+  }
+  return args;
+}
+
 // Debug mode: says which kernel runs, once for each signature.
 void TellKernel(AttentionKernel kernel, const AttentionParams& params) {
   static std::mutex mutex;
@@ -239,16 +256,20 @@ cudaError_t LaunchAttention(cudaStream_t stream,
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
+  AttentionArgs run = args;
   error = cudaErrorNotSupported;
   for (AttentionKernel kernel = ChooseAttentionKernel(params, device);
        error == cudaErrorNotSupported && kernel != AttentionKernel::kNone;
        kernel = NextAttentionKernel(kernel, params, device)) {
-    error = kLaunchers[static_cast<int>(kernel)].launch(stream, params, args,
+    run = InClusters(kernel, params, device, args);
+    error = kLaunchers[static_cast<int>(kernel)].launch(stream, params, run,
                                                         device);
     if (params.debug && error == cudaSuccess) TellKernel(kernel, params);
   }
-  if (error != cudaSuccess || args.num_splits == 1) return error;
-  return LaunchCombine(stream, args, device.can_overlap);
+  if (error != cudaSuccess || run.num_splits == 1 || run.clustered) {
+    return error;
+  }
+  return LaunchCombine(stream, run, device.can_overlap);
 }
 
 }  // namespace xla_ops

@@ -34,6 +34,7 @@ struct AttentionDevice {
   bool has_wgmma;           // the Hopper kernels have code that it runs
   bool has_mma;             // the mma.sync kernels have theirs
   bool can_overlap;         // device/overlap.cuh
+  bool has_clusters;        // decode runs in clusters of kMaxClusterSplits
 };
 
 // "mixed", "sm90", "mma", "simt"; "none" for kNone.
@@ -81,6 +82,14 @@ constexpr int kMmaManyRowsMaxHeadDim = 128;
 // get the most out of K and V, but a short sequence does not fill them, and few
 // tiles leave multiprocessors idle.
 int MmaTileRows(const AttentionParams& params, const AttentionDevice& device);
+
+// Splits that a cluster of decode's blocks combines by itself, at most.
+constexpr int kMaxClusterSplits = 16;
+
+// How many splits a call by mma.sync has as clusters; 0 where a kernel of its
+// own has to combine them. `num_splits` is what the call asks for.
+int ClusterSplits(const AttentionParams& params, const AttentionDevice& device,
+                  int num_splits);
 
 // Of the Hopper kernel. Pages are copied in boxes of at least this many
 // tokens, a divisor of every tile.

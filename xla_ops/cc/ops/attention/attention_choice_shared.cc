@@ -136,6 +136,29 @@ int MmaTileRows(const AttentionParams& params, const AttentionDevice& device) {
              : kMmaFewRows;
 }
 
+// A cluster's blocks have to find room on neighbouring multiprocessors, which
+// with more clusters than these costs more than a kernel that combines
+// (benchmarks/NOTES.md). Half of the splits that were asked for, but in a
+// cluster, win where there are a few clusters to fill the GPU.
+int ClusterSplits(const AttentionParams& params, const AttentionDevice& device,
+                  int num_splits) {
+  constexpr int64_t kMostClusters = 16;
+  constexpr int64_t kLeastToHalve = 4;
+  const bool is_power = (num_splits & (num_splits - 1)) == 0;
+  if (!device.has_clusters || num_splits < 2 || !is_power ||
+      num_splits > 2 * kMaxClusterSplits ||
+      MmaTileRows(params, device) != kDecodeRows) {
+    return 0;
+  }
+  const int64_t seqs = std::max<int64_t>(0, params.max_num_seqs);
+  const int64_t tiles = std::min(
+      params.num_tokens,
+      std::max<int64_t>(0, PackedRows(params) - seqs) / kDecodeRows + seqs);
+  if (tiles > kMostClusters / params.num_kv_heads) return 0;
+  if (num_splits <= kMaxClusterSplits) return num_splits;
+  return tiles * params.num_kv_heads >= kLeastToHalve ? kMaxClusterSplits : 0;
+}
+
 std::string DescribeChoice(AttentionKernel kernel,
                            const AttentionParams& params) {
   const auto text = [](int64_t n) { return std::to_string(n); };

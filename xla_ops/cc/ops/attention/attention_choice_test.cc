@@ -77,6 +77,13 @@ AttentionParams Contiguous() {
   return params;
 }
 
+// A decode step of `seqs` sequences.
+AttentionParams Decode(int64_t seqs) {
+  AttentionParams params = Paged();
+  params.num_tokens = params.max_num_seqs = seqs;
+  return params;
+}
+
 std::string Chosen(const AttentionParams& params,
                    const AttentionDevice& device) {
   return Name(ChooseAttentionKernel(params, device));
@@ -297,6 +304,39 @@ XLA_OPS_TEST(DebugModeNamesTheKernel) {
             "xla_ops: flash_attn_varlen: kernel mma for query bfloat16 [4096, "
             "32, 128], 8 KV heads float8_e4m3fn, 4 sequences, contiguous, 8 "
             "splits");
+}
+
+XLA_OPS_TEST(SplitsOfFewSequencesAreClusters) {
+  AttentionDevice device = Hopper();
+  EXPECT_EQ(ClusterSplits(Decode(1), device, 16), 0);
+  device.has_clusters = true;
+  for (const int splits : {2, 4, 8, 16}) {
+    EXPECT_EQ(ClusterSplits(Decode(1), device, splits), splits);
+    EXPECT_EQ(ClusterSplits(Decode(2), device, splits), splits);
+    EXPECT_EQ(ClusterSplits(Decode(3), device, splits), 0);
+  }
+  // Twice as many as a cluster has.
+  EXPECT_EQ(ClusterSplits(Decode(1), device, 32), 16);
+  EXPECT_EQ(ClusterSplits(Decode(1), device, 64), 0);
+  for (const int splits : {0, 1, 3, 12, 24}) {
+    EXPECT_EQ(ClusterSplits(Decode(1), device, splits), 0);
+  }
+  // Of one KV head a cluster is alone: it keeps its splits or has none.
+  AttentionParams one_head = Decode(1);
+  one_head.num_heads = 8;
+  one_head.num_kv_heads = 1;
+  EXPECT_EQ(ClusterSplits(one_head, device, 16), 16);
+  EXPECT_EQ(ClusterSplits(one_head, device, 32), 0);
+  one_head.num_tokens = one_head.max_num_seqs = 16;
+  EXPECT_EQ(ClusterSplits(one_head, device, 32), 16);
+  one_head.num_tokens = one_head.max_num_seqs = 17;
+  EXPECT_EQ(ClusterSplits(one_head, device, 32), 0);
+  // A few tokens of one sequence are one tile.
+  AttentionParams draft = Decode(1);
+  draft.num_tokens = 4;
+  EXPECT_EQ(ClusterSplits(draft, device, 16), 16);
+  // A prefill has other kernels.
+  EXPECT_EQ(ClusterSplits(Paged(), device, 16), 0);
 }
 
 }  // namespace

@@ -57,6 +57,13 @@ cudaError_t PrepareMma() {
     };
     cudaError_t error =
         WithMmaKernel<T, kFp8, kHeadDim>(kDecodeRows, true, load);
+    if (error == cudaSuccess) {
+      error = WithMmaKernel<T, kFp8, kHeadDim>(
+          kDecodeRows, false, [](auto, auto* kernel) {
+            return cudaFuncSetAttribute(
+                kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+          });
+    }
     for (const int rows : {kDecodeRows, kMmaFewRows, kMmaManyRows}) {
       if (error != cudaSuccess) return error;
       error = WithMmaKernel<T, kFp8, kHeadDim>(rows, false, load);
@@ -72,6 +79,53 @@ cudaError_t PrepareSimt() {
   });
 }
 
+// All splits of a tile and KV head are a cluster.
+struct ClusterLaunch {
+  ClusterLaunch(cudaStream_t stream, dim3 grid, int threads, int shared_bytes) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = 1;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = grid.z;
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+};
+
+// Whether the device can hold a cluster of kMaxClusterSplits of a kernel's
+// blocks.
+inline cudaError_t FindClusters(const void* kernel, int threads,
+                                int shared_bytes, bool* result) {
+  const ClusterLaunch launch(nullptr, dim3(1, 1, kMaxClusterSplits), threads,
+                             shared_bytes);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) !=
+      cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // it cannot, then
+    clusters = 0;
+  }
+  *result = clusters > 0;
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t LaunchClusters(cudaStream_t stream, Kernel* kernel, dim3 grid,
+                           int threads, int shared_bytes,
+                           const AttentionArgs& args) {
+  const ClusterLaunch launch(stream, grid, threads, shared_bytes);
+  void* pointers[] = {const_cast<AttentionArgs*>(&args)};
+  return cudaLaunchKernelExC(&launch.config,
+                             reinterpret_cast<const void*>(kernel), pointers);
+}
+
 // Launches a kernel over tiles, KV heads and splits. With slots there are
 // enough blocks more for each of every KV head.
 template <typename Kernel>
@@ -84,6 +138,9 @@ cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
   const dim3 grid(static_cast<unsigned>(tiles),
                   static_cast<unsigned>(args.num_kv_heads + more),
                   static_cast<unsigned>(args.num_splits));
+  if (args.clustered) {
+    return LaunchClusters(stream, kernel, grid, threads, shared_bytes, args);
+  }
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cudaGetLastError();
 }

@@ -21,8 +21,10 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/device/cluster.cuh"
 #include "xla_ops/cc/device/mma.cuh"
 #include "xla_ops/cc/device/overlap.cuh"
+#include "xla_ops/cc/device/reduce.cuh"
 #include "xla_ops/cc/device/softmax.cuh"
 #include "xla_ops/cc/device/softmax_fragment.cuh"
 #include "xla_ops/cc/ops/attention/attention_mma_tile.cuh"
@@ -60,6 +62,97 @@ struct MmaDecodeShape {
   // are read for every tile: decode waits for memory, and gains from blocks.
   static constexpr int kMinBlocks = kHeadDim <= 128 ? 4 : 2;
 };
+
+#if XLA_OPS_HAS_WGMMA
+
+// The blocks of a cluster have a split each of the same rows. Each ends its
+// share of the columns of all rows, reading what the others hold.
+template <typename T, bool kFp8, int kHeadDim>
+__device__ __forceinline__ void StoreRowsOfCluster(
+    const AttentionArgs& args, const QueryTile& tile, int kv_head,
+    float value_scale, float* shared, const float (*warp_max)[16],
+    const float (*warp_sum)[16]) {
+  using Shape = MmaDecodeShape<kFp8, kHeadDim>;
+  constexpr int kStride = Shape::kMergeStride;
+  constexpr int kPairs = kHeadDim / 2;
+  __shared__ float2 softmax[16];  // of this block's rows: maximum, sum
+  __shared__ float weights[16][kMaxClusterSplits];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  for (int row = warp; row < tile.num_rows; row += Shape::kWarps) {
+    float max = warp_max[0][row];
+#pragma unroll
+    for (int w = 1; w < Shape::kWarps; ++w) {
+      max = fmaxf(max, warp_max[w][row]);
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) {
+      sum += warp_sum[w][row] * Exp2(warp_max[w][row] - FiniteMax(max));
+    }
+    if (lane == 0) softmax[row] = make_float2(max, sum);
+    float* const columns = shared + row * kStride;
+    for (int column = 2 * lane; column < kHeadDim; column += 64) {
+      float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int w = 0; w < Shape::kWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(
+            columns + w * 16 * kStride + column);
+        total.x += part.x;
+        total.y += part.y;
+      }
+      *reinterpret_cast<float2*>(columns + column) = total;
+    }
+  }
+  SyncCluster();
+  const int ranks = ClusterRanks();
+  const int rank = ClusterRank();
+  for (int row = warp; row < tile.num_rows; row += Shape::kWarps) {
+    float2 part = make_float2(-CUDART_INF_F, 0.0f);
+    if (lane < ranks) {
+      part = LoadPairFromCluster(MapToRank(SharedAddress(softmax + row), lane));
+    }
+    const float max = WarpMax(part.x);
+    const float weight = Exp2(part.x - FiniteMax(max));
+    const float sum = WarpSum(part.y * weight);
+    const QueryRow query_row = tile.Row(args, kv_head, row);
+    const SoftmaxEnd end = EndRowSoftmax(args, query_row.head, max, sum);
+    if (rank == 0 && lane == 0) StoreLse(args, query_row, end.lse);
+    if (lane < ranks) weights[row][lane] = weight * end.factor * value_scale;
+  }
+  __syncthreads();
+  // Four lanes a pair of columns, each of which takes every fourth block's.
+  const int pairs = tile.num_rows * kPairs;
+  const int share = (pairs + ranks - 1) / ranks;
+  const int first = rank * share;
+  const int end = min(first + share, pairs);
+  const uint32_t address = SharedAddress(shared);
+  for (int base = first; base < end; base += Shape::kThreads / 4) {
+    const int pair = base + static_cast<int>(threadIdx.x) / 4;
+    const int row = min(pair, pairs - 1) / kPairs;
+    const int column = 2 * (pair % kPairs);
+    const uint32_t source = address + (row * kStride + column) * 4;
+    float2 total = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kMaxClusterSplits / 4; ++i) {
+      const int other = 4 * i + lane % 4;
+      if (other >= ranks) continue;
+      const float2 part = LoadPairFromCluster(MapToRank(source, other));
+      const float weight = weights[row][other];
+      total.x += part.x * weight;
+      total.y += part.y * weight;
+    }
+    total.x = QuadSum(total.x);
+    total.y = QuadSum(total.y);
+    if (lane % 4 == 0 && pair < end && column < args.head_dim) {
+      StorePair<T, kFp8>(args, false, tile.Row(args, kv_head, row).Index(args),
+                         0, column, total.x, total.y);
+    }
+  }
+  SyncCluster();  // others read this block's shared memory until then
+}
+
+#endif  // XLA_OPS_HAS_WGMMA
 
 #if XLA_OPS_HAS_MMA
 
@@ -103,6 +196,15 @@ __device__ __forceinline__ void MergeAndStoreRows(
     }
   }
   __syncthreads();
+#if XLA_OPS_HAS_WGMMA
+  if constexpr (!kSlots) {
+    if (args.clustered) {
+      StoreRowsOfCluster<T, kFp8, kHeadDim>(args, tile, kv_head, value_scale,
+                                            shared, warp_max, warp_sum);
+      return;
+    }
+  }
+#endif
   for (int row = warp; row < 16; row += Shape::kWarps) {
     if (row >= tile.num_rows) break;
     float max = warp_max[0][row];
@@ -212,7 +314,8 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
                     tile.Position(args, tile.num_rows - 1));
   const TokenRange tiles = TilesOf<kTileTokens>(visible);
   const TokenRange split = SplitRange(tiles.end - tiles.begin, pieces, piece);
-  if (!kSlots && args.num_splits > 1 && split.begin == split.end) {
+  if (!kSlots && args.num_splits > 1 && !args.clustered &&
+      split.begin == split.end) {
     StoreEmptySplit(args, tile, kv_head, split_start);
     return;
   }

@@ -94,6 +94,9 @@ struct AttentionArgs {
   // this many pieces. Its KV tiles have 1 << share_tile_shift tokens.
   int num_slots;
   int share_tile_shift;
+  // The kernel for decode: the splits of a tile are a cluster, which combines
+  // them.
+  bool clustered;
 };
 
 // A row of query and out.
