@@ -184,6 +184,35 @@ def test_activation_checkpointing(name, path, use_reentrant):
     check([t.grad for t in wanted], case.expected())
 
 
+@each
+@pytest.mark.parametrize(
+    "path, way", [("cpu", "hooks"), ("lazy", "hooks"), ("cpu", "checkpoint")]
+)
+def test_a_leaf_keeps_its_hooks(name, path, way):
+    """Where hooks take what is saved, torch drops a leaf's own with what they return.
+
+    It was so from the first backward on, without a word.
+    """
+    case = CASES[name]
+    wanted, others = case.leaves(Path(path))
+    for t in wanted:
+        t.register_hook(lambda grad: 3 * grad)
+    expected = [3 * grad for grad in case.expected()]
+    for _ in range(2):
+        if way == "checkpoint":
+            loss = torch.utils.checkpoint.checkpoint(
+                case.loss, *wanted, *others, use_reentrant=False
+            )
+        else:
+            same_tensor = lambda t: t  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(same_tensor, same_tensor):
+                loss = case.loss(*wanted, *others)
+        loss.backward()
+        check([t.grad for t in wanted], expected)
+        for t in wanted:
+            t.grad = None
+
+
 @few
 @pytest.mark.parametrize("path", EAGER)
 def test_vjp(name, path):

@@ -43,6 +43,8 @@ _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch._C.is_grad_enabled
 _num_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+# None while a graph is traced.
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def is_untracked(args: Sequence) -> bool:
@@ -160,7 +162,7 @@ class _Tracked(_SingleLevelFunction):
         named = dict(zip(op.arguments, args, strict=True))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            *(named[name] for name in gradient.keeps),
+            *(_kept(named[name]) for name in gradient.keeps),
             *(results[i] for i in gradient.keeps_results),
         )
         ctx.op, ctx.gradient = op, gradient
@@ -220,6 +222,19 @@ class _Tracked(_SingleLevelFunction):
             found.get(name, missing.get(name)) if name in wanted else None
             for name in op.arguments
         )
+
+
+def _kept(t: torch.Tensor | None) -> torch.Tensor | None:
+    """An argument, as it is saved for the backward.
+
+    Where hooks take what is saved, as under activation checkpointing, no leaf of the
+    graph: torch (2.9.0) makes another tensor of it for the backward, which takes the
+    leaf's own hooks away when Python drops it.
+    """
+    if t is None or not (t.is_leaf and t.requires_grad) or not _saving_hooks(False):
+        return t
+    with torch.enable_grad():
+        return t.view_as(t)
 
 
 def _no_gradient(
