@@ -204,6 +204,47 @@ def test_values_that_are_the_same_or_an_input_s(f):
             assert [t.item() for t in results] == [t.item() for t in wanted_results]
 
 
+def update_and_alias(w, x):
+    old, new = x * 1, x.detach()
+    x.mul_(2)
+    return w.detach(), old, new, x + w.detach()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w, x: w.detach(),
+        lambda w, x: (x * w.detach(), w.data, w, w.detach()),
+        lambda w, x: (torch.ops.aten.alias(x), w.detach().view(1, 2), w * x),
+        update_and_alias,
+    ],
+    ids=["alone", "several", "of views", "of what is updated"],
+)
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["trained", "inference"])
+def test_results_that_are_aliases_of_inputs(f, requires_grad):
+    """openxla's bridge waits for them among the program's results."""
+    call, w, x = compiled(f), xla(2, 3).requires_grad_(requires_grad), xla(5, 7)
+    wanted_w, wanted_x = w.detach().cpu(), x.cpu()
+    with torch.set_grad_enabled(requires_grad):
+        for _ in range(2):
+            results, wanted = call(w, x), f(wanted_w, wanted_x)
+            if isinstance(wanted, torch.Tensor):
+                results, wanted = (results,), (wanted,)
+            assert [t.tolist() for t in results] == [t.tolist() for t in wanted]
+            assert x.tolist() == wanted_x.tolist()
+
+
+def test_a_backward_keeps_an_alias_of_an_input():
+    """As of a weight that is not trained."""
+    f = compiled(lambda x, w: (x * w.detach()).sin().sum())
+    x, w = xla(1, 2).requires_grad_(), xla(3, 4).requires_grad_()
+    with torch.enable_grad():
+        f(x, w).backward()
+    wanted = torch.tensor([3.0, 4.0]) * torch.tensor([3.0, 8.0]).cos()
+    torch.testing.assert_close(x.grad.cpu(), wanted)
+    assert w.grad is None
+
+
 def test_a_returned_clone_of_a_cache_outlives_the_next_call():
     def f(cache, key, slots):
         xla_ops.reshape_and_cache_flash(key, key, *cache.unbind(0), slots)

@@ -49,9 +49,12 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
     _clone_copies(module.graph)
     donated = _donated(module.graph)
     updated = _return_updates(module.graph)
+    aliases = _take_aliases(module.graph, updated)
     module.recompile()
     modules = [module]  # until its program is known
     program: Callable | None = None
+    if all(node.op in ("placeholder", "output") for node in module.graph.nodes):
+        program = module  # which returns what it is given
     updates: list[tuple[int, int, Callable]] = []
 
     def forward(args: list) -> object:
@@ -77,7 +80,12 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
                     )
                 for i, argument, update in updates:
                     update(args[argument], results[i])
-        return results[len(updated) :]
+        outputs = results[len(updated) :]
+        if aliases:
+            outputs = list(outputs)
+            for place, argument in aliases:
+                outputs.insert(place, args[argument].detach())
+        return outputs
 
     # AOTAutograd: takes one list.
     forward._boxed_call = True  # type: ignore[attr-defined]
@@ -170,6 +178,44 @@ def _return_updates(graph: torch.fx.Graph) -> list[int]:
     results = cast("tuple[torch.fx.Node, ...]", output.args[0])
     output.args = ((*values, *results),)
     return updated
+
+
+# What gives the buffer of its argument.
+_ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+def _take_aliases(
+    graph: torch.fx.Graph, updated: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Takes results out that are aliases of inputs, as weight.detach() is.
+
+    A backward may keep such a one. It is an input's buffer and so no result of any
+    program, but torch_xla, which knows an input by its identity alone, waits for one.
+    Of an input that the graph updates it becomes a copy.
+
+    Returns:
+        Their places among the results, in order, and the inputs' indices.
+    """
+    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    output = graph.output_node()
+    rest, aliases = [], []
+    for place, result in enumerate(output.args[0]):
+        source = result
+        while isinstance(source, torch.fx.Node) and source.target in _ALIASES:
+            source = source.args[0]
+        if source is result or source not in inputs:
+            rest.append(result)
+        elif inputs[source] in updated:
+            with graph.inserting_before(output):
+                clone = graph.call_function(torch.ops.aten.clone.default, (source,))
+            rest.append(clone)
+        else:
+            aliases.append((place - len(updated), inputs[source]))
+    output.args = (tuple(rest),)
+    for node in reversed(graph.nodes):
+        if node.target in _ALIASES and not node.users:
+            graph.erase_node(node)
+    return aliases
 
 
 def _update(
