@@ -25,11 +25,10 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from . import collected
 from .dtypes import dtype_name
 from .errors import warn_user
 from .foreign import Foreign
@@ -189,8 +188,8 @@ def update(
     if buffer.device.type == "xla":
         if given is not None:
             given = ownership.owned(buffer)
-        elif is_collecting():
-            _collect(op.name, buffer)
+        elif collected.is_collecting():
+            collected.collect(op.public_name, buffer)
         elif not isinstance(buffer, tracing.FunctionalTensor):
             ownership.protect([buffer], finish_reads=False)
             assign(buffer, op(buffer, *args, None), views)
@@ -216,9 +215,9 @@ def prepare(
         if given is not None:
             old[i] = donors[i] = ownership.owned(given)
     whole = [t for t in buffers if not t._is_view()]
-    if is_collecting():
+    if collected.is_collecting():
         for t in whole:
-            _collect(op, t)
+            collected.collect(op, t)
     elif not any(isinstance(t, tracing.FunctionalTensor) for t in buffers):
         ownership.protect(whole, finish_reads=False)
     return old, donors
@@ -234,64 +233,9 @@ def overwrite(t: torch.Tensor, value: torch.Tensor) -> None:
         t: one of the function's arguments or of its state, not a view.
         value: of the same shape and dtype.
     """
-    assert is_collecting()
-    _collect("overwrite", t)
+    assert collected.is_collecting()
+    collected.collect("overwrite", t)
     assign(t, value)
-
-
-class _Collected(threading.local):
-    """The tensors that updates may overwrite while a program is traced lazily."""
-
-    allowed: dict[int, torch.Tensor] | None = None
-    updated: dict[int, torch.Tensor]
-
-
-_collected = _Collected()
-
-
-def is_collecting() -> bool:
-    """Whether this thread traces a program by lazy tensors."""
-    return _collected.allowed is not None
-
-
-@contextmanager
-def collecting(tensors: Iterable[torch.Tensor]) -> Iterator[Iterable[torch.Tensor]]:
-    """While a program is traced: flags the buffers that it overwrites as donated.
-
-    The caller protects them at each call of the program (`ownership.protect`), and
-    takes the flags off.
-
-    Args:
-        tensors: those that the program may update.
-
-    Yields:
-        Those that it has updated so far.
-    """
-    updated: dict[int, torch.Tensor] = {}
-    _collected.allowed, _collected.updated = {id(t): t for t in tensors}, updated
-    try:
-        yield updated.values()
-    finally:
-        _collected.allowed, _collected.updated = None, {}
-
-
-def _collect(op: str, buffer: torch.Tensor) -> None:
-    import torch_xla
-
-    assert _collected.allowed is not None
-    if id(buffer) in _collected.updated:
-        return
-    xlac = torch_xla._XLAC
-    (is_pending,) = xlac._check_tensor_need_materialization([buffer])
-    if is_pending:
-        return  # the program's own, or written by another op before
-    if id(buffer) not in _collected.allowed:
-        raise ValueError(
-            f"{op}: a tensor that a replayed function updates must be one of its"
-            f" arguments or in its state, got another of shape {list(buffer.shape)}"
-        )
-    xlac._set_buffer_donation(buffer, True)
-    _collected.updated[id(buffer)] = buffer
 
 
 def donor(t: torch.Tensor) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import front, in_place
+from . import collected, front, in_place
 from .autocast import Rule
 from .checks import Checker
 from .lazy import torch, tracing
@@ -84,6 +84,7 @@ def apply(name: str, update: Update) -> list[torch.Tensor]:
         if _squeezed(target.shape) != _squeezed(spec.shape):
             check.shape(argument, target, spec.shape)
         check.same_device("input", bound.tensors[0], **{argument: target})
+        collected.check(name, target)
     check_writable(name, targets)
     given = [t for t in targets.values() if t is not None]
     if any(in_place.is_value(t) for t in (*given, *bound.tensors)):

@@ -41,7 +41,7 @@ import torch_xla.runtime as xr
 from torch.utils import _pytree as pytree
 from torch_xla.experimental.eager import eager_mode_context
 
-from ..core import autograd, in_place, interrupts, ownership, sharding
+from ..core import autograd, collected, in_place, interrupts, ownership, sharding
 from . import arguments
 from .calls import Graph, buffer_of, compile_beside, compile_graph, run_cached
 from .reads import Reads
@@ -71,7 +71,7 @@ class Replay:
         return len(self._programs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or in_place.is_collecting():
+        if torch.compiler.is_dynamo_compiling() or collected.is_collecting():
             return self._function(*args, **kwargs)  # a part of another program
         leaves, form = arguments.flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -155,9 +155,9 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
         A callable; as a decorator without arguments too.
 
     Raises:
-        ValueError: at a call, where an argument is on another device, requires a
-            gradient, or a tensor would be updated that is no argument and not in
-            `state`.
+        ValueError: at a call, where an argument is on another device or requires a
+            gradient, or an op of this package would update a tensor that is no argument
+            and not in `state`. (Torch's own operations do so once, at the first call.)
         TypeError: where an argument that is no tensor cannot be hashed, is hashed by
             its identity, as an object of a plain class is, or holds tensors.
 

@@ -13,7 +13,7 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 from torch.utils import _pytree as pytree
 
-from ..core import in_place, ownership
+from ..core import collected, in_place, ownership
 from . import reachable
 from .calls import buffer_of, finish
 from .reads import Reads
@@ -104,7 +104,7 @@ class Traced:
         places = {id(t): i for i, t in enumerate(args)}
         try:
             with (
-                in_place.collecting(args) as updated,
+                collected.collecting(args, self._witness) as updated,
                 torch.inference_mode(False),
                 torch.no_grad(),
                 # What is compiled in there is a part of this program.
