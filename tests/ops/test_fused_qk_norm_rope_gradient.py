@@ -128,6 +128,38 @@ def test_the_value_is_the_one_without_a_gradient(path):
     assert torch.equal(found.detach().cpu(), expected)
 
 
+@pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
+def test_a_copy_of_what_another_backward_keeps(backend):
+    """Openxla took the two for one, and mixed up the results that come after."""
+    tensors = batch(4, (2, 1, 1), 8, torch.float32)
+    scales = torch.randn(32)
+
+    def function(op, qkv, w, u, cache, positions, scales):
+        kept = torch.tanh(qkv)
+        new = op(kept.clone(), w, u, cache, positions, 2, 1, 1, True)
+        return (new.sin() * torch.sigmoid(qkv * scales)).sum()
+
+    def gradients(op, path, call):
+        leaves = path.put([t.clone() for t in (*tensors, scales)])
+        wanted = [leaves[i].requires_grad_() for i in (0, 1, 2, 5)]
+        with torch.enable_grad():
+            found = torch.autograd.grad(call(function)(op, *leaves), wanted)
+        return [grad.cpu() for grad in found]
+
+    def overwrite(qkv, w, u, cache, positions, q, k, v, is_neox):
+        args = (q, k, v, 8, EPS, w, u, cache, is_neox, positions)
+        xla_ops.fused_qk_norm_rope(qkv, *args)
+        return qkv
+
+    found = gradients(
+        overwrite, Path("lazy"), lambda f: torch.compile(f, backend=backend)
+    )
+    for got, wanted in zip(
+        found, gradients(definition, Path("cpu"), lambda f: f), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_leaf_is_not_overwritten():
     qkv, w, u, cache, positions = batch(4, (2, 1, 1), 8, torch.float32)
     qkv.requires_grad_()
