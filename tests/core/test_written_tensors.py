@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import xla_ops
 from support import Path, addresses
 from xla_ops.core import in_place
+from xla_ops.programs.replay import replay
 
 PATHS = pytest.mark.parametrize("name", ["cpu", "lazy", "compiled", "dispatched"])
 XLA = pytest.mark.parametrize("name", ["lazy", "compiled", "dispatched"])
@@ -212,6 +213,32 @@ assert kv.sum().item() == 64 and separate[0].sum().item() == 32
 
 def test_views_under_inference_mode_say_that_they_are_copied():
     subprocess.run([sys.executable, "-c", INFERENCE], check=True)
+
+
+@pytest.mark.parametrize("is_base_replaced", [False, True])
+@pytest.mark.parametrize("name", ["lazy", "compiled", "dispatched", "replayed"])
+def test_data_that_was_replaced(name, is_base_replaced):
+    """Torch goes on to name what a tensor was a view of before `.data` was set."""
+
+    def step(cache, rows, slots):
+        write(cache[0], cache[1], rows, slots)
+        return [t.sum() for t in (cache[0], cache[1])]
+
+    def make(whole):
+        part = whole[1:]
+        replaced = whole if is_base_replaced else part
+        replaced.data = replaced + 1
+        return whole, part
+
+    path = Path("lazy" if name == "replayed" else name)
+    call = replay(step) if name == "replayed" else path.function(step)
+    wanted = make(torch.zeros(3, *SHAPE))
+    tensors = make(path.put(torch.zeros(3, *SHAPE)))
+    for _ in range(2):
+        sums = step(wanted[1], ROWS, SLOTS)
+        got = call(tensors[1], *path.put([ROWS, SLOTS]))
+        for a, b in zip((*got, *tensors), (*sums, *wanted), strict=True):
+            assert torch.equal(a.cpu(), b)
 
 
 @XLA

@@ -104,10 +104,20 @@ def locate_in_base(t: torch.Tensor, is_strided: bool = False) -> Located | None:
         is_strided: whether that tensor may be strided itself.
     """
     base = t._base if t._is_view() else None
-    if base is None or base.dtype != t.dtype:
+    if base is None or base.dtype != t.dtype or not _is_part(t, base):
         return None
     place = _geometry(t, base, is_strided)
     return None if place is None else Located(base, place[0], place[1:])
+
+
+def _is_part(view: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether what torch calls a view's base still holds an XLA tensor's values.
+
+    Not after `view.data = other`, for which torch goes on naming the old base.
+    """
+    if not (tracing.is_plain(view) and tracing.is_plain(base)):
+        return True
+    return view.untyped_storage()._cdata == base.untyped_storage()._cdata
 
 
 def _is_untracked_view(t: torch.Tensor) -> bool:
