@@ -24,6 +24,9 @@ REFUSED = {
     "attention_backend": dict(attention_backend="TRITON_ATTN"),
     "additional_config": dict(additional_config={"async_scheduling": "no"}),
     "kv_sharing_fast_prefill": dict(kv_sharing_fast_prefill=True),
+    "profiler_config": dict(
+        profiler_config={"profiler": "torch", "torch_profiler_dir": "/nowhere"}
+    ),
 }
 
 

@@ -45,8 +45,10 @@ def server(checkpoint, tmp_path_factory):
     # A random model would write spaces without end.
     grammars = '{"backend": "xgrammar", "disable_any_whitespace": true}'
     options = ("--dtype", "float32", "--structured-outputs-config", grammars)
-    with serving(checkpoint, folder, *options) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # /sleep and its like
+        with serving(checkpoint, folder, *options) as running:
+            yield running
 
 
 @pytest.fixture
@@ -192,6 +194,15 @@ def test_bad_json(server, client, oracle):
     headers = {"content-type": "application/json"}
     response = server.post("/v1/completions", content=b"{", headers=headers)
     assert 400 <= response.status_code < 500
+    assert_answers(client, oracle)
+
+
+def test_sleep_is_refused(server, client, oracle):
+    response = server.post("/sleep")
+    assert response.status_code == 501, response.text
+    message = response.json()["error"]["message"]
+    assert message == "xla_ops: sleep must not be called on XLA, got a call"
+    assert server.get("/is_sleeping").json() == {"is_sleeping": False}
     assert_answers(client, oracle)
 
 

@@ -201,6 +201,7 @@ def refuse(config: VllmConfig) -> None:
     # vLLM 0.12 may have it in the environment alone.
     attention = getattr(getattr(config, "attention_config", None), "backend", None)
     asynchronous = config.additional_config.get("async_scheduling")
+    profiler = getattr(getattr(config, "profiler_config", None), "profiler", None)
     # With fewer, a long request would wait for ever. vLLM keeps one for padding.
     num_blocks, least_blocks = cache.num_gpu_blocks_override, 2
     if model.get_sliding_window() is None:
@@ -309,6 +310,7 @@ def refuse(config: VllmConfig) -> None:
             True,
             "False",
         ),
+        (profiler is not None, "profiler_config", f"one of {profiler}", "None"),
         (
             os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1",
             "VLLM_USE_V2_MODEL_RUNNER",
@@ -343,6 +345,9 @@ def _update(config: VllmConfig) -> None:
     # Neither torch_xla nor the CUDA driver, which has been asked for the GPU's name,
     # survives a fork.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    from . import refused
+
+    refused.install()
     if config.lora_config is not None:
         from . import preload
 

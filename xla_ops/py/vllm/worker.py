@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environmen
 
 from ..gpu import discover, flags
 from ..programs import processes
-from . import memory
+from . import memory, refused
 from .platform import is_gpu
 
 try:
@@ -89,21 +89,16 @@ class XlaWorker(Worker):
         self.model_runner.warm_up()
         logger.info("Ready after %.1f s", time.perf_counter() - self._began)
 
+    # By collective_rpc; the engine's clients refuse them before that.
+
     def profile(self, is_start: bool = True) -> None:
-        raise NotImplementedError(
-            "xla_ops: profile must not be called on XLA, got a call: use"
-            " torch_xla.debug.profiler"
-        )
+        refused.refuse("profile")
 
     def sleep(self, level: int = 1) -> None:
-        raise NotImplementedError(
-            "xla_ops: sleep must not be called on XLA, got a call"
-        )
+        refused.refuse("sleep")
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        raise NotImplementedError(
-            "xla_ops: wake_up must not be called on XLA, got a call"
-        )
+        refused.refuse("wake_up")
 
 
 def _set_precision(dtype: torch.dtype) -> None:
