@@ -94,6 +94,13 @@ def test_alone(llm, asked, oracles, number):
     assert_answers(llm, asked, oracles, [number], [PROMPT])
 
 
+def test_adapters_of_one_name(llm, adapters, oracles):
+    """One is loaded anew while the other runs; neither takes the other's prefixes."""
+    same = {i: LoRARequest("same", 10 + i, str(adapters[i])) for i in (1, 2)}
+    assert_answers(llm, same, oracles, [1, 2], [PROMPT, LONG])
+    assert_answers(llm, same, oracles, [2, 1], [LONG])
+
+
 @pytest.fixture
 def steps(llm, monkeypatch):
     """The adapters of each step's tokens."""

@@ -31,6 +31,8 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperABC
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.request import Request
 from vllm.v1.worker import lora_model_runner_mixin
 
 try:
@@ -413,4 +415,14 @@ class XlaWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return super().add_adapter(lora_request)
 
 
+def _keys_of_blocks(request: Request) -> list[str]:
+    """What sets an adapter's cached prefixes apart: its number too.
+
+    vLLM's name alone may have been another adapter's, before it was loaded anew.
+    """
+    lora = request.lora_request
+    return [] if lora is None else [lora.lora_name, str(lora.lora_int_id)]
+
+
 lora_model_runner_mixin.LRUCacheWorkerLoRAManager = XlaWorkerLoRAManager
+kv_cache_utils._gen_lora_extra_hash_keys = _keys_of_blocks

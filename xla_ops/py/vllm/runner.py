@@ -388,7 +388,10 @@ class XlaModelRunner(GPUModelRunner):
         lora_requests: set[LoRARequest],
     ) -> None:
         """Puts a step's adapters into slots, and notes the slot of each token."""
-        self.lora_manager.set_active_adapters(lora_requests, None)
+        # The set lacks one of two adapters that have a name in common, as while one
+        # that requests still run with is loaded anew.
+        by_number = self.input_batch.lora_id_to_lora_request
+        self.lora_manager.set_active_adapters([*by_number.values()], None)
         assert self._adapters is not None
         slots = self._adapters.slots_of(token_lora_mapping)
         self._adapter_slots = slots if (slots >= 0).any() else None
