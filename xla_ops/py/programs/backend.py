@@ -199,7 +199,7 @@ def _take_aliases(
     inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
     output = graph.output_node()
     rest, aliases = [], []
-    for place, result in enumerate(output.args[0]):
+    for place, result in enumerate(cast(Sequence, output.args[0])):
         source = result
         while isinstance(source, torch.fx.Node) and source.target in _ALIASES:
             source = source.args[0]
