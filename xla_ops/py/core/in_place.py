@@ -115,8 +115,9 @@ def _is_part(view: torch.Tensor, base: torch.Tensor) -> bool:
 
     Not after `view.data = other`, for which torch goes on naming the old base.
     """
-    if not (tracing.is_plain(view) and tracing.is_plain(base)):
-        return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if not all(tracing.is_plain(t) and not wrapped(t) for t in (view, base)):
+        return True  # of a trace or a transform, which no .data reaches
     return view.untyped_storage()._cdata == base.untyped_storage()._cdata
 
 
