@@ -81,7 +81,10 @@ def check(op: str, t: torch.Tensor) -> None:
     Further calls of its program would leave that as it is. What the function made
     itself is pending, or a clone, which is no computation.
     """
-    if _collected.allowed is None or _storage(t) in _collected.storages:
+    if _collected.allowed is None:
+        return
+    t = _below_transforms(t)
+    if _storage(t) in _collected.storages:
         return
     base = t._base if t._base is not None else t
     if not _is_pending(base) and _number(base) <= _collected.begin:
@@ -89,6 +92,14 @@ def check(op: str, t: torch.Tensor) -> None:
             f"{op}: a tensor that a replayed function updates must be one of its"
             f" arguments or in its state, got another of shape {list(t.shape)}"
         )
+
+
+def _below_transforms(t: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of one that torch.func's transforms have wrapped."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
 
 
 def _storage(t: torch.Tensor) -> int:

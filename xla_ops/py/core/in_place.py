@@ -182,6 +182,7 @@ def update(
         buffer.become(op(buffer, *args, None))
         return
     if tracing.is_transformed():
+        collected.check(op.public_name, buffer)
         buffer.copy_(op(buffer, *args, None))
         return
     has_empty = any(isinstance(t, torch.Tensor) and t.numel() == 0 for t in args)
@@ -220,6 +221,8 @@ def prepare(
         results afterwards. A view has none: its base is made anew around it.
     """
     if tracing.is_transformed():
+        for t in buffers:
+            collected.check(op, t)
         return list(buffers), [None] * len(buffers)
     old, donors = list(buffers), [donor(t) for t in buffers]
     for i, given in enumerate(donors):
