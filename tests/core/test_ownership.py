@@ -310,3 +310,27 @@ def test_a_kept_view_written_lazily_between_compiled_steps(name):
         if f is step:
             torch_xla.sync()
     assert torch.allclose(base.cpu(), wanted)
+
+
+@pytest.mark.parametrize("name", ["compiled", "dispatched"])
+def test_a_copy_of_a_detached_cache_that_is_compiled_after_an_update(name):
+    """As of a Parameter; the program once held the values of when it was compiled."""
+
+    def function(cache, rows, slots):
+        before = cache.detach().clone()
+        write(cache, rows, slots)
+        return before
+
+    case = Case(name)
+    wanted = torch.randn(SHAPE)
+    cache = torch.nn.Parameter(case.put(wanted).detach(), requires_grad=False)
+    with torch.no_grad():
+        case.write(cache, 1.0)
+        wanted = case.written(wanted, 1.0)
+        case.step = case.path.function(function)
+        for value in (2.0, 3.0, 4.0):
+            before = case.write(cache, value)
+            torch_xla.sync()
+            torch.testing.assert_close(before.cpu(), wanted)
+            wanted = case.written(wanted, value)
+    torch.testing.assert_close(cache.detach().cpu(), wanted)

@@ -369,8 +369,11 @@ def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
         division.check(cast("torch.fx.Graph", traced[0].module.graph))
     _require_updatable(caches)
     protect(caches, finish_reads=True)
-    if traced is not None and handlers.is_spmd():
-        _renumber(traced[1])
+    if traced is not None:
+        separated = caches
+        if handlers.is_spmd():
+            separated = _renumber(traced[1])
+        _take_along(traced[1], separated)
     return [_NOTHING, *caches]
 
 
@@ -391,15 +394,35 @@ def _require_updatable(caches: Sequence[torch.Tensor]) -> None:
             )
 
 
-def _renumber(inputs: Sequence[object]) -> None:
+def _renumber(inputs: Sequence[object]) -> list[torch.Tensor]:
     """Has torch_xla know the inputs of the graph that it is about to extract.
 
     For sharded tensors it gives the inputs of each program that it extracts another
     number, and takes them for constants of the next one that has them.
     """
+    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+    values = [value for t in tensors if (value := _value(t)) is not None]
+    for value in values:
+        separate(value)
+    return values
+
+
+def _take_along(inputs: Sequence[object], values: Sequence[torch.Tensor]) -> None:
+    """Has what torch takes views of follow values that may have been separated.
+
+    A tensor that detach() gave, as for a Parameter, has a base of its own, from which
+    torch makes new views once the tensor was updated. A view in the graph that was made
+    of the old buffer would be a constant of the program.
+    """
+    from . import in_place
+
     for t in inputs:
-        if isinstance(t, torch.Tensor) and (value := _value(t)) is not None:
-            separate(value)
+        if not isinstance(t, torch.Tensor) or not torch._is_functional_tensor(t):
+            continue
+        value = torch._from_functional_tensor(t)
+        is_whole = not in_place._is_functional_view(t)
+        if is_whole and in_place._views(t) and any(value is own for own in values):
+            in_place.set_value(t, value)
 
 
 _library.impl("owned", untraced(_owned), "XLA")
