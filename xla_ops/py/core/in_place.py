@@ -130,21 +130,21 @@ def _is_untracked_view(t: torch.Tensor) -> bool:
         type(t) is torch.Tensor
         and t.device.type == "xla"
         and torch._is_functional_tensor(t)
-        and _is_functional_view(t)
+        and is_functional_view(t)
     )
 
 
-def _is_functional_view(wrapper: torch.Tensor) -> bool:
+def is_functional_view(wrapper: torch.Tensor) -> bool:
     """Whether functionalization makes a tensor of its base by more than detach()."""
-    return any(name != "detach_ViewMeta" for name in _views(wrapper))
+    return any(name != "detach_ViewMeta" for name in functional_views(wrapper))
 
 
 def _is_view_of_dtype(t: FunctionalTensor) -> bool:
     """Whether a traced tensor is a view, taken in the graph, of another dtype."""
-    return "view_dtype_ViewMeta" in _views(t.elem)
+    return "view_dtype_ViewMeta" in functional_views(t.elem)
 
 
-def _views(wrapper: torch.Tensor) -> list[str]:
+def functional_views(wrapper: torch.Tensor) -> list[str]:
     views = torch._C._functionalization.get_view_meta_sequence(wrapper)
     return [type(view).__name__ for view in views]
 
@@ -324,7 +324,7 @@ def assign(
     # one that another tensor holds, or is going to. And not that of a view: a sync of
     # the view alone, as before a compiled step, would take the buffer away from the
     # graph that has yet to write the view to its base.
-    if not _is_functional_view(t) and ownership.is_owner(old, (value, *views)):
+    if not is_functional_view(t) and ownership.is_owner(old, (value, *views)):
         torch.ops.aten._propagate_xla_data(old, torch._from_functional_tensor(wrapper))
 
 

@@ -420,8 +420,8 @@ def _take_along(inputs: Sequence[object], values: Sequence[torch.Tensor]) -> Non
         if not isinstance(t, torch.Tensor) or not torch._is_functional_tensor(t):
             continue
         value = torch._from_functional_tensor(t)
-        is_whole = not in_place._is_functional_view(t)
-        if is_whole and in_place._views(t) and any(value is own for own in values):
+        is_whole = not in_place.is_functional_view(t)
+        if is_whole and in_place.functional_views(t) and any(value is own for own in values):
             in_place.set_value(t, value)
 
 
