@@ -421,7 +421,11 @@ def _take_along(inputs: Sequence[object], values: Sequence[torch.Tensor]) -> Non
             continue
         value = torch._from_functional_tensor(t)
         is_whole = not in_place.is_functional_view(t)
-        if is_whole and in_place.functional_views(t) and any(value is own for own in values):
+        if (
+            is_whole
+            and in_place.functional_views(t)
+            and any(value is own for own in values)
+        ):
             in_place.set_value(t, value)
 
 
