@@ -1,17 +1,22 @@
 // Clusters of blocks and each other's shared memory, on compute capability
-// 9.0a. PTX ISA, "barrier.cluster", "mapa" and "ld". A launch without clusters
-// is one of clusters of one block.
+// 9.0 and later. PTX ISA, "barrier.cluster", "mapa" and "ld". A launch without
+// clusters is one of clusters of one block.
 
 #ifndef XLA_OPS_CC_DEVICE_CLUSTER_CUH_
 #define XLA_OPS_CC_DEVICE_CLUSTER_CUH_
 
 #include <cstdint>
 
-#include "xla_ops/cc/device/wgmma.cuh"
+// Kernels for several architectures keep what needs clusters behind this.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define XLA_OPS_HAS_CLUSTERS 1
+#else
+#define XLA_OPS_HAS_CLUSTERS 0
+#endif
 
 namespace xla_ops {
 
-#if XLA_OPS_HAS_WGMMA
+#if XLA_OPS_HAS_CLUSTERS
 
 __device__ __forceinline__ int ClusterRank() {
   uint32_t rank;
@@ -65,7 +70,7 @@ __device__ __forceinline__ float2 LoadPairFromCluster(uint32_t address) {
   return pair;
 }
 
-#endif  // XLA_OPS_HAS_WGMMA
+#endif  // XLA_OPS_HAS_CLUSTERS
 
 }  // namespace xla_ops
 

@@ -51,7 +51,11 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   error = PrepareMma<__half, false>();
   if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>();
   if (error == cudaSuccess) error = PrepareMmaFp8();
-  if (error != cudaSuccess || !device->has_wgmma) return error;
+  // Measured on 9.0 alone; what was compiled for an older one has none.
+  if (error != cudaSuccess || device->capability != 90 ||
+      attributes.ptxVersion < 90) {
+    return error;
+  }
   using Largest = MmaDecodeShape<false, 256>;
   return FindClusters(
       reinterpret_cast<const void*>(
@@ -171,6 +175,7 @@ cudaError_t FindDevice(AttentionDevice* result) {
   // For tests of what older GPUs run.
   if (std::getenv("XLA_OPS_ATTENTION_NO_WGMMA") != nullptr) {
     result->has_wgmma = false;
+    result->has_clusters = false;
   }
   if (error == cudaSuccess) error = LoadKernel(AttentionCombineKernel);
   if (error == cudaSuccess) error = LoadKernel(AttentionCombineSlotsKernel);

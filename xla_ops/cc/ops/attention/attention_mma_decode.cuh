@@ -63,7 +63,7 @@ struct MmaDecodeShape {
   static constexpr int kMinBlocks = kHeadDim <= 128 ? 4 : 2;
 };
 
-#if XLA_OPS_HAS_WGMMA
+#if XLA_OPS_HAS_CLUSTERS
 
 // The blocks of a cluster have a split each of the same rows. Each ends its
 // share of the columns of all rows, reading what the others hold.
@@ -152,7 +152,7 @@ __device__ __forceinline__ void StoreRowsOfCluster(
   SyncCluster();  // others read this block's shared memory until then
 }
 
-#endif  // XLA_OPS_HAS_WGMMA
+#endif  // XLA_OPS_HAS_CLUSTERS
 
 #if XLA_OPS_HAS_MMA
 
@@ -196,7 +196,7 @@ __device__ __forceinline__ void MergeAndStoreRows(
     }
   }
   __syncthreads();
-#if XLA_OPS_HAS_WGMMA
+#if XLA_OPS_HAS_CLUSTERS
   if constexpr (!kSlots) {
     if (args.clustered) {
       StoreRowsOfCluster<T, kFp8, kHeadDim>(args, tile, kv_head, value_scale,
