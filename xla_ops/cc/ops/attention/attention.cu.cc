@@ -48,14 +48,12 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   device->has_mma = attributes.ptxVersion >= 80;
   device->can_overlap = CanOverlap(attributes);
   if (!device->has_mma) return cudaSuccess;
-  error = PrepareMma<__half, false>();
-  if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>();
-  if (error == cudaSuccess) error = PrepareMmaFp8();
   // Measured on 9.0 alone; what was compiled for an older one has none.
-  if (error != cudaSuccess || device->capability != 90 ||
-      attributes.ptxVersion < 90) {
-    return error;
-  }
+  const bool clusters = device->capability == 90 && attributes.ptxVersion >= 90;
+  error = PrepareMma<__half, false>(clusters);
+  if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>(clusters);
+  if (error == cudaSuccess) error = PrepareMmaFp8(clusters);
+  if (error != cudaSuccess || !clusters) return error;
   using Largest = MmaDecodeShape<false, 256>;
   return FindClusters(
       reinterpret_cast<const void*>(

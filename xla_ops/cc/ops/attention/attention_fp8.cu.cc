@@ -7,7 +7,9 @@
 
 namespace xla_ops {
 
-cudaError_t PrepareMmaFp8() { return PrepareMma<__half, true>(); }
+cudaError_t PrepareMmaFp8(bool clusters) {
+  return PrepareMma<__half, true>(clusters);
+}
 
 cudaError_t PrepareSimtFp8() { return PrepareSimt<uint8_t>(); }
 

@@ -23,7 +23,7 @@
 namespace xla_ops {
 
 // Those for 8-bit keys and values.
-cudaError_t PrepareMmaFp8();
+cudaError_t PrepareMmaFp8(bool clusters);
 cudaError_t PrepareSimtFp8();
 cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args,
                          int rows, int multiprocessors);
@@ -48,16 +48,18 @@ cudaError_t WithMmaKernel(int rows, bool has_slots, F&& f) {
            AttentionMmaPrefillKernel<T, kFp8, kHeadDim, kMmaFewRows>);
 }
 
+// `clusters`: whether the device has any, for which older ones may not be
+// asked.
 template <typename T, bool kFp8>
-cudaError_t PrepareMma() {
-  return ForEachHeadDim([](auto padded) {
+cudaError_t PrepareMma(bool clusters) {
+  return ForEachHeadDim([clusters](auto padded) {
     constexpr int kHeadDim = decltype(padded)::value;
     const auto load = [](auto shape, auto* kernel) {
       return LoadKernel(kernel, decltype(shape)::kSharedBytes);
     };
     cudaError_t error =
         WithMmaKernel<T, kFp8, kHeadDim>(kDecodeRows, true, load);
-    if (error == cudaSuccess) {
+    if (error == cudaSuccess && clusters) {
       error = WithMmaKernel<T, kFp8, kHeadDim>(
           kDecodeRows, false, [](auto, auto* kernel) {
             return cudaFuncSetAttribute(
