@@ -1,6 +1,6 @@
 """What a replayed function updates, while its program is traced by lazy tensors.
 
-Tested by tests/programs/test_replay.py.
+Tested by tests/programs/test_replay.py and test_replay_updates.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def collecting(
     allowed = {id(t): t for t in tensors}
     updated: dict[int, torch.Tensor] = {}
     _collected.allowed, _collected.updated = allowed, updated
-    _collected.storages = {_storage(t) for t in allowed.values()}
+    _collected.storages = {storage_of(t) for t in allowed.values()}
     _collected.begin = _number(newest)
     try:
         yield updated.values()
@@ -70,7 +70,7 @@ def collect(op: str, buffer: torch.Tensor) -> None:
     check(op, buffer)
     assert _collected.allowed is not None
     is_new = id(buffer) not in _collected.updated
-    if is_new and id(buffer) in _collected.allowed and not _is_pending(buffer):
+    if is_new and id(buffer) in _collected.allowed and not is_pending(buffer):
         torch_xla._XLAC._set_buffer_donation(buffer, True)
         _collected.updated[id(buffer)] = buffer
 
@@ -84,10 +84,10 @@ def check(op: str, t: torch.Tensor) -> None:
     if _collected.allowed is None:
         return
     t = _below_transforms(t)
-    if _storage(t) in _collected.storages:
+    if storage_of(t) in _collected.storages:
         return
     base = t._base if t._base is not None else t
-    if not _is_pending(base) and _number(base) <= _collected.begin:
+    if not is_pending(base) and _number(base) <= _collected.begin:
         raise ValueError(
             f"{op}: a tensor that a replayed function updates must be one of its"
             f" arguments or in its state, got another of shape {list(t.shape)}"
@@ -102,15 +102,17 @@ def _below_transforms(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def _storage(t: torch.Tensor) -> int:
+def storage_of(t: torch.Tensor) -> int:
+    """Identifies what views, detach() and .data have in common with their tensor."""
     return t.untyped_storage()._cdata
 
 
-def _is_pending(t: torch.Tensor) -> bool:
+def is_pending(t: torch.Tensor) -> bool:
+    """Whether the tensor's value is yet to be computed."""
     import torch_xla
 
-    (is_pending,) = torch_xla._XLAC._check_tensor_need_materialization([t])
-    return bool(is_pending)
+    (pending,) = torch_xla._XLAC._check_tensor_need_materialization([t])
+    return bool(pending)
 
 
 def _number(t: torch.Tensor) -> int:

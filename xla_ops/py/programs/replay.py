@@ -45,7 +45,7 @@ from ..core import autograd, collected, in_place, interrupts, ownership, shardin
 from . import arguments
 from .calls import Graph, buffer_of, compile_beside, compile_graph, run_cached
 from .reads import Reads
-from .traces import Traced, storage_of
+from .traces import Traced
 
 _xlac = torch_xla._XLAC
 State = Iterable[torch.Tensor | torch.nn.Module]
@@ -239,11 +239,11 @@ class _Shares:
     def __init__(self, state: Sequence[torch.Tensor]):
         self._state = tuple(state)  # kept, so that ids and storages stay theirs
         self._ids = {id(t): i for i, t in enumerate(state)}
-        self._storages = {storage_of(t): i for i, t in enumerate(state)}
+        self._storages = {collected.storage_of(t): i for i, t in enumerate(state)}
 
     def of(self, tensors: Sequence[torch.Tensor]) -> tuple | None:
         """Returns what a program depends on of that; None where nothing is shared."""
-        storages = [storage_of(t) for t in tensors]
+        storages = [collected.storage_of(t) for t in tensors]
         apart = len(set(storages)) == len(storages)
         if apart and self._storages.keys().isdisjoint(storages):
             return None

@@ -21,11 +21,6 @@ from .reads import Reads
 _xlac = torch_xla._XLAC
 
 
-def storage_of(t: torch.Tensor) -> int:
-    """Identifies what views, detach() and .data have in common with their tensor."""
-    return t.untyped_storage()._cdata
-
-
 class _Result(NamedTuple):
     place: int
 
@@ -113,7 +108,7 @@ class Traced:
             ):
                 result = function(*args[:num_given])
             self.donated = sorted({places[id(t)] for t in updated})
-            self.has_run = not _is_pending(self._witness)
+            self.has_run = not collected.is_pending(self._witness)
             if not self.has_run:
                 self._collect(result)
         except BaseException:
@@ -146,7 +141,7 @@ class Traced:
         """Raises ValueError where an update would show in another argument."""
         first: dict[int, int] = {}
         for i, t in enumerate(self._args):
-            j = first.setdefault(storage_of(t), i)
+            j = first.setdefault(collected.storage_of(t), i)
             if self._args[j] is not t and not self.updates.keys().isdisjoint((i, j)):
                 raise ValueError(
                     f"replay: {self._name(i)} must not share memory with"
@@ -175,7 +170,7 @@ class Traced:
         key = _xlac._xla_get_tensor_id(value)
         if key in self._arguments:
             return _CloneOfArgument(self._arguments[key])
-        if not _is_pending(value):
+        if not collected.is_pending(value):
             where = buffer_of(value)
             if where and where in self.pointers:
                 # A copy of what the argument was before any update.
@@ -202,7 +197,7 @@ class Traced:
     def restore(self) -> None:
         """Gives every argument the value back that it had."""
         for t, value, saved in zip(self._args, self.values, self._saved, strict=True):
-            if _is_pending(value) or not _have_one_buffer(value, saved):
+            if collected.is_pending(value) or not _have_one_buffer(value, saved):
                 _xlac._replace_xla_tensor(value, saved)
             if torch._from_functional_tensor(t) is not value:
                 in_place.set_value(t, value)
@@ -218,11 +213,6 @@ class Traced:
         # before it has left. The next graph would compute the traced ones again.
         for device in {str(t.device) for t in self._args} or {str(torch_xla.device())}:
             _xlac._set_all_reduce_token(device, None)
-
-
-def _is_pending(value: torch.Tensor) -> bool:
-    (is_pending,) = _xlac._check_tensor_need_materialization([value])
-    return is_pending
 
 
 def _have_one_buffer(a: torch.Tensor, b: torch.Tensor) -> bool:
