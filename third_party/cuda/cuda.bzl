@@ -22,8 +22,7 @@ _NVCC_OPTIONS = [
     # Code of several architectures is compiled at once. What each compiler prints
     # goes through files in TMPDIR, which is set below.
     "--threads=2",
-    # Not in /tmp, which sandboxes share: names there hold the process's number,
-    # which is the same in many of them, and end up in the object file.
+    # Beside the object file, as the names end up in it.
     "--objdir-as-tempdir",
 ]
 
@@ -104,11 +103,19 @@ def _cuda_objects_impl(ctx):
         arguments.add_all(ctx.attr.copts)
         arguments.add(source)
         arguments.add("-o", output)
+
+        # Sandboxes share /tmp, and number their processes alike: two compilers
+        # would give their files one name there. Bazel sets TMPDIR to /tmp whatever
+        # `env` says, hence env(1), which sets it last.
         ctx.actions.run(
-            executable = ctx.file._compiler,
-            arguments = [arguments],
+            executable = "/usr/bin/env",
+            arguments = [
+                "TMPDIR=" + output.dirname,
+                ctx.file._compiler.path,
+                arguments,
+            ],
             inputs = depset(
-                [source] + ctx.files.hdrs,
+                [source, ctx.file._compiler] + ctx.files.hdrs,
                 transitive = [
                     context.headers,
                     ctx.attr._compiler_files.files,
@@ -116,7 +123,7 @@ def _cuda_objects_impl(ctx):
                 ],
             ),
             outputs = [output],
-            env = {"PATH": "/usr/bin:/bin", "TMPDIR": output.dirname},
+            env = {"PATH": "/usr/bin:/bin"},
             mnemonic = "CudaCompile",
             progress_message = "Compiling %s for %s" % (
                 source.short_path,
