@@ -1,5 +1,7 @@
 """An update in place takes no buffer away from another tensor (core/ownership.py)."""
 
+import threading
+
 import pytest
 import torch
 import torch_xla
@@ -334,3 +336,25 @@ def test_a_copy_of_a_detached_cache_that_is_compiled_after_an_update(name):
             torch.testing.assert_close(before.cpu(), wanted)
             wanted = case.written(wanted, value)
     torch.testing.assert_close(cache.detach().cpu(), wanted)
+
+
+@torch.enable_grad()
+def test_a_thread_of_autograd_moves_no_cache_once_its_backward_has_run():
+    """Whatever else is pending may be computed beside it."""
+    case = Case("lazy")
+    cache = case.put(torch.zeros(SHAPE))
+    x = torch.ones(2, device=cache.device, requires_grad=True)
+    threads = []
+    x.register_hook(lambda grad: threads.append(threading.current_thread()))
+    x.sum().backward()
+    assert threads[0] in threading.enumerate()
+    step = torch.compile(write, backend="xla_ops")
+    rows = case.put([torch.full((2, 2, 8), float(value)) for value in (1, 2)])
+    before, last = addresses([cache]), torch.zeros(SHAPE)
+    for value in (1, 2):
+        old = cache.sum()
+        with torch.no_grad():
+            step(cache, rows[value - 1], case.slots)
+        assert addresses([cache]) == before
+        assert old.item() == last.sum()
+        last = case.written(last, value)

@@ -136,10 +136,25 @@ def _never_computes(thread: threading.Thread) -> bool:
     """Whether a thread is this one, or one that leaves tensors alone."""
     if thread.ident == threading.get_ident():
         return True
+    if _is_of_autograd(thread):
+        return True
     # A Thread of the standard library runs a function, which it forgets at its end.
     target = getattr(thread, "_target", None)
     owner = getattr(target, "__module__", None) or type(thread).__module__
     return owner in _NEVER_COMPUTE
+
+
+def _is_of_autograd(thread: threading.Thread) -> bool:
+    """Whether torch runs backwards in it, as the threads that wait for them ask it to.
+
+    Python knows it, for the rest of the process, from a backward on in which Python
+    asked what thread it is in, as torch.compile does.
+    """
+    try:
+        name = pathlib.Path(f"/proc/self/task/{thread.native_id}/comm").read_bytes()
+    except OSError:
+        return False
+    return name.startswith(b"pt_autograd_")
 
 
 def give_buffers(tensors: Sequence[torch.Tensor]) -> None:
