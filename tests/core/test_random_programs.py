@@ -218,9 +218,6 @@ class World:
         layouts = [pair[1].layout for pair in pairs]
         if len(set(layouts)) > 1:
             return
-        reads_one = update is swap_pages and len(pairs) > 1
-        if way == "openxla" and (update is normalise_a_page or reads_one):
-            way = "xla_ops"  # openxla makes what shared its buffer a constant
         if way in ("lazy", "openxla") and mode == "inference_mode":
             mode = "no_grad"  # torch_xla takes no view of what was made outside
         # A cache that a graph holds twice may move another one; so may a look at what

@@ -19,11 +19,18 @@ import torch_xla.debug.metrics as met
 from torch_xla._dynamo import dynamo_bridge
 
 import xla_ops
+from xla_ops.core import extraction
 from xla_ops.extend import torch_op
 from xla_ops.programs import backend as backend_module
 from xla_ops.programs.replay import replay
 
 BACKENDS = pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _extraction():
+    """As the first custom call that is traced has it."""
+    extraction.install()
 
 
 def xla(*values) -> torch.Tensor:
@@ -193,7 +200,7 @@ def copy_to_itself(a, b, c):
 
 @pytest.mark.parametrize("f", [rotate, double_into, copy_and_go_on, copy_to_itself])
 def test_values_that_are_the_same_or_an_input_s(f):
-    """openxla refuses these, or gives a later result an earlier one's value."""
+    """torch_xla's openxla refuses these, or gives a later result an earlier's value."""
     wanted = [torch.tensor([float(i)]) for i in (1, 10, 100)]
     tensors = [xla(i) for i in (1, 10, 100)]
     call = compiled(f)
@@ -221,9 +228,11 @@ def update_and_alias(w, x):
     ids=["alone", "several", "of views", "of what is updated"],
 )
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["trained", "inference"])
-def test_results_that_are_aliases_of_inputs(f, requires_grad):
-    """openxla's bridge waits for them among the program's results."""
-    call, w, x = compiled(f), xla(2, 3).requires_grad_(requires_grad), xla(5, 7)
+@BACKENDS
+def test_results_that_are_aliases_of_inputs(backend, f, requires_grad):
+    """torch_xla's bridge waits for them among the program's results."""
+    call, x = compiled(f, backend), xla(5, 7)
+    w = xla(2, 3).requires_grad_(requires_grad)
     wanted_w, wanted_x = w.detach().cpu(), x.cpu()
     with torch.set_grad_enabled(requires_grad):
         for _ in range(2):
@@ -234,9 +243,10 @@ def test_results_that_are_aliases_of_inputs(f, requires_grad):
             assert x.tolist() == wanted_x.tolist()
 
 
-def test_a_backward_keeps_an_alias_of_an_input():
+@BACKENDS
+def test_a_backward_keeps_an_alias_of_an_input(backend):
     """As of a weight that is not trained."""
-    f = compiled(lambda x, w: (x * w.detach()).sin().sum())
+    f = compiled(lambda x, w: (x * w.detach()).sin().sum(), backend)
     x, w = xla(1, 2).requires_grad_(), xla(3, 4).requires_grad_()
     with torch.enable_grad():
         f(x, w).backward()

@@ -161,6 +161,9 @@ def _computation(
     """
     import torch_xla.core.xla_builder as xb
 
+    from . import extraction
+
+    extraction.install()  # before a graph that has the call is extracted
     module = encode_module(
         target, operands, results, backend_config, dict(aliases), absent
     )

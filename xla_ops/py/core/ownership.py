@@ -83,8 +83,7 @@ def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
         found = _holders(held)
     if all(_is_free(holders, finish_reads) for holders in found):
         return
-    # Before a program is extracted nothing may run, but it must meet no shared buffer:
-    # torch_xla would take an input for a constant.
+    # Before a program is extracted nothing may run, but it must meet no shared buffer.
     is_traced = _is_traced()
     finish_reads = finish_reads and not is_traced
     for tensor in held:
@@ -214,6 +213,20 @@ def separate(value: torch.Tensor) -> None:
     own = torch.clone(value)  # torch_xla gives a clone a buffer of its own
     xlac._xla_sync_multi([own], devices=[], wait=True, sync_xla_data=True)
     xlac._replace_xla_tensor(value, own)
+
+
+def buffer_of(tensor: torch.Tensor) -> int:
+    """What tells the buffer of a tensor that has been computed from all others.
+
+    0 of an empty one.
+    """
+    import torch_xla
+
+    if not tensor.numel():
+        return 0
+    if handlers.is_spmd():  # a buffer on each device
+        return torch_xla._XLAC._get_tensors_handle([tensor])[0]
+    return torch_xla._XLAC._unsafe_buffer_pointer(tensor)
 
 
 def _give_data(tensors: list[torch.Tensor]) -> None:
@@ -381,67 +394,36 @@ def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
     if traced is not None:
         from . import division
 
-        division.check(cast("torch.fx.Graph", traced[0].module.graph))
-    _require_updatable(caches)
+        interpreter, inputs = traced
+        division.check(cast("torch.fx.Graph", interpreter.module.graph))
+        _require_updatable(inputs, caches)
     protect(caches, finish_reads=True)
-    if traced is not None:
-        separated = caches
-        if handlers.is_spmd():
-            separated = _renumber(traced[1])
-        _take_along(traced[1], separated)
     return [_NOTHING, *caches]
 
 
-def _require_updatable(caches: Sequence[torch.Tensor]) -> None:
+def _require_updatable(inputs: Sequence[object], caches: Sequence[torch.Tensor]) -> None:
     """Raises ValueError where torch refuses the update after the program has run.
 
-    By then the program has taken the buffers of all caches.
+    By then the program has taken the buffers of all caches. Asked once for each graph,
+    since Dynamo makes another one for tensors of the other kind, and in the other mode.
+
+    Args:
+        inputs: the graph's, as users hold them.
+        caches: those that it updates, as torch_xla has them.
     """
     if torch.is_inference_mode_enabled():
         return
-    for t in caches:
-        if t.is_inference():
+    for t in inputs:
+        if not isinstance(t, torch.Tensor) or not t.is_inference():
+            continue
+        value = _value(t)
+        if any(value is cache for cache in caches):
             raise ValueError(
                 "xla_ops: a cache made under torch.inference_mode() must be updated"
                 " under it by a function that is compiled for openxla, got one of shape"
                 f" {list(t.shape)} outside; call the function under it, or take the"
                 " backend xla_ops"
             )
-
-
-def _renumber(inputs: Sequence[object]) -> list[torch.Tensor]:
-    """Has torch_xla know the inputs of the graph that it is about to extract.
-
-    For sharded tensors it gives the inputs of each program that it extracts another
-    number, and takes them for constants of the next one that has them.
-    """
-    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-    values = [value for t in tensors if (value := _value(t)) is not None]
-    for value in values:
-        separate(value)
-    return values
-
-
-def _take_along(inputs: Sequence[object], values: Sequence[torch.Tensor]) -> None:
-    """Has what torch takes views of follow values that may have been separated.
-
-    A tensor that detach() gave, as for a Parameter, has a base of its own, from which
-    torch makes new views once the tensor was updated. A view in the graph that was made
-    of the old buffer would be a constant of the program.
-    """
-    from . import in_place
-
-    for t in inputs:
-        if not isinstance(t, torch.Tensor) or not torch._is_functional_tensor(t):
-            continue
-        value = torch._from_functional_tensor(t)
-        is_whole = not in_place.is_functional_view(t)
-        if (
-            is_whole
-            and in_place.functional_views(t)
-            and any(value is own for own in values)
-        ):
-            in_place.set_value(t, value)
 
 
 _library.impl("owned", untraced(_owned), "XLA")

@@ -248,13 +248,8 @@ def reference(
 
 
 def _differentiable_front(qkv: torch.Tensor, *rest: Any) -> None:
-    """The front for torch's autograd: its backward keeps what this overwrites.
-
-    On XLA that is no clone: openxla takes the clone of a tensor that a backward keeps,
-    too, for that tensor, and mixes up all results after it.
-    """
-    old = qkv * 1 if qkv.device.type == "xla" else qkv.clone()
-    qkv.copy_(_op(old, *rest, None))
+    """The front for torch's autograd: its backward keeps what this overwrites."""
+    qkv.copy_(_op(qkv.clone(), *rest, None))
 
 
 def _gradient(backward: Backward) -> dict[str, torch.Tensor]:

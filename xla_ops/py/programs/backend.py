@@ -12,14 +12,9 @@ the same donations, and replaces what runs around it on every call:
 - Where the arguments go is worked out once, not looked up argument by argument.
 - No argument is asked whether work is pending on it: the program refuses one that is,
   before it runs, and only then is it synchronised, as openxla does.
-- Results that are one value, or an input's, come out right, and the tensors of the
-  first call are not kept.
-- An input that shares its buffer with another tensor at the first call, as after
-  `snapshot.copy_(cache)`, or shared it before, is an input in later calls too; openxla
-  makes it a constant, or takes another input for it.
 
-Symbolic sizes and SPMD meshes are left to openxla's own way of calling, but for which
-input is which. Measurements:
+Which of a program's inputs and results are arguments: core/extraction.py. Symbolic
+sizes and SPMD meshes are left to openxla's own way of calling. Measurements:
 docs/in_place.md.
 """
 
@@ -27,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from types import FunctionType
 from typing import cast
 
 import torch
@@ -36,10 +30,10 @@ import torch_xla.runtime as xr
 from torch._dynamo.backends.common import aot_autograd
 from torch_xla._dynamo import dynamo_bridge
 
-from ..core import division, in_place, ownership, tracing
+from ..core import division, extraction, in_place, ownership, tracing
 from ..core.interrupts import Uninterrupted
 from . import small_buffers
-from .calls import buffer_of, run_cached
+from .calls import run_cached
 
 
 def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object]:
@@ -49,7 +43,6 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
     _clone_copies(module.graph)
     donated = _donated(module.graph)
     updated = _return_updates(module.graph)
-    aliases = _take_aliases(module.graph, updated)
     module.recompile()
     modules = [module]  # until its program is known
     program: Callable | None = None
@@ -63,10 +56,6 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
             if donated:
                 ownership.protect([args[i] for i in donated], finish_reads=True)
             if program is None:
-                # torch_xla knows inputs by their buffers, and takes one that another
-                # tensor filled for a constant.
-                tensors = [t for t in args if isinstance(t, torch.Tensor)]
-                ownership.protect(tensors, finish_reads=True)
                 program = _extract_whole(modules[0], args, donated)
                 modules.clear()
             with Uninterrupted():
@@ -80,12 +69,7 @@ def _compile(module: torch.fx.GraphModule, _: object) -> Callable[[list], object
                     )
                 for i, argument, update in updates:
                     update(args[argument], results[i])
-        outputs = results[len(updated) :]
-        if aliases:
-            outputs = list(outputs)
-            for place, argument in aliases:
-                outputs.insert(place, args[argument].detach())
-        return outputs
+        return results[len(updated) :]
 
     # AOTAutograd: takes one list.
     forward._boxed_call = True  # type: ignore[attr-defined]
@@ -180,44 +164,6 @@ def _return_updates(graph: torch.fx.Graph) -> list[int]:
     return updated
 
 
-# What gives the buffer of its argument.
-_ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-
-
-def _take_aliases(
-    graph: torch.fx.Graph, updated: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Takes results out that are aliases of inputs, as weight.detach() is.
-
-    A backward may keep such a one. It is an input's buffer and so no result of any
-    program, but torch_xla, which knows an input by its identity alone, waits for one.
-    Of an input that the graph updates it becomes a copy.
-
-    Returns:
-        Their places among the results, in order, and the inputs' indices.
-    """
-    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    output = graph.output_node()
-    rest, aliases = [], []
-    for place, result in enumerate(cast(Sequence, output.args[0])):
-        source = result
-        while isinstance(source, torch.fx.Node) and source.target in _ALIASES:
-            source = source.args[0]
-        if source is result or source not in inputs:
-            rest.append(result)
-        elif inputs[source] in updated:
-            with graph.inserting_before(output):
-                clone = graph.call_function(torch.ops.aten.clone.default, (source,))
-            rest.append(clone)
-        else:
-            aliases.append((place - len(updated), inputs[source]))
-    output.args = (tuple(rest),)
-    for node in reversed(graph.nodes):
-        if node.target in _ALIASES and not node.users:
-            graph.erase_node(node)
-    return aliases
-
-
 def _update(
     args: list, argument: int, results: Sequence[torch.Tensor], i: int
 ) -> Callable:
@@ -227,44 +173,6 @@ def _update(
     are_xla = tensor.device.type == value.device.type == "xla"
     can_adopt = are_xla and torch._is_functional_tensor(tensor)
     return in_place.adopt if can_adopt and not is_shared else torch.Tensor.copy_
-
-
-class _Deduper(dynamo_bridge.Deduper):
-    """Knows which results are one as the program does: those that are one tensor.
-
-    torch_xla's own takes a tensor and its clone for one, of which the program returns
-    both, so that every later result comes out in the place of another.
-    """
-
-    def dedup(self, origlist: list[torch.Tensor]) -> list[torch.Tensor]:
-        ids = [torch_xla._XLAC._xla_get_tensor_id(t) for t in origlist]
-        unique = dict.fromkeys(ids)
-        places = {tensor_id: i for i, tensor_id in enumerate(unique)}
-        self.permute_for_orig = [places[tensor_id] for tensor_id in ids]
-        return [origlist[ids.index(tensor_id)] for tensor_id in unique]
-
-
-class _InputMatcher(dynamo_bridge.GraphInputMatcher):
-    """Knows inputs by their buffers.
-
-    torch_xla's own goes by the number of the tensor that was read last while it held a
-    buffer. After a snapshot of an input that number is none of an input, which then is
-    taken for a constant, or is another's.
-    """
-
-    def __init__(self, places: dict, ids: list, values: list, argument_ids: set):
-        super().__init__(places, ids, values, argument_ids)
-        self._values = values
-
-    def match(self, args: Sequence[torch.Tensor]) -> None:
-        """Works out which inputs are arguments; to be called once."""
-        places = {where: i for i, t in enumerate(args) if (where := buffer_of(t))}
-        for i, value in enumerate(self._values):
-            if where := buffer_of(value):
-                argument = places.get(where)
-                self.arg_idxs[i] = argument
-                self.graph_input_xla_values[i] = value if argument is None else None
-        self._values = []
 
 
 class _InputCollector(dynamo_bridge.InputCollector):
@@ -289,12 +197,9 @@ def _extract(module: torch.fx.GraphModule) -> Callable:
         matcher,
         returns,
         updated,
-    ) = _extract_graph_helper(module, {})
-    matcher.match(args)
+    ) = extraction.extract_graph(module, {})
     inputs = _input_getter(matcher)
     num_updated = len(updated)
-    # What the program was traced with, such as a cache, is not kept.
-    returns.trace_inputs = returns.trace_outputs = returns.deduped_trace_outputs = None
 
     def run(*args: torch.Tensor) -> object:
         results = run_cached(program, inputs, args)
@@ -325,55 +230,15 @@ def _input_getter(matcher: dynamo_bridge.GraphInputMatcher) -> Callable:
     return lambda args: pick((*constants, *args))
 
 
-def _with_globals(function: Callable, **replaced: object) -> Callable:
-    """A function of torch_xla's that finds `replaced` where it looks for globals.
-
-    The module itself stays as it is: openxla uses it, in other threads too.
-    """
-    assert isinstance(function, FunctionType)
-    return FunctionType(
-        function.__code__,
-        {**function.__globals__, **replaced},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-
-
-class _SpecialReturnHandler(dynamo_bridge.SpecialReturnHandler):
-    __init__ = _with_globals(
-        dynamo_bridge.SpecialReturnHandler.__init__, Deduper=_Deduper
-    )
-
-
-_extract_graph_helper = _with_globals(
-    dynamo_bridge.extract_graph_helper,
-    GraphInputMatcher=_InputMatcher,
-    SpecialReturnHandler=_SpecialReturnHandler,
+_extract_internal = extraction.with_globals(
+    dynamo_bridge.extract_internal, extract_graph_helper=extraction.extract_graph
 )
-
-
-def _extract_graph(module: torch.fx.GraphModule, known: dict) -> tuple:
-    """For openxla's way of calling, which also extracts anew for other sizes."""
-    args = vars(module)["xla_args"]
-    tensors = [t for t in args if isinstance(t, torch.Tensor)]
-    if known:  # before the first program, `_compile` has done so
-        ownership.protect(tensors, finish_reads=True)
-    found = _extract_graph_helper(module, known)
-    (matcher,) = (part for part in found if isinstance(part, _InputMatcher))
-    matcher.match(tensors)
-    return found
-
-
-_extract_internal = _with_globals(
-    dynamo_bridge.extract_internal, extract_graph_helper=_extract_graph
-)
-_extract_program = _with_globals(
+_extract_program = extraction.with_globals(
     dynamo_bridge.extract_compiled_graph,
-    extract_compiled_graph_helper=_with_globals(
+    extract_compiled_graph_helper=extraction.with_globals(
         dynamo_bridge.extract_compiled_graph_helper,
         extract_internal=_extract,
-        partition_fx_graph_for_cpu_fallback=_with_globals(
+        partition_fx_graph_for_cpu_fallback=extraction.with_globals(
             dynamo_bridge.partition_fx_graph_for_cpu_fallback,
             extract_internal=_extract,
             InputCollector=_InputCollector,

@@ -1,5 +1,4 @@
-"""What the ways to call a program share: its hash, a call by that, and which buffer is
-which."""
+"""What the ways to call a program share: its hash, and a call by that."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ from concurrent import futures
 import torch
 import torch_xla
 import torch_xla.debug.metrics as met
-import torch_xla.runtime as xr
 from torch_xla._dynamo import dynamo_bridge
 
 from ..core import ownership
@@ -67,18 +65,6 @@ def _failed(args: Sequence[torch.Tensor], inputs: Callable) -> RuntimeError:
 def _lost(tensors: Sequence[torch.Tensor]) -> str:
     lost = [t for t in tensors if _xlac._is_placecholder(t)]
     return ", ".join(str(list(t.shape)) for t in lost)
-
-
-def buffer_of(value: torch.Tensor) -> int:
-    """What tells the buffer of a tensor that has been computed from all others.
-
-    0 of an empty one.
-    """
-    if not value.numel():
-        return 0
-    if xr.is_spmd():  # a buffer on each device
-        return torch_xla._XLAC._get_tensors_handle([value])[0]
-    return torch_xla._XLAC._unsafe_buffer_pointer(value)
 
 
 def finish(args: Sequence[torch.Tensor]) -> None:

@@ -43,7 +43,7 @@ from torch_xla.experimental.eager import eager_mode_context
 
 from ..core import autograd, collected, in_place, interrupts, ownership, sharding
 from . import arguments
-from .calls import Graph, buffer_of, compile_beside, compile_graph, run_cached
+from .calls import Graph, compile_beside, compile_graph, run_cached
 from .reads import Reads
 from .traces import Traced
 
@@ -372,7 +372,7 @@ def _inputs(traced: Traced, args: Sequence[torch.Tensor]) -> Callable:
     picks: list[int | None] = []
     constants: list[torch.Tensor] = []
     for tensor_id, value in zip(ids, values, strict=True):
-        where = buffer_of(value)
+        where = ownership.buffer_of(value)
         i = places.get(where) if where else empty.get(tensor_id)
         # torch_xla takes every buffer that no tensor was given for the seed.
         if i is None and tensor_id == seed and _is_seed(value, device):

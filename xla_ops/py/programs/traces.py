@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..core import collected, in_place, ownership
 from . import reachable
-from .calls import buffer_of, finish
+from .calls import finish
 from .reads import Reads
 
 _xlac = torch_xla._XLAC
@@ -88,7 +88,7 @@ class Traced:
         self._num_given = num_given
         self.values = [torch._from_functional_tensor(t) for t in args]
         self.ids = [_xlac._xla_get_tensor_id(t) for t in self.values]
-        self.pointers = [buffer_of(t) for t in self.values]
+        self.pointers = [ownership.buffer_of(t) for t in self.values]
         # aten.copy_ overwrites the tensor below an argument: it alone does.
         self._saved = [torch.clone(t) for t in self.values]
         # Computed by whoever computes all that is pending.
@@ -126,7 +126,7 @@ class Traced:
             if key in self._arguments:
                 continue  # one tensor, given twice
             self._arguments[key] = i
-            if is_pending or buffer_of(value) != self.pointers[i]:
+            if is_pending or ownership.buffer_of(value) != self.pointers[i]:
                 self.updates[i] = len(self.computed)
                 self.computed.append(value if is_pending else _copied(value))
         self._check_shares()
@@ -171,7 +171,7 @@ class Traced:
         if key in self._arguments:
             return _CloneOfArgument(self._arguments[key])
         if not collected.is_pending(value):
-            where = buffer_of(value)
+            where = ownership.buffer_of(value)
             if where and where in self.pointers:
                 # A copy of what the argument was before any update.
                 i = self.pointers.index(where)
@@ -217,7 +217,7 @@ class Traced:
 
 def _have_one_buffer(a: torch.Tensor, b: torch.Tensor) -> bool:
     try:
-        return buffer_of(a) == buffer_of(b)
+        return ownership.buffer_of(a) == ownership.buffer_of(b)
     except RuntimeError:  # a program has taken the buffer
         return False
 
@@ -233,8 +233,8 @@ def _separate(args: Sequence[torch.Tensor]) -> None:
     seen: set[int] = set()
     for t in {id(t): t for t in args}.values():
         value = torch._from_functional_tensor(t)
-        where = buffer_of(value)
+        where = ownership.buffer_of(value)
         if where and where in seen:
             ownership.separate(value)
-            where = buffer_of(value)
+            where = ownership.buffer_of(value)
         seen.add(where)
