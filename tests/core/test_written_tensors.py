@@ -1,5 +1,6 @@
 """Which tensors an update takes, which it refuses, and whether their buffers stay."""
 
+import functools
 import subprocess
 import sys
 
@@ -296,3 +297,39 @@ def test_a_cache_of_inference_mode_is_not_lost_outside():
         assert [cache.sum().item() for cache in caches] == [512, 512]
     torch.compile(write, backend="xla_ops")(*caches, 2 * rows, slots)
     assert [cache.sum().item() for cache in caches] == [544, 544]
+
+
+@pytest.mark.parametrize("before", ["lazy", "openxla", "xla_ops", "replay"])
+@pytest.mark.parametrize("mode", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("made", [True, False], ids=["made inside", "made outside"])
+def test_openxla_knows_a_cache_of_inference_mode_whoever_updated_it(made, mode, before):
+    """Torch's value of it is of the mode of the last update."""
+    path = Path("lazy")
+
+    def write(key, value, rows, slots):
+        xla_ops.reshape_and_cache_flash(rows, rows, key, value, slots)
+
+    update, step = write, torch.compile(write, backend="openxla")
+    if before != "lazy":
+        how = functools.partial(torch.compile, backend=before)
+        update = (replay if before == "replay" else how)(write)
+    rows, slots = path.put([torch.ones(2, 2, 8), torch.tensor([0, 5])])
+    # A program that was made for caches of the other kind is not taken for these.
+    others = path.put([torch.full((4, 2, 2, 8), 5.0) for _ in range(2)])
+    step(*others, rows, slots)
+    with torch.inference_mode(made):
+        caches = path.put([torch.full((4, 2, 2, 8), 5.0) for _ in range(2)])
+    sums = [640, 640]
+    for value in (2, 3):
+        with torch.inference_mode(mode):
+            if before != "openxla" or mode == made:
+                update(*caches, value * rows, slots)
+                sums = [480 + 32 * value] * 2
+        assert [cache.sum().item() for cache in caches] == sums
+        if made:
+            with pytest.raises(Exception, match="must be updated under it"):
+                step(*caches, rows, slots)
+        else:
+            step(*caches, rows, slots)
+            sums = [512, 512]
+        assert [cache.sum().item() for cache in caches] == sums
