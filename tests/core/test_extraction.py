@@ -19,7 +19,6 @@ def write(rows, cache, slots):
     xla_ops.reshape_and_cache_flash(rows, rows, *cache.unbind(0), slots)
 
 
-
 class Case:
     def __init__(self, name):
         self.path = Path(name)
@@ -129,9 +128,7 @@ def test_the_old_values_of_a_view_that_was_made_outside(name, before, detach, cl
 
     def f(rows, key_cache, value_cache):
         old = clone(key_cache.detach() if detach else key_cache)
-        xla_ops.reshape_and_cache_flash(
-            rows, rows, key_cache, value_cache, case.slots
-        )
+        xla_ops.reshape_and_cache_flash(rows, rows, key_cache, value_cache, case.slots)
         return old
 
     step, cache = case.path.function(f), case.put(torch.zeros(2, 3, 1, 2, 8))

@@ -170,7 +170,7 @@ def extract_graph(module: torch.fx.GraphModule, known: dict) -> tuple:
 
 def install() -> None:
     """Has torch_xla's backend "openxla" extract graphs so too."""
-    dynamo_bridge.extract_graph_helper = extract_graph
+    dynamo_bridge.extract_graph_helper = extract_graph  # type: ignore[assignment]
 
 
 def _of_its_own(t: torch.Tensor) -> torch.Tensor:

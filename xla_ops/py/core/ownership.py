@@ -401,7 +401,9 @@ def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
     return [_NOTHING, *caches]
 
 
-def _require_updatable(inputs: Sequence[object], caches: Sequence[torch.Tensor]) -> None:
+def _require_updatable(
+    inputs: Sequence[object], caches: Sequence[torch.Tensor]
+) -> None:
     """Raises ValueError where torch refuses the update after the program has run.
 
     By then the program has taken the buffers of all caches. Asked once for each graph,
