@@ -9,6 +9,7 @@ from support import Path, addresses
 from xla_ops.core import ownership
 
 WAYS = pytest.mark.parametrize("name", ["compiled", "dispatched"])
+SIZE = 2 * 8  # of a page
 
 
 def norm(x):
@@ -177,3 +178,19 @@ def test_nothing_of_the_first_call_is_kept(name):
         assert addresses([cache]) == before
         data, _ = ownership._holders([ownership._value(cache)])[0]
         assert data == 1
+
+
+@WAYS
+def test_a_cache_that_is_read_beside_its_update_stays(name):
+    """openxla's program is given it twice, once as a tensor that is protected."""
+    case = Case(name)
+    pairs = case.put(torch.tensor([[0, 1]]))
+    step = case.path.function(lambda c: xla_ops.swap_blocks(*c.unbind(0), pairs))
+    cache = case.put(torch.arange(2 * 3 * SIZE).float().reshape(2, 3, 1, 2, 8))
+    wanted = cache.cpu()
+    before = addresses([cache])
+    for _ in range(2):
+        step(cache)
+        wanted[1, 1] = wanted[0, 0]
+        assert addresses([cache]) == before
+        assert torch.equal(cache.cpu(), wanted)

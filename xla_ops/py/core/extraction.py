@@ -116,7 +116,7 @@ def extract_graph(module: torch.fx.GraphModule, known: dict) -> tuple:
     torch_xla.sync(reset_scope=False)
     args = vars(module)["xla_args"]
     vars(module)["xla_args"] = ()
-    values = tuple(_of_its_own(t) if isinstance(t, torch.Tensor) else t for t in args)
+    values = _values(args)
     arguments = _separate([t for t in values if isinstance(t, torch.Tensor)])
     outputs, aliases = _aliases(module.graph)
     copied: dict[int, int] = {}
@@ -238,6 +238,24 @@ def _without(
     return result
 
 
+def _values(args: Sequence[object]) -> tuple:
+    """The arguments, each tensor of its own; what is given twice is one tensor still.
+
+    As a cache is that a graph reads beside updating it. Nor does Dynamo take other
+    tensors then, but where both are one again.
+    """
+    found: dict[int, torch.Tensor] = {}
+    values = []
+    for t in args:
+        if isinstance(t, torch.Tensor):
+            own = _of_its_own(t)
+            functional = torch._is_functional_tensor(own)
+            below = torch._from_functional_tensor(own) if functional else own
+            t = found.setdefault(id(below), own)
+        values.append(t)
+    return tuple(values)
+
+
 def _separate(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
     """Gives each tensor that has the buffer of one before it a copy.
 
@@ -248,6 +266,8 @@ def _separate(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
     found: dict[int, int] = {}
     for i, t in enumerate(tensors):
         buffer = ownership.buffer_of(t)
+        if buffer in found and tensors[found[buffer]] is t:
+            continue
         if buffer in found:
             value = t
             if torch._is_functional_tensor(t):
