@@ -62,8 +62,10 @@ _NEVER_COMPUTE = frozenset(
 # The release whose lazy tensors lazy_tensors.cc knows.
 _TORCH = "2.9.0"
 # A program that was started holds its results until it has been handed over to the
-# device; so long the next one could not start either.
-_HANDOVER_S = 0.05
+# device; so long the next one could not start either. On a busy host that takes longer,
+# and is over soon after the program is.
+_HANDOVER_S = 5e-3
+_AFTERWARDS_S = 20e-3
 
 
 def protect(tensors: Sequence[torch.Tensor], *, finish_reads: bool) -> None:
@@ -280,16 +282,22 @@ def renew(views: Sequence[torch.Tensor]) -> None:
 
 def _is_free_soon(tensor: torch.Tensor, finish_reads: bool, num_clones: int) -> bool:
     """Whether it is once the program that was started last is on its way."""
-    end = time.monotonic() + _HANDOVER_S
-    while True:
-        (holders,) = _holders([tensor])
-        if _is_free(holders, finish_reads, num_clones):
-            return True
-        data, node = holders
-        must_wait = data >= 2 and (node <= 1 or not finish_reads)
-        if not must_wait or time.monotonic() > end:
-            return False
-        time.sleep(20e-6)
+    for limit in (_HANDOVER_S, _AFTERWARDS_S):
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            (holders,) = _holders([tensor])
+            if _is_free(holders, finish_reads, num_clones):
+                return True
+            data, node = holders
+            must_wait = data >= 2 and (node <= 1 or not finish_reads)
+            if not must_wait:
+                return False
+            time.sleep(20e-6)
+        if limit == _HANDOVER_S:
+            import torch_xla
+
+            torch_xla._XLAC._xla_wait_device_ops([])
+    return False
 
 
 def _value(t: torch.Tensor) -> torch.Tensor | None:
