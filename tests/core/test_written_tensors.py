@@ -333,3 +333,31 @@ def test_openxla_knows_a_cache_of_inference_mode_whoever_updated_it(made, mode, 
             step(*caches, rows, slots)
             sums = [512, 512]
         assert [cache.sum().item() for cache in caches] == sums
+
+
+@pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
+def test_a_training_step_does_not_lose_a_cache_of_inference_mode(backend):
+    """Which its backward keeps, so that the cache has a copy of what it keeps."""
+    path = Path("lazy")
+
+    def train(x, key, value, rows, slots):
+        xla_ops.reshape_and_cache_flash(rows, rows, key, value, slots)
+        return (x * key).sum()
+
+    with torch.inference_mode():
+        caches = path.put([torch.full((4, 2, 2, 8), 5.0) for _ in range(2)])
+    rows, slots = path.put([torch.ones(2, 2, 8), torch.tensor([0, 5])])
+    x = path.put(torch.ones(4, 2, 2, 8)).requires_grad_()
+    step = torch.compile(train, backend=backend)
+    with torch.enable_grad():
+        if backend == "openxla":
+            with pytest.raises(Exception, match="must be updated under it"):
+                step(x, *caches, rows, slots)
+            assert [cache.sum().item() for cache in caches] == [640, 640]
+            return
+        for value in (1, 2):
+            loss = step(x, *caches, value * rows, slots)
+            assert loss.item() == 480 + 32 * value
+            assert [cache.sum().item() for cache in caches] == [loss.item()] * 2
+            (grad,) = torch.autograd.grad(loss, [x])
+            assert torch.equal(grad.cpu(), caches[0].cpu())

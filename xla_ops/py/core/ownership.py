@@ -404,35 +404,30 @@ def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
 
         interpreter, inputs = traced
         division.check(cast("torch.fx.Graph", interpreter.module.graph))
-        _require_updatable(inputs, caches)
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        _require_updatable([t for t in tensors if any(_value(t) is c for c in caches)])
     protect(caches, finish_reads=True)
     return [_NOTHING, *caches]
 
 
-def _require_updatable(
-    inputs: Sequence[object], caches: Sequence[torch.Tensor]
-) -> None:
+def _require_updatable(tensors: Sequence[torch.Tensor]) -> None:
     """Raises ValueError where torch refuses the update after the program has run.
 
     By then the program has taken the buffers of all caches. Asked once for each graph,
     since Dynamo makes another one for tensors of the other kind, and in the other mode.
 
     Args:
-        inputs: the graph's, as users hold them.
-        caches: those that it updates, as torch_xla has them.
+        tensors: those that the graph updates, as users hold them.
     """
     if torch.is_inference_mode_enabled():
         return
-    for t in inputs:
-        if not isinstance(t, torch.Tensor) or not t.is_inference():
-            continue
-        value = _value(t)
-        if any(value is cache for cache in caches):
+    for t in tensors:
+        if t.is_inference():
             raise ValueError(
                 "xla_ops: a cache made under torch.inference_mode() must be updated"
                 " under it by a function that is compiled for openxla, got one of shape"
-                f" {list(t.shape)} outside; call the function under it, or take the"
-                " backend xla_ops"
+                f" {list(t.shape)} outside; call the function under it, make the cache"
+                " under torch.no_grad(), or take the backend xla_ops"
             )
 
 

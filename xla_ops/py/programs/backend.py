@@ -172,7 +172,11 @@ def _update(
     is_shared = sum(r is value for r in results) > 1 or any(a is value for a in args)
     are_xla = tensor.device.type == value.device.type == "xla"
     can_adopt = are_xla and torch._is_functional_tensor(tensor)
-    return in_place.adopt if can_adopt and not is_shared else torch.Tensor.copy_
+    if can_adopt and not is_shared:
+        return in_place.adopt
+    if can_adopt and tensor.is_inference():  # of which torch refuses the copy, outside
+        return lambda t, value: in_place.adopt(t, value.clone())
+    return torch.Tensor.copy_
 
 
 class _InputCollector(dynamo_bridge.InputCollector):
