@@ -65,6 +65,17 @@ def write_around_a_read(keys, values, rows, slots):
     write(keys, values, rows + total % 3, slots.flip(0))
 
 
+def attend(query, keys, values, rows, slots):
+    """Writes, and reads what a backward is to know as it was."""
+    write(keys, values, rows, slots)
+    lengths, table, starts = (
+        torch.tensor(t, dtype=torch.int32).to(keys.device)
+        for t in ([16], [[0, 1, 2, 3]], [0, 1])
+    )
+    caches = [keys, values]
+    return xla_ops.paged_attention(query, caches, lengths, table, starts, 1, 0.1)
+
+
 def normalise_a_page(keys, values, rows, slots):
     """Of an op that knows no cache, so that a buffer may move."""
     torch.ops.xla_ops.rms_norm(values[1], keys[2] + 1, rows[0, 0] * 0 + 1, 1.0)
@@ -149,6 +160,11 @@ class Steps:
             return keys.sum() + values.sum()
 
         step = two if value_layout else one
+        if update is attend:
+
+            def step(raw, query, rows, slots):
+                return attend(query, *take_keys(raw), rows, slots).sum()
+
         if way == "lazy":
             return step
         if way == "replay":
@@ -163,6 +179,7 @@ class World:
         self.steps = steps
         self.pairs = [self._new(i, "stacked") for i in range(2)]
         self.left = []  # caches that have been replaced
+        self.losses = []  # (loss, what it is of, gradient) of steps to train
 
     @staticmethod
     def _new(value, layout):
@@ -238,6 +255,31 @@ class World:
             if way == "lazy" and sync:
                 torch_xla.sync()
 
+    def train(self, number, i, way, sync):
+        """A step of which the backward may come after others."""
+        query = torch.arange(16.0).reshape(1, 2, 8) % (3 + number % 4) - 1
+        for cache, step_way in zip(self.pairs[i], (way, "lazy"), strict=True):
+            device = cache.raw.device
+            given_ = [query.to(device).requires_grad_()]
+            given_ += [t.to(device) for t in self._batch(number)]
+            if sync:
+                torch_xla.sync()
+            with torch.enable_grad():
+                step = self.steps(step_way, attend, cache.layout)
+                loss = step(cache.raw, *given_)
+                if step_way == "lazy":
+                    (wanted,) = torch.autograd.grad(loss, given_[:1])
+                    self.losses[-1] += (wanted,)
+                else:
+                    self.losses.append((loss, given_[0]))
+        self.pairs[i][0].address = None
+
+    def backward(self, number):
+        for loss, query, wanted in self.losses:
+            (grad,) = torch.autograd.grad(loss, [query])
+            torch.testing.assert_close(grad.cpu(), wanted, rtol=1e-4, atol=1e-4)
+        self.losses.clear()
+
     def fail(self, number, i, way, kind):
         """A call that is refused leaves all as it was."""
         cache = self.pairs[i][0]
@@ -269,6 +311,7 @@ class World:
                 torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-3)
 
     def check(self):
+        self.backward(0)
         self._compare([*self.pairs, *self.left])
         for cache, _ in self.pairs:
             assert cache.address in (None, *addresses([cache.raw]))
@@ -287,6 +330,10 @@ UPDATE = st.tuples(
 )
 ACTION = st.one_of(
     *(UPDATE, UPDATE, st.tuples(st.just("share"), INDEX, INDEX, one_of(COPIES))),
+    st.tuples(
+        st.just("train"), INDEX, st.sampled_from(["openxla", "xla_ops"]), st.booleans()
+    ),
+    st.tuples(st.just("backward")),
     st.tuples(st.just("view"), INDEX, one_of(VIEWS)),
     st.tuples(st.just("own"), INDEX, one_of(OWN)),
     st.tuples(st.just("fail"), INDEX, one_of(WAYS), one_of(WRONG)),
