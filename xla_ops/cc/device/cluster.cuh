@@ -5,6 +5,9 @@
 #ifndef XLA_OPS_CC_DEVICE_CLUSTER_CUH_
 #define XLA_OPS_CC_DEVICE_CLUSTER_CUH_
 
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
 #include <cstdint>
 
 // Kernels for several architectures keep what needs clusters behind this.
@@ -15,6 +18,28 @@
 #endif
 
 namespace xla_ops {
+
+// A launch whose blocks form clusters, for cudaLaunchKernelExC.
+struct ClusterLaunch {
+  ClusterLaunch(cudaStream_t stream, dim3 blocks, dim3 cluster, int threads,
+                int shared_bytes) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster.x;
+    attribute.val.clusterDim.y = cluster.y;
+    attribute.val.clusterDim.z = cluster.z;
+    config.gridDim = blocks;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+};
 
 #if XLA_OPS_HAS_CLUSTERS
 

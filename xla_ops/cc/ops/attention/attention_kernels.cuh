@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "xla_ops/cc/device/cluster.cuh"
 #include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/ops/attention/attention_args.cuh"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
@@ -81,48 +82,27 @@ cudaError_t PrepareSimt() {
   });
 }
 
-// All splits of a tile and KV head are a cluster.
-struct ClusterLaunch {
-  ClusterLaunch(cudaStream_t stream, dim3 grid, int threads, int shared_bytes) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = 1;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = grid.z;
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  ClusterLaunch(const ClusterLaunch&) = delete;
-  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
-
-  cudaLaunchAttribute attribute = {};
-  cudaLaunchConfig_t config = {};
-};
-
 // Whether the device can hold a cluster of kMaxClusterSplits of a kernel's
 // blocks.
-inline cudaError_t FindClusters(const void* kernel, int threads,
-                                int shared_bytes, bool* result) {
-  const ClusterLaunch launch(nullptr, dim3(1, 1, kMaxClusterSplits), threads,
-                             shared_bytes);
+inline bool CanCluster(const void* kernel, int threads, int shared_bytes) {
+  const dim3 blocks(1, 1, kMaxClusterSplits);
+  const ClusterLaunch launch(nullptr, blocks, blocks, threads, shared_bytes);
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) !=
       cudaSuccess) {
     static_cast<void>(cudaGetLastError());  // it cannot, then
-    clusters = 0;
+    return false;
   }
-  *result = clusters > 0;
-  return cudaSuccess;
+  return clusters > 0;
 }
 
+// All splits of a tile and KV head are a cluster.
 template <typename Kernel>
 cudaError_t LaunchClusters(cudaStream_t stream, Kernel* kernel, dim3 grid,
                            int threads, int shared_bytes,
                            const AttentionArgs& args) {
-  const ClusterLaunch launch(stream, grid, threads, shared_bytes);
+  const ClusterLaunch launch(stream, grid, dim3(1, 1, grid.z), threads,
+                             shared_bytes);
   void* pointers[] = {const_cast<AttentionArgs*>(&args)};
   return cudaLaunchKernelExC(&launch.config,
                              reinterpret_cast<const void*>(kernel), pointers);

@@ -7,10 +7,10 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <cstddef>
 #include <cstdint>
 #include <utility>
 
+#include "xla_ops/cc/device/cluster.cuh"
 #include "xla_ops/cc/device/kernel_list.h"
 #include "xla_ops/cc/device/tensor_map.h"
 #include "xla_ops/cc/device/vector.cuh"
@@ -41,28 +41,6 @@ Kernel KernelOf(DType dtype, int padded_rows) {
   return dtype == DType::kF16 ? KernelOf<__half>(padded_rows)
                               : KernelOf<__nv_bfloat16>(padded_rows);
 }
-
-// A launch of clusters of `splits` blocks.
-struct Launch {
-  Launch(int blocks, int threads, int shared_bytes, int splits,
-         cudaStream_t stream) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(splits);
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-
-  cudaLaunchAttribute attribute = {};
-  cudaLaunchConfig_t config = {};
-};
 
 // Describes a matrix of 16-bit elements to the copy engine; a box is a step of
 // the depth of `box_rows` rows.
@@ -116,8 +94,9 @@ cudaError_t PrepareLinearSm90(LinearDevice* device) {
   device->blocks[0] = static_cast<uint16_t>(multiprocessors);
   for (int i = 1; i < 4; ++i) {
     const int splits = 1 << i;
-    const Launch launch(splits, kLinearMaxThreads, kLinearMaxSharedBytes,
-                        splits, nullptr);
+    const dim3 cluster(static_cast<unsigned>(splits));
+    const ClusterLaunch launch(nullptr, cluster, cluster, kLinearMaxThreads,
+                               kLinearMaxSharedBytes);
     int clusters = 0;
     error = cudaOccupancyMaxActiveClusters(
         &clusters, reinterpret_cast<const void*>(KernelOf(DType::kBF16, 64)),
@@ -151,9 +130,11 @@ cudaError_t LaunchLinearSm90(cudaStream_t stream, const LinearParams& params,
               IsAligned(params.bias, 16);
   const int tiles =
       (args.num_columns + plan.tile_columns - 1) / plan.tile_columns;
-  const Launch launch(
-      tiles * plan.splits, LinearConsumers(plan.tile_columns) * 128 + 32,
-      LinearSharedBytes(plan, padded_rows), plan.splits, stream);
+  const ClusterLaunch launch(
+      stream, dim3(static_cast<unsigned>(tiles * plan.splits)),
+      dim3(static_cast<unsigned>(plan.splits)),
+      LinearConsumers(plan.tile_columns) * 128 + 32,
+      LinearSharedBytes(plan, padded_rows));
   void* pointers[] = {&args};
   error = cudaLaunchKernelExC(
       &launch.config,
