@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch_xla
+from torch_xla._dynamo import dynamo_bridge
 
 import xla_ops
 from support import Path, addresses
-from xla_ops.core import ownership
+from xla_ops.core import extraction, ownership
 
 WAYS = pytest.mark.parametrize("name", ["compiled", "dispatched"])
 SIZE = 2 * 8  # of a page
@@ -194,3 +195,16 @@ def test_a_cache_that_is_read_beside_its_update_stays(name):
         wanted[1, 1] = wanted[0, 0]
         assert addresses([cache]) == before
         assert torch.equal(cache.cpu(), wanted)
+
+
+def test_an_alias_of_an_argument_that_the_program_takes_is_a_copy():
+    case = Case("compiled")
+    extraction.install()
+    a, wanted = case.put(torch.arange(8.0)), torch.arange(8.0)
+    # Flagged before, as by a call in the graph that updates it.
+    torch_xla._XLAC._set_buffer_donation(a, True)
+    module = torch.fx.symbolic_trace(lambda a: (torch.ops.aten.detach.default(a), a + 1))
+    step = dynamo_bridge.extract_compiled_graph(module, (a,))
+    old, new = step(a)
+    assert torch.equal(new.cpu(), wanted + 1)
+    assert torch.equal(old.cpu(), wanted)
