@@ -203,7 +203,9 @@ def test_an_alias_of_an_argument_that_the_program_takes_is_a_copy():
     a, wanted = case.put(torch.arange(8.0)), torch.arange(8.0)
     # Flagged before, as by a call in the graph that updates it.
     torch_xla._XLAC._set_buffer_donation(a, True)
-    module = torch.fx.symbolic_trace(lambda a: (torch.ops.aten.detach.default(a), a + 1))
+    module = torch.fx.symbolic_trace(
+        lambda a: (torch.ops.aten.detach.default(a), a + 1)
+    )
     step = dynamo_bridge.extract_compiled_graph(module, (a,))
     old, new = step(a)
     assert torch.equal(new.cpu(), wanted + 1)

@@ -130,11 +130,11 @@ cudaError_t LaunchLinearSm90(cudaStream_t stream, const LinearParams& params,
               IsAligned(params.bias, 16);
   const int tiles =
       (args.num_columns + plan.tile_columns - 1) / plan.tile_columns;
-  const ClusterLaunch launch(
-      stream, dim3(static_cast<unsigned>(tiles * plan.splits)),
-      dim3(static_cast<unsigned>(plan.splits)),
-      LinearConsumers(plan.tile_columns) * 128 + 32,
-      LinearSharedBytes(plan, padded_rows));
+  const ClusterLaunch launch(stream,
+                             dim3(static_cast<unsigned>(tiles * plan.splits)),
+                             dim3(static_cast<unsigned>(plan.splits)),
+                             LinearConsumers(plan.tile_columns) * 128 + 32,
+                             LinearSharedBytes(plan, padded_rows));
   void* pointers[] = {&args};
   error = cudaLaunchKernelExC(
       &launch.config,
