@@ -59,6 +59,8 @@ _NEVER_COMPUTE = frozenset(
         "zmq.utils.garbage",
     }
 )
+# Where torch defines the autograd function of a compiled forward.
+_AOT_FORWARD = "_functorch/_aot_autograd/runtime_wrappers.py"
 # The release whose lazy tensors lazy_tensors.cc knows.
 _TORCH = "2.9.0"
 # A program that was started holds its results until it has been handed over to the
@@ -405,30 +407,55 @@ def _owned(caches: list[torch.Tensor]) -> list[torch.Tensor]:
         interpreter, inputs = traced
         division.check(cast("torch.fx.Graph", interpreter.module.graph))
         tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-        _require_updatable([t for t in tensors if any(_value(t) is c for c in caches)])
+        _require_updatable(tensors, caches)
     protect(caches, finish_reads=True)
     return [_NOTHING, *caches]
 
 
-def _require_updatable(tensors: Sequence[torch.Tensor]) -> None:
-    """Raises ValueError where torch refuses the update after the program has run.
+def _require_updatable(
+    inputs: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]
+) -> None:
+    """Raises ValueError where torch gives up after the program has run.
 
-    By then the program has taken the buffers of all caches. Asked once for each graph,
-    since Dynamo makes another one for tensors of the other kind, and in the other mode.
+    By then the program has taken the buffers of all caches, of which none has its new
+    one: torch updates no tensor of inference mode outside it, and keeps none for a
+    backward. Asked once for each graph, since Dynamo makes another one for tensors of
+    the other kind, and in the other mode.
 
     Args:
-        tensors: those that the graph updates, as users hold them.
+        inputs: the graph's, as users hold them.
+        caches: those that it updates, as torch_xla has them.
     """
     if torch.is_inference_mode_enabled():
         return
-    for t in tensors:
-        if t.is_inference():
+    for t in inputs:
+        if not t.is_inference():
+            continue
+        if any(_value(t) is cache for cache in caches):
             raise ValueError(
                 "xla_ops: a cache made under torch.inference_mode() must be updated"
                 " under it by a function that is compiled for openxla, got one of shape"
                 f" {list(t.shape)} outside; call the function under it, make the cache"
                 " under torch.no_grad(), or take the backend xla_ops"
             )
+        if _is_differentiated():
+            raise ValueError(
+                "xla_ops: an argument of a differentiated function that is compiled for"
+                " openxla and updates a cache must not be made under"
+                f" torch.inference_mode(), got one of shape {list(t.shape)}; make it"
+                " under torch.no_grad(), clone it outside, or take the backend xla_ops"
+            )
+
+
+def _is_differentiated() -> bool:
+    """Whether the graph is a forward that AOTAutograd runs to keep what it returns."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_filename.endswith(_AOT_FORWARD):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _library.impl("owned", untraced(_owned), "XLA")
