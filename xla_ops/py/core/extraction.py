@@ -117,11 +117,15 @@ def extract_graph(module: torch.fx.GraphModule, known: dict) -> tuple:
     args = vars(module)["xla_args"]
     vars(module)["xla_args"] = ()
     values = _values(args)
-    arguments = _separate([t for t in values if isinstance(t, torch.Tensor)])
+    torch_xla._XLAC._xla_wait_device_ops([])
+    arguments = ownership.separate_all(
+        [_below(t) for t in values if isinstance(t, torch.Tensor)]
+    )
     outputs, aliases = _aliases(module.graph)
     copied: dict[int, int] = {}
-    if len(aliases) == sum(isinstance(output, torch.fx.Node) for output in outputs):
-        copied = dict([aliases.popitem()]) if aliases else {}  # a program has a result
+    num_results = sum(isinstance(output, torch.fx.Node) for output in outputs)
+    if aliases and len(aliases) == num_results:
+        copied = dict([aliases.popitem()])  # a program has a result
     found = _extract(_without(module, values, aliases, copied), known)
     donated = {
         place: i
@@ -183,6 +187,10 @@ def _of_its_own(t: torch.Tensor) -> torch.Tensor:
         return t
     torch._functionalize_sync(t)
     return torch._to_functional_tensor(torch._from_functional_tensor(t))
+
+
+def _below(t: torch.Tensor) -> torch.Tensor:
+    return torch._from_functional_tensor(t) if torch._is_functional_tensor(t) else t
 
 
 # What gives the buffer of its argument.
@@ -249,31 +257,6 @@ def _values(args: Sequence[object]) -> tuple:
     for t in args:
         if isinstance(t, torch.Tensor):
             own = _of_its_own(t)
-            functional = torch._is_functional_tensor(own)
-            below = torch._from_functional_tensor(own) if functional else own
-            t = found.setdefault(id(below), own)
+            t = found.setdefault(id(_below(own)), own)
         values.append(t)
     return tuple(values)
-
-
-def _separate(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
-    """Gives each tensor that has the buffer of one before it a copy.
-
-    Returns:
-        Buffer -> which tensor has it; no empty ones.
-    """
-    torch_xla._XLAC._xla_wait_device_ops([])
-    found: dict[int, int] = {}
-    for i, t in enumerate(tensors):
-        buffer = ownership.buffer_of(t)
-        if buffer in found and tensors[found[buffer]] is t:
-            continue
-        if buffer in found:
-            value = t
-            if torch._is_functional_tensor(t):
-                value = torch._from_functional_tensor(t)
-            ownership.separate(value)
-            buffer = ownership.buffer_of(value)
-        if buffer:
-            found[buffer] = i
-    return found

@@ -219,6 +219,25 @@ def separate(value: torch.Tensor) -> None:
     xlac._replace_xla_tensor(value, own)
 
 
+def separate_all(values: Sequence[torch.Tensor]) -> dict[int, int]:
+    """Gives each tensor of torch_xla's that has the buffer of one before it a copy.
+
+    Returns:
+        Buffer -> which tensor has it; no empty ones.
+    """
+    found: dict[int, int] = {}
+    for i, value in enumerate(values):
+        buffer = buffer_of(value)
+        if buffer in found:
+            if values[found[buffer]] is value:
+                continue  # one tensor, given twice
+            separate(value)
+            buffer = buffer_of(value)
+        if buffer:
+            found[buffer] = i
+    return found
+
+
 def buffer_of(tensor: torch.Tensor) -> int:
     """What tells the buffer of a tensor that has been computed from all others.
 
@@ -431,7 +450,8 @@ def _require_updatable(
     for t in inputs:
         if not t.is_inference():
             continue
-        if any(_value(t) is cache for cache in caches):
+        value = _value(t)
+        if any(value is cache for cache in caches):
             raise ValueError(
                 "xla_ops: a cache made under torch.inference_mode() must be updated"
                 " under it by a function that is compiled for openxla, got one of shape"

@@ -83,7 +83,8 @@ class Traced:
             torch._functionalize_sync(t)
         finish(args)
         ownership.give_buffers(args)
-        _separate(args)
+        # Arguments that share a buffer would be one to the trace.
+        ownership.separate_all([torch._from_functional_tensor(t) for t in args])
         self._args = args
         self._num_given = num_given
         self.values = [torch._from_functional_tensor(t) for t in args]
@@ -226,15 +227,3 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
     """A computation of what `value`, which is an argument's, is; a clone is none."""
     always = torch.ones((), dtype=torch.bool, device=value.device)
     return torch.where(always, value, value)
-
-
-def _separate(args: Sequence[torch.Tensor]) -> None:
-    """Gives arguments that share a buffer one each: to a trace they would be one."""
-    seen: set[int] = set()
-    for t in {id(t): t for t in args}.values():
-        value = torch._from_functional_tensor(t)
-        where = ownership.buffer_of(value)
-        if where and where in seen:
-            ownership.separate(value)
-            where = ownership.buffer_of(value)
-        seen.add(where)
