@@ -14,7 +14,9 @@ Parts: right; load; one (1 request of 128 + 128 tokens, ms a token); first (time
 first token of a prompt of 4096); r64 and r256 (64 and 256 requests of 512 + 128,
 output tokens/s); share (of a decode step of 64 requests that is not the device's);
 kernels (ms of each kernel in four steps, from a device trace); long (--steps decode
-steps, memory before and after); host (ms of each thing that the host does in a step).
+steps, memory before and after); host (ms of each thing that the host does in a step); prefill
+(of 64 requests of 512 tokens that come at once: each step's tokens, those of its
+program, and when it was queued and its result there, until all have a token).
 """
 
 import argparse
@@ -46,7 +48,18 @@ SHAPES = shapes.LLAMA | {
         vocab_size=512,
     ),
 }
-PARTS = ("right", "one", "first", "r64", "r256", "share", "kernels", "long", "host")
+PARTS = (
+    "right",
+    "one",
+    "first",
+    "r64",
+    "r256",
+    "share",
+    "kernels",
+    "long",
+    "host",
+    "prefill",
+)
 
 
 def parse():
@@ -196,6 +209,42 @@ def phases(worker):
     """In the engine's process: ms a step of each phase."""
     steps = len(worker.phases["update"])
     return {name: sum(times) / steps * 1e3 for name, times in worker.phases.items()}
+
+
+def note_steps(worker):
+    """In the engine's process: starts to note each step's tokens and times."""
+    import functools
+
+    from xla_ops.vllm.results import AsyncOutput
+
+    worker.steps, worker.fetched = [], []
+    run, fetch = worker.model_runner._run, AsyncOutput.synchronize
+
+    @functools.wraps(run)
+    def noted_run(step, bucket, *args, **kwargs):
+        result = run(step, bucket, *args, **kwargs)
+        worker.steps.append((len(step.token_ids), bucket, time.perf_counter()))
+        return result
+
+    @functools.wraps(fetch)
+    def noted_fetch(output):
+        is_first = not output._is_there
+        fetch(output)
+        if is_first:
+            worker.fetched.append(time.perf_counter())
+
+    worker.model_runner._run, AsyncOutput.synchronize = noted_run, noted_fetch
+
+
+def noted_steps(worker):
+    """In the engine's process: (tokens, bucket, when queued, when its result came)."""
+    steps = [
+        (*step, there)
+        for step, there in zip(worker.steps, worker.fetched, strict=False)
+    ]
+    worker.steps.clear()
+    worker.fetched.clear()
+    return steps
 
 
 def ask(llm, function, *args):
@@ -353,6 +402,24 @@ def measure_host(llm, vocab):
     return found
 
 
+def measure_prefill(llm, vocab, count=64, length=512):
+    """Each step of `count` prompts that come at once, in ms from when they came."""
+    ask(llm, note_steps)
+    runs = []
+    for i in range(3):
+        prompts = random_prompts(count, length, vocab, 300 + i)
+        start = time.perf_counter()  # one clock for all processes of a host
+        seconds, _ = generate(llm, prompts, 2)
+        steps = [
+            (tokens, bucket, (queued - start) * 1e3, (there - start) * 1e3)
+            for tokens, bucket, queued, there in ask(llm, noted_steps)
+        ]
+        runs.append({"ms": seconds * 1e3, "steps": steps})
+    best = min(runs, key=lambda run: run["ms"])
+    used, padded = (sum(step[i] for step in best["steps"]) for i in (0, 1))
+    return best | {"tokens": used, "padded_tokens": padded}
+
+
 def measure_long(llm, vocab, steps):
     """Memory over many decode steps of 8 requests."""
     length = 512
@@ -432,6 +499,7 @@ def main():
             "kernels": lambda: measure_kernels(llm),
             "host": lambda: measure_host(llm, vocab),
             "long": lambda: measure_long(llm, vocab, args.steps),
+            "prefill": lambda: measure_prefill(llm, vocab),
         }
         for name in PARTS[1:]:
             if name not in args.only:

@@ -166,6 +166,98 @@ def test_one_that_updates_an_argument_updates_nothing_yet():
     assert addresses([cache]) == held
 
 
+def writers(count):
+    """Calls that write one cache, with their cache and what each does to a host copy."""
+    key = torch.arange(16.0).reshape(8, 1, 1, 2)
+    cache = key.to(torch_xla.device()) * 1
+    torch_xla.sync(wait=True)
+
+    @replay
+    def write(cache, rows, scale):
+        xla_ops.copy_blocks([cache], [cache * scale], rows)
+        cache.add_(len(rows))
+        return cache.sum(), cache[0] * scale
+
+    def written(key, rows, scale):
+        key = key.clone()
+        for source, target in rows:
+            key[target] = key[source]
+        key += len(rows)
+        return key, key.sum(), key[0] * scale
+
+    rows = [[(0, i + 1) for i in range(n + 1)] for n in range(count)]
+    calls = [
+        (write, (cache, torch.tensor(pairs).to(cache.device), 3 + next(_numbers)))
+        for pairs in rows
+    ]
+    return calls, cache, key, rows, written
+
+
+def check_writers(calls, cache, key, rows, written):
+    before, held = compiled(), addresses([cache])
+    for (write, args), pairs in zip(calls, rows, strict=True):
+        total, first = write(*args)
+        key, *wanted = written(key, pairs, args[-1])
+        torch.testing.assert_close([total.cpu(), first.cpu()], wanted)
+        torch.testing.assert_close(cache.cpu(), key)
+    assert compiled() == before
+    assert addresses([cache]) == held
+
+
+def test_those_that_update_one_cache_are_compiled_at_the_same_time(before_compiling):
+    calls, cache, key, *rest = writers(3)
+    meeting = threading.Barrier(3)
+    before_compiling(lambda: meeting.wait(60))
+    held, told = addresses([cache]), []
+    compile_calls(calls, lambda: told.append(threading.current_thread()))
+    before_compiling(lambda: None)
+    assert told == [threading.main_thread()] * 3
+    assert addresses([cache]) == held
+    torch.testing.assert_close(cache.cpu(), key)
+    check_writers(calls, cache, key, *rest)
+
+
+def test_of_several_caches_none_is_written_by_the_program_of_another(before_compiling):
+    """A buffer that one program overwrites and another reads."""
+    groups = [writers(2) for _ in range(2)]
+    other = groups[0][1]
+
+    @replay
+    def read(cache, other):
+        xla_ops.copy_blocks([cache], [cache * 1], torch.tensor([[0, 1]]).to("xla"))
+        return other * 7 + cache.sum()
+
+    calls = [call for calls, *_ in groups for call in calls]
+    compile_calls([calls[0], (read, (groups[1][1], other)), *calls[1:]])
+    held = addresses([other])
+    wanted = other.cpu() * 7
+    one = groups[1][1].cpu()
+    one[1] = one[0]
+    torch.testing.assert_close(
+        read(groups[1][1], other).cpu(), wanted + one.sum(), rtol=1e-6, atol=1e-6
+    )
+    assert addresses([other]) == held
+    check_writers(*groups[0])
+    (calls, cache, _, rows, written) = groups[1]
+    check_writers(calls, cache, one, rows, written)
+
+
+def test_one_that_updates_is_traced_again_if_somebody_computes_it(before_compiling):
+    calls, cache, key, *rest = writers(3)
+    once = threading.Event()
+
+    def disturb():
+        if not once.is_set():
+            once.set()
+            torch_xla.sync(wait=True)
+
+    before_compiling(disturb)
+    compile_calls(calls)
+    before_compiling(lambda: None)
+    torch.testing.assert_close(cache.cpu(), key)
+    check_writers(calls, cache, key, *rest)
+
+
 def test_a_graph_that_somebody_computes_is_traced_again(before_compiling):
     functions, traces, first = several(3)
     once = threading.Event()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 import torch
@@ -78,6 +79,9 @@ def finish(args: Sequence[torch.Tensor]) -> None:
 _computes: dict[bytes, str] = {}
 # XLA has threads of its own for each program.
 _THREADS = 16
+# For those that update arguments, such as a model's steps: each takes memory on the
+# host, and on a GPU for the operands of the kernels among which XLA chooses.
+_THREADS_OF_UPDATES = 4
 
 
 class Graph:
@@ -87,14 +91,20 @@ class Graph:
         computed: the results; further ones are added behind them where the graph's hash
             is another's.
         digest: of its HLO, and of the buffers that it overwrites.
-        updates: whether some of them are new values of arguments.
+        donors: the arguments whose buffers it overwrites.
+        updates: whether some results are new values of arguments.
         program: its hash, once it is compiled; None of an empty graph.
     """
 
     def __init__(
-        self, computed: list[torch.Tensor], donated: Sequence[int], updates: bool
+        self,
+        computed: list[torch.Tensor],
+        args: Sequence[torch.Tensor],
+        donated: Sequence[int],
+        updates: bool,
     ):
         self.computed = computed
+        self.donors = [args[i] for i in donated]
         self.updates = updates
         self.program: bytes | None = None
         self.digest = ""
@@ -115,11 +125,11 @@ def compile_graph(graph: Graph) -> None:
         return
     small_buffers.keep_apart(graph.computed[0].device)
     for attempt in range(1, 10):
-        with dynamo_bridge.alias_with_buffer_donor_config():
+        with _donating(graph.donors):
             program = _xlac._get_graph_hash(graph.computed)
             known = _known(program)
             if known in (None, graph.digest):
-                is_new = _compile([graph.computed]) > 0
+                is_new = _compile([graph]) > 0
                 if is_new or known == graph.digest:
                     _note(program, graph, is_new)
                     return
@@ -131,10 +141,31 @@ def compile_graph(graph: Graph) -> None:
     )
 
 
-def compile_beside(graphs: Sequence[Graph]) -> None:
-    """Compiles graphs that update nothing, on a thread each."""
+def compile_beside(
+    graphs: Sequence[Graph], on_compiled: Callable[[], object] | None = None
+) -> None:
+    """Compiles graphs, on a thread each where they overwrite the same buffers.
+
+    Args:
+        on_compiled: called for each, on this thread.
+    """
+    groups: dict[tuple, list[Graph]] = {}
+    for graph in graphs:
+        donors = tuple(sorted(ownership.buffer_of(t) for t in graph.donors))
+        groups.setdefault((donors, graph.updates), []).append(graph)
+    tell = on_compiled or (lambda: None)
+    for group in groups.values():
+        _compile_group(group, tell)
+    for graph in graphs:
+        if graph.program is None:
+            compile_graph(graph)
+            tell()
+
+
+def _compile_group(graphs: Sequence[Graph], tell: Callable[[], object]) -> None:
+    """Of one set of buffers that they overwrite; may leave some to be compiled."""
     first: dict[bytes, Graph] = {}
-    with dynamo_bridge.alias_with_buffer_donor_config():
+    with _donating(graphs[0].donors):
         for graph in graphs:
             if graph.computed:
                 program = _xlac._get_graph_hash(graph.computed)
@@ -142,28 +173,47 @@ def compile_beside(graphs: Sequence[Graph]) -> None:
                     first.setdefault(program, graph)
         if len(first) > 1:
             small_buffers.keep_apart(graphs[0].computed[0].device)
-            num_compiled = _compile([graph.computed for graph in first.values()])
+            num_compiled = _compile(list(first.values()), tell)
             # Else torch_xla had one of the hashes, of who knows which program.
             if num_compiled == len(first):
                 for program, graph in first.items():
                     _note(program, graph, is_new=True)
-    for graph in graphs:
-        if graph.program is None:
-            compile_graph(graph)
+
+
+@contextlib.contextmanager
+def _donating(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Has torch_xla take graphs for such as overwrite these tensors' buffers."""
+    for t in tensors:
+        _xlac._set_buffer_donation(t, True)
+    try:
+        with dynamo_bridge.alias_with_buffer_donor_config():
+            yield
+    finally:
+        for t in tensors:
+            _xlac._set_buffer_donation(t, False)
 
 
 def _known(program: bytes) -> str | None:
     return _computes.get(program) or kept.recall(program)
 
 
-def _compile(graphs: list[list[torch.Tensor]]) -> int:
+def _compile(
+    graphs: Sequence[Graph], tell: Callable[[], object] = lambda: None
+) -> int:
     """Has torch_xla compile graphs; returns how many it had not."""
     before = met.counter_value("UncachedCompile") or 0
     if len(graphs) == 1:
-        _xlac._xla_warm_up_cache(graphs[0], [])
+        _xlac._xla_warm_up_cache(graphs[0].computed, [])
     else:
-        with futures.ThreadPoolExecutor(min(len(graphs), _THREADS)) as pool:
-            list(pool.map(lambda graph: _xlac._xla_warm_up_cache(graph, []), graphs))
+        most = _THREADS_OF_UPDATES if graphs[0].updates else _THREADS
+        with futures.ThreadPoolExecutor(min(len(graphs), most)) as pool:
+            compiling = [
+                pool.submit(_xlac._xla_warm_up_cache, graph.computed, [])
+                for graph in graphs
+            ]
+            for done in futures.as_completed(compiling):
+                done.result()
+                tell()
     return (met.counter_value("UncachedCompile") or 0) - before
 
 

@@ -173,14 +173,19 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
     return Replay(function, state)
 
 
-def compile_calls(calls: Iterable[tuple[Replay, Sequence]]) -> None:
+def compile_calls(
+    calls: Iterable[tuple[Replay, Sequence]],
+    on_compiled: Callable[[], object] | None = None,
+) -> None:
     """Makes the programs of several calls, and runs none.
 
-    Those that update nothing are compiled beside each other, which for small programs
-    takes as long as one of them where there are cores enough.
+    They are compiled beside each other, where they update the same tensors in place or
+    none, which for small programs takes as long as one of them where there are cores
+    enough.
 
     Args:
         calls: replayed functions, and the positional arguments of a call of each.
+        on_compiled: called whenever one is compiled, as for a progress bar.
 
     Raises:
         what the calls would raise.
@@ -210,15 +215,9 @@ def compile_calls(calls: Iterable[tuple[Replay, Sequence]]) -> None:
             program = function._plan(leaves, tensors, form)
             building = program.build(tensors, beside=True)
             stack.enter_context(contextlib.closing(building))
-            for graph in building:
-                if not graph.updates:
-                    graphs.append(graph)
-                    unfinished[function, key] = building, program
-                    break
-                compile_graph(graph)
-            else:
-                function._add(key, program)
-        compile_beside(graphs)
+            graphs.append(next(building))
+            unfinished[function, key] = building, program
+        compile_beside(graphs, on_compiled)
         for (function, key), (rest, program) in unfinished.items():
             for graph in rest:  # of a trace that others have disturbed
                 compile_graph(graph)
@@ -306,10 +305,16 @@ class _Program:
             try:
                 if traced.has_run or reads.are_clear:
                     if not traced.has_run:
-                        graph = Graph(
-                            traced.computed, traced.donated, bool(traced.updates)
+                        if beside:
+                            traced.set_apart()
+                        yield (
+                            graph := Graph(
+                                traced.computed,
+                                args,
+                                traced.donated,
+                                bool(traced.updates),
+                            )
                         )
-                        yield graph
                         self._hash = graph.program
                         self._inputs = _inputs(traced, args)
                         if traced.is_whole():

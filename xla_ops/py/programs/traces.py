@@ -195,21 +195,33 @@ class Traced:
         needed = [self._witness, *self.computed]
         return all(_xlac._check_tensor_need_materialization(needed))
 
+    def set_apart(self) -> None:
+        """Keeps the graph in tensors of its own, so that others can be traced.
+
+        Arguments get the values back that they had, which are still saved too: another
+        thread that computes the graph takes their buffers.
+        """
+        self.computed = [torch.clone(t) for t in self.computed]  # of the same node
+        self._restore_arguments()
+
     def restore(self) -> None:
-        """Gives every argument the value back that it had."""
+        """Gives every argument the value back that it had, and the graph up."""
+        self._restore_arguments()
+        self._saved.clear()
+        self.computed.clear()
+
+    def _restore_arguments(self) -> None:
         for t, value, saved in zip(self._args, self.values, self._saved, strict=True):
             if collected.is_pending(value) or not _have_one_buffer(value, saved):
                 _xlac._replace_xla_tensor(value, saved)
             if torch._from_functional_tensor(t) is not value:
                 in_place.set_value(t, value)
             _xlac._set_buffer_donation(t, False)
-        self._saved.clear()
         # The next sync would give an argument's buffer to its new value, if that is
         # still alive, as in a traceback.
         for value, new in zip(self.values, self._new, strict=False):
             if new is not value:
                 _xlac._replace_xla_tensor(new, value)
-        self.computed.clear()
         # Collectives of a lazy graph run in order, each after a token that the one
         # before it has left. The next graph would compute the traced ones again.
         for device in {str(t.device) for t in self._args} or {str(torch_xla.device())}:

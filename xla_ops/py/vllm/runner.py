@@ -357,11 +357,19 @@ class XlaModelRunner(GPUModelRunner):
         has_adapters: bool,
         previous: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._run_step(*self._arguments(step, tokens, has_adapters, previous))
+
+    def _arguments(
+        self,
+        step: Step,
+        tokens: int,
+        has_adapters: bool,
+        previous: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+        """What the program of that many tokens takes."""
         layout = self._layout(tokens, has_adapters)
         vector = self._transfer(layout.pack(step))
-        if previous is None:
-            previous = self._no_previous
-        return self._run_step(vector, previous, layout)
+        return vector, self._no_previous if previous is None else previous, layout
 
     def _transfer(self, vector: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(vector).to(self.xla_device)
@@ -517,10 +525,13 @@ class XlaModelRunner(GPUModelRunner):
             steps = [(n, kind) for n in self._buckets for kind in self._kinds]
             total = len(steps) + len(self._row_buckets) + 1
             bar = tqdm(total=total, desc="Compiling programs", disable=None)
+            compile_calls(
+                [(self._run_step, self._arguments(step, *kind)) for kind in steps],
+                bar.update,
+            )
             warmed = set()
             for tokens, has_adapters in steps:
                 _, logits, hidden = self._run(step, tokens, has_adapters)
-                bar.update()
                 if logits.shape[0] not in warmed:
                     warmed.add(logits.shape[0])
                     self._sampler.warm_up(logits.shape[0], logits)

@@ -140,13 +140,19 @@ class Step(NamedTuple):
 
 
 def buckets(smallest: int, largest: int) -> list[int]:
-    """Powers of two times `smallest`, and `largest`, which ends them."""
+    """Sizes of programs, of which a step takes the smallest that holds it.
+
+    Powers of two times `smallest`, and `largest`, which ends them. Between large ones
+    are more: there a step takes as long as it has tokens, and is padded by no more than
+    a half from 256 on, a quarter from 2048 on.
+    """
     sizes = []
     size = smallest
     while size < largest:
-        sizes.append(size)
+        parts = 4 if size >= 2048 else 2 if size >= 256 else 1
+        sizes += [size + size * part // parts for part in range(parts)]
         size *= 2
-    return [*sizes, largest]
+    return [*(size for size in sizes if size < largest), largest]
 
 
 def _size(shape: tuple[int, ...]) -> int:
