@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
+import threading
 
 import pytest
 
@@ -155,6 +156,38 @@ def test_program_is_padded_too(opened, index, fields):
     words = opened.call(index, 0, ctypes.addressof(program), *[0] * (fields - 2))
     assert words[3] == ctypes.addressof(program)
     assert words[-1] == 77
+
+
+def compiled_with(bridge, options: bytes) -> str:
+    """What options the plugin gets where the framework gives these."""
+    program = struct(0, 77, 0, 0)
+    given = ctypes.create_string_buffer(options, len(options))
+    fields = [0, ctypes.addressof(program), ctypes.addressof(given), len(options), 0]
+    words = (ctypes.c_uint64 * 7)(56, 0, *fields)
+    function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(bridge.table[COMPILE])
+    error = function(ctypes.addressof(words))
+    assert list(words)[2:6] == fields[:4], "the caller's are as they were"
+    return bridge.take_error(error).removeprefix("fake plugin: compile options ")
+
+
+def test_options_of_a_thread_follow_the_frameworks(opened):
+    path = str(opened.path)
+    assert compiled_with(opened, b"ab") == "ab;"
+    _runtime.set_compile_options(path, b"cde")
+    assert compiled_with(opened, b"ab") == "abcde;"
+    assert compiled_with(opened, b"") == "cde;"
+    others = []
+    thread = threading.Thread(target=lambda: others.append(compiled_with(opened, b"x")))
+    thread.start()
+    thread.join()
+    assert others == ["x;"]
+    _runtime.set_compile_options(path, b"")
+    assert compiled_with(opened, b"ab") == "ab;"
+
+
+def test_options_need_the_bridge(tmp_path):
+    with pytest.raises(RuntimeError, match="cannot load the bridge"):
+        _runtime.set_compile_options(str(tmp_path / "none.so"), b"a")
 
 
 def test_answer_in_the_program_is_copied_back(opened):

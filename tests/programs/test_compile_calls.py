@@ -167,7 +167,7 @@ def test_one_that_updates_an_argument_updates_nothing_yet():
 
 
 def writers(count):
-    """Calls that write one cache, with their cache and what each does to a host copy."""
+    """Calls that write one cache, and what each does to a copy on the host."""
     key = torch.arange(16.0).reshape(8, 1, 1, 2)
     cache = key.to(torch_xla.device()) * 1
     torch_xla.sync(wait=True)
@@ -187,7 +187,7 @@ def writers(count):
 
     rows = [[(0, i + 1) for i in range(n + 1)] for n in range(count)]
     calls = [
-        (write, (cache, torch.tensor(pairs).to(cache.device), 3 + next(_numbers)))
+        (write, (cache, torch.tensor(pairs).to("xla"), 3 + next(_numbers)))
         for pairs in rows
     ]
     return calls, cache, key, rows, written

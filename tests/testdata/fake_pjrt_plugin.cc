@@ -159,11 +159,19 @@ Error* CheckProgram(void* program) {
 }
 
 // {size, ext, client, program, options, options_size, executable}, grown by
-// one. Answers the program's size in place of an executable.
+// one. Answers the program's size in place of an executable; fails where there
+// are options, and shows them in its error.
 Error* ClientCompile(void* args) {
   if (Error* e = CheckStruct("PJRT_Client_Compile_Args", args, 7, 8)) return e;
   void* program = reinterpret_cast<void*>(Words(args)[3]);
   if (Error* e = CheckProgram(program)) return e;
+  if (Words(args)[5] > 0) {
+    return new Error{"fake plugin: compile options " +
+                         std::string(reinterpret_cast<char*>(Words(args)[4]),
+                                     Words(args)[5]) +
+                         ";",
+                     3};
+  }
   Words(args)[6] = Words(program)[3];
   return nullptr;
 }

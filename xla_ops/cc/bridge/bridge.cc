@@ -51,10 +51,37 @@ PjrtError* PlatformName(void* args) {
   return nullptr;
 }
 
+// What the thread's compilations get beside the framework's options.
+std::string& ThreadCompileOptions() {
+  static thread_local std::string options;
+  return options;
+}
+
+// A message of protocol buffers that follows another is merged into it.
+PjrtError* ClientCompile(void* args) {
+  auto* compile_args = static_cast<PjrtClientCompileArgs*>(args);
+  const std::string& more = ThreadCompileOptions();
+  if (more.empty() ||
+      compile_args->base.struct_size < sizeof(PjrtClientCompileArgs)) {
+    return Forward<kClientCompile>(args);
+  }
+  const char* const given = compile_args->compile_options;
+  const size_t given_size = compile_args->compile_options_size;
+  const std::string all = std::string(given, given_size) + more;
+  compile_args->compile_options = all.data();
+  compile_args->compile_options_size = all.size();
+  PjrtError* const error = Forward<kClientCompile>(args);
+  compile_args->compile_options = given;
+  compile_args->compile_options_size = given_size;
+  return error;
+}
+
 template <int index>
 void* Wrapper() {
   if constexpr (index == kClientPlatformName) {
     return reinterpret_cast<void*>(&PlatformName);
+  } else if constexpr (index == kClientCompile) {
+    return reinterpret_cast<void*>(&ClientCompile);
   } else if constexpr (ReturnsVoid(index)) {
     return reinterpret_cast<void*>(&ForwardVoid<index>);
   } else {
@@ -163,6 +190,10 @@ int xla_ops_pjrt_open(const char* plugin_path, char* error, size_t error_size) {
   std::lock_guard<std::mutex> lock(state.mutex);
   return xla_ops::Report(xla_ops::OpenLocked(state, plugin_path), error,
                          error_size);
+}
+
+void xla_ops_pjrt_set_compile_options(const char* options, size_t size) {
+  xla_ops::ThreadCompileOptions().assign(options, size);
 }
 
 void xla_ops_pjrt_fail(const char* reason) {

@@ -1,11 +1,12 @@
 // libxla_ops_pjrt.so: a PJRT plugin that wraps JAX's CUDA plugin for torch_xla
 // 2.9.0. Decisions: docs/adr/0005-pjrt-bridge.md.
 //
-// It passes every call on to the wrapped plugin and changes three things:
+// It passes every call on to the wrapped plugin and changes four things:
 // arguments are padded for plugins newer than torch_xla (padded_call.h); the
 // client's platform is named "gpu", since torch_xla 2.9.0 aborts the process
-// for a device type named CUDA; and handlers can be registered through the
-// plugin's custom-call extension, which torch_xla 2.9.0 cannot reach.
+// for a device type named CUDA; handlers can be registered through the plugin's
+// custom-call extension, which torch_xla 2.9.0 cannot reach; and a program can
+// be compiled with options of its own, for which torch_xla 2.9.0 has no way.
 //
 // The functions below are what the library exports, all in C.
 //
@@ -41,6 +42,11 @@ XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_open(const char* plugin_path,
 // whose every function fails with `reason`. For a caller that found out itself
 // why no plugin can work, and has no other way to say so to the framework.
 XLA_OPS_BRIDGE_EXPORT void xla_ops_pjrt_fail(const char* reason);
+
+// What this thread compiles from now on has these options too: a serialized
+// CompileOptionsProto, merged into the framework's. None if empty.
+XLA_OPS_BRIDGE_EXPORT void xla_ops_pjrt_set_compile_options(const char* options,
+                                                            size_t size);
 
 // Tells what was opened. Returns 0, or non-zero where nothing is open.
 XLA_OPS_BRIDGE_EXPORT int xla_ops_pjrt_info(XlaOpsPjrtInfo* info);

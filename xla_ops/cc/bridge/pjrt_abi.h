@@ -130,6 +130,16 @@ struct PjrtPlatformNameArgs {
 };
 static_assert(sizeof(PjrtPlatformNameArgs) == 40);
 
+struct PjrtClientCompileArgs {
+  PjrtArgs base;
+  void* client;
+  const void* program;
+  const char* compile_options;  // a serialized CompileOptionsProto
+  size_t compile_options_size;
+  void* executable;  // out
+};
+static_assert(sizeof(PjrtClientCompileArgs) == 56);
+
 // The custom-call extension. `traits` and `handles_traits` came with its third
 // version; a plugin's own struct_size says whether they are there.
 struct PjrtRegisterCustomCallArgs {

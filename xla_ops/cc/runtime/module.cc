@@ -341,6 +341,18 @@ RuntimeError.)");
 
 Raises RuntimeError, naming the fix, for a plugin that cannot be used, and for a
 second plugin in one process.)");
+  m.def(
+      "set_compile_options",
+      [](const std::string& bridge_path, const py::bytes& options) {
+        const std::string error = SetCompileOptions(bridge_path, options);
+        ThrowIfRuntimeError(error);
+      },
+      py::arg("bridge_path"), py::arg("options"),
+      R"(Has the bridge add options to what this thread compiles from now on.
+
+Args:
+  options: a serialized CompileOptionsProto; empty for none.
+Raises RuntimeError where the bridge cannot be loaded.)");
   m.def("start_deadline", &StartDeadline, py::arg("milliseconds"),
         py::arg("text"),
         "Ends the process with status 1 after so long, and `text` on stderr, "

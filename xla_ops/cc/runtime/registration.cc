@@ -187,4 +187,13 @@ std::string OpenBridgePlugin(const std::string& bridge_path,
   return open(plugin_path.c_str(), text, sizeof(text)) == 0 ? "" : text;
 }
 
+std::string SetCompileOptions(const std::string& bridge_path,
+                              const std::string& options) {
+  decltype(xla_ops_pjrt_set_compile_options)* set = nullptr;
+  std::string error =
+      BridgeFunction(bridge_path, "xla_ops_pjrt_set_compile_options", &set);
+  if (error.empty()) set(options.data(), options.size());
+  return error;
+}
+
 }  // namespace xla_ops

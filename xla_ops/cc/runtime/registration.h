@@ -40,6 +40,11 @@ std::map<std::string, std::vector<std::string>> RegisteredTargets();
 std::string OpenBridgePlugin(const std::string& bridge_path,
                              const std::string& plugin_path);
 
+// Has the bridge add a serialized CompileOptionsProto to what this thread
+// compiles from now on.
+std::string SetCompileOptions(const std::string& bridge_path,
+                              const std::string& options);
+
 }  // namespace xla_ops
 
 #endif  // XLA_OPS_CC_RUNTIME_REGISTRATION_H_

@@ -56,7 +56,7 @@ def keep_tuning(
     Returns:
         The folder; None where the user has set one, or none can be made there.
     """
-    if _has(environ, _TUNING):
+    if is_set(_TUNING, environ):
         return None
     libraries = sorted(
         f"{name} {distribution.version}"
@@ -78,12 +78,13 @@ def keep_tuning(
     return path
 
 
-def _has(environ: Mapping[str, str], name: str) -> bool:
+def is_set(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether the user has set the flag."""
     given = environ.get(VARIABLE, "")
     return bool(re.search(rf"(?:^|\s)--(?:no)?{name}(?:=|\s|$)", given))
 
 
 def _add(environ: MutableMapping[str, str], flags: Mapping[str, str]) -> None:
-    missing = [f"--{k}={v}" for k, v in flags.items() if not _has(environ, k)]
+    missing = [f"--{k}={v}" for k, v in flags.items() if not is_set(k, environ)]
     if missing:
         environ[VARIABLE] = " ".join([environ.get(VARIABLE, ""), *missing]).strip()

@@ -13,7 +13,7 @@ import torch_xla.debug.metrics as met
 from torch_xla._dynamo import dynamo_bridge
 
 from ..core import ownership
-from . import kept, small_buffers
+from . import compile_options, kept, small_buffers
 
 _xlac = torch_xla._XLAC
 
@@ -90,7 +90,8 @@ class Graph:
     Attributes:
         computed: the results; further ones are added behind them where the graph's hash
             is another's.
-        digest: of its HLO, and of the buffers that it overwrites.
+        digest: of its HLO, the buffers that it overwrites, and its options.
+        options: XLA's for it, as compile_options.encode has them.
         donors: the arguments whose buffers it overwrites.
         updates: whether some results are new values of arguments.
         program: its hash, once it is compiled; None of an empty graph.
@@ -102,15 +103,17 @@ class Graph:
         args: Sequence[torch.Tensor],
         donated: Sequence[int],
         updates: bool,
+        options: bytes = b"",
     ):
         self.computed = computed
+        self.options = options
         self.donors = [args[i] for i in donated]
         self.updates = updates
         self.program: bytes | None = None
         self.digest = ""
         if computed:
             hlo = _xlac._get_xla_tensors_hlo(computed)
-            text = f"{list(donated)}\n{hlo}"
+            text = f"{list(donated)}\n{options.hex()}\n{hlo}"
             self.digest = hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -197,24 +200,24 @@ def _known(program: bytes) -> str | None:
     return _computes.get(program) or kept.recall(program)
 
 
-def _compile(
-    graphs: Sequence[Graph], tell: Callable[[], object] = lambda: None
-) -> int:
+def _compile(graphs: Sequence[Graph], tell: Callable[[], object] = lambda: None) -> int:
     """Has torch_xla compile graphs; returns how many it had not."""
     before = met.counter_value("UncachedCompile") or 0
     if len(graphs) == 1:
-        _xlac._xla_warm_up_cache(graphs[0].computed, [])
+        _compile_one(graphs[0])
     else:
         most = _THREADS_OF_UPDATES if graphs[0].updates else _THREADS
         with futures.ThreadPoolExecutor(min(len(graphs), most)) as pool:
-            compiling = [
-                pool.submit(_xlac._xla_warm_up_cache, graph.computed, [])
-                for graph in graphs
-            ]
+            compiling = [pool.submit(_compile_one, graph) for graph in graphs]
             for done in futures.as_completed(compiling):
                 done.result()
                 tell()
     return (met.counter_value("UncachedCompile") or 0) - before
+
+
+def _compile_one(graph: Graph) -> None:
+    with compile_options.given(graph.options):
+        _xlac._xla_warm_up_cache(graph.computed, [])
 
 
 def _note(program: bytes, graph: Graph, is_new: bool) -> None:

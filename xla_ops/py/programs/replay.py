@@ -30,7 +30,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from operator import itemgetter
 from typing import Any
 
@@ -42,20 +50,25 @@ from torch.utils import _pytree as pytree
 from torch_xla.experimental.eager import eager_mode_context
 
 from ..core import autograd, collected, in_place, interrupts, ownership, sharding
-from . import arguments
+from . import arguments, compile_options
 from .calls import Graph, compile_beside, compile_graph, run_cached
 from .reads import Reads
 from .traces import Traced
 
 _xlac = torch_xla._XLAC
 State = Iterable[torch.Tensor | torch.nn.Module]
+_Options = Mapping[str, compile_options.Value]
+Options = _Options | Callable[..., _Options] | None
 
 
 class Replay:
     """A function of XLA tensors, replayed as a program. Made by `replay`."""
 
-    def __init__(self, function: Callable, state: State = ()):
+    def __init__(
+        self, function: Callable, state: State = (), compile_options: Options = None
+    ):
         functools.update_wrapper(self, function)
+        self._options = compile_options
         self._function = function
         self._state = tuple(state) if isinstance(state, Iterator) else state
         self._programs: dict[Hashable, _Program] = {}
@@ -125,14 +138,24 @@ class Replay:
             )
             return self._function(*args, **kwargs)
 
-        return _Program(call, tensors, _tensors_of(self._state))
+        options = self._options
+        if callable(options):
+            args, kwargs = arguments.unflatten(leaves, form)
+            options = options(*args, **kwargs)
+        encoded = compile_options.encode(options or {})
+        return _Program(call, tensors, _tensors_of(self._state), encoded)
 
     def _add(self, key: Hashable, program: _Program) -> None:
         self._programs[key] = program
         self._shares = None  # the state may have grown
 
 
-def replay(function: Callable | None = None, *, state: State = ()) -> Any:
+def replay(
+    function: Callable | None = None,
+    *,
+    state: State = (),
+    compile_options: Options = None,
+) -> Any:
     """Makes a function of XLA tensors one that is traced once and then replayed.
 
     The function must be pure, but for updates in place of its arguments and of `state`:
@@ -150,6 +173,10 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
             given them, such as a model and its caches. They may get new values between
             calls; a module's parameters must stay the same objects, and what is split
             over devices stay split as it was.
+        compile_options: XLA's own for the function's programs, by their names in
+            XLA_FLAGS without dashes, such as {"xla_gpu_enable_triton_gemm": False}; or
+            what returns them, of the arguments of the call that is compiled. The CPU
+            client takes none.
 
     Returns:
         A callable; as a decorator without arguments too.
@@ -159,7 +186,9 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
             gradient, or an op of this package would update a tensor that is no argument
             and not in `state`. (Torch's own operations do so once, at the first call.)
         TypeError: where an argument that is no tensor cannot be hashed, is hashed by
-            its identity, as an object of a plain class is, or holds tensors.
+            its identity, as an object of a plain class is, or holds tensors; or an
+            option has a value of another type.
+        RuntimeError: XLA knows no option of a name.
 
     Example:
         >>> @replay
@@ -169,8 +198,8 @@ def replay(function: Callable | None = None, *, state: State = ()) -> Any:
         tensor([3., 3.])
     """
     if function is None:
-        return functools.partial(replay, state=state)
-    return Replay(function, state)
+        return functools.partial(replay, state=state, compile_options=compile_options)
+    return Replay(function, state, compile_options)
 
 
 def compile_calls(
@@ -271,8 +300,10 @@ class _Program:
         function: Callable,
         tensors: Sequence[torch.Tensor],
         state: Sequence[torch.Tensor],
+        options: bytes,
     ):
         given = {id(t) for t in tensors}
+        self._options = options
         self._function = function
         self._state = tuple(t for t in state if id(t) not in given)
 
@@ -313,6 +344,7 @@ class _Program:
                                 args,
                                 traced.donated,
                                 bool(traced.updates),
+                                self._options,
                             )
                         )
                         self._hash = graph.program
