@@ -53,6 +53,10 @@ HOST_OPS = ["host_collective"]
 # have no CPU files.
 GPU_OPS = ["peer_collective"]
 
+# Handlers of both platforms, and no ops of Python's own: what programs and the host
+# hand to each other.
+FEED_OPS = ["host_feed"]
+
 # The end of a file's name, and what the file is for.
 _KINDS = {
     ".h": "header",
@@ -209,7 +213,7 @@ def arch_check(name, instead = {}):
         name = name,
         srcs = [
             ":%s_%s" % (op, name) if op in instead else ":%s_kernels" % op
-            for op in OPS + GPU_OPS
+            for op in OPS + GPU_OPS + FEED_OPS
         ],
         tags = ["manual"],
     )
@@ -218,7 +222,7 @@ def xla_custom_call(name):
     """The shared objects and the py_library of an op; for //xla_ops/BUILD.
 
     Makes libxla_ops_NAME_cpu.so, libxla_ops_NAME_cuda.so and NAME; of one of HOST_OPS
-    or GPU_OPS its one library alone.
+    or GPU_OPS its one library alone, and of FEED_OPS no NAME.
 
     Args:
       name: the op.
@@ -238,7 +242,7 @@ def xla_custom_call(name):
         target_compatible_with = CUDA_ONLY,
         deps = ["//xla_ops/cc/ops:%s_cuda" % name],
     )
-    if name in GPU_OPS:
+    if name in GPU_OPS + FEED_OPS:
         return
     native.py_library(
         name = name,

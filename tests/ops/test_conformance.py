@@ -180,13 +180,15 @@ def test_handlers_and_declarations_agree():
         OPS[name].lower(*(args[: len(args) - OPS[name].num_donors])).target
         for name, args in SAMPLES.items()
     }
+    feeds = {"xla_ops.host_infeed", "xla_ops.host_outfeed"}  # programs.feed's
     # What no op calls: the CPU client's stand-in for XLA's own collectives.
-    assert handlers.load(handlers.HOST) == wanted | {"xla_ops.host_collective"}
+    assert handlers.load(handlers.HOST) == wanted | feeds | {"xla_ops.host_collective"}
     # And that of users' ops, and what programs of several processes call.
     others = {
         "xla_ops.launch_kernel",
         "xla_ops.peer_add_rms_norm",
         "xla_ops.peer_collective",
+        *feeds,
     }
     cuda = handlers.load(handlers.CUDA) - others
     assert cuda in (wanted, frozenset()), "a CUDA build has them all, a CPU build none"

@@ -1,0 +1,127 @@
+// The kernels of host_infeed and host_outfeed: the device reads and writes host
+// memory over the bus.
+//
+// Run by benchmarks/vllm_engine.py, part `right`.
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "xla_ops/cc/device/launch.h"
+#include "xla_ops/cc/ops/host_feed/host_feed_launch.h"
+
+namespace xla_ops {
+namespace {
+
+constexpr int kThreads = 256;
+// A bus answers in a microsecond or two: a load a thread of this many blocks
+// asks for 256 KB at once.
+constexpr int64_t kMaxBlocks = 64;
+
+struct Slots {
+  char* memory;
+  uint32_t mask;  // of a step's slot
+  int64_t slot_bytes;
+
+  __device__ char* Of(uint32_t step) const {
+    return memory + (step & mask) * slot_bytes;
+  }
+};
+
+Slots SlotsOf(const HostFeed& feed) {
+  return {feed.memory, static_cast<uint32_t>(feed.slots - 1), feed.slot_bytes};
+}
+
+// The host's words are read past every cache of the device, which may hold
+// those of the slot's step before.
+__device__ __forceinline__ int64_t LoadWord(const void* from) {
+  int64_t word;
+  asm volatile("ld.acquire.sys.global.b64 %0, [%1];"
+               : "=l"(word)
+               : "l"(from)
+               : "memory");
+  return word;
+}
+
+__device__ __forceinline__ int4 LoadFour(const int4* from) {
+  int4 four;
+  asm volatile("ld.volatile.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "l"(from)
+               : "memory");
+  return four;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    HostInfeedKernel(Slots slots, const int32_t* __restrict__ step_of,
+                     int32_t* __restrict__ data, int32_t* __restrict__ next,
+                     int64_t elements) {
+  const auto step = static_cast<uint32_t>(*step_of);
+  const char* const slot = slots.Of(step);
+  // There is no other way to end with an error.
+  if (LoadWord(slot) != int64_t{step}) __trap();
+  const auto* const from =
+      reinterpret_cast<const int4*>(slot + kHostFeedInOffset);
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (int64_t i = first; i < (elements + 3) / 4; i += stride) {
+    const int4 four = LoadFour(from + i);
+    if (4 * i + 4 <= elements) {
+      reinterpret_cast<int4*>(data)[i] = four;
+    } else {
+      const int32_t values[] = {four.x, four.y, four.z};
+      for (int64_t j = 4 * i; j < elements; ++j) data[j] = values[j - 4 * i];
+    }
+  }
+  if (first == 0) *next = static_cast<int32_t>(step + 1);
+}
+
+// One block, so that the number follows all values.
+__global__ void __launch_bounds__(kThreads)
+    HostOutfeedKernel(Slots slots, const int32_t* __restrict__ values,
+                      const int32_t* __restrict__ step_of,
+                      int32_t* __restrict__ out, int64_t elements,
+                      int64_t offset, int channel) {
+  const auto step = static_cast<uint32_t>(*step_of);
+  char* const slot = slots.Of(step);
+  auto* const to = reinterpret_cast<int32_t*>(slot + offset);
+  for (int64_t i = threadIdx.x; i < elements; i += kThreads) {
+    const int32_t value = values[i];
+    to[i] = value;
+    out[i] = value;
+  }
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    auto* const returned = reinterpret_cast<int64_t*>(slot) + 1 + channel;
+    asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(returned),
+                 "l"(int64_t{step})
+                 : "memory");
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchHostInfeed(cudaStream_t stream,
+                             const HostInfeedParams& params) {
+  const int64_t blocks = std::clamp<int64_t>(
+      CeilDivide(params.elements, 4 * kThreads), 1, kMaxBlocks);
+  return LaunchKernel<HostInfeedKernel>(
+      stream, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+      SlotsOf(params.feed), params.step, params.data, params.next,
+      params.elements);
+}
+
+cudaError_t LaunchHostOutfeed(cudaStream_t stream,
+                              const HostOutfeedParams& params) {
+  const int64_t offset =
+      HostFeedOutOffset(params.feed.in_elements) +
+      params.channel * HostFeedBytes(params.feed.out_elements);
+  return LaunchKernel<HostOutfeedKernel>(
+      stream, dim3(1), dim3(kThreads), SlotsOf(params.feed), params.values,
+      params.step, params.out, params.elements, offset,
+      static_cast<int>(params.channel));
+}
+
+}  // namespace xla_ops
