@@ -14,9 +14,10 @@ Parts: right; load; one (1 request of 128 + 128 tokens, ms a token); first (time
 first token of a prompt of 4096); r64 and r256 (64 and 256 requests of 512 + 128,
 output tokens/s); share (of a decode step of 64 requests that is not the device's);
 kernels (ms of each kernel in four steps, from a device trace); long (--steps decode
-steps, memory before and after); host (ms of each thing that the host does in a step); prefill
-(of 64 requests of 512 tokens that come at once: each step's tokens, those of its
-program, and when it was queued and its result there, until all have a token).
+steps, memory before and after); host (ms of each thing that the host does in a step);
+prefill (of 64 requests of 512 tokens that come at once: each step's tokens, those of
+its program, and when it was queued and its result there, until all have a token); steps
+(ms of the program of a decode step, by the number of sequences).
 """
 
 import argparse
@@ -59,6 +60,7 @@ PARTS = (
     "long",
     "host",
     "prefill",
+    "steps",
 )
 
 
@@ -132,14 +134,12 @@ def run_steps(worker, count, context, new, repeats):
         [(pages * size + positions % size, table)],
     )
     tokens = next(n for n in runner._buckets if n >= count * new)
-    layout = runner._layout(tokens, has_adapters=False)
-    vector = torch.from_numpy(layout.pack(step)).to(runner.xla_device)
     with torch.inference_mode(False), torch.no_grad():
         xm.wait_device_ops()
         start = time.perf_counter()
         for _ in range(repeats):
-            result = runner._run_step(vector, runner._no_previous, layout)
-        result[0].cpu()
+            _, tokens_of_step, *_ = runner._run(step, tokens, has_adapters=False)
+        tokens_of_step.cpu()
         return (time.perf_counter() - start) / repeats * 1e3
 
 
@@ -164,7 +164,6 @@ PHASES = {
     "  prepare": "xla_ops.vllm.runner:XlaModelRunner._prepare_inputs",
     "  program": "xla_ops.vllm.runner:XlaModelRunner._run",
     "    pack": "xla_ops.vllm.step:Layout.pack",
-    "    transfer": "xla_ops.vllm.runner:XlaModelRunner._transfer",
     "    protect": "xla_ops.core.ownership:protect",
     "    run": "xla_ops.programs.replay:run_cached",
     "    adopt": "xla_ops.core.in_place:adopt",
@@ -375,6 +374,11 @@ def measure_share(llm, vocab, count=64):
     }
 
 
+def measure_steps(llm, most, context=576):
+    counts = [count for count in (1, 8, 16, 32, 64, 128, 256) if count <= most]
+    return {count: ask(llm, step_ms, count, context) for count in counts}
+
+
 def measure_kernels(llm):
     """Steps of 1, 64 and 256 sequences, and of 16 prompts: what their time goes to."""
     steps = {}
@@ -500,6 +504,7 @@ def main():
             "host": lambda: measure_host(llm, vocab),
             "long": lambda: measure_long(llm, vocab, args.steps),
             "prefill": lambda: measure_prefill(llm, vocab),
+            "steps": lambda: measure_steps(llm, args.max_num_seqs),
         }
         for name in PARTS[1:]:
             if name not in args.only:

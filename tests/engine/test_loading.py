@@ -60,3 +60,14 @@ def test_dummy_weights_are_made_on_the_device():
     assert weight.abs().max() <= 1e-3 and weight.unique().numel() > 6
     assert module[0].table.tolist() == [0, 1, 2, 3, 4]
     assert module[0].scale.item() == 2
+
+
+def test_dummy_codes_are_of_their_whole_range():
+    module = Part()
+    codes = torch.empty(64, 32, dtype=torch.float8_e4m3fn)
+    module.weight = torch.nn.Parameter(codes, requires_grad=False)
+    loading.move(module, torch_xla.device(), dummy=True)
+    assert module.weight.dtype == torch.float8_e4m3fn
+    made = module.weight.cpu().float()
+    assert made.isfinite().all() and made.unique().numel() > 50
+    assert 400 < made.abs().max() <= 448

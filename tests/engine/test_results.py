@@ -20,7 +20,7 @@ class Unread:
 
 def test_rows_with_logits_stay_on_the_device():
     indices = torch.tensor([1, 2])
-    result = StepResult(Unread(), Unread(), Unread(), 3, indices)
+    result = StepResult(Unread(), Unread(), Unread(), None, 3, indices)
     assert result[indices] is result
     result[:3]
     assert result.num_rows == 2
@@ -35,7 +35,7 @@ def test_a_prompts_rows_are_fetched_once():
             return torch.arange(8)
 
     hidden = Counted()
-    result = StepResult(hidden, Unread(), Unread(), 6, torch.tensor([5]))
+    result = StepResult(hidden, Unread(), Unread(), None, 6, torch.tensor([5]))
     assert result[:6][2:4].hidden.tolist() == [2, 3]
     assert result[:6][:6].hidden.tolist() == [0, 1, 2, 3, 4, 5]
     assert result[:6][:6].adapter_slots is None
@@ -44,7 +44,7 @@ def test_a_prompts_rows_are_fetched_once():
 
 def test_a_prompts_rows_come_with_their_adapters():
     hidden, slots = torch.arange(8), np.array([-1, -1, 2, 2, 0, 0])
-    result = StepResult(hidden, Unread(), Unread(), 6, torch.tensor([5]), slots)
+    result = StepResult(hidden, Unread(), Unread(), None, 6, torch.tensor([5]), slots)
     rows = result[:6][1:4]
     assert rows.hidden.tolist() == [1, 2, 3]
     assert rows.adapter_slots.tolist() == [-1, 2, 2]

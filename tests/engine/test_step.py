@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xla_ops.vllm import tuning
 from xla_ops.vllm.step import Layout, Step, buckets
 
 
@@ -102,3 +103,21 @@ def test_a_step_of_nothing(groups, position_rows):
 )
 def test_buckets(smallest, largest, wanted):
     assert buckets(smallest, largest) == wanted
+
+
+def test_a_vector_that_is_given_is_written_whole():
+    layout = Layout(16, 4, 4, (5, 2))
+    step = Step.empty(2, 1)
+    given = np.full(layout.size, 77, np.int32)
+    assert layout.pack(step, given) is given
+    assert (given == layout.pack(step)).all()
+
+
+def test_triton_is_for_few_rows_and_never_for_codes(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    without = {"xla_gpu_enable_triton_gemm": False}
+    assert tuning.compile_options(16, is_quantised=False) == {}
+    assert tuning.compile_options(32, is_quantised=False) == without
+    assert tuning.compile_options(8, is_quantised=True) == without
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert tuning.compile_options(32, is_quantised=True) == {}

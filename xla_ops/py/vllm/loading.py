@@ -35,7 +35,15 @@ class DeviceDummyLoader(DummyModelLoader):
     """Leaves weights as they are: `move` makes them on the device."""
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
-        pass
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if (empty := getattr(method, "leave_empty", None)) is not None:
+                empty(module)
+
+
+def can_be_dummy(quant_config: object) -> bool:
+    """Whether dummy weights of such a model can be made on the device."""
+    return quant_config is None or getattr(quant_config, "quantises_on_load", False)
 
 
 def move(model: torch.nn.Module, device: torch.device, *, dummy: bool = False) -> int:
@@ -78,6 +86,16 @@ def move(model: torch.nn.Module, device: torch.device, *, dummy: bool = False) -
     return mover.moved
 
 
+def _dummy(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Random numbers: small ones, or codes of 8 bits, beside which scales are small."""
+    if like.element_size() > 1:
+        made = torch.empty(like.shape, dtype=like.dtype, device=device)
+        return made.uniform_(-_DUMMY, _DUMMY)
+    most = torch.finfo(like.dtype).max
+    codes = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
+    return codes.uniform_(-most, most).to(like.dtype)
+
+
 def _move_attributes(holder: object, mover: _Mover, bar: tqdm) -> None:
     for name, value in list(vars(holder).items()):
         if isinstance(value, torch.Tensor):
@@ -102,8 +120,7 @@ class _Mover:
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         size = tensor.numel() * tensor.element_size()
         if self._dummy and is_parameter and tensor.is_floating_point():
-            moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-            moved.uniform_(-_DUMMY, _DUMMY)
+            moved = _dummy(tensor, self._device)
             torch_xla.sync()
         else:
             moved = tensor.detach().to(self._device)

@@ -72,6 +72,7 @@ logger = init_logger("vllm.xla_ops")
 # What a user may name, for `Platform.supported_quantization`.
 SUPPORTED = ["fp8", "compressed-tensors", "gptq", "awq", "mxfp4"]
 _FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+_CODES = torch.float8_e4m3fn
 _FP8_MIN = torch.finfo(torch.float32).min  # what vLLM has in scales not yet loaded
 
 _registry = logging.getLogger("vllm.model_executor.layers.quantization")
@@ -176,6 +177,13 @@ class XlaFp8LinearMethod(Fp8LinearMethod):
             _set(layer, "weight_scale", scale)
             _set(layer, "input_scale", None)
 
+    def leave_empty(self, layer: Any) -> None:
+        """Codes and scale of dummy weights, which `loading` then makes."""
+        _set(layer, "weight", torch.empty(layer.weight.shape, dtype=_CODES))
+        _set(layer, "weight_scale", torch.empty(1))
+        _set(layer, "input_scale", None)
+        layer._already_called_process_weights_after_loading = True
+
     def apply(
         self,
         layer: Any,
@@ -186,6 +194,11 @@ class XlaFp8LinearMethod(Fp8LinearMethod):
 
 
 class XlaFp8Config(Fp8Config):
+    @property
+    def quantises_on_load(self) -> bool:
+        """Whether the checkpoint has weights of the model's dtype."""
+        return not self.is_checkpoint_fp8_serialized
+
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
         return _FLOATS

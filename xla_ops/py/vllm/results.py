@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsTensors, ModelRunnerOutput
 
+from ..programs.feed import FedStep
 from .sampled import SampledOnDevice
 
 
@@ -25,6 +26,7 @@ class StepResult:
         hidden: [tokens, hidden_size], of the program's bucket.
         logits: [logit_rows, vocab_size], float32.
         greedy: [max_logit_rows] int32, each row's token of the largest logit.
+        fed: the step, which has sent `greedy` to the host.
         num_tokens, num_rows: how many of them are the step's.
         logit_indices: the tensor by which vLLM will ask for the rows with logits.
         adapter_slots: of each of the tokens, or None where none has an adapter.
@@ -35,6 +37,7 @@ class StepResult:
         hidden: torch.Tensor,
         logits: torch.Tensor,
         greedy: torch.Tensor,
+        fed: FedStep,
         num_tokens: int,
         logit_indices: torch.Tensor,
         adapter_slots: np.ndarray | None = None,
@@ -42,6 +45,7 @@ class StepResult:
         self.hidden = hidden
         self.logits = logits
         self.greedy = greedy
+        self.fed = fed
         self.num_tokens = num_tokens
         self.num_rows = logit_indices.shape[0]
         self.logit_indices = logit_indices

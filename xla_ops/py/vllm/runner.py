@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xm
 from tqdm import tqdm
 from vllm.config import VllmConfig
 from vllm.forward_context import override_forward_context
@@ -35,9 +36,11 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import bind_kv_cache
 
+from ..programs.feed import FedStep, HostFeed
 from ..programs.replay import compile_calls, replay
-from . import communicator, host, loading
+from . import communicator, host, loading, tuning
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
+from .platform import is_gpu
 from .rejection import DeviceRejectionSampler
 from .results import PromptRows, StepResult
 from .sampled import SampledOnDevice
@@ -102,7 +105,9 @@ class XlaModelRunner(GPUModelRunner):
     def load_model(self, eep_scale_up: bool = False) -> None:
         start = time.perf_counter()
         load = self.vllm_config.load_config
-        dummy = load.load_format == "dummy" and self.vllm_config.quant_config is None
+        dummy = load.load_format == "dummy" and loading.can_be_dummy(
+            self.vllm_config.quant_config
+        )
         if dummy:
             load.load_format = loading.DUMMY_FORMAT
         super().load_model(eep_scale_up)
@@ -146,18 +151,23 @@ class XlaModelRunner(GPUModelRunner):
 
     def _step(
         self,
-        vector: torch.Tensor,
+        number: torch.Tensor,
         previous: torch.Tensor,
         layout: Layout,
         groups: Mapping[str, int],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The program of a step: (greedy tokens, logits, hidden states).
+    ) -> tuple[torch.Tensor, ...]:
+        """The program of a step.
 
         Args:
-            vector: `layout`'s, of a step.
+            number: the step's in the feed, from where its vector is taken.
             previous: [max_logit_rows] int32, the tokens sampled last.
+            layout: of the vector.
             groups: of each attention layer the KV group.
+
+        Returns:
+            The next step's number, greedy tokens, logits, hidden states.
         """
+        vector, following = self._feed.receive(number, layout.size)
         step = layout.unpack(vector)
         sources = step["sources"]
         sampled = previous[sources.clamp(min=0).to(torch.int64)]
@@ -193,8 +203,8 @@ class XlaModelRunner(GPUModelRunner):
                 adapter_slots = adapter_slots[indices]
             with self._adapters_of(adapter_slots):
                 logits = self._logits_of(hidden[indices]).float()
-        greedy = logits.argmax(-1).to(torch.int32)
-        return self._pad(greedy), logits, hidden
+        greedy = self._pad(logits.argmax(-1).to(torch.int32))
+        return following, self._feed.send(greedy, number), logits, hidden
 
     def _pad(self, tokens: torch.Tensor) -> torch.Tensor:
         """Every program's tokens are [max_logit_rows], so that any may follow any."""
@@ -285,11 +295,18 @@ class XlaModelRunner(GPUModelRunner):
         self._layouts: dict[tuple[int, bool], Layout] = {}
         unique = {id(cache): cache for cache in caches.values()}
         self.caches = list(unique.values())
+        largest = self._layout(self.max_num_tokens, self._adapters is not None).size
+        feed = vars(self).get("_feed")
+        if feed is None or feed.in_elements < largest:
+            self._feed = HostFeed(largest, self._max_logit_rows)
         self._run_step = replay(
-            lambda vector, previous, layout: self._step(
-                vector, previous, layout, self._groups
+            lambda number, previous, layout: self._step(
+                number, previous, layout, self._groups
             ),
             state=(self.model, *self.caches, *self._adapter_buffers),
+            compile_options=lambda number, previous, layout: tuning.compile_options(
+                layout.tokens, is_quantised=self.vllm_config.quant_config is not None
+            ),
         )
         with torch.inference_mode(False):
             self._no_previous = torch.zeros(self._max_logit_rows, dtype=torch.int32).to(
@@ -316,7 +333,7 @@ class XlaModelRunner(GPUModelRunner):
             self._make_step_program(caches)
             step = Step.empty(1, self._position_rows)
             has_adapters = self._adapters is not None
-            _, logits, _ = self._run(step, self.max_num_tokens, has_adapters)
+            _, _, logits, _ = self._run(step, self.max_num_tokens, has_adapters)
             self._sampler.warm_up(logits.shape[0], logits)
             torch_xla._XLAC._xla_wait_device_ops([])
             for name in caches:
@@ -356,23 +373,18 @@ class XlaModelRunner(GPUModelRunner):
         tokens: int,
         has_adapters: bool,
         previous: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._run_step(*self._arguments(step, tokens, has_adapters, previous))
-
-    def _arguments(
-        self,
-        step: Step,
-        tokens: int,
-        has_adapters: bool,
-        previous: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, Layout]:
-        """What the program of that many tokens takes."""
+    ) -> tuple[FedStep, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Launches a step: itself, its greedy tokens, logits and hidden states."""
         layout = self._layout(tokens, has_adapters)
-        vector = self._transfer(layout.pack(step))
-        return vector, self._no_previous if previous is None else previous, layout
-
-    def _transfer(self, vector: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(vector).to(self.xla_device)
+        layout.pack(step, self._feed.begin(layout.size))
+        if previous is None:
+            previous = self._no_previous
+        if not is_gpu():
+            # The client runs one program at a time, and torch_xla waits for it with
+            # Python's lock held: nobody could read the last step's tokens.
+            xm.wait_device_ops()
+        following, *results = self._run_step(self._feed.number(), previous, layout)
+        return self._feed.end(following), *results
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> tuple:
         prepared = super()._prepare_inputs(*args, **kwargs)
@@ -451,11 +463,11 @@ class XlaModelRunner(GPUModelRunner):
             override_forward_context(None),
         ):
             has_adapters = step.adapter_slots is not None or self._kinds[0]
-            greedy, logits, hidden = self._run(
+            fed, greedy, logits, hidden = self._run(
                 step, bucket, has_adapters, self._previous
             )
         return StepResult(
-            hidden, logits, greedy, n, self._logit_indices, step.adapter_slots
+            hidden, logits, greedy, fed, n, self._logit_indices, step.adapter_slots
         )
 
     # Sampling.
@@ -497,6 +509,7 @@ class XlaModelRunner(GPUModelRunner):
                 logits.num_rows,
                 self._bitmask,
                 discarded,
+                logits.fed,
             )
             return sampled.sampler_output()
         return self._rejection_sampler(
@@ -525,13 +538,14 @@ class XlaModelRunner(GPUModelRunner):
             steps = [(n, kind) for n in self._buckets for kind in self._kinds]
             total = len(steps) + len(self._row_buckets) + 1
             bar = tqdm(total=total, desc="Compiling programs", disable=None)
+            given = self._feed.number(), self._no_previous
             compile_calls(
-                [(self._run_step, self._arguments(step, *kind)) for kind in steps],
+                [(self._run_step, (*given, self._layout(*kind))) for kind in steps],
                 bar.update,
             )
             warmed = set()
             for tokens, has_adapters in steps:
-                _, logits, hidden = self._run(step, tokens, has_adapters)
+                _, _, logits, hidden = self._run(step, tokens, has_adapters)
                 if logits.shape[0] not in warmed:
                     warmed.add(logits.shape[0])
                     self._sampler.warm_up(logits.shape[0], logits)

@@ -6,6 +6,7 @@ Tested by tests/engine/test_sampler.py.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,6 +23,10 @@ class SampledOnDevice:
     Attributes:
         tokens: int32 on the device, as long as the largest step.
         shape: that of the tensor of vLLM's this stands for.
+
+    Args:
+        read: waits for the first so many tokens, int32 on the host, where the step has
+            sent them there; it may give up.
     """
 
     def __init__(
@@ -30,8 +35,10 @@ class SampledOnDevice:
         num_rows: int,
         logprobs: torch.Tensor | None = None,
         num_logprobs: int | None = None,
+        read: Callable[[int], np.ndarray | None] | None = None,
     ):
         self.tokens = tokens
+        self._read = read
         self.shape = (num_rows, 1)
         self._logprobs = logprobs
         self._num_logprobs = num_logprobs
@@ -62,7 +69,9 @@ class SampledOnDevice:
     def _fetch(self) -> torch.Tensor:
         rows = self.shape[0]
         if self._logprobs is None or self._num_logprobs is None:
-            host = self.tokens.cpu()[:rows].unsqueeze(-1)
+            sent = self._read(rows) if self._read is not None else None
+            tokens = self.tokens.cpu() if sent is None else torch.from_numpy(sent)
+            host = tokens[:rows].unsqueeze(-1)
         elif self._num_logprobs == -1:
             host = self.tokens.cpu()[:rows].unsqueeze(-1)
             self._lists = self._all_logprobs(self._logprobs.cpu()[:rows])

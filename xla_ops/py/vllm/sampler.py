@@ -34,6 +34,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
+from ..programs.feed import FedStep
 from . import edits as edits_module
 from . import sampling
 from .edits import PENDING, Edits
@@ -247,6 +248,7 @@ class DeviceSampler:
         num_rows: int,
         grammar_bitmask: np.ndarray | None = None,
         discard: Sequence[bool] | np.ndarray | None = None,
+        fed: FedStep | None = None,
     ) -> SampledOnDevice:
         """Samples one token a row.
 
@@ -259,6 +261,7 @@ class DeviceSampler:
             grammar_bitmask: [num_rows, words] int32, see `arrange_bitmask`.
             discard: rows whose token is thrown away, a prompt's that goes on: they
                 use up no random number.
+            fed: the step, if it has sent `argmax` to the host.
         """
         rows = logits.shape[0]
         if not 0 < num_rows <= rows <= self.max_rows:
@@ -311,7 +314,8 @@ class DeviceSampler:
             )
         if n is not None:
             columns = self._logprobs(reported, tokens, n)
-        sampled = SampledOnDevice(tokens, num_rows, columns, n)
+        read = fed.result if fed is not None and tokens is argmax else None
+        sampled = SampledOnDevice(tokens, num_rows, columns, n, read)
         sampled._host_logprobs = host_logprobs
         for row, output in enumerate(metadata.output_token_ids[:num_rows]):
             if not discarded[row]:

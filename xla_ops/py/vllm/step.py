@@ -1,8 +1,7 @@
 """One step's input: what the host knows, as one vector of integers.
 
-A step has many small tensors (tokens, positions, slots, lengths, block tables). Each
-transfer to the device costs the same whatever its size, so they go as one int32 vector
-whose layout is fixed by the program's bucket.
+A step has many small tensors (tokens, positions, slots, lengths, block tables). They go
+to the device as one int32 vector, whose layout is fixed by the program's bucket.
 
 Tested by tests/engine/test_step.py.
 """
@@ -62,12 +61,18 @@ class Layout:
         """Elements of the vector."""
         return sum(_size(shape) for shape in self.fields.values())
 
-    def pack(self, step: Step) -> np.ndarray:
+    def pack(self, step: Step, vector: np.ndarray | None = None) -> np.ndarray:
         """Returns the vector, padded: slots by -1, `query_start_loc` by its end.
 
         A step without adapters may go to a program that has them.
+
+        Args:
+            vector: [size] int32, to be written and returned; a new one if None.
         """
-        vector = np.zeros(self.size, np.int32)
+        if vector is None:
+            vector = np.zeros(self.size, np.int32)
+        else:
+            vector.fill(0)
         views = _views(vector, self.fields)
         n, r = step.token_ids.shape[0], step.context_lens.shape[0]
         views["token_ids"][:n] = step.token_ids
