@@ -10,7 +10,9 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from vllm.v1.sample.sampler import Sampler
 
 from sampling_batch import metadata_of, padded, random_bits, request
+from xla_ops.programs.replay import compile_calls, replay
 from xla_ops.vllm.edits import Edits
+from xla_ops.vllm.fed import FedSample
 from xla_ops.vllm.sampler import (
     LOGPROBS_MODES,
     DeviceSampler,
@@ -419,3 +421,56 @@ def test_bitmasks():
     given = np.arange(4, dtype=np.int32)[:, None].repeat(2, 1)
     arranged = arrange_bitmask(given, ["b", "gone", "a"], {"a": 3, "b": 0}, 5, {"b": 1})
     assert arranged[:, 0].tolist() == [0, 1, -1, 3, -1]
+
+
+def random_requests(rng, rows):
+    """Of every way to sample; each row's own seed, so that draws are its own."""
+    ways = [
+        dict(temperature=0),
+        dict(temperature=0.8),
+        dict(temperature=1.0, top_k=5),
+        dict(temperature=1.2, top_p=0.7),
+        dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.05),
+    ]
+    return [
+        request(**ways[rng.integers(len(ways))], seed=int(rng.integers(1 << 30)))
+        for _ in range(rows)
+    ]
+
+
+def test_what_goes_by_shared_memory_is_what_transfers_bring():
+    """Steps of many sizes, read late; nobody fetches a tensor of tokens."""
+    vocab, device, rng = 70, torch_xla.device(), np.random.default_rng(3)
+
+    def make(fed):
+        return DeviceSampler(
+            vocab,
+            LARGEST,
+            device,
+            lambda name, function: replay(function),
+            compile_calls=compile_calls,
+            seed=5,
+            fed=fed,
+        )
+
+    fed, plain = make(FedSample(LARGEST)), make(None)
+    for sampler in (fed, plain):
+        sampler.warm_up(BUCKET)
+    late = []
+    for step in range(30):
+        rows = int(rng.integers(1, BUCKET + 1))
+        requests = random_requests(rng, rows)
+        logits = logits_of(step, rows, vocab)
+        both = [
+            sampled(device, logits, metadata_of(requests, vocab), sampler)
+            for sampler in (fed, plain)
+        ]
+        late.append(both)
+        if len(late) > 2:
+            got, expected = late.pop(0)
+            assert got.tolist() == expected.tolist()
+    for got, expected in late:
+        assert got._read is not None and expected._read is None
+        assert got.tokens[: got.shape[0]].tolist() == got.cpu()[:, 0].tolist()
+        assert got.tolist() == expected.tolist()
+    assert not fed.late_programs

@@ -40,6 +40,7 @@ from ..programs.feed import FedStep, HostFeed
 from ..programs.replay import compile_calls, replay
 from . import communicator, host, loading, tuning
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
+from .fed import FedSample
 from .platform import is_gpu
 from .rejection import DeviceRejectionSampler
 from .results import PromptRows, StepResult
@@ -131,6 +132,7 @@ class XlaModelRunner(GPUModelRunner):
             logprobs_mode=self.model_config.logprobs_mode,
             max_logprobs=self.model_config.max_logprobs,
             seed=self.model_config.seed or 0,
+            fed=FedSample(self._max_logit_rows),
         )
         self._rejection_sampler = DeviceRejectionSampler(self._sampler)
         logger.info(

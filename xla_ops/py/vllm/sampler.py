@@ -38,6 +38,7 @@ from ..programs.feed import FedStep
 from . import edits as edits_module
 from . import sampling
 from .edits import PENDING, Edits
+from .fed import FedSample
 from .sampled import SampledOnDevice
 
 LOGPROBS_MODES = (
@@ -75,6 +76,8 @@ class DeviceSampler:
         max_logprobs: vLLM's: how many a request may ask for, -1 for all.
         seed: of the requests without one of their own. Ranks that sample the same
             logits need the same.
+        fed: how programs that `make_program` compiles get what they sample with, or
+            None: by transfers.
 
     Attributes:
         late_programs: the programs made since the last warm-up.
@@ -93,6 +96,7 @@ class DeviceSampler:
         logprobs_mode: str = "raw_logprobs",
         max_logprobs: int = NUM_LOGPROBS,
         seed: int = 0,
+        fed: FedSample | None = None,
     ):
         if logprobs_mode not in LOGPROBS_MODES:
             raise ValueError(
@@ -108,6 +112,7 @@ class DeviceSampler:
         self.late_programs: list[Key] = []
         self.host_rows = self.host_waits = 0
         self._make_program, self._compile_calls = make_program, compile_calls
+        self._fed = fed
         self._programs: dict[Key, Program] = {}
         self._normalise = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed")
@@ -145,7 +150,7 @@ class DeviceSampler:
                     )
                     return torch.nn.functional.pad(tokens, (0, padding)), *rest
 
-                return sample
+                return self._fed.program(sample, rows) if self._fed else sample
             case "edit", _, (num_edits, num_bans):
                 return functools.partial(
                     sampling.edit, num_edits=num_edits, num_bans=num_bans
@@ -183,6 +188,14 @@ class DeviceSampler:
     ) -> torch.Tensor:
         return self._call((name, rows, what), *tensors)[0]
 
+    def _sample(
+        self, key: Key, logits: torch.Tensor, params: np.ndarray
+    ) -> tuple[Sequence[torch.Tensor], FedStep | None]:
+        if self._fed is None:
+            return self._call(key, logits, self._up(params)), None
+        fed, results = self._fed(self._program(key), logits, params)
+        return results, fed
+
     def warm_up(self, rows: int, logits: torch.Tensor | None = None) -> None:
         """Makes and runs every program of `programs(rows)`.
 
@@ -198,15 +211,21 @@ class DeviceSampler:
                 for key in self.programs(rows)
             ]
             self._compile_calls(calls)
-            for program, tensors in calls:
+            params = np.ones((sampling.NUM_PARAMS, rows), np.int32)
+            for key, (program, tensors) in zip(self.programs(rows), calls, strict=True):
                 # Twice: XLA makes a CUDA graph of a program when it runs again.
                 for _ in range(2):
-                    program(*tensors)
+                    if key[0] == "sample":
+                        self._sample(key, logits, params)
+                    else:
+                        program(*tensors)
         self.late_programs.clear()
 
     def _arguments(self, key: Key, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         match key:
             case "sample", rows, _:
+                if self._fed is not None:
+                    return logits, self._fed.number()
                 return logits, self._up(np.ones((sampling.NUM_PARAMS, rows), np.int32))
             case "edit", rows, (num_edits, num_bans):
                 size = 3 * num_edits + 2 * num_bans + 4 * rows
@@ -303,18 +322,19 @@ class DeviceSampler:
             params = self._params(metadata, num_rows, rows, uniform)
             variant = self._variant(params, num_rows)
             key = ("sample", rows, variant)
-            tokens, *rest = self._call(key, logits, self._up(params))
+            (tokens, *rest), fed = self._sample(key, logits, params)
             if self._processed:
                 reported = rest[0]
         columns: torch.Tensor | None = None
         host_logprobs: dict[int, torch.Tensor] = {}
         if own:
+            fed = None
             tokens, host_logprobs = self._sample_on_host(
                 fetched, tokens, metadata, own, grammar_bitmask, uniform
             )
         if n is not None:
             columns = self._logprobs(reported, tokens, n)
-        read = fed.result if fed is not None and tokens is argmax else None
+        read = fed.result if fed is not None else None
         sampled = SampledOnDevice(tokens, num_rows, columns, n, read)
         sampled._host_logprobs = host_logprobs
         for row, output in enumerate(metadata.output_token_ids[:num_rows]):
