@@ -8,6 +8,7 @@ Tested by tests/engine/test_sampler.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..programs.feed import FedStep, HostFeed
 from . import sampling
 
-Program = Callable[..., Sequence[torch.Tensor]]
+Program = Callable[..., Any]  # returns a sequence of tensors
 
 
 class FedSample:
