@@ -9,10 +9,7 @@ import vllm_session
 from vllm_server import NAME, OPTIONS, command, environment, serving
 
 LIMIT = 600
-DATA = [
-    *("--dataset-name", "random", "--num-prompts", "40"),
-    *("--random-input-len", "48", "--random-output-len", "16"),
-]
+DATA = ("--dataset-name", "random", "--num-prompts", "40")
 
 
 def run(*arguments) -> str:
@@ -39,6 +36,7 @@ def test_bench_serve(checkpoint, tmp_path):
     with serving(checkpoint, tmp_path, "--dtype", "float32") as server:
         run(
             *("serve", "--model", NAME, "--tokenizer", checkpoint, *DATA),
+            *("--random-input-len", "48", "--random-output-len", "16"),
             *("--host", "127.0.0.1", "--port", server.port, "--ignore-eos"),
             *("--request-rate", "20", "--save-result"),
             *("--result-dir", tmp_path, "--result-filename", "result.json"),
@@ -53,6 +51,7 @@ def test_bench_throughput(checkpoint, tmp_path):
     at = OPTIONS.index("--max-num-seqs")  # what follows is the engine's
     run(
         *("throughput", "--model", checkpoint, *DATA, "--dtype", "float32"),
+        *("--input-len", "48", "--output-len", "16"),  # vLLM's other names here
         *(*OPTIONS[at:], "--max-model-len", "256", "--output-json", result),
     )
     assert json.loads(result.read_text())["num_requests"] == 40
