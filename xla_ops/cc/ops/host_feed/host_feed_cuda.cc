@@ -5,9 +5,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <string>
 
 #include "xla_ops/cc/device/cuda_handler.h"
+#include "xla_ops/cc/device/with_device.h"
 #include "xla_ops/cc/ops/host_feed/host_feed.h"
 #include "xla_ops/cc/ops/host_feed/host_feed_checks.h"
 #include "xla_ops/cc/ops/host_feed/host_feed_launch.h"
@@ -17,23 +17,15 @@ namespace {
 
 // Memory of the host that every device sees at the host's addresses.
 const char* Allocate(const XlaOpsHostFeedRequest& request, void** memory) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) {
-    error = cudaSetDevice(static_cast<int>(request.device));
-  }
+  const WithDevice with_device(static_cast<int>(request.device));
+  cudaError_t error = with_device.error();
   if (error == cudaSuccess) {
     error =
         cudaHostAlloc(memory, static_cast<size_t>(HostFeedMemoryBytes(request)),
                       cudaHostAllocPortable | cudaHostAllocMapped);
   }
-  if (error == cudaSuccess) error = cudaSetDevice(before);
   if (error == cudaSuccess) return nullptr;
-  static_cast<void>(cudaGetLastError());
-  static thread_local std::string text;
-  text = std::string("no memory that device and host share: ") +
-         cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
-  return text.c_str();
+  return CudaErrorText("no memory that device and host share", error);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "xla_ops/cc/core/ffi_dtype.h"
 #include "xla_ops/cc/core/numbered.h"
 #include "xla_ops/cc/device/cuda_handler.h"
+#include "xla_ops/cc/device/with_device.h"
 #include "xla_ops/cc/ops/peer_collective/peer_collective.h"
 #include "xla_ops/cc/ops/peer_collective/peer_collective_launch.h"
 
@@ -31,32 +32,6 @@ struct Member {
   int device;
   bool is_open;
   PeerGroup group;
-};
-
-// CUDA's own words, for one of the functions that return text.
-const char* Said(const char* what, cudaError_t error) {
-  static thread_local std::string text;
-  text = std::string(what) + ": " + cudaGetErrorString(error) + " (" +
-         cudaGetErrorName(error) + ")";
-  static_cast<void>(cudaGetLastError());
-  return text.c_str();
-}
-
-// The device is the calling thread's current one for as long as this lives.
-class WithDevice {
- public:
-  explicit WithDevice(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
-  }
-  ~WithDevice() { static_cast<void>(cudaSetDevice(before_)); }
-  WithDevice(const WithDevice&) = delete;
-  WithDevice& operator=(const WithDevice&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int before_ = 0;
-  cudaError_t error_;
 };
 
 const char* Make(const XlaOpsPeerGroupRequest& request,
@@ -74,20 +49,21 @@ const char* Make(const XlaOpsPeerGroupRequest& request,
   const int device = static_cast<int>(request.device);
   const WithDevice with_device(device);
   if (with_device.error() != cudaSuccess) {
-    return Said("device cannot be used", with_device.error());
+    return CudaErrorText("device cannot be used", with_device.error());
   }
   const int64_t units = request.slot_bytes / kPeerUnitBytes;
   const int64_t bytes = PeerMemoryBytes(request.size, units);
   void* memory = nullptr;
   cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes));
-  if (error != cudaSuccess) return Said("no memory for packets", error);
+  if (error != cudaSuccess)
+    return CudaErrorText("no memory for packets", error);
   // No call has the number 0.
   error = cudaMemset(memory, 0, static_cast<size_t>(bytes));
   if (error == cudaSuccess) error = cudaDeviceSynchronize();
   cudaIpcMemHandle_t handle;
   if (error == cudaSuccess) error = cudaIpcGetMemHandle(&handle, memory);
   if (error != cudaSuccess) {
-    const char* said = Said("memory cannot be shared", error);
+    const char* said = CudaErrorText("memory cannot be shared", error);
     static_cast<void>(cudaFree(memory));
     return said;
   }
@@ -113,7 +89,7 @@ const char* Open(const XlaOpsPeerHandles& request) {
   }
   const WithDevice with_device(member->device);
   if (with_device.error() != cudaSuccess) {
-    return Said("device cannot be used", with_device.error());
+    return CudaErrorText("device cannot be used", with_device.error());
   }
   for (int rank = 0; rank < member->group.size; ++rank) {
     if (rank == member->group.rank) continue;
@@ -123,7 +99,7 @@ const char* Open(const XlaOpsPeerHandles& request) {
     const cudaError_t error =
         cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess);
     if (error != cudaSuccess) {
-      return Said("another rank's memory cannot be opened", error);
+      return CudaErrorText("another rank's memory cannot be opened", error);
     }
     member->group.memory[rank] = static_cast<char*>(memory);
   }
