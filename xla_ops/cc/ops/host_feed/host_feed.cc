@@ -32,10 +32,6 @@ int64_t NowUs() {
   return now.tv_sec * int64_t{1'000'000} + now.tv_nsec / 1000;
 }
 
-HostFeedState* StateOf(const HostFeed& feed, int64_t slot) {
-  return reinterpret_cast<HostFeedState*>(feed.memory + slot * feed.slot_bytes);
-}
-
 ffi::Error FindFeed(const char* op, int64_t number, HostFeed* feed) {
   const HostFeed* const found = Numbered<HostFeed>::All().Find(number);
   if (found == nullptr) {
@@ -87,7 +83,7 @@ void AddHostFeed(const XlaOpsHostFeedRequest& request, void* memory,
   feed->out_elements = request.out_elements;
   for (int64_t slot = 0; slot < feed->slots; ++slot) {
     auto* const state =
-        new (feed->memory + slot * feed->slot_bytes) HostFeedState;
+        new (HostFeedSlot(*feed, static_cast<uint32_t>(slot))) HostFeedState;
     state->fed.store(kNoStep);
     for (auto& returned : state->returned) returned.store(kNoStep);
   }
@@ -150,8 +146,8 @@ const char* xla_ops_host_feed_wait(const XlaOpsHostFeedWait* request,
     return "channel must be 0 or 1";
   }
   const auto step = static_cast<uint32_t>(request->step);
-  const auto& returned = xla_ops::StateOf(*feed, step & (feed->slots - 1))
-                             ->returned[request->channel];
+  const auto& returned =
+      xla_ops::HostFeedStateOf(*feed, step)->returned[request->channel];
   const int64_t end = xla_ops::NowUs() + request->timeout_us;
   for (int spins = 0;; ++spins) {
     const int64_t last = returned.load(std::memory_order_acquire);

@@ -115,12 +115,10 @@ cudaError_t LaunchHostInfeed(cudaStream_t stream,
 
 cudaError_t LaunchHostOutfeed(cudaStream_t stream,
                               const HostOutfeedParams& params) {
-  const int64_t offset =
-      HostFeedOutOffset(params.feed.in_elements) +
-      params.channel * HostFeedBytes(params.feed.out_elements);
   return LaunchKernel<HostOutfeedKernel>(
       stream, dim3(1), dim3(kThreads), SlotsOf(params.feed), params.values,
-      params.step, params.out, params.elements, offset,
+      params.step, params.out, params.elements,
+      HostFeedResultOffset(params.feed, params.channel),
       static_cast<int>(params.channel));
 }
 

@@ -104,6 +104,12 @@ constexpr int64_t HostFeedOutOffset(int64_t in_elements) {
   return kHostFeedInOffset + HostFeedBytes(in_elements);
 }
 
+// Of a channel's result in its step's slot.
+constexpr int64_t HostFeedResultOffset(const HostFeed& feed, int64_t channel) {
+  return HostFeedOutOffset(feed.in_elements) +
+         channel * HostFeedBytes(feed.out_elements);
+}
+
 struct HostInfeedParams {
   HostFeed feed;
   const int32_t* step;

@@ -23,6 +23,15 @@ static_assert(sizeof(HostFeedState) == kHostFeedInOffset &&
                   std::atomic<int64_t>::is_always_lock_free,
               "the device and Python write it too");
 
+// The slot that a step has.
+inline char* HostFeedSlot(const HostFeed& feed, uint32_t step) {
+  return feed.memory + (step & (feed.slots - 1)) * feed.slot_bytes;
+}
+
+inline HostFeedState* HostFeedStateOf(const HostFeed& feed, uint32_t step) {
+  return reinterpret_cast<HostFeedState*>(HostFeedSlot(feed, step));
+}
+
 // What is wrong with a request, or null.
 const char* CheckHostFeed(const XlaOpsHostFeedRequest& request);
 

@@ -16,19 +16,14 @@
 namespace xla_ops {
 namespace {
 
-char* SlotOf(const HostFeed& feed, uint32_t step) {
-  return feed.memory + (step & (feed.slots - 1)) * feed.slot_bytes;
-}
-
 ffi::Error HostInfeed(const HostInfeedParams& params, ffi::ThreadPool&) {
   const auto step = static_cast<uint32_t>(*params.step);
-  const char* const slot = SlotOf(params.feed, step);
-  const auto& state = *reinterpret_cast<const HostFeedState*>(slot);
+  const HostFeedState& state = *HostFeedStateOf(params.feed, step);
   if (state.fed.load(std::memory_order_acquire) != int64_t{step}) {
     return MustError("host_infeed", "step", "be one that the host has fed",
                      std::to_string(step));
   }
-  std::memcpy(params.data, slot + kHostFeedInOffset,
+  std::memcpy(params.data, HostFeedSlot(params.feed, step) + kHostFeedInOffset,
               params.elements * sizeof(int32_t));
   *params.next = static_cast<int32_t>(step + 1);
   return ffi::Error::Success();
@@ -36,12 +31,11 @@ ffi::Error HostInfeed(const HostInfeedParams& params, ffi::ThreadPool&) {
 
 ffi::Error HostOutfeed(const HostOutfeedParams& params, ffi::ThreadPool&) {
   const auto step = static_cast<uint32_t>(*params.step);
-  char* const slot = SlotOf(params.feed, step);
   const size_t bytes = params.elements * sizeof(int32_t);
-  std::memcpy(slot + HostFeedOutOffset(params.feed.in_elements) +
-                  params.channel * HostFeedBytes(params.feed.out_elements),
+  std::memcpy(HostFeedSlot(params.feed, step) +
+                  HostFeedResultOffset(params.feed, params.channel),
               params.values, bytes);
-  auto& state = *reinterpret_cast<HostFeedState*>(slot);
+  HostFeedState& state = *HostFeedStateOf(params.feed, step);
   state.returned[params.channel].store(step, std::memory_order_release);
   if (params.out != params.values) {
     std::memcpy(params.out, params.values, bytes);
