@@ -26,7 +26,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import cast
 
@@ -377,13 +377,19 @@ def _interpreter() -> tuple[torch.fx.Interpreter, tuple] | None:
         return None
     theirs = (bridge.UnsupportedNodesCollector, bridge.InputCollector)
     run = torch.fx.Interpreter.run.__code__
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
+    for frame in _callers():
         # To look at a frame's variables keeps what they are, while the frame lasts.
         if frame.f_code is run and isinstance(frame.f_locals["self"], theirs):
             return frame.f_locals["self"], frame.f_locals["args"]
-        frame = frame.f_back
     return None
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames above the function that asks, in this thread, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def owned(cache: torch.Tensor) -> torch.Tensor:
@@ -469,12 +475,10 @@ def _require_updatable(
 
 def _is_differentiated() -> bool:
     """Whether the graph is a forward that AOTAutograd runs to keep what it returns."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         code = frame.f_code
         if code.co_name == "forward" and code.co_filename.endswith(_AOT_FORWARD):
             return True
-        frame = frame.f_back
     return False
 
 
