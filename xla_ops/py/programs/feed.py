@@ -163,7 +163,7 @@ class HostFeed:
         Args:
             following: the next step's number, of the program's results.
         """
-        fed = FedStep(self, self._step, following)
+        fed = FedStep(self, self._step)
         self._number = following
         self._step += 1
         self._is_begun = False
@@ -183,14 +183,9 @@ class HostFeed:
 
 
 class FedStep:
-    """A step whose program is launched.
+    """A step whose program is launched."""
 
-    Attributes:
-        following: [1] int32 on the device, the number of the step after it.
-    """
-
-    def __init__(self, feed: HostFeed, step: int, following: torch.Tensor):
-        self.following = following
+    def __init__(self, feed: HostFeed, step: int):
         self._feed, self._step = feed, step
 
     def result(self, elements: int, channel: int = 0) -> np.ndarray | None:
