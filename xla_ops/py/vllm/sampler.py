@@ -206,13 +206,13 @@ class DeviceSampler:
         with torch.inference_mode(False), torch.no_grad():
             if logits is None:
                 logits = self._up(np.zeros((rows, self.vocab_size), np.float32))
-            calls = [
-                (self._program(key), self._arguments(key, logits))
+            calls = {
+                key: (self._program(key), self._arguments(key, logits))
                 for key in self.programs(rows)
-            ]
-            self._compile_calls(calls)
-            params = np.ones((sampling.NUM_PARAMS, rows), np.int32)
-            for key, (program, tensors) in zip(self.programs(rows), calls, strict=True):
+            }
+            self._compile_calls(list(calls.values()))
+            params = self._any_params(rows)
+            for key, (program, tensors) in calls.items():
                 # Twice: XLA makes a CUDA graph of a program when it runs again.
                 for _ in range(2):
                     if key[0] == "sample":
@@ -221,12 +221,15 @@ class DeviceSampler:
                         program(*tensors)
         self.late_programs.clear()
 
+    def _any_params(self, rows: int) -> np.ndarray:
+        return np.ones((sampling.NUM_PARAMS, rows), np.int32)
+
     def _arguments(self, key: Key, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         match key:
             case "sample", rows, _:
                 if self._fed is not None:
                     return logits, self._fed.number()
-                return logits, self._up(np.ones((sampling.NUM_PARAMS, rows), np.int32))
+                return logits, self._up(self._any_params(rows))
             case "edit", rows, (num_edits, num_bans):
                 size = 3 * num_edits + 2 * num_bans + 4 * rows
                 return logits, self._up(np.zeros(size, np.int32)), self._no_tokens
