@@ -242,8 +242,8 @@ def test_of_several_caches_none_is_written_by_the_program_of_another(before_comp
     check_writers(calls, cache, one, rows, written)
 
 
-def test_one_that_updates_is_traced_again_if_somebody_computes_it(before_compiling):
-    calls, cache, key, *rest = writers(3)
+def computing_once():
+    """Computes all that is pending, at the first call."""
     once = threading.Event()
 
     def disturb():
@@ -251,7 +251,12 @@ def test_one_that_updates_is_traced_again_if_somebody_computes_it(before_compili
             once.set()
             torch_xla.sync(wait=True)
 
-    before_compiling(disturb)
+    return disturb
+
+
+def test_one_that_updates_is_traced_again_if_somebody_computes_it(before_compiling):
+    calls, cache, key, *rest = writers(3)
+    before_compiling(computing_once())
     compile_calls(calls)
     before_compiling(lambda: None)
     torch.testing.assert_close(cache.cpu(), key)
@@ -260,14 +265,7 @@ def test_one_that_updates_is_traced_again_if_somebody_computes_it(before_compili
 
 def test_a_graph_that_somebody_computes_is_traced_again(before_compiling):
     functions, traces, first = several(3)
-    once = threading.Event()
-
-    def disturb():
-        if not once.is_set():
-            once.set()
-            torch_xla.sync(wait=True)
-
-    before_compiling(disturb)
+    before_compiling(computing_once())
     compile_calls([(f, (xla(1, 2, 3),)) for f in functions])
     before_compiling(lambda: None)
     assert len(traces) > 3
