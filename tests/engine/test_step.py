@@ -97,7 +97,8 @@ def test_a_step_of_nothing(groups, position_rows):
         (5, 5, [5]),
         (1, 3, [1, 2, 3]),
         (128, 1000, [128, 256, 384, 512, 768, 1000]),
-        (1024, 8192, [1024, 1536, *range(2048, 4096, 512), *range(4096, 8193, 1024)]),
+        (1024, 8192, [1024, 1536, *range(2048, 8193, 512)]),
+        (8192, 16384, [*range(8192, 16385, 1024)]),
         (2048, 2600, [2048, 2560, 2600]),
     ],
 )
@@ -113,11 +114,17 @@ def test_a_vector_that_is_given_is_written_whole():
     assert (given == layout.pack(step)).all()
 
 
-def test_triton_is_for_few_rows_and_never_for_codes(monkeypatch):
+def test_what_is_tried_for_products_of_a_step(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    without = {"xla_gpu_enable_triton_gemm": False}
-    assert tuning.compile_options(16, is_quantised=False) == {}
-    assert tuning.compile_options(32, is_quantised=False) == without
-    assert tuning.compile_options(8, is_quantised=True) == without
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
-    assert tuning.compile_options(32, is_quantised=True) == {}
+    no_triton = {"xla_gpu_enable_triton_gemm": False}
+    nothing = no_triton | {"xla_gpu_autotune_level": 0}
+    options = tuning.compile_options
+    assert options(16, is_quantised=False) == {}
+    assert options(32, is_quantised=False) == nothing
+    assert options(256, is_quantised=False) == nothing
+    assert options(384, is_quantised=False) == no_triton
+    assert options(8, is_quantised=True) == no_triton
+    assert options(64, is_quantised=True) == no_triton
+    for flag in ("xla_gpu_enable_triton_gemm=true", "xla_gpu_autotune_level=3"):
+        monkeypatch.setenv("XLA_FLAGS", f"--{flag}")
+        assert options(32, is_quantised=True) == {}

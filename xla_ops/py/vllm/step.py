@@ -144,17 +144,21 @@ class Step(NamedTuple):
         )
 
 
+# Sizes from each power of two to the next, from so many tokens on.
+_PARTS = ((4096, 8), (2048, 4), (256, 2), (0, 1))
+
+
 def buckets(smallest: int, largest: int) -> list[int]:
     """Sizes of programs, of which a step takes the smallest that holds it.
 
     Powers of two times `smallest`, and `largest`, which ends them. Between large ones
     are more: there a step takes as long as it has tokens, and is padded by no more than
-    a half from 256 on, a quarter from 2048 on.
+    a half from 256 on, a quarter from 2048 on, an eighth from 4096 on.
     """
     sizes = []
     size = smallest
     while size < largest:
-        parts = 4 if size >= 2048 else 2 if size >= 256 else 1
+        parts = next(p for least, p in _PARTS if size >= least)
         sizes += [size + size * part // parts for part in range(parts)]
         size *= 2
     return [*(size for size in sizes if size < largest), largest]
