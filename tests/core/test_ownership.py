@@ -147,6 +147,21 @@ def test_nothing_moves_where_nobody_shares(name):
     case.path.wait()
 
 
+@pytest.mark.parametrize("name", ["lazy", "compiled", "dispatched", "replayed"])
+def test_nothing_moves_where_a_program_is_handed_over_late(name, monkeypatch):
+    """As on a busy host: the next update looks while torch_xla holds the results."""
+    monkeypatch.setattr(ownership, "_HANDOVER_S", 0)
+    case = Case(name)
+    caches = [case.put(torch.zeros(SHAPE)) for _ in range(8)]
+    before = addresses(caches)
+    for value in range(20):
+        for cache in caches:
+            case.write(cache, value)
+    assert addresses(caches) == before
+    assert [cache[0, 0, 0, 0, 0].item() for cache in caches] == [19] * 8
+    case.path.wait()
+
+
 @STEPS
 def test_a_share_costs_one_copy(name):
     case = Case(name)

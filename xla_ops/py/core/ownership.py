@@ -64,8 +64,8 @@ _AOT_FORWARD = "_functorch/_aot_autograd/runtime_wrappers.py"
 # The release whose lazy tensors lazy_tensors.cc knows.
 _TORCH = "2.9.0"
 # A program that was started holds its results until it has been handed over to the
-# device; so long the next one could not start either. On a busy host that takes longer,
-# and is over soon after the program is.
+# device, which takes longer on a busy host; so long the next one could not start
+# either. Nothing is to be waited for then but what torch_xla lets go of right after.
 _HANDOVER_S = 5e-3
 _AFTERWARDS_S = 20e-3
 
@@ -317,7 +317,12 @@ def _is_free_soon(tensor: torch.Tensor, finish_reads: bool, num_clones: int) -> 
         if limit == _HANDOVER_S:
             import torch_xla
 
-            torch_xla._XLAC._xla_wait_device_ops([])
+            # Of a tensor that has a buffer torch_xla computes nothing. It waits for
+            # its turn to start a program, and not for the program before, beside
+            # which the next one is to be started.
+            torch_xla._XLAC._xla_sync_multi(
+                [tensor], devices=[], wait=False, sync_xla_data=False
+            )
     return False
 
 
