@@ -24,7 +24,7 @@ def compile_options(tokens: int, *, is_quantised: bool) -> dict[str, bool | int]
     win all the same; of more it takes slower ones than cuBLAS has, and trying them is
     most of the time to compile: minutes, of codes of 8 bits. From there to where
     products are more than reading weights nothing is tried, since what cuBLAS takes by
-    itself is better than what a cache finds (all measured, in benchmarks/NOTES.md).
+    itself is better than what a cache finds (measured, in benchmarks/NOTES_ENGINE.md).
     """
     if tokens <= _MOST_TRITON_ROWS and not is_quantised:
         return {}
