@@ -152,6 +152,8 @@ def _rate(row: Row, ceilings: dict) -> str:
 
 def _ratios(row: Row) -> Iterator[str]:
     others = {"lazily": row["lazy"]} if "lazy" in row else {}
+    if "copy" in row:
+        others["a copy as large"] = row["copy"]
     for name, other in (others | row.get("peers", {})).items():
         if "us" in other:
             yield f"{name} {other['us'] / row['us']:.2f}x"

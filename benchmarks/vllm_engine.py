@@ -17,7 +17,8 @@ kernels (ms of each kernel in four steps, from a device trace); long (--steps de
 steps, memory before and after); host (ms of each thing that the host does in a step);
 prefill (of 64 requests of 512 tokens that come at once: each step's tokens, those of
 its program, and when it was queued and its result there, until all have a token); steps
-(ms of the program of a decode step, by the number of sequences).
+(ms of the program of a decode step, by the number of sequences); kinds (the engine's
+ms of a decode step of 64 requests, by what they ask of the sampler).
 """
 
 import argparse
@@ -61,7 +62,19 @@ PARTS = (
     "host",
     "prefill",
     "steps",
+    "kinds",
 )
+# Of the part kinds.
+KINDS = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8},
+    "top_k": {"temperature": 0.8, "top_k": 20},
+    "top_p": {"temperature": 0.8, "top_p": 0.95},
+    "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5},
+    "logit_bias": {"logit_bias": dict.fromkeys(range(10, 60), 0.5)},
+    "allowed_token_ids": {"allowed_token_ids": list(range(10, 400))},
+    "logprobs": {"logprobs": 5},
+}
 
 
 def parse():
@@ -275,11 +288,12 @@ def config(folder, shape, max_len):
     return folder
 
 
-def generate(llm, prompts, tokens):
-    """Returns seconds and the requests' token ids."""
+def generate(llm, prompts, tokens, **asked):
+    """Returns seconds and the requests' token ids; `asked` are SamplingParams'."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    asked = {"temperature": 0} | asked
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, **asked)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -359,12 +373,23 @@ def measure_many(llm, vocab, count, lengths=(512, 128)):
     return {"output_tokens_per_s": max(rates), "all": rates, "requests": count}
 
 
+def measure_step(llm, vocab, count, **asked):
+    """Engine's ms of a decode step, of requests with 512 to 642 tokens."""
+    generate(llm, random_prompts(count, 512, vocab, 7), 2, **asked)
+    short = generate(llm, random_prompts(count, 512, vocab, 8), 2, **asked)[0]
+    long = generate(llm, random_prompts(count, 512, vocab, 9), 130, **asked)[0]
+    return (long - short) / 128 * 1e3
+
+
+def measure_kinds(llm, vocab, count=64):
+    return {
+        kind: measure_step(llm, vocab, count, **asked) for kind, asked in KINDS.items()
+    }
+
+
 def measure_share(llm, vocab, count=64):
     """Engine's ms a decode step beside those of the program alone."""
-    generate(llm, random_prompts(count, 512, vocab, 7), 2)
-    short = generate(llm, random_prompts(count, 512, vocab, 8), 2)[0]
-    long = generate(llm, random_prompts(count, 512, vocab, 9), 130)[0]
-    engine = (long - short) / 128 * 1e3
+    engine = measure_step(llm, vocab, count)
     program = ask(llm, step_ms, count, 576)
     return {
         "engine_ms": engine,
@@ -379,7 +404,7 @@ def measure_steps(llm, most, context=576):
     return {count: ask(llm, step_ms, count, context) for count in counts}
 
 
-def measure_kernels(llm):
+def measure_kernels(llm, most):
     """Steps of 1, 64 and 256 sequences, and of 16 prompts: what their time goes to."""
     steps = {}
     for name, count, context, new in (
@@ -388,6 +413,8 @@ def measure_kernels(llm):
         ("decode_256", 256, 576, 1),
         ("prefill_16x512", 16, 512, 512),
     ):
+        if count > most:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             repeats = 4 if new > 1 else 20
             steps[name] = ask(
@@ -500,11 +527,12 @@ def main():
             "r64": lambda: measure_many(llm, vocab, 64),
             "r256": lambda: measure_many(llm, vocab, 256),
             "share": lambda: measure_share(llm, vocab),
-            "kernels": lambda: measure_kernels(llm),
+            "kernels": lambda: measure_kernels(llm, args.max_num_seqs),
             "host": lambda: measure_host(llm, vocab),
             "long": lambda: measure_long(llm, vocab, args.steps),
             "prefill": lambda: measure_prefill(llm, vocab),
             "steps": lambda: measure_steps(llm, args.max_num_seqs),
+            "kinds": lambda: measure_kinds(llm, vocab),
         }
         for name in PARTS[1:]:
             if name not in args.only:

@@ -2,7 +2,7 @@
 """Checks builds of attention's library by decode, and times sequences of all lengths.
 
     check_decode.py --lib-dir [NAME=]DIR [--lib-dir NAME=DIR ...] [--out results.json]
-                    [--quick] [--cpu] [--speed]
+                    [--quick] [--cpu] [--speed [--only fp8]]
 
 Needs torch, a GPU, and libxla_ops_attention_cuda.so in each DIR; neither XLA nor the
 wheel. A case draws a batch of unequal sequences, some empty, compares the result with
@@ -10,7 +10,8 @@ a float32 reference, and calls again: the bits must be the same.
 
 --speed: microseconds of bf16, 32 query and 8 KV heads of 128 where no others are named,
 pages of 16, by CUDA graphs of calls with tables of their own, so that no cache holds
-what they read. Rounds go through all builds; the median counts.
+what they read. Rounds go through all builds; the median counts. With --only
+fp8 the cases that have it in their name.
 """
 
 import argparse
@@ -160,8 +161,12 @@ def speed_cases():
                           (1, 32768), (8, 4096), (32, 1024), (48, 1024)):  # fmt: skip
         yield f"{count} x {length}", count * [length], {}
     yield "16 x 4096, 32/32", 16 * [4096], {"heads": (32, 32, 128)}
-    for count, length in ((64, 4096), (1, 1024), (1, 4096)):
+    for count, length in ((64, 4096), (1, 512), (1, 1024), (1, 2048), (1, 4096),
+                          (8, 1024), (64, 576), (64, 1024)):  # fmt: skip
         yield f"{count} x {length}, fp8", count * [length], {"dtype": FP8}
+    # Whose tiles are not a whole number a warp, and next to them.
+    for length in (512, 576, 640):
+        yield f"64 x {length}", 64 * [length], {}
     yield "64 x 1520", 64 * [1520], {}
     yield "32k, 63 x 1k", long, {}
     yield "63 x 1k, 32k", long[::-1], {}
@@ -247,11 +252,13 @@ def speeds(libraries, args):
     draw = {"dtype": torch.uint8, "device": "cuda"}
     # Finite in bf16 and in FP8.
     buffers = [torch.randint(56, (1_600_000_000,), **draw) for _ in "kv"]
-    return [speed(libraries, *case, buffers=buffers) for case in speed_cases()]
+    chosen = [c for c in speed_cases() if args.only is None or args.only in c[0]]
+    return [speed(libraries, *case, buffers=buffers) for case in chosen]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="of --speed: cases whose name has this")
     run_builds(parser, cases, check, speeds)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+import alone
 import cases
 import report
 import run as runner
@@ -46,8 +47,8 @@ def test_rows_alone_and_in_xla(tmp_path):
     done, results = run(tmp_path, "--only", "rms_norm", "--quick", "--parts", "alone",
                         "in XLA")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    alone, in_xla = results["parts"]["alone"], results["parts"]["in XLA"]
-    for part in (alone, in_xla):
+    of_ops, in_xla = results["parts"]["alone"], results["parts"]["in XLA"]
+    for part in (of_ops, in_xla):
         names = ["rms_norm 512x1024", "rms_norm backward 512x1024"]
         assert list(part["rows"]) == names
         assert part["finished"] and part["left out"] == []
@@ -55,8 +56,8 @@ def test_rows_alone_and_in_xla(tmp_path):
         for row in part["rows"].values():
             assert row["error"] <= 1e-2
             assert 0 < row["us_p20"] <= row["us"] <= row["us_p80"]
-    assert alone["ceilings"]["bytes/s"] > 0 and alone["ceilings"]["flop/s"] > 0
-    assert alone["rows"]["rms_norm 512x1024"]["peers"]["torch eager"]["us"] > 0
+    assert of_ops["ceilings"]["bytes/s"] > 0 and of_ops["ceilings"]["flop/s"] > 0
+    assert of_ops["rows"]["rms_norm 512x1024"]["peers"]["torch eager"]["us"] > 0
     row = in_xla["rows"]["rms_norm 512x1024"]
     assert row["lazy"]["us"] > 0 and row["peers"]["XLA"]["us"] > 0
     assert results["device"]["name"] in done.stdout
@@ -180,6 +181,12 @@ def test_inductor_rows_join_those_alone():
     report.merge_inductor(results)
     assert row["peers"] == {"torch eager": {"us": 3.0}, "inductor": {"us": 4.0}}
     assert inductor == {"rows": {}, "left out": ["b"]}
+
+
+def test_a_copy_as_large_stands_beside_the_peers():
+    assert alone.Alone("cpu", seconds=0.001)._copy(1 << 12, 2)["us"] > 0
+    row = {"us": 2.0, "copy": {"us": 1.9}, "peers": {"torch eager": {"us": 3.0}}}
+    assert list(report._ratios(row)) == ["a copy as large 0.95x", "torch eager 1.50x"]
 
 
 THUNKS = """\
