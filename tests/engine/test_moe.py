@@ -181,12 +181,24 @@ def test_shared_experts(lazily):
     shared = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
     weight = shared.weight.detach().clone()
     made = layer(cls=SharedFusedMoE, shared_experts=shared)
-    assert isinstance(made, moe.XlaSharedFusedMoE)
     given = weights_of(made)
     x, logits = inputs()
     shared_out, out = run(made, x, logits, lazily=lazily)
     assert_near(out, dense(x, given, *softmax_routing(logits, 4, True)))
     assert_near(shared_out, x.double() @ weight.double().t())
+
+
+def test_a_class_of_the_model_s_own(lazily):
+    """As DBRX and Aria have one, below FusedMoE and SharedFusedMoE."""
+
+    class Experts(FusedMoE):
+        pass
+
+    made = layer(cls=Experts)
+    given = weights_of(made)
+    x, logits = inputs()
+    out = run(made, x, logits, lazily=lazily)
+    assert_near(out, dense(x, given, *softmax_routing(logits, 4, True)))
 
 
 def test_a_gate_of_its_own_is_asked(lazily):

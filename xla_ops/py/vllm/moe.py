@@ -10,8 +10,9 @@ number of experts. All shapes are static, so the routing stays on the device.
 vLLM's own layer calls `torch.ops.vllm.moe_forward`, which torch_xla refuses for its
 aliased arguments, and looks a forward context up. Here forward is called directly.
 
-Registered are FusedMoE and SharedFusedMoE (`register_oot`) and the method of weights
-that are not quantised. Methods of other weights call `apply_experts`.
+FusedMoE gets another forward, and with it the classes that models have below it. The
+method of weights that are not quantised is registered (`register_oot`); methods of
+other weights call `apply_experts`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import torch
 from torch.nn import functional as F
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
-from vllm.model_executor.layers.fused_moe.shared_fused_moe import SharedFusedMoE
 
 try:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -252,24 +252,8 @@ def _forward(
     return parts[0] if shared is None else (parts[0], parts[1])
 
 
-@FusedMoE.register_oot
-class XlaFusedMoE(FusedMoE):
-    def forward_native(
-        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return _forward(self, hidden_states, router_logits)
-
-    forward_oot = forward_native
-
-
-@SharedFusedMoE.register_oot
-class XlaSharedFusedMoE(SharedFusedMoE):
-    def forward_native(
-        self, hidden_states: torch.Tensor, router_logits: torch.Tensor
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return _forward(self, hidden_states, router_logits)
-
-    forward_oot = forward_native
+# Models have classes of their own below these, which register_oot would not reach.
+FusedMoE.forward_native = FusedMoE.forward_oot = _forward
 
 
 @UnquantizedFusedMoEMethod.register_oot
