@@ -110,9 +110,22 @@ def test_mxfp4_experts(lazily, log):
     check_moe(layer, given, lazily, swigluoai)
 
 
-def test_experts_of_an_online_model_stay_as_they_are():
+def test_mxfp4_experts_hold_the_blocks_that_a_rank_gets():
+    """Of gpt-oss' 2880 columns over four ranks: 23 blocks of 32, which are 736."""
+    layer = moe("mxfp4", {}, activation="swigluoai", has_bias=True, intermediate=720)
+    shapes = {name: tuple(t.shape) for name, t in layer.named_parameters()}
+    assert shapes["w13_weight"][1] == shapes["w13_bias"][1] == 2 * 768
+    assert shapes["w2_weight"][2] == 768 // 2
+    assert shapes["w2_weight_scale"][2] == 768 // 32
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, 128).bfloat16()
+    assert not layer(x, torch.randn(5, 4).bfloat16()).any()  # all of it is zero
+
+
+def test_experts_of_an_online_model_stay_as_they_are(log):
     layer = moe("fp8", {"quant_method": "other", "activation_scheme": "dynamic"})
     assert layer.w13_weight.dtype == torch.bfloat16
+    assert "experts are not quantised while they are loaded" in log.text
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.layer import (
 from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4MoEMethod
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.math_utils import round_up
 
 from . import unpack
 from .moe import apply_experts
@@ -48,6 +49,12 @@ def compressed_tensors_method(
         if (scheme := config.get_scheme_dict(layer, name)) is not None:
             weights = scheme["weights"]
             refuse("compressed-tensors", f"{weights.num_bits}-bit {weights.type}")
+    return unquantised(layer)
+
+
+def left_unquantised(layer: FusedMoE) -> UnquantizedFusedMoEMethod:
+    """For experts that the user asks to quantise while they are loaded."""
+    logger.info_once("xla_ops: experts are not quantised while they are loaded")
     return unquantised(layer)
 
 
@@ -134,7 +141,9 @@ class XlaMxfp4MoEMethod(_Dequantised, Mxfp4MoEMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         layer.orig_dtype = params_dtype
-        size = intermediate_size_per_partition
+        # vLLM shares whole blocks out to ranks, which may be more than a rank's part;
+        # what it does not fill stays zero, and adds nothing.
+        size = round_up(intermediate_size_per_partition, 2 * _MXFP4_BLOCK)
         shapes = {
             "w13_weight": (num_experts, 2 * size, hidden_size // 2),
             "w13_weight_scale": (num_experts, 2 * size, hidden_size // _MXFP4_BLOCK),

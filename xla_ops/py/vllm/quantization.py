@@ -216,8 +216,10 @@ class XlaFp8Config(Fp8Config):
             fused_mapping=self.packed_modules_mapping,
         )
         if isinstance(layer, FusedMoE):
-            if skipped or not self.is_checkpoint_fp8_serialized:
+            if skipped:
                 return moe_weights.unquantised(layer)
+            if not self.is_checkpoint_fp8_serialized:
+                return moe_weights.left_unquantised(layer)
             return moe_weights.XlaFp8MoEMethod(self, layer)
         return UnquantizedLinearMethod() if skipped else XlaFp8LinearMethod(self)
 
