@@ -166,9 +166,9 @@ def save_checkpoint(config, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def save_family(family: str, folder: Path) -> Path:
+def save_family(family: str, folder: Path, seed: int = 0) -> Path:
     """Writes the checkpoint of a family of `FAMILIES`."""
-    return save_checkpoint(_configs()[family], folder)
+    return save_checkpoint(_configs()[family], folder, seed)
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

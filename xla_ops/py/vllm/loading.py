@@ -9,6 +9,8 @@ Tested by tests/engine/test_loading.py.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 from tqdm import tqdm
 from vllm.attention.layer import Attention
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.model_loader import register_model_loader
@@ -86,6 +88,38 @@ def move(model: torch.nn.Module, device: torch.device, *, dummy: bool = False) -
     return mover.moved
 
 
+def reloading(load_weights: Callable, config: VllmConfig) -> Callable:
+    """`load_weights` of a model that was moved: writes each tensor to the device.
+
+    Raises:
+        NotImplementedError: weights are not as the checkpoint has them.
+    """
+    held = "quantised weights" if config.quant_config is not None else None
+    if config.lora_config is not None:
+        held = "layers with adapters"
+
+    @functools.wraps(load_weights)
+    def load(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any):
+        if held is not None:
+            raise NotImplementedError(
+                "xla_ops: load_weights must be of a model whose weights are as the"
+                f" checkpoint has them on XLA, got {held}"
+            )
+
+        def each() -> Iterator[tuple[str, torch.Tensor]]:
+            for weight in weights:
+                yield weight
+                # Else all copies wait, beside the weights that they are to replace.
+                torch_xla.sync()
+
+        with torch.inference_mode(False), torch.no_grad():
+            loaded = load_weights(each(), *args, **kwargs)
+            torch_xla.sync(wait=True)
+        return loaded
+
+    return load
+
+
 def _dummy(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Random numbers: small ones, or codes of 8 bits, beside which scales are small."""
     if like.element_size() > 1:
@@ -125,8 +159,10 @@ class _Mover:
         else:
             moved = tensor.detach().to(self._device)
         if is_parameter:
-            moved = torch.nn.Parameter(moved, requires_grad=False)
-            vars(moved).update(vars(tensor))  # what vLLM's layers ask a weight for
+            # Of its class, and with what vLLM's layers ask a weight for: load_weights
+            # may be called again.
+            moved = torch.Tensor._make_subclass(type(tensor), moved, False)
+            vars(moved).update(vars(tensor))
         self._known[id(tensor)] = (tensor, moved)
         if is_parameter:
             tensor.data = torch.empty(0, dtype=tensor.dtype)  # lets its memory go

@@ -62,6 +62,7 @@ class XlaModelRunner(GPUModelRunner):
         with host.without_cuda():
             super().__init__(vllm_config, torch.device("cpu"))
         self.xla_device = device
+        self.broadcast_pp_output = False  # there is one stage, and it has the logits
         self.cascade_attn_enabled = False
         host.join_buffers(self, self.input_batch)
         self._buckets = buckets(
@@ -120,6 +121,9 @@ class XlaModelRunner(GPUModelRunner):
             self.model_memory_usage += self._adapters.slots.num_bytes
         self._logits_of: Callable = self.model.compute_logits
         self.model.compute_logits = self._compute_logits
+        self.model.load_weights = loading.reloading(
+            self.model.load_weights, self.vllm_config
+        )
         self._prompt_logits = replay(
             self._logits_of_prompt, state=(self.model, *self._adapter_buffers)
         )
@@ -233,6 +237,15 @@ class XlaModelRunner(GPUModelRunner):
             logits = self._run_prompt(hidden, None if slots is None else slots[some])
             parts.append(logits.cpu()[: hidden.shape[0]])
         return torch.cat(parts)
+
+    def _get_nans_in_logits(
+        self, logits: StepResult | torch.Tensor | None
+    ) -> dict[str, int]:
+        if isinstance(logits, StepResult):
+            with torch.inference_mode(False):
+                logits = logits.logits.cpu()[: logits.num_rows]
+        counts: dict[str, int] = super()._get_nans_in_logits(logits)
+        return counts
 
     def _run_prompt(
         self, hidden: torch.Tensor, adapter_slots: np.ndarray | None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import torch
 import torch_xla
@@ -99,6 +100,14 @@ class XlaWorker(Worker):
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         refused.refuse("wake_up")
+
+    # Both want memory of the host under every weight.
+
+    def save_sharded_state(self, *args: Any, **kwargs: Any) -> None:
+        refused.refuse("save_sharded_state")
+
+    def save_tensorized_model(self, *args: Any, **kwargs: Any) -> None:
+        refused.refuse("save_tensorized_model")
 
 
 def _set_precision(dtype: torch.dtype) -> None:
