@@ -24,6 +24,8 @@ REFUSED = {
     "attention_backend": dict(attention_backend="TRITON_ATTN"),
     "additional_config": dict(additional_config={"async_scheduling": "no"}),
     "kv_sharing_fast_prefill": dict(kv_sharing_fast_prefill=True),
+    "enable_dbo": dict(enable_dbo=True, all2all_backend="deepep_low_latency"),
+    "enable_layerwise_nvtx_tracing": dict(enable_layerwise_nvtx_tracing=True),
     "profiler_config": dict(
         profiler_config={"profiler": "torch", "torch_profiler_dir": "/nowhere"}
     ),
@@ -58,6 +60,57 @@ def test_more_workers_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(platform.visible, "count", lambda environ: 1)
     with pytest.raises(NotImplementedError, match="at most 1, the visible GPUs, on"):
         config(tensor_parallel_size=2)
+
+
+def refused(made):
+    with pytest.raises(NotImplementedError) as raised:
+        platform.refuse(made)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "architecture, options, message",
+    [
+        ("ArcticForCausalLM", {}, "experts are vLLM's layer on XLA, got one with exp"),
+        ("MiniCPMForCausalLM", {"num_experts": 4}, "got one with experts of its own"),
+        ("Gemma3nForConditionalGeneration", {}, "takes tokens alone on XLA, got Gemma"),
+        (None, {"dual_chunk_attention_config": {"chunk_size": 8}}, "got one with dual"),
+    ],
+)
+def test_models_that_are_refused(architecture, options, message):
+    made = config()
+    hf_config = made.model_config.hf_config
+    if architecture is not None:
+        hf_config.architectures = [architecture]
+    hf_config.update(options)
+    assert message in refused(made)
+
+
+def test_positions_in_four_rows_are_refused(monkeypatch):
+    made = config()
+    kind = type(made.model_config)
+    monkeypatch.setattr(kind, "uses_xdrope_dim", 4, raising=False)
+    assert "must be one whose tokens have one position or three" in refused(made)
+
+
+def test_chunks_of_attention_are_refused_where_a_request_may_leave_one():
+    made = config(max_model_len=128)
+    made.model_config.attention_chunk_size = 128
+    platform.refuse(made)
+    made.model_config.attention_chunk_size = 64
+    assert "max_model_len must be at most 64, the model's att" in refused(made)
+
+
+def test_batch_invariance_is_refused(monkeypatch):
+    made = config()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert "VLLM_BATCH_INVARIANT must be 0 on XLA, got 1" in refused(made)
+
+
+def test_no_pass_pads_steps():
+    passes = {"pass_config": {"enable_sp": True}}
+    made = config(tensor_parallel_size=2, compilation_config=passes)
+    assert made.compilation_config.pass_config.enable_sp is False
 
 
 def test_defaults():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 from ..gpu import visible
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 logger = init_logger("vllm.xla_ops")
@@ -190,6 +191,23 @@ class XlaPlatform(Platform):
         _update(vllm_config)
 
 
+def _refused_models(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """What is wrong with a model that vLLM would start, and what is taken instead."""
+    names, config = set(model.architectures), model.hf_config
+    # They call vLLM's kernels themselves.
+    if "ArcticForCausalLM" in names or (
+        "MiniCPMForCausalLM" in names and getattr(config, "num_experts", 0)
+    ):
+        yield "one with experts of its own", "one whose experts are vLLM's layer"
+    # It looks embeddings of each layer up beside the model's program.
+    if "Gemma3nForConditionalGeneration" in names:
+        yield "Gemma 3n", "one that takes tokens alone"
+    if getattr(model, "uses_xdrope_dim", 0):
+        yield "one with XD-RoPE", "one whose tokens have one position or three"
+    if getattr(config, "dual_chunk_attention_config", None):
+        yield "one with dual chunk attention", "one without"
+
+
 def refuse(config: VllmConfig) -> None:
     """Raises NotImplementedError for what the engine on XLA cannot do."""
     model, parallel, cache = (
@@ -202,6 +220,7 @@ def refuse(config: VllmConfig) -> None:
     attention = getattr(getattr(config, "attention_config", None), "backend", None)
     asynchronous = config.additional_config.get("async_scheduling")
     profiler = getattr(getattr(config, "profiler_config", None), "profiler", None)
+    observability = config.observability_config
     # With fewer, a long request would wait for ever. vLLM keeps one for padding.
     num_blocks, least_blocks = cache.num_gpu_blocks_override, 2
     if model.get_sliding_window() is None:
@@ -220,6 +239,14 @@ def refuse(config: VllmConfig) -> None:
         (model.is_encoder_decoder, "model", "an encoder-decoder", "a decoder"),
         (model.has_inner_state, "model", "one with Mamba layers", "attention only"),
         (model.is_attention_free, "model", "one without attention", "attention"),
+        *((True, "model", got, rule) for got, rule in _refused_models(model)),
+        (
+            model.attention_chunk_size is not None
+            and model.max_model_len > model.attention_chunk_size,
+            "max_model_len",
+            model.max_model_len,
+            f"at most {model.attention_chunk_size}, the model's attention_chunk_size,",
+        ),
         (model.enable_prompt_embeds, "enable_prompt_embeds", True, "False"),
         (model.enable_sleep_mode, "enable_sleep_mode", True, "False"),
         *(
@@ -246,6 +273,7 @@ def refuse(config: VllmConfig) -> None:
             f"at most {num_devices}, the visible GPUs,",
         ),
         (parallel.enable_eplb, "enable_eplb", True, "False"),
+        (getattr(parallel, "enable_dbo", False), "enable_dbo", True, "False"),
         (config.kv_transfer_config is not None, "kv_transfer_config", "one", "None"),
         (
             getattr(config, "ec_transfer_config", None) is not None,
@@ -312,6 +340,18 @@ def refuse(config: VllmConfig) -> None:
         ),
         (profiler is not None, "profiler_config", f"one of {profiler}", "None"),
         (
+            getattr(observability, "enable_layerwise_nvtx_tracing", False),
+            "enable_layerwise_nvtx_tracing",
+            True,
+            "False",
+        ),
+        (
+            os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1",
+            "VLLM_BATCH_INVARIANT",
+            1,
+            "0",
+        ),
+        (
             os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1",
             "VLLM_USE_V2_MODEL_RUNNER",
             1,
@@ -336,6 +376,13 @@ def _update(config: VllmConfig) -> None:
     compilation.mode = CompilationMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.cudagraph_capture_sizes = []
+    # It has vLLM's runner pad steps for a pass that does not run.
+    passes = compilation.pass_config
+    # vLLM 0.12 has other names.
+    for name in ("enable_sp", "enable_sequence_parallelism"):
+        if hasattr(passes, name):
+            setattr(passes, name, False)
+            break
     config.model_config.disable_cascade_attn = True
     if config.parallel_config.worker_cls == "auto":
         config.parallel_config.worker_cls = "xla_ops.vllm.worker.XlaWorker"
