@@ -34,7 +34,7 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_SIZES = dict(
+SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=128,
     intermediate_size=256,
@@ -64,7 +64,7 @@ def _configs() -> dict[str, transformers.PretrainedConfig]:
         high_freq_factor=4.0,
         original_max_position_embeddings=64,
     )
-    sizes = _SIZES
+    sizes = SIZES
     return {
         "llama": transformers.LlamaConfig(
             **sizes, head_dim=32, rope_scaling=llama3_scaling
@@ -157,13 +157,24 @@ def _fill(model: transformers.PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def save_model(model: transformers.PreTrainedModel, folder: Path, seed: int = 0):
+    """Fills and writes a model, in float32, and returns it."""
+    torch.manual_seed(seed)
+    _fill(model.float())
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return model
+
+
 def save_checkpoint(config, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _fill(model)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
+    save_model(model, folder, seed)
     return folder
+
+
+def config(family: str) -> transformers.PretrainedConfig:
+    return _configs()[family]
 
 
 def save_family(family: str, folder: Path, seed: int = 0) -> Path:
