@@ -1,4 +1,4 @@
-"""Calls of a running engine that change its weights, and options that change its ends."""
+"""Weights loaded again into a running engine, and other calls of its workers."""
 
 import socket
 

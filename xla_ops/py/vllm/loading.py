@@ -99,7 +99,9 @@ def reloading(load_weights: Callable, config: VllmConfig) -> Callable:
         held = "layers with adapters"
 
     @functools.wraps(load_weights)
-    def load(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any):
+    def load(
+        weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any
+    ) -> Any:
         if held is not None:
             raise NotImplementedError(
                 "xla_ops: load_weights must be of a model whose weights are as the"

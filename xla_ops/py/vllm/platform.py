@@ -196,7 +196,7 @@ def _refused_models(model: ModelConfig) -> Iterator[tuple[str, str]]:
     names, config = set(model.architectures), model.hf_config
     # They call vLLM's kernels themselves.
     if "ArcticForCausalLM" in names or (
-        "MiniCPMForCausalLM" in names and getattr(config, "num_experts", 0)
+        "MiniCPMForCausalLM" in names and getattr(config, "num_experts", 0) > 0
     ):
         yield "one with experts of its own", "one whose experts are vLLM's layer"
     # It looks embeddings of each layer up beside the model's program.
