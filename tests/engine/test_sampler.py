@@ -13,6 +13,7 @@ from sampling_batch import metadata_of, padded, random_bits, request
 from xla_ops.programs.replay import compile_calls, replay
 from xla_ops.vllm.edits import Edits
 from xla_ops.vllm.fed import FedSample
+from xla_ops.vllm.sampled import SampledOnDevice
 from xla_ops.vllm.sampler import (
     LOGPROBS_MODES,
     DeviceSampler,
@@ -474,3 +475,14 @@ def test_what_goes_by_shared_memory_is_what_transfers_bring():
         assert got.tokens[: got.shape[0]].tolist() == got.cpu()[:, 0].tolist()
         assert got.tolist() == expected.tolist()
     assert not fed.late_programs
+
+
+def test_tokens_of_a_step_that_could_not_be_started(monkeypatch):
+    """What torch_xla says of them is about something else."""
+    tokens = torch.zeros(4, dtype=torch.int32).to("xla")
+    sampled = SampledOnDevice(tokens, 2, read=lambda rows: None)
+    assert sampled.fetch().tolist() == [[0], [0]]
+    monkeypatch.setattr("xla_ops.vllm.sampled.is_lost", lambda tensor: True)
+    lost = SampledOnDevice(tokens, 2, read=lambda rows: None)
+    with pytest.raises(RuntimeError, match="one whose program could not be started"):
+        lost.fetch()

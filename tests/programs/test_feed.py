@@ -19,6 +19,9 @@ from xla_ops.programs.feed import HostFeed
 from xla_ops.programs.replay import compile_calls, replay
 
 SIZES = (1, 7, 40, 100)
+CPU_ONLY = pytest.mark.skipif(
+    xr.device_type() != "CPU", reason="on a GPU it is a fault, which ends the client"
+)
 RESULTS = 5
 
 
@@ -104,6 +107,55 @@ def test_an_overwritten_result_is_none_at_once(steps):
     assert old[2].tolist() == [1, 2, 3, 4, 5]
 
 
+def test_a_result_is_none_once_it_may_be_overwritten():
+    """Not when it has been: a reader would see some of both."""
+    steps = Steps(slots=1)
+    fed, *_ = steps.launch(np.ones(7, np.int32))
+    assert fed.result(3).tolist() == [2, 2, 2]
+    steps.feed.begin(7)
+    assert fed.result(3).tolist() == [2, 2, 2]
+    steps.feed.number()  # its program may be launched now
+    assert fed.result(3) is None
+
+
+def test_a_number_for_a_compilation_is_no_step(monkeypatch):
+    """The slot may be that of a step that has not read its input."""
+    steps = Steps(slots=1)
+    steps.feed.begin(7)[:] = 1
+    number = steps.feed.number()
+    following, *_ = steps.program(number, steps.total, 7)
+    fed = steps.feed.end(following)
+    marked = steps.feed._fed.copy()
+    steps.feed.number()
+    assert (steps.feed._fed == marked).all()
+    assert fed.result(3).tolist() == [2, 2, 2]
+
+
+@CPU_ONLY
+def test_steps_go_on_after_one_whose_program_failed(monkeypatch):
+    """Those that took its number fail with it: as many as there are slots."""
+    monkeypatch.setattr(feed_module, "_PATIENCE_US", 100_000)
+    steps = Steps()
+    steps.check(*steps.launch(np.ones(7, np.int32)))
+    steps.feed.begin(7)[:] = 1
+    number = steps.feed.number()
+    steps.feed._fed[steps.feed._step % 4] = -7
+    following, *_ = steps.program(number, steps.total, 7)
+    steps.feed.end(following)
+    failed = 0
+    for _ in range(8):
+        try:
+            steps.total = torch.zeros(1, dtype=torch.int32, device="xla")
+            torch_xla.sync(wait=True)
+            launched = steps.launch(np.full(7, 3, np.int32))
+            launched[2].cpu()
+        except RuntimeError:
+            failed += 1
+            continue
+        steps.check(*launched)
+    assert 1 <= failed <= 5
+
+
 def test_a_result_that_does_not_come_is_none(steps, monkeypatch):
     monkeypatch.setattr(feed_module, "_PATIENCE_US", 1000)
     fed, *_ = steps.launch(np.ones(7, np.int32))
@@ -143,9 +195,7 @@ def test_a_step_that_failed_after_its_launch(steps):
     assert steps.total.item() == steps.wanted_total
 
 
-@pytest.mark.skipif(
-    xr.device_type() != "CPU", reason="on a GPU it is a fault, which ends the client"
-)
+@CPU_ONLY
 def test_a_step_that_was_not_fed_is_an_error():
     steps = Steps()
     number = torch.tensor([3], dtype=torch.int32).to("xla")

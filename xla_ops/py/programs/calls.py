@@ -63,6 +63,16 @@ def _failed(args: Sequence[torch.Tensor], inputs: Callable) -> RuntimeError:
     )
 
 
+def is_lost(tensor: torch.Tensor) -> bool:
+    """Whether the program that was to compute a tensor could not be started."""
+    if not _xlac._is_placecholder(tensor):
+        return False
+    # Until that program is handed over to the device, or has raised.
+    _xlac._xla_sync_multi([tensor], devices=[], wait=False, sync_xla_data=False)
+    lost: bool = _xlac._is_placecholder(tensor)
+    return lost
+
+
 def _lost(tensors: Sequence[torch.Tensor]) -> str:
     lost = [t for t in tensors if _xlac._is_placecholder(t)]
     return ", ".join(str(list(t.shape)) for t in lost)

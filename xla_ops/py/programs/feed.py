@@ -35,6 +35,7 @@ from .. import _runtime
 from ..core import handlers, paths, tracing
 from ..core.custom_call import CustomCall, call_in_graph
 from ..core.hlo import Spec
+from .calls import is_lost
 
 _OP = "host_feed"
 _MAX_CHANNELS = 2  # XLA_OPS_HOST_FEED_CHANNELS
@@ -144,17 +145,25 @@ class HostFeed:
         last = self._step - self._slots
         if last >= 0 and not self._is_there(last, 0, _PATIENCE_US):
             xm.wait_device_ops()
+            if not self._is_there(last, 0, 0):
+                self._number = (
+                    None  # its program failed, and all after it by its number
+                )
         return self._inputs[self._step % self._slots, :elements]
 
     def number(self) -> torch.Tensor:
-        """The step's, for its program; what was written is there for it."""
-        if self._number is None:
+        """The step's, for its program; what was written is there for it.
+
+        Before `begin` it is one to compile the program with.
+        """
+        if self._number is None or is_lost(self._number):
             low = self._step % _NUMBERS
             number = np.array([low], np.uint32).view(np.int32)
             device = torch_xla.device()
             with torch.inference_mode(False):
                 self._number = torch.from_numpy(number).to(device)
-        self._fed[self._step % self._slots] = self._step % _NUMBERS
+        if self._is_begun:  # else the slot may be another step's still
+            self._fed[self._step % self._slots] = self._step % _NUMBERS
         return self._number
 
     def end(self, following: torch.Tensor) -> FedStep:
@@ -177,9 +186,11 @@ class HostFeed:
     def _read(self, step: int, channel: int, elements: int) -> np.ndarray | None:
         if not self._is_there(step, channel, _PATIENCE_US):
             return None
-        values = self._results[channel][step % self._slots, :elements].copy()
-        # Unless it has been overwritten meanwhile.
-        return values if self._is_there(step, channel, 0) else None
+        slot = step % self._slots
+        values = self._results[channel][slot, :elements].copy()
+        # Unless a program that may have overwritten it was launched meanwhile: its
+        # input was marked before, its result is marked only after all of it is there.
+        return values if self._fed[slot] == step % _NUMBERS else None
 
 
 class FedStep:

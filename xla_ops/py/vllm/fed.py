@@ -16,6 +16,9 @@ import torch
 from ..programs.feed import FedStep, HostFeed
 from . import sampling
 
+# Steps that keep their inputs, which are pinned memory. Two are under way at most.
+FEED_SLOTS = 4
+
 Program = Callable[..., Any]  # returns a sequence of tensors
 
 
@@ -27,7 +30,8 @@ class FedSample:
     """
 
     def __init__(self, max_rows: int):
-        self._feed = HostFeed(sampling.NUM_PARAMS * max_rows, max_rows)
+        size = sampling.NUM_PARAMS * max_rows
+        self._feed = HostFeed(size, max_rows, FEED_SLOTS)
 
     def program(self, sample: Program, rows: int) -> Program:
         """The program of logits and a call's number, of one of logits and params.

@@ -34,6 +34,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from ..programs.feed import FedStep
 from .sampled import SampledOnDevice
 from .sampler import DeviceSampler, random_bits
 
@@ -60,6 +61,7 @@ class DeviceRejectionSampler:
         argmax: torch.Tensor | None = None,
         grammar_bitmask: np.ndarray | None = None,
         discard: Sequence[bool] | np.ndarray | None = None,
+        fed: FedStep | None = None,
     ) -> SamplerOutput:
         """Samples a step with drafts, and waits for it.
 
@@ -71,6 +73,7 @@ class DeviceRejectionSampler:
             argmax: see DeviceSampler.
             grammar_bitmask: see DeviceSampler; a row a row of logits.
             discard: see DeviceSampler; a row a request.
+            fed: see DeviceSampler.
 
         Returns:
             The tokens, [requests, max_spec_len + 1] int32 on the host, -1 after the
@@ -104,6 +107,7 @@ class DeviceRejectionSampler:
             request.size,
             grammar_bitmask,
             discard,
+            fed,
         )
         drawn = sampled.cpu()[:, 0].numpy()
         tokens = np.full(

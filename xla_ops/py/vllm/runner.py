@@ -40,7 +40,7 @@ from ..programs.feed import FedStep, HostFeed
 from ..programs.replay import compile_calls, replay
 from . import communicator, host, loading, tuning
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
-from .fed import FedSample
+from .fed import FEED_SLOTS, FedSample
 from .platform import is_gpu
 from .rejection import DeviceRejectionSampler
 from .results import PromptRows, StepResult
@@ -313,7 +313,7 @@ class XlaModelRunner(GPUModelRunner):
         largest = self._layout(self.max_num_tokens, self._adapters is not None).size
         feed = vars(self).get("_feed")
         if feed is None or feed.in_elements < largest:
-            self._feed = HostFeed(largest, self._max_logit_rows)
+            self._feed = HostFeed(largest, self._max_logit_rows, FEED_SLOTS)
         self._run_step = replay(
             lambda number, previous, layout: self._step(
                 number, previous, layout, self._groups
@@ -535,6 +535,7 @@ class XlaModelRunner(GPUModelRunner):
             logits.greedy,
             self._bitmask,
             discarded,
+            logits.fed,
         )
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> tuple:

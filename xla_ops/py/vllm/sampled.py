@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsLists, SamplerOutput
 
+from ..programs.calls import is_lost
 from .edits import PENDING
 
 
@@ -70,10 +71,10 @@ class SampledOnDevice:
         rows = self.shape[0]
         if self._logprobs is None or self._num_logprobs is None:
             sent = self._read(rows) if self._read is not None else None
-            tokens = self.tokens.cpu() if sent is None else torch.from_numpy(sent)
+            tokens = self._fetch_tokens() if sent is None else torch.from_numpy(sent)
             host = tokens[:rows].unsqueeze(-1)
         elif self._num_logprobs == -1:
-            host = self.tokens.cpu()[:rows].unsqueeze(-1)
+            host = self._fetch_tokens()[:rows].unsqueeze(-1)
             self._lists = self._all_logprobs(self._logprobs.cpu()[:rows])
         else:
             columns = self._logprobs.cpu()[:rows]
@@ -85,6 +86,15 @@ class SampledOnDevice:
             if place < len(output) and output[place] == PENDING:
                 output[place] = int(host[row, 0])
         return host
+
+    def _fetch_tokens(self) -> torch.Tensor:
+        if self.tokens.device.type == "xla" and is_lost(self.tokens):
+            # The thread that launched the next program has been told why.
+            raise RuntimeError(
+                "xla_ops: a step must have tokens, got one whose program could not be"
+                " started: the error before this one says why"
+            )
+        return self.tokens.cpu()
 
     def _all_logprobs(self, values: torch.Tensor) -> LogprobsLists:
         for row, own in self._host_logprobs.items():
