@@ -48,22 +48,18 @@ def test_weights_are_reloaded(family):
         assert answers(llm) != before
 
 
-def test_weights_of_another_form_are_not_reloaded():
+def test_calls_that_are_refused_change_nothing():
     folder = vllm_session.checkpoint("llama")
     with engine(folder, dtype="bfloat16", quantization="fp8") as llm:
         before = answers(llm)
         message = "load_weights must be of a model .* on XLA, got quantised weights"
         with pytest.raises(NotImplementedError, match=message):
             llm.collective_rpc("reload_weights")
+        for name in ("save_sharded_state", "save_tensorized_model"):
+            message = f"xla_ops: {name} must not be called on XLA"
+            with pytest.raises(NotImplementedError, match=message):
+                llm.collective_rpc(name, args=("/nowhere",))
         assert answers(llm) == before
-
-
-@pytest.mark.parametrize("name", ["save_sharded_state", "save_tensorized_model"])
-def test_saving_is_refused(name):
-    with engine(vllm_session.checkpoint("llama")) as llm:
-        message = f"xla_ops: {name} must not be called on XLA"
-        with pytest.raises(NotImplementedError, match=message):
-            llm.collective_rpc(name, args=("/nowhere",))
 
 
 def test_numbers_that_are_none_are_counted(monkeypatch):
