@@ -157,9 +157,8 @@ def _fill(model: transformers.PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def save_model(model: transformers.PreTrainedModel, folder: Path, seed: int = 0):
+def save_model(model: transformers.PreTrainedModel, folder: Path):
     """Fills and writes a model, in float32, and returns it."""
-    torch.manual_seed(seed)
     _fill(model.float())
     model.save_pretrained(folder)
     save_tokenizer(folder)
@@ -169,7 +168,7 @@ def save_model(model: transformers.PreTrainedModel, folder: Path, seed: int = 0)
 def save_checkpoint(config, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    save_model(model, folder, seed)
+    save_model(model, folder)
     return folder
 
 
