@@ -27,8 +27,8 @@ GREEDY = dict(
     max_tokens=ANSWER,
     extra_body={"ignore_eos": True, "return_token_ids": True},
 )
-# Text comes once its bytes are characters, and of a random model not all are; and a busy
-# server joins what it has not handed on.
+# Text comes once its bytes are characters, and of a random model not all are; and a
+# busy server joins what it has not handed on.
 LONG = GREEDY | {"max_tokens": 150}
 
 
