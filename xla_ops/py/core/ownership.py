@@ -315,15 +315,25 @@ def _is_free_soon(tensor: torch.Tensor, finish_reads: bool, num_clones: int) -> 
                 return False
             time.sleep(20e-6)
         if limit == _HANDOVER_S:
-            import torch_xla
-
-            # Of a tensor that has a buffer torch_xla computes nothing. It waits for
-            # its turn to start a program, and not for the program before, beside
-            # which the next one is to be started.
-            torch_xla._XLAC._xla_sync_multi(
-                [tensor], devices=[], wait=False, sync_xla_data=False
-            )
+            await_handover(tensor)
     return False
+
+
+def await_handover(value: torch.Tensor) -> None:
+    """Waits until the program that was started last is handed over to the device.
+
+    Not for its end: the next one is to be started beside it. Raises what it raised
+    where it could not be started.
+
+    Args:
+        value: any tensor of torch_xla's that has a buffer, or is to have one by then:
+            of those it computes nothing, and waits for its turn to start a program.
+    """
+    import torch_xla
+
+    torch_xla._XLAC._xla_sync_multi(
+        [value], devices=[], wait=False, sync_xla_data=False
+    )
 
 
 def _value(t: torch.Tensor) -> torch.Tensor | None:

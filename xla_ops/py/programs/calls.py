@@ -67,8 +67,7 @@ def is_lost(tensor: torch.Tensor) -> bool:
     """Whether the program that was to compute a tensor could not be started."""
     if not _xlac._is_placecholder(tensor):
         return False
-    # Until that program is handed over to the device, or has raised.
-    _xlac._xla_sync_multi([tensor], devices=[], wait=False, sync_xla_data=False)
+    ownership.await_handover(tensor)
     lost: bool = _xlac._is_placecholder(tensor)
     return lost
 

@@ -146,9 +146,8 @@ class HostFeed:
         if last >= 0 and not self._is_there(last, 0, _PATIENCE_US):
             xm.wait_device_ops()
             if not self._is_there(last, 0, 0):
-                self._number = (
-                    None  # its program failed, and all after it by its number
-                )
+                # Its program failed, and all after it by its number.
+                self._number = None
         return self._inputs[self._step % self._slots, :elements]
 
     def number(self) -> torch.Tensor:
@@ -188,8 +187,8 @@ class HostFeed:
             return None
         slot = step % self._slots
         values = self._results[channel][slot, :elements].copy()
-        # Unless a program that may have overwritten it was launched meanwhile: its
-        # input was marked before, its result is marked only after all of it is there.
+        # Unless a program that overwrites it may have been launched meanwhile, which
+        # is after its input was marked; its result is marked when all of it is there.
         return values if self._fed[slot] == step % _NUMBERS else None
 
 
