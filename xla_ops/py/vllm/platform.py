@@ -376,13 +376,10 @@ def _update(config: VllmConfig) -> None:
     compilation.mode = CompilationMode.NONE
     compilation.cudagraph_mode = CUDAGraphMode.NONE
     compilation.cudagraph_capture_sizes = []
-    # It has vLLM's runner pad steps for a pass that does not run.
+    # vLLM's runner would pad steps for sequence parallelism, a pass that does not run.
     passes = compilation.pass_config
-    # vLLM 0.12 has other names.
-    for name in ("enable_sp", "enable_sequence_parallelism"):
-        if hasattr(passes, name):
-            setattr(passes, name, False)
-            break
+    has_sp = hasattr(passes, "enable_sp")  # vLLM 0.12 has the other name
+    setattr(passes, "enable_sp" if has_sp else "enable_sequence_parallelism", False)
     config.model_config.disable_cascade_attn = True
     if config.parallel_config.worker_cls == "auto":
         config.parallel_config.worker_cls = "xla_ops.vllm.worker.XlaWorker"
