@@ -17,14 +17,12 @@ from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 import vllm_session
-from vllm_checkpoints import EOS, VOCABULARY
+from vllm_checkpoints import EOS, OTHER, PROMPT, VOCABULARY
 from vllm_in_process import OPTIONS, engine, generate, greedy, metric, steady, tokens
 from vllm_oracle import assert_greedy
 from vllm_session import MODES
 
 FAMILY = "llama"
-PROMPT = [(11 * i + 3) % 256 + 64 for i in range(20)]
-OTHER = [(17 * i + 5) % 256 + 64 for i in range(37)]
 ANSWER = 16
 
 

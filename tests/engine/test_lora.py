@@ -14,8 +14,8 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 import vllm_session
-from vllm_adapters import ANSWER, LORA, OTHER, PROMPT, answers, assert_answers
-from vllm_checkpoints import LINEAR, merge_lora, save_lora
+from vllm_adapters import ANSWER, LORA, answers, assert_answers
+from vllm_checkpoints import LINEAR, OTHER, PROMPT, merge_lora, save_lora
 from vllm_in_process import OPTIONS, core, engine, metric, steady
 from vllm_oracle import Oracle, worst_difference
 from vllm_session import FOLDER, MODES

@@ -10,8 +10,15 @@ from torch import nn
 from vllm.lora.request import LoRARequest
 
 import vllm_session
-from vllm_adapters import ANSWER, LORA, OTHER, PROMPT, answers, assert_answers
-from vllm_checkpoints import ATTENTION, merge_lora, save_checkpoint, save_lora
+from vllm_adapters import ANSWER, LORA, answers, assert_answers
+from vllm_checkpoints import (
+    ATTENTION,
+    OTHER,
+    PROMPT,
+    merge_lora,
+    save_checkpoint,
+    save_lora,
+)
 from vllm_in_process import engine, greedy, metric, steady
 from vllm_oracle import Oracle, assert_greedy
 from vllm_quantized import SCHEMES, QuantizedOracle, base_config, save_quantized

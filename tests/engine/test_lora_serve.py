@@ -6,8 +6,8 @@ import openai
 import pytest
 
 import vllm_session
-from vllm_adapters import ANSWER, OTHER, PROMPT
-from vllm_checkpoints import merge_lora, save_lora
+from vllm_adapters import ANSWER
+from vllm_checkpoints import OTHER, PROMPT, merge_lora, save_lora
 from vllm_oracle import Oracle, assert_greedy
 from vllm_server import NAME, serving
 

@@ -41,10 +41,8 @@ def gemma3():
 
 def qwen2_vl():
     """Whose tokens have three positions."""
-    text = vllm_checkpoints.config("llama").to_dict()
-    sizes = {name: text[name] for name in vllm_checkpoints.SIZES}
     config = transformers.Qwen2VLConfig(
-        text_config=sizes
+        text_config=vllm_checkpoints.SIZES
         | dict(
             rope_theta=10000.0,
             rope_scaling={"rope_type": "default", "mrope_section": [4, 6, 6]},

@@ -7,11 +7,9 @@ from vllm import SamplingParams
 
 import vllm_checkpoints
 import vllm_session
+from vllm_checkpoints import OTHER, PROMPT
 from vllm_in_process import core, engine, generate, greedy, tokens
 from vllm_oracle import assert_greedy
-
-PROMPT = [(11 * i + 3) % 256 + 64 for i in range(20)]
-OTHER = [(17 * i + 5) % 256 + 64 for i in range(37)]
 
 
 def answers(llm):

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
+from vllm_checkpoints import OTHER, PROMPT
 from vllm_in_process import greedy
 from vllm_oracle import Oracle, assert_greedy, worst_difference
 
-PROMPT = [(11 * i + 3) % 256 + 64 for i in range(20)]
-OTHER = [(17 * i + 5) % 256 + 64 for i in range(37)]
 ANSWER = 12
 # Fewer slots than the tests have adapters, and smaller ranks among them.
 LORA = dict(enable_lora=True, max_loras=2, max_lora_rank=8)

@@ -18,6 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PAD, BOS, EOS, _, END_OF_TURN = range(len(SPECIAL))
 VOCABULARY = 384
+# Token ids of two prompts.
+PROMPT = [(11 * i + 3) % 256 + 64 for i in range(20)]
+OTHER = [(17 * i + 5) % 256 + 64 for i in range(37)]
 MAX_LEN = 512
 WINDOW = 24
 
