@@ -164,7 +164,7 @@ def speed_cases():
     for count, length in ((64, 4096), (1, 512), (1, 1024), (1, 2048), (1, 4096),
                           (8, 1024), (64, 576), (64, 1024)):  # fmt: skip
         yield f"{count} x {length}, fp8", count * [length], {"dtype": FP8}
-    # Whose tiles are not a whole number a warp, and next to them.
+    # A decode step of benchmarks/vllm_engine.py, and one tile less and more.
     for length in (512, 576, 640):
         yield f"64 x {length}", 64 * [length], {}
     yield "64 x 1520", 64 * [1520], {}
