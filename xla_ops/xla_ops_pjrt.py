@@ -78,9 +78,9 @@ def _make_class(base: type) -> type:
         def client_create_options(self) -> dict:
             """Options of PJRT_Client_Create, from the environment."""
             try:
-                from xla_ops.gpu import options
+                from xla_ops.gpu import options, share
 
-                return options.client_options(os.environ)
+                return share.fitted(options.client_options(os.environ))
             except Exception:  # noqa: BLE001 - library_path has reported it
                 return {}
 

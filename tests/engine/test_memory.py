@@ -2,7 +2,8 @@
 
 import pytest
 
-from xla_ops.vllm.memory import Memory, for_caches, memory, set_share
+from xla_ops.gpu import share
+from xla_ops.vllm.memory import Memory, check_free, for_caches, memory, set_share
 
 GIB = 1 << 30
 
@@ -48,3 +49,19 @@ def test_share(given, wanted):
     environ = dict(given)
     set_share(0.8, environ)
     assert environ == wanted
+
+
+def test_memory_that_others_have(monkeypatch):
+    rooms = [share.Room(80 * GIB, 40 * GIB), share.Room(80 * GIB, 20 * GIB)]
+    monkeypatch.setattr(share, "room", lambda ordinal: rooms[ordinal])
+    check_free(0.5, {})
+    message = (
+        r"xla_ops: gpu_memory_utilization must be at most 0.250, what is free of the GPU"
+        r" \(20.0 of 80.0 GiB\), got 0.5: lower it"
+    )
+    rank = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    with pytest.raises(ValueError, match=message):
+        check_free(0.5, rank)
+    check_free(0.25, rank)
+    monkeypatch.setattr(share, "room", lambda ordinal: None)
+    check_free(0.5, rank)

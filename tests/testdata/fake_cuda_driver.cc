@@ -75,6 +75,12 @@ int cuDeviceTotalMem_v2(size_t* bytes, int) {
   return 0;
 }
 
+// Bytes that are all 1 for device 0, 2 for device 1, ...
+int cuDeviceGetUuid_v2(unsigned char* uuid, int device) {
+  std::memset(uuid, device - 6, 16);
+  return Capability(device - 7) < 0 ? kInvalidValue : 0;
+}
+
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const int capability = Capability(device - 7);
   if (capability < 0) return kInvalidValue;

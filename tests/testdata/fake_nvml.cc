@@ -4,6 +4,7 @@
 //   FAKE_NVML_GPUS   UUIDs, such as "GPU-12,GPU-34"; "lost" is a GPU that gives
 //                    no handle
 //   FAKE_NVML_MIGS   UUIDs of the last GPU's MIG instances (none)
+//   FAKE_NVML_FREE   bytes free of each (not supported)
 // Every nvmlInit_v2 has to be undone, or fake_nvml_users() is not 0.
 // Built by tests/fakes.py.
 
@@ -86,6 +87,30 @@ int nvmlDeviceGetUUID(void* device, char* uuid, unsigned length) {
                                : List("FAKE_NVML_MIGS")[number - 1000];
   if (text.size() >= length) return kInsufficientSize;
   std::snprintf(uuid, length, "%s", text.c_str());
+  return 0;
+}
+
+int nvmlDeviceGetHandleByUUID(const char* uuid, void** device) {
+  const std::vector<std::string> gpus = List("FAKE_NVML_GPUS");
+  const std::vector<std::string> migs = List("FAKE_NVML_MIGS");
+  for (size_t i = 0; i < gpus.size(); ++i) {
+    if (gpus[i] == uuid) *device = Handle(i + 1);
+    if (gpus[i] == uuid) return 0;
+  }
+  for (size_t i = 0; i < migs.size(); ++i) {
+    if (migs[i] == uuid) *device = Handle(1000 + i);
+    if (migs[i] == uuid) return 0;
+  }
+  return kNotFound;
+}
+
+// Total, free and used.
+int nvmlDeviceGetMemoryInfo(void*, unsigned long long* memory) {
+  const char* free = std::getenv("FAKE_NVML_FREE");
+  if (free == nullptr) return kNotSupported;
+  memory[0] = 80ull << 30;
+  memory[1] = std::strtoull(free, nullptr, 10);
+  memory[2] = memory[0] - memory[1];
   return 0;
 }
 

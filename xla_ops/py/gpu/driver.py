@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import uuid
 
 from ..core.errors import Problem
 from . import visible
@@ -87,6 +88,20 @@ def query() -> Driver:
         cuda_version=(version // 1000, version % 1000 // 10),
         devices=tuple(_read_device(cuda, ordinal) for ordinal in range(count)),
     )
+
+
+def uuid_of(ordinal: int) -> uuid.UUID:
+    """A visible device's, or that of its MIG instance.
+
+    Raises:
+      DriverError: as `query`, or there is no such device.
+    """
+    query()
+    cuda = ctypes.CDLL(_DRIVER_LIBRARY)
+    device = _read_int(cuda, "cuDeviceGet", ordinal)
+    found = (ctypes.c_ubyte * 16)()
+    _check(cuda, "cuDeviceGetUuid", cuda.cuDeviceGetUuid_v2(found, device))
+    return uuid.UUID(bytes=bytes(found))
 
 
 def _check(cuda: ctypes.CDLL, function: str, result: int) -> None:

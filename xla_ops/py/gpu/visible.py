@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -92,6 +95,30 @@ def _index(start: str, uuids: Sequence[str]) -> int | None:
 
 def query() -> Gpus | None:
     """Asks NVML for the machine's GPUs; None where it cannot tell."""
+    return _ask(_query)
+
+
+def free_bytes(device: uuid.UUID) -> int | None:
+    """Bytes of a GPU, or of a MIG instance, that nobody has taken.
+
+    None where NVML cannot tell.
+    """
+
+    def free(nvml: ctypes.CDLL) -> int | None:
+        handle = ctypes.c_void_p()
+        memory = (ctypes.c_uint64 * 3)()  # total, free, used
+        for kind in ("GPU", "MIG"):
+            name = f"{kind}-{device}".encode()
+            if nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0:
+                if nvml.nvmlDeviceGetMemoryInfo(handle, memory) == 0:
+                    return memory[1]
+        return None
+
+    return _ask(free)
+
+
+def _ask(question: Callable[[ctypes.CDLL], T | None]) -> T | None:
+    """What NVML answers; None where it cannot be asked."""
     try:
         nvml = ctypes.CDLL(_NVML_LIBRARY)
     except OSError:
@@ -99,7 +126,7 @@ def query() -> Gpus | None:
     if nvml.nvmlInit_v2() != 0:
         return None
     try:
-        return _query(nvml)
+        return question(nvml)
     finally:
         nvml.nvmlShutdown()
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch_xla
 import torch_xla.core.xla_model as xm
 
+from ..gpu import options, share
+
 # Of what the client has beside weights, caches and what a step takes: kernels and
 # constants of programs yet to be loaded, and what breaks into pieces.
 _SLACK = 0.02
@@ -31,7 +33,7 @@ class Memory(NamedTuple):
     peak: int
 
 
-def set_share(share: float, environ: dict | os._Environ = os.environ) -> None:
+def set_share(utilization: float, environ: dict | os._Environ = os.environ) -> None:
     """Has a GPU client that is yet to start take this share of the card.
 
     A share that the user has set himself stays.
@@ -39,7 +41,26 @@ def set_share(share: float, environ: dict | os._Environ = os.environ) -> None:
     for name in ("PJRT_ALLOCATOR_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         if name in environ:
             return
-    environ["PJRT_ALLOCATOR_FRACTION"] = str(share)
+    environ["PJRT_ALLOCATOR_FRACTION"] = str(utilization)
+
+
+def check_free(utilization: float, environ: Mapping[str, str] = os.environ) -> None:
+    """Raises ValueError where others have memory of the GPU that the client is to take.
+
+    The client would take what there is (gpu/share.py), and caches be smaller than was
+    asked for.
+    """
+    (ordinal, *_) = options.client_options(environ).get("visible_devices", [0])
+    found = share.room(ordinal)
+    if found is None or utilization * found.total <= found.free:
+        return
+    raise ValueError(
+        "xla_ops: gpu_memory_utilization must be at most"
+        f" {found.free / found.total:.3f}, what is free of the GPU"
+        f" ({found.free / 2**30:.1f} of {found.total / 2**30:.1f} GiB), got"
+        f" {utilization:g}: lower it, or end the processes that have the rest"
+        " (nvidia-smi)"
+    )
 
 
 def memory() -> Memory | None:

@@ -55,6 +55,8 @@ class XlaWorker(Worker):
         if world_size > 1 and is_gpu():
             cpu_group = get_world_group().cpu_group
             processes.set_ranks(cpu_group, self.local_rank, world_size)
+        if is_gpu():
+            memory.check_free(self.cache_config.gpu_memory_utilization)
         self.device = torch_xla.device()
         _set_precision(self.model_config.dtype)
         set_random_seed(self.model_config.seed)
