@@ -11,15 +11,11 @@ from vllm.v1.sample.sampler import Sampler
 
 from sampling_batch import metadata_of, padded, random_bits, request
 from xla_ops.programs.replay import compile_calls, replay
+from xla_ops.vllm import bitmasks
 from xla_ops.vllm.edits import Edits
 from xla_ops.vllm.fed import FedSample
 from xla_ops.vllm.sampled import SampledOnDevice
-from xla_ops.vllm.sampler import (
-    LOGPROBS_MODES,
-    DeviceSampler,
-    arrange_bitmask,
-    pack_bits,
-)
+from xla_ops.vllm.sampler import LOGPROBS_MODES, DeviceSampler
 
 BUCKET, LARGEST = 8, 16
 
@@ -415,12 +411,12 @@ def test_what_it_refuses():
 
 def test_bitmasks():
     allowed = np.random.default_rng(0).random((3, 45)) < 0.5
-    bits = pack_bits(allowed)
+    bits = bitmasks.pack(allowed)
     unpacked = np.unpackbits(bits.view(np.uint8), axis=-1, bitorder="little")
     np.testing.assert_array_equal(unpacked[:, :45], allowed)
     assert unpacked[:, 45:].all()
     given = np.arange(4, dtype=np.int32)[:, None].repeat(2, 1)
-    arranged = arrange_bitmask(given, ["b", "gone", "a"], {"a": 3, "b": 0}, 5, {"b": 1})
+    arranged = bitmasks.arrange(given, ["b", "gone", "a"], {"a": 3, "b": 0}, 5, {"b": 1})
     assert arranged[:, 0].tolist() == [0, 1, -1, 3, -1]
 
 

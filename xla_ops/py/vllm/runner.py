@@ -38,14 +38,14 @@ from vllm.v1.worker.utils import bind_kv_cache
 
 from ..programs.feed import FedStep, HostFeed
 from ..programs.replay import compile_calls, replay
-from . import communicator, host, loading, tuning
+from . import bitmasks, communicator, host, loading, tuning
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
 from .fed import FEED_SLOTS, FedSample
 from .platform import is_gpu
 from .rejection import DeviceRejectionSampler
 from .results import PromptRows, StepResult
 from .sampled import SampledOnDevice
-from .sampler import DeviceSampler, arrange_bitmask
+from .sampler import DeviceSampler
 from .step import Layout, Step, buckets
 
 logger = init_logger("vllm.xla_ops")
@@ -501,7 +501,7 @@ class XlaModelRunner(GPUModelRunner):
                 1 + drafts.get(request, 0) for request in self.input_batch.req_ids
             ]
             first = np.cumsum([0, *counts])
-            self._bitmask = arrange_bitmask(
+            self._bitmask = bitmasks.arrange(
                 grammar_output.grammar_bitmask,
                 grammar_output.structured_output_request_ids,
                 dict(zip(self.input_batch.req_ids, first.tolist(), strict=False)),

@@ -35,6 +35,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from ..programs.feed import FedStep
+from . import bitmasks
 from . import edits as edits_module
 from . import sampling
 from .edits import PENDING, Edits
@@ -109,6 +110,7 @@ class DeviceSampler:
                 f"times it less than 2**31, got {vocab_size} and {max_rows}"
             )
         self.vocab_size, self.max_rows, self.device = vocab_size, max_rows, device
+        self._words = -(-vocab_size // 32)  # of a bitmask
         self.late_programs: list[Key] = []
         self.host_rows = self.host_waits = 0
         self._make_program, self._compile_calls = make_program, compile_calls
@@ -280,7 +282,7 @@ class DeviceSampler:
                 row, which spares a greedy batch without edits a program; or None.
             metadata: vLLM's; row i of it is row i of the logits.
             num_rows: how many rows there are.
-            grammar_bitmask: [num_rows, words] int32, see `arrange_bitmask`.
+            grammar_bitmask: [num_rows, words] int32, see `bitmasks.arrange`.
             discard: rows whose token is thrown away, a prompt's that goes on: they
                 use up no random number.
             fed: the step, if it has sent `argmax` to the host.
@@ -298,7 +300,7 @@ class DeviceSampler:
         uniform = self._uniform(metadata, num_rows, discarded)
         fetched = logits
         if grammar_bitmask is not None:
-            words = self._padded(grammar_bitmask, rows)
+            words = bitmasks.padded(grammar_bitmask, rows, self._words)
             logits = self._run("mask", rows, None, logits, self._up(words))
         reported = logits
         allowed = self._allowed_bits(metadata, rows)
@@ -380,17 +382,6 @@ class DeviceSampler:
 
     # ---- What goes to the device
 
-    @property
-    def _words(self) -> int:
-        return -(-self.vocab_size // 32)
-
-    def _padded(self, bitmask: np.ndarray, rows: int) -> np.ndarray:
-        """Tokens and rows that a bitmask does not cover are allowed."""
-        words = np.full((rows, self._words), -1, np.int32)
-        width = min(self._words, bitmask.shape[1])
-        words[: bitmask.shape[0], :width] = bitmask[:, :width]
-        return words
-
     def _allowed_bits(
         self, metadata: SamplingMetadata, rows: int
     ) -> torch.Tensor | None:
@@ -399,7 +390,9 @@ class DeviceSampler:
             return None
         # vLLM makes new metadata when the batch changes, and only then.
         if self._allowed[0] is not metadata or self._allowed[1] != rows:
-            words = self._padded(pack_bits(~forbidden.numpy()), rows)
+            words = bitmasks.padded(
+                bitmasks.pack(~forbidden.numpy()), rows, self._words
+            )
             self._allowed = (metadata, rows, self._up(words))
         return self._allowed[2]
 
@@ -477,7 +470,7 @@ class DeviceSampler:
             parts.append(taken.cpu()[: len(part)])
         logits = torch.cat(parts)
         if bitmask is not None:
-            words = self._padded(bitmask[own], len(own))
+            words = bitmasks.padded(bitmask[own], len(own), self._words)
             logits = sampling.mask(logits, torch.from_numpy(words))
         reported = logits
         if (forbidden := metadata.allowed_token_ids_mask) is not None:
@@ -565,36 +558,3 @@ def _applied(
         if row in processor.req_info:
             logits[at] = processor.req_info[row](logits[at])
     return logits
-
-
-def pack_bits(allowed: np.ndarray) -> np.ndarray:
-    """Booleans [rows, V] as int32 [rows, ceil(V / 32)], the first in the lowest bit."""
-    missing = -allowed.shape[1] % 32
-    padded = np.pad(allowed, ((0, 0), (0, missing)), constant_values=True)
-    return np.packbits(padded, axis=-1, bitorder="little").view("<i4")
-
-
-def arrange_bitmask(
-    bitmask: np.ndarray,
-    request_ids: Sequence[str],
-    row_of: dict[str, int],
-    num_rows: int,
-    num_drafts: dict[str, int] | None = None,
-) -> np.ndarray:
-    """The scheduler's grammar bitmask in the order of the logits.
-
-    Args:
-        bitmask: GrammarOutput.grammar_bitmask, the rows of `request_ids` in turn.
-        request_ids: GrammarOutput.structured_output_request_ids.
-        row_of: each request's first row of the logits.
-        num_rows: rows of logits. Those of other requests allow every token.
-        num_drafts: how many draft tokens a request has, each with a row of its own.
-    """
-    arranged = np.full((num_rows, bitmask.shape[1]), -1, np.int32)
-    at = 0
-    for request in request_ids:
-        count = 1 + (num_drafts or {}).get(request, 0)
-        if (row := row_of.get(request)) is not None:
-            arranged[row : row + count] = bitmask[at : at + count]
-        at += count
-    return arranged
