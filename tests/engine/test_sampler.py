@@ -13,7 +13,6 @@ from sampling_batch import metadata_of, padded, random_bits, request
 from xla_ops.programs.replay import compile_calls, replay
 from xla_ops.vllm import bitmasks
 from xla_ops.vllm.edits import Edits
-from xla_ops.vllm.fed import FedSample
 from xla_ops.vllm.sampled import SampledOnDevice
 from xla_ops.vllm.sampler import LOGPROBS_MODES, DeviceSampler
 
@@ -420,7 +419,7 @@ def test_bitmasks():
     assert arranged[:, 0].tolist() == [0, 1, -1, 3, -1]
 
 
-def random_requests(rng, rows):
+def random_requests(rng, rows, extras):
     """Of every way to sample; each row's own seed, so that draws are its own."""
     ways = [
         dict(temperature=0),
@@ -430,7 +429,11 @@ def random_requests(rng, rows):
         dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.05),
     ]
     return [
-        request(**ways[rng.integers(len(ways))], seed=int(rng.integers(1 << 30)))
+        request(
+            **ways[rng.integers(len(ways))],
+            **extras[rng.integers(len(extras))],
+            seed=int(rng.integers(1 << 30)),
+        )
         for _ in range(rows)
     ]
 
@@ -438,8 +441,16 @@ def random_requests(rng, rows):
 def test_what_goes_by_shared_memory_is_what_transfers_bring():
     """Steps of many sizes, read late; nobody fetches a tensor of tokens."""
     vocab, device, rng = 70, torch_xla.device(), np.random.default_rng(3)
+    edited = [
+        {},
+        dict(repetition_penalty=1.4, output=[3, 3, 9]),
+        dict(frequency_penalty=0.8, presence_penalty=0.3, output=[5, 5, 7]),
+        dict(logit_bias={4: 3.0, 69: -2.0}),
+        dict(bad_words=[[2], [9, 9, 1]], output=[9, 9]),
+        dict(allowed=[11, 12, 30, 69]),
+    ]
 
-    def make(fed):
+    def make(is_fed):
         return DeviceSampler(
             vocab,
             LARGEST,
@@ -447,19 +458,23 @@ def test_what_goes_by_shared_memory_is_what_transfers_bring():
             lambda name, function: replay(function),
             compile_calls=compile_calls,
             seed=5,
-            fed=fed,
+            is_fed=is_fed,
         )
 
-    fed, plain = make(FedSample(LARGEST)), make(None)
+    fed, plain = make(True), make(False)
     for sampler in (fed, plain):
         sampler.warm_up(BUCKET)
     late = []
     for step in range(30):
         rows = int(rng.integers(1, BUCKET + 1))
-        requests = random_requests(rng, rows)
+        extras = edited if step % 2 else edited[:1]
+        requests = random_requests(rng, rows, extras)
         logits = logits_of(step, rows, vocab)
+        bits = None
+        if step % 2:
+            bits = bitmasks.pack(rng.random((rows, vocab)) < 0.8)
         both = [
-            sampled(device, logits, metadata_of(requests, vocab), sampler)
+            sampled(device, logits, metadata_of(requests, vocab), sampler, bits)
             for sampler in (fed, plain)
         ]
         late.append(both)

@@ -1,4 +1,4 @@
-"""How the sampler's program gets its parameters, and the host its tokens.
+"""How the sampler's programs get what they sample with, and the host its tokens.
 
 As a step its vector (runner.py): a transfer would wait for the step's program.
 
@@ -7,6 +7,7 @@ Tested by tests/engine/test_sampler.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,38 +15,49 @@ import numpy as np
 import torch
 
 from ..programs.feed import FedStep, HostFeed
-from . import sampling
 
 # Steps that keep their inputs, which are pinned memory. Two are under way at most.
 FEED_SLOTS = 4
 
-Program = Callable[..., Any]  # returns a sequence of tensors
+Program = Callable[..., Any]  # returns a tensor or a sequence of them
 
 
-class FedSample:
-    """Calls of programs that sample, one after the other.
+class FedCalls:
+    """Calls of programs, one after the other, each with an array of the host's.
 
     Args:
-        max_rows: of any step.
+        in_elements: of the largest array, int32.
+        out_elements: of the largest result that the host reads, int32.
     """
 
-    def __init__(self, max_rows: int):
-        size = sampling.NUM_PARAMS * max_rows
-        self._feed = HostFeed(size, max_rows, FEED_SLOTS)
+    def __init__(self, in_elements: int, out_elements: int = 1):
+        self._feed = HostFeed(in_elements, out_elements, FEED_SLOTS)
 
-    def program(self, sample: Program, rows: int) -> Program:
-        """The program of logits and a call's number, of one of logits and params.
+    def program(
+        self, function: Program, shape: Sequence[int], sends: bool = False
+    ) -> Program:
+        """The program of logits, a call's number and more, of a function of
+        logits, the call's array and more.
 
         Args:
-            sample: its first result are the tokens, [max_rows] int32.
-            rows: of logits.
+            function: what it computes.
+            shape: of the array.
+            sends: whether its first result goes to the host. If not, only that the
+                array was read does.
         """
 
-        def fed(logits: torch.Tensor, number: torch.Tensor) -> Sequence[torch.Tensor]:
-            size = sampling.NUM_PARAMS * rows
-            params, following = self._feed.receive(number, size)
-            tokens, *rest = sample(logits, params.view(-1, rows))
-            return following, self._feed.send(tokens, number), *rest
+        def fed(
+            logits: torch.Tensor, number: torch.Tensor, *others: torch.Tensor
+        ) -> Sequence[torch.Tensor]:
+            data, following = self._feed.receive(number, math.prod(shape))
+            results = function(logits, data.view(*shape), *others)
+            if isinstance(results, torch.Tensor):
+                results = (results,)
+            if sends:
+                first, *rest = results
+                return following, self._feed.send(first, number), *rest
+            # It comes from the call that reads the array.
+            return self._feed.send(following, number), *results
 
         return fed
 
@@ -54,9 +66,13 @@ class FedSample:
         return self._feed.number()
 
     def __call__(
-        self, program: Program, logits: torch.Tensor, params: np.ndarray
+        self,
+        program: Program,
+        logits: torch.Tensor,
+        array: np.ndarray,
+        *others: torch.Tensor,
     ) -> tuple[FedStep, Sequence[torch.Tensor]]:
-        """Calls what is compiled of `program`; params [NUM_PARAMS, rows] int32."""
-        self._feed.begin(params.size)[:] = params.reshape(-1)
-        following, *results = program(logits, self._feed.number())
+        """Calls what is compiled of `program`, with an int32 array of its shape."""
+        self._feed.begin(array.size)[:] = array.reshape(-1)
+        following, *results = program(logits, self._feed.number(), *others)
         return self._feed.end(following), results

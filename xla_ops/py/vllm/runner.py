@@ -40,7 +40,7 @@ from ..programs.feed import FedStep, HostFeed
 from ..programs.replay import compile_calls, replay
 from . import bitmasks, communicator, host, loading, tuning
 from .attention import XlaAttentionBackend, XlaMetadata, attention_of
-from .fed import FEED_SLOTS, FedSample
+from .fed import FEED_SLOTS
 from .platform import is_gpu
 from .rejection import DeviceRejectionSampler
 from .results import PromptRows, StepResult
@@ -136,7 +136,7 @@ class XlaModelRunner(GPUModelRunner):
             logprobs_mode=self.model_config.logprobs_mode,
             max_logprobs=self.model_config.max_logprobs,
             seed=self.model_config.seed or 0,
-            fed=FedSample(self._max_logit_rows),
+            is_fed=True,
         )
         self._rejection_sampler = DeviceRejectionSampler(self._sampler)
         logger.info(

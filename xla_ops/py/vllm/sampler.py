@@ -7,8 +7,8 @@
     return sampled.sampler_output()
 
 A step runs a few programs in a row, those that its batch needs: masks, edits, the draw,
-logprobs. Each takes one packed transfer, none waits for the host, and the tokens stay
-on the device until somebody fetches them, with their logprobs in the same transfer.
+logprobs. Each takes one packed array, none waits for the host, and the tokens stay on
+the device until somebody fetches them, with their logprobs in the same transfer.
 `programs` lists every program there can be.
 
 A request with a logits processor of the user's own needs the host. Its row is fetched
@@ -39,7 +39,7 @@ from . import bitmasks
 from . import edits as edits_module
 from . import sampling
 from .edits import PENDING, Edits
-from .fed import FedSample
+from .fed import FedCalls
 from .sampled import SampledOnDevice
 
 LOGPROBS_MODES = (
@@ -77,8 +77,8 @@ class DeviceSampler:
         max_logprobs: vLLM's: how many a request may ask for, -1 for all.
         seed: of the requests without one of their own. Ranks that sample the same
             logits need the same.
-        fed: how programs that `make_program` compiles get what they sample with, or
-            None: by transfers.
+        is_fed: whether the programs that `make_program` compiles read the host's
+            arrays where it has written them, and not by transfers.
 
     Attributes:
         late_programs: the programs made since the last warm-up.
@@ -97,7 +97,7 @@ class DeviceSampler:
         logprobs_mode: str = "raw_logprobs",
         max_logprobs: int = NUM_LOGPROBS,
         seed: int = 0,
-        fed: FedSample | None = None,
+        is_fed: bool = False,
     ):
         if logprobs_mode not in LOGPROBS_MODES:
             raise ValueError(
@@ -114,15 +114,15 @@ class DeviceSampler:
         self.late_programs: list[Key] = []
         self.host_rows = self.host_waits = 0
         self._make_program, self._compile_calls = make_program, compile_calls
-        self._fed = fed
         self._programs: dict[Key, Program] = {}
         self._normalise = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed")
         self._num_logprobs = min(NUM_LOGPROBS, vocab_size)
         self._all_logprobs = not 0 <= max_logprobs <= self._num_logprobs
+        self._feeds = self._make_feeds() if is_fed else {}
         self._random = np.random.default_rng(seed)
         self._edits = Edits(vocab_size)
-        self._allowed: tuple[object, int, torch.Tensor | None] = (None, 0, None)
+        self._allowed: tuple[object, int, np.ndarray | None] = (None, 0, None)
         self._last: list[SampledOnDevice] = []
         with torch.inference_mode(False):
             self._no_tokens = torch.zeros(max_rows, dtype=torch.int32).to(device)
@@ -152,7 +152,7 @@ class DeviceSampler:
                     )
                     return torch.nn.functional.pad(tokens, (0, padding)), *rest
 
-                return self._fed.program(sample, rows) if self._fed else sample
+                return sample
             case "edit", _, (num_edits, num_bans):
                 return functools.partial(
                     sampling.edit, num_edits=num_edits, num_bans=num_bans
@@ -176,6 +176,9 @@ class DeviceSampler:
         if program is None:
             name, rows, what = key
             function = self._function(key)
+            if (feed := self._feeds.get(name)) is not None:
+                shape = self._array_of(key).shape
+                function = feed.program(function, shape, sends=name == "sample")
             program = self._make_program(f"sampler_{name}_{rows}_{what}", function)
             self._programs[key] = program
             self.late_programs.append(key)
@@ -190,12 +193,35 @@ class DeviceSampler:
     ) -> torch.Tensor:
         return self._call((name, rows, what), *tensors)[0]
 
-    def _sample(
-        self, key: Key, logits: torch.Tensor, params: np.ndarray
+    def _make_feeds(self) -> dict[str, FedCalls]:
+        """Of the programs that take an array of the host's at every step."""
+        rows = self.max_rows
+        largest = max(
+            self._array_of(key).size
+            for key in self.programs(rows)
+            if key[0] in ("edit", "mask")
+        )
+        edits = FedCalls(largest)
+        samples = FedCalls(sampling.NUM_PARAMS * rows, rows)
+        return {"sample": samples, "edit": edits, "mask": edits}
+
+    def _array_of(self, key: Key) -> np.ndarray:
+        """An array that changes nothing, of the shape that the program takes."""
+        match key:
+            case "sample", rows, _:
+                return np.ones((sampling.NUM_PARAMS, rows), np.int32)
+            case "edit", rows, (num_edits, num_bans):
+                return np.zeros(3 * num_edits + 2 * num_bans + 4 * rows, np.int32)
+            case _, rows, _:
+                return np.full((rows, self._words), -1, np.int32)
+
+    def _call_with(
+        self, key: Key, logits: torch.Tensor, array: np.ndarray, *others: torch.Tensor
     ) -> tuple[Sequence[torch.Tensor], FedStep | None]:
-        if self._fed is None:
-            return self._call(key, logits, self._up(params)), None
-        fed, results = self._fed(self._program(key), logits, params)
+        """Calls a program that takes an array; the step is None where it is sent."""
+        if (feed := self._feeds.get(key[0])) is None:
+            return self._call(key, logits, self._up(array), *others), None
+        fed, results = feed(self._program(key), logits, array, *others)
         return results, fed
 
     def warm_up(self, rows: int, logits: torch.Tensor | None = None) -> None:
@@ -213,30 +239,22 @@ class DeviceSampler:
                 for key in self.programs(rows)
             }
             self._compile_calls(list(calls.values()))
-            params = self._any_params(rows)
             for key, (program, tensors) in calls.items():
                 # Twice: XLA makes a CUDA graph of a program when it runs again.
                 for _ in range(2):
-                    if key[0] == "sample":
-                        self._sample(key, logits, params)
+                    if key[0] in self._feeds:
+                        array, (_, _, *others) = self._array_of(key), tensors
+                        self._call_with(key, logits, array, *others)
                     else:
                         program(*tensors)
         self.late_programs.clear()
 
-    def _any_params(self, rows: int) -> np.ndarray:
-        return np.ones((sampling.NUM_PARAMS, rows), np.int32)
-
     def _arguments(self, key: Key, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         match key:
-            case "sample", rows, _:
-                if self._fed is not None:
-                    return logits, self._fed.number()
-                return logits, self._up(self._any_params(rows))
-            case "edit", rows, (num_edits, num_bans):
-                size = 3 * num_edits + 2 * num_bans + 4 * rows
-                return logits, self._up(np.zeros(size, np.int32)), self._no_tokens
-            case "mask", rows, _:
-                return logits, self._up(np.full((rows, self._words), -1, np.int32))
+            case ("sample" | "edit" | "mask") as name, _, _:
+                feed = self._feeds.get(name)
+                given = feed.number() if feed else self._up(self._array_of(key))
+                return logits, given, *((self._no_tokens,) if name == "edit" else ())
             case "logprobs", _, -1:
                 return (logits,)
             case "logprobs", _, _:
@@ -301,19 +319,18 @@ class DeviceSampler:
         fetched = logits
         if grammar_bitmask is not None:
             words = bitmasks.padded(grammar_bitmask, rows, self._words)
-            logits = self._run("mask", rows, None, logits, self._up(words))
+            logits = self._masked(logits, words)
         reported = logits
         allowed = self._allowed_bits(metadata, rows)
         if allowed is not None:
-            logits = self._run("mask", rows, None, logits, allowed)
+            logits = self._masked(logits, allowed)
         if edits_module.needed(metadata):
             prev = self._last[-1].tokens if self._last else self._no_tokens
             for step in self._edits.rounds(
                 metadata, range(num_rows), rows, self._source_of, self._resolve
             ):
-                size = (step.num_edits, step.num_bans)
-                packed = self._up(step.packed)
-                logits = self._run("edit", rows, size, logits, packed, prev)
+                key = ("edit", rows, (step.num_edits, step.num_bans))
+                (logits, *_), _ = self._call_with(key, logits, step.packed, prev)
 
         n = metadata.max_num_logprobs
         if (
@@ -327,7 +344,7 @@ class DeviceSampler:
             params = self._params(metadata, num_rows, rows, uniform)
             variant = self._variant(params, num_rows)
             key = ("sample", rows, variant)
-            (tokens, *rest), fed = self._sample(key, logits, params)
+            (tokens, *rest), fed = self._call_with(key, logits, params)
             if self._processed:
                 reported = rest[0]
         columns: torch.Tensor | None = None
@@ -366,6 +383,10 @@ class DeviceSampler:
             self._run("logprobs", rows, -1, reported) if self._normalise else reported
         )
 
+    def _masked(self, logits: torch.Tensor, words: np.ndarray) -> torch.Tensor:
+        (masked, *_), _ = self._call_with(("mask", logits.shape[0], None), logits, words)
+        return masked
+
     def _source_of(self, output: list[int]) -> int | None:
         if len(output) > 1 and output[-2] == PENDING:
             self._resolve()
@@ -384,16 +405,15 @@ class DeviceSampler:
 
     def _allowed_bits(
         self, metadata: SamplingMetadata, rows: int
-    ) -> torch.Tensor | None:
+    ) -> np.ndarray | None:
         forbidden = metadata.allowed_token_ids_mask
         if forbidden is None:
             return None
         # vLLM makes new metadata when the batch changes, and only then.
         if self._allowed[0] is not metadata or self._allowed[1] != rows:
-            words = bitmasks.padded(
-                bitmasks.pack(~forbidden.numpy()), rows, self._words
-            )
-            self._allowed = (metadata, rows, self._up(words))
+            words = bitmasks.pack(~forbidden.numpy())
+            words = bitmasks.padded(words, rows, self._words)
+            self._allowed = (metadata, rows, words)
         return self._allowed[2]
 
     def _uniform(
