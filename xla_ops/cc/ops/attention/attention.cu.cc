@@ -43,7 +43,8 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   // a GPU before 8.0 their bodies are empty.
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(
-      &attributes, AttentionMmaDecodeKernel<__half, false, 64, false>);
+      &attributes,
+      AttentionMmaDecodeKernel<__half, false, 64, DecodeForm::kPlain>);
   if (error != cudaSuccess) return error;
   device->has_mma = attributes.ptxVersion >= 80;
   device->can_overlap = CanOverlap(attributes);
@@ -54,10 +55,11 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   if (error == cudaSuccess) error = PrepareMma<__nv_bfloat16, false>(clusters);
   if (error == cudaSuccess) error = PrepareMmaFp8(clusters);
   if (error != cudaSuccess || !clusters) return error;
-  using Largest = MmaDecodeShape<false, 256>;
+  using Largest = MmaDecodeShape<false, 256, DecodeForm::kCluster>;
   device->has_clusters = CanCluster(
       reinterpret_cast<const void*>(
-          AttentionMmaDecodeKernel<__nv_bfloat16, false, 256, false>),
+          AttentionMmaDecodeKernel<__nv_bfloat16, false, 256,
+                                   DecodeForm::kCluster>),
       Largest::kThreads, Largest::kSharedBytes);
   return cudaSuccess;
 }

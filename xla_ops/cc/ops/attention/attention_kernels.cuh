@@ -30,14 +30,31 @@ cudaError_t LaunchMmaFp8(cudaStream_t stream, const AttentionArgs& args,
                          int rows, int multiprocessors);
 cudaError_t LaunchSimtFp8(cudaStream_t stream, const AttentionArgs& args);
 
+// Calls f(shape, kernel) for a kernel for decode.
+template <typename T, bool kFp8, int kHeadDim, DecodeForm kForm, typename F>
+cudaError_t WithDecodeKernel(F&& f) {
+  return f(MmaDecodeShape<kFp8, kHeadDim, kForm>{},
+           AttentionMmaDecodeKernel<T, kFp8, kHeadDim, kForm>);
+}
+
 // Calls f(shape, kernel) for the kernel of tiles of `rows` packed rows, for
-// decode the one with or without slots.
+// decode the one of a form.
 template <typename T, bool kFp8, int kHeadDim, typename F>
-cudaError_t WithMmaKernel(int rows, bool has_slots, F&& f) {
+cudaError_t WithMmaKernel(int rows, DecodeForm form, F&& f) {
   if (rows == kDecodeRows) {
-    return f(MmaDecodeShape<kFp8, kHeadDim>{},
-             has_slots ? AttentionMmaDecodeKernel<T, kFp8, kHeadDim, true>
-                       : AttentionMmaDecodeKernel<T, kFp8, kHeadDim, false>);
+    switch (form) {
+      case DecodeForm::kSlots:
+        return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kSlots>(f);
+      case DecodeForm::kCluster:
+        return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kCluster>(f);
+      case DecodeForm::kShort:
+        if constexpr (kFp8) {
+          return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kShort>(f);
+        }
+        break;
+      case DecodeForm::kPlain:
+        return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kPlain>(f);
+    }
   }
   if constexpr (kHeadDim <= kMmaManyRowsMaxHeadDim) {
     if (rows == kMmaManyRows) {
@@ -58,18 +75,28 @@ cudaError_t PrepareMma(bool clusters) {
     const auto load = [](auto shape, auto* kernel) {
       return LoadKernel(kernel, decltype(shape)::kSharedBytes);
     };
-    cudaError_t error =
-        WithMmaKernel<T, kFp8, kHeadDim>(kDecodeRows, true, load);
-    if (error == cudaSuccess && clusters) {
-      error = WithMmaKernel<T, kFp8, kHeadDim>(
-          kDecodeRows, false, [](auto, auto* kernel) {
-            return cudaFuncSetAttribute(
-                kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-          });
+    const auto load_cluster = [&](auto shape, auto* kernel) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      return error == cudaSuccess ? load(shape, kernel) : error;
+    };
+    cudaError_t error = cudaSuccess;
+    if (clusters) {
+      error = WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kCluster>(
+          load_cluster);
+    }
+    if constexpr (kFp8) {
+      if (error == cudaSuccess && clusters) {
+        error = WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kShort>(
+            load_cluster);
+      }
+    }
+    if (error == cudaSuccess) {
+      error = WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kSlots>(load);
     }
     for (const int rows : {kDecodeRows, kMmaFewRows, kMmaManyRows}) {
       if (error != cudaSuccess) return error;
-      error = WithMmaKernel<T, kFp8, kHeadDim>(rows, false, load);
+      error = WithMmaKernel<T, kFp8, kHeadDim>(rows, DecodeForm::kPlain, load);
     }
     return error;
   });
@@ -155,13 +182,24 @@ cudaError_t LaunchSections(cudaStream_t stream, Kernel* kernel, int tile_rows,
   return cudaGetLastError();
 }
 
+// Whether a call's splits are a cluster, and have few tokens, by their bound.
+template <bool kFp8>
+DecodeForm FormOf(const AttentionArgs& args) {
+  if (args.clustered) {
+    const int tokens = args.max_kv_len / args.num_splits;
+    return kFp8 && tokens <= kShortTileTokens ? DecodeForm::kShort
+                                              : DecodeForm::kCluster;
+  }
+  return args.num_slots > 0 ? DecodeForm::kSlots : DecodeForm::kPlain;
+}
+
 // `rows`: MmaTileRows, or kDecodeRows with few_rows.
 template <typename T, bool kFp8>
 cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args, int rows,
                       int multiprocessors) {
   return DispatchHeadDim(args.head_dim, [&](auto padded) {
     return WithMmaKernel<T, kFp8, decltype(padded)::value>(
-        rows, args.num_slots > 0, [&](auto shape, auto* kernel) {
+        rows, FormOf<kFp8>(args), [&](auto shape, auto* kernel) {
           using Shape = decltype(shape);
           if (Shape::kTileRows == kDecodeRows) {
             return LaunchTiles(stream, kernel, Shape::kTileRows,

@@ -9,7 +9,8 @@
 // of them and keeps its own softmax, merged at the end. A warp then reads only
 // what it loaded itself: no block barrier. A ring of two or three tiles (K, V,
 // K, V, ...) keeps 8 to 16 KB a warp on the way, which is what hides memory's
-// latency where there are few blocks.
+// latency where there are few blocks. A block in a cluster, of which a
+// multiprocessor has three at most, has a longer one.
 //
 // Alignment: query, key, value and strides to 16 bytes, checked by the
 // launcher.
@@ -19,6 +20,7 @@
 #ifndef XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_DECODE_CUH_
 #define XLA_OPS_CC_OPS_ATTENTION_ATTENTION_MMA_DECODE_CUH_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "xla_ops/cc/device/cluster.cuh"
@@ -34,21 +36,37 @@
 
 namespace xla_ops {
 
+// What a kernel for decode is made for.
+enum class DecodeForm {
+  kPlain,
+  kSlots,    // sequences may be long: they are shared out (attention_share.h)
+  kCluster,  // the splits of a tile are a cluster
+  kShort,    // the same of few 8-bit tokens: smaller tiles, for more blocks
+};
+
 // kFp8: 8-bit keys and values. kHeadDim is the padded head_dim: 64, 128 or
 // 256.
-template <bool kFp8, int kHeadDim>
+template <bool kFp8, int kHeadDim, DecodeForm kForm>
 struct MmaDecodeShape {
+  static constexpr bool kInCluster =
+      kForm == DecodeForm::kCluster || kForm == DecodeForm::kShort;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTileRows = 16;
-  static constexpr int kTileTokens = DecodeTileTokens(kFp8, kHeadDim);
+  static constexpr int kTileTokens = kForm == DecodeForm::kShort
+                                         ? kShortTileTokens
+                                         : DecodeTileTokens(kFp8, kHeadDim);
   static constexpr int kWarpTokens = kTileTokens / kWarps;
   // Shared memory: the query tile, then a ring of K and V tiles.
   static constexpr int kQueryBytes = kTileRows * kHeadDim * 2;
   static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
   static constexpr int kTileBytes = kTileTokens * kKvColumns * 2;
-  // A block has 99 KB on the smaller GPUs of a generation (8.6, 8.9, 12.0).
-  static constexpr int kSlots = kHeadDim <= 128 ? 3 : 2;
+  // Of a cluster's blocks three have to find room on a multiprocessor.
+  static constexpr int kSlots =
+      kInCluster ? std::min(8, 64 * 1024 / kTileBytes)
+                 : (kHeadDim <= 128 ? 3 : 2);
+  // Tiles ahead whose keys are asked for.
+  static constexpr int kAhead = kSlots / 2;
   // The warps' accumulators, merged through the same memory; rows are padded
   // by 32 bytes to spread them over the banks.
   static constexpr int kMergeStride = kHeadDim + 8;
@@ -56,23 +74,24 @@ struct MmaDecodeShape {
   static constexpr int kCopyBytes = kQueryBytes + kSlots * kTileBytes;
   static constexpr int kSharedBytes =
       kCopyBytes > kMergeBytes ? kCopyBytes : kMergeBytes;
+  // A block has 99 KB on the smaller GPUs of a generation (8.6, 8.9, 12.0).
   static_assert(kSharedBytes <= 97 * 1024);
   // Blocks that a multiprocessor should hold, which bounds registers; the
   // numbers are the largest that do not spill inside the loop. Query fragments
   // are read for every tile: decode waits for memory, and gains from blocks.
-  static constexpr int kMinBlocks = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kMinBlocks = kHeadDim <= 128 && !kInCluster ? 4 : 2;
 };
 
 #if XLA_OPS_HAS_CLUSTERS
 
 // The blocks of a cluster have a split each of the same rows. Each ends its
 // share of the columns of all rows, reading what the others hold.
-template <typename T, bool kFp8, int kHeadDim>
+template <typename T, bool kFp8, int kHeadDim, DecodeForm kForm>
 __device__ __forceinline__ void StoreRowsOfCluster(
     const AttentionArgs& args, const QueryTile& tile, int kv_head,
     float value_scale, float* shared, const float (*warp_max)[16],
     const float (*warp_sum)[16]) {
-  using Shape = MmaDecodeShape<kFp8, kHeadDim>;
+  using Shape = MmaDecodeShape<kFp8, kHeadDim, kForm>;
   constexpr int kStride = Shape::kMergeStride;
   constexpr int kPairs = kHeadDim / 2;
   __shared__ float2 softmax[16];  // of this block's rows: maximum, sum
@@ -156,55 +175,18 @@ __device__ __forceinline__ void StoreRowsOfCluster(
 
 #if XLA_OPS_HAS_MMA
 
-// Each warp holds a part of the tokens of the same 16 rows: bring them to
-// one maximum, add them up through shared memory, and write.
+// Adds up what the warps of a block hold of its rows, and writes it.
 // `slot`: of the partial results, with slots; -1 for a tile that is not cut.
-template <typename T, bool kFp8, int kHeadDim, bool kSlots>
-__device__ __forceinline__ void MergeAndStoreRows(
+template <typename T, bool kFp8, int kHeadDim, DecodeForm kForm>
+__device__ __forceinline__ void StoreRowsOfBlock(
     const AttentionArgs& args, const QueryTile& tile, int kv_head,
-    int64_t split_start, int slot, float value_scale, float* shared,
-    const MmaAccumulator<kHeadDim>& acc) {
-  using Shape = MmaDecodeShape<kFp8, kHeadDim>;
+    int64_t split_start, int slot, float value_scale, const float* shared,
+    const float (*warp_max)[16], const float (*warp_sum)[16]) {
+  using Shape = MmaDecodeShape<kFp8, kHeadDim, kForm>;
+  constexpr bool kSlots = kForm == DecodeForm::kSlots;
   constexpr int kStride = Shape::kMergeStride;
-  __shared__ float warp_max[Shape::kWarps][16];
-  __shared__ float warp_sum[Shape::kWarps][16];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  if (lane % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      warp_max[warp][lane / 4 + 8 * i] = acc.max[i];
-      warp_sum[warp][lane / 4 + 8 * i] = acc.sum[i];
-    }
-  }
-  __syncthreads();  // also: every warp is done with the tiles
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = lane / 4 + 8 * i;
-    float max = warp_max[0][row];
-#pragma unroll
-    for (int w = 1; w < Shape::kWarps; ++w) {
-      max = fmaxf(max, warp_max[w][row]);
-    }
-    const float rescale = Exp2(acc.max[i] - FiniteMax(max));
-#pragma unroll
-    for (int pair = 0; pair < kHeadDim / 8; ++pair) {
-      const float2 out = OutPair<kFp8>(acc.out, pair, i);
-      *reinterpret_cast<float2*>(shared + (warp * 16 + row) * kStride +
-                                 OutColumn<kFp8>(pair)) =
-          make_float2(out.x * rescale, out.y * rescale);
-    }
-  }
-  __syncthreads();
-#if XLA_OPS_HAS_CLUSTERS
-  if constexpr (!kSlots) {
-    if (args.clustered) {
-      StoreRowsOfCluster<T, kFp8, kHeadDim>(args, tile, kv_head, value_scale,
-                                            shared, warp_max, warp_sum);
-      return;
-    }
-  }
-#endif
   for (int row = warp; row < 16; row += Shape::kWarps) {
     if (row >= tile.num_rows) break;
     float max = warp_max[0][row];
@@ -243,6 +225,57 @@ __device__ __forceinline__ void MergeAndStoreRows(
   }
 }
 
+// Each warp holds a part of the tokens of the same 16 rows: bring them to
+// one maximum, add them up through shared memory, and write.
+template <typename T, bool kFp8, int kHeadDim, DecodeForm kForm>
+__device__ __forceinline__ void MergeAndStoreRows(
+    const AttentionArgs& args, const QueryTile& tile, int kv_head,
+    int64_t split_start, int slot, float value_scale, float* shared,
+    const MmaAccumulator<kHeadDim>& acc) {
+  using Shape = MmaDecodeShape<kFp8, kHeadDim, kForm>;
+  constexpr int kStride = Shape::kMergeStride;
+  __shared__ float warp_max[Shape::kWarps][16];
+  __shared__ float warp_sum[Shape::kWarps][16];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  if (lane % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      warp_max[warp][lane / 4 + 8 * i] = acc.max[i];
+      warp_sum[warp][lane / 4 + 8 * i] = acc.sum[i];
+    }
+  }
+  __syncthreads();  // also: every warp is done with the tiles
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    float max = warp_max[0][row];
+#pragma unroll
+    for (int w = 1; w < Shape::kWarps; ++w) {
+      max = fmaxf(max, warp_max[w][row]);
+    }
+    const float rescale = Exp2(acc.max[i] - FiniteMax(max));
+#pragma unroll
+    for (int pair = 0; pair < kHeadDim / 8; ++pair) {
+      const float2 out = OutPair<kFp8>(acc.out, pair, i);
+      *reinterpret_cast<float2*>(shared + (warp * 16 + row) * kStride +
+                                 OutColumn<kFp8>(pair)) =
+          make_float2(out.x * rescale, out.y * rescale);
+    }
+  }
+  __syncthreads();
+  if constexpr (Shape::kInCluster) {
+#if XLA_OPS_HAS_CLUSTERS
+    StoreRowsOfCluster<T, kFp8, kHeadDim, kForm>(
+        args, tile, kv_head, value_scale, shared, warp_max, warp_sum);
+#endif
+  } else {
+    StoreRowsOfBlock<T, kFp8, kHeadDim, kForm>(args, tile, kv_head,
+                                               split_start, slot, value_scale,
+                                               shared, warp_max, warp_sum);
+  }
+}
+
 // The ring of K and V tiles: where the next tile goes, or is.
 template <typename Shape>
 __device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
@@ -250,22 +283,14 @@ __device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
   return next == Shape::kSlots * Shape::kTileBytes ? 0 : next;
 }
 
-#endif  // XLA_OPS_HAS_MMA
-
-// T is the tensor cores' operand type: query's, or __half with 8-bit keys
-// and values (kFp8). Grid: x query tiles, y KV heads, z splits. With slots
-// there is one split, and behind all KV heads enough blocks for an item a slot
-// (attention_share.h), which have nothing to do where no sequence is long.
-template <typename T, bool kFp8, int kHeadDim, bool kSlots>
-__global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
-                                  MmaDecodeShape<kFp8, kHeadDim>::kMinBlocks)
-    AttentionMmaDecodeKernel(const __grid_constant__ AttentionArgs args) {
-#if XLA_OPS_HAS_MMA
-  using Shape = MmaDecodeShape<kFp8, kHeadDim>;
+template <typename T, bool kFp8, int kHeadDim, DecodeForm kForm>
+__device__ __forceinline__ void Decode(const AttentionArgs& args) {
+  using Shape = MmaDecodeShape<kFp8, kHeadDim, kForm>;
+  constexpr bool kSlots = kForm == DecodeForm::kSlots;
   constexpr int kTileTokens = Shape::kTileTokens;
   constexpr int kWarpTokens = Shape::kWarpTokens;
   constexpr int kKvSize = kFp8 ? 1 : 2;
-  constexpr bool kThreeSlots = Shape::kSlots == 3;
+  constexpr bool kOddSlots = Shape::kSlots % 2 == 1;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ TileSearch search;
   __shared__ TileRow rows[Shape::kTileRows];
@@ -314,7 +339,7 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
                     tile.Position(args, tile.num_rows - 1));
   const TokenRange tiles = TilesOf<kTileTokens>(visible);
   const TokenRange split = SplitRange(tiles.end - tiles.begin, pieces, piece);
-  if (!kSlots && args.num_splits > 1 && !args.clustered &&
+  if (kForm == DecodeForm::kPlain && args.num_splits > 1 &&
       split.begin == split.end) {
     StoreEmptySplit(args, tile, kv_head, split_start);
     return;
@@ -341,11 +366,15 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   int copy_tile = t;
   uint32_t copy_slot = 0;
   int64_t offset = -1;
-  uint32_t copy_valid = 0;
+  uint32_t copy_valid[Shape::kAhead] = {};  // of the last tiles, in order
   const auto copy_keys = [&](const TokenPlace& place) {
+#pragma unroll
+    for (int i = 0; i + 1 < Shape::kAhead; ++i) {
+      copy_valid[i] = copy_valid[i + 1];
+    }
     if (copy_tile < t_end) {
       offset = TokenOffset(args, place, kv_head) * kKvSize;
-      copy_valid = __ballot_sync(kFullWarp, offset >= 0);
+      copy_valid[Shape::kAhead - 1] = __ballot_sync(kFullWarp, offset >= 0);
       CopyTokens<Shape::kKvColumns, kWarpTokens>(
           keys, ring + copy_slot, load_row, offset, args.head_dim * kKvSize);
     }
@@ -374,9 +403,16 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
     CopyQuery<T, kHeadDim, Shape::kTileRows>(args, tile, kv_head, query_tile);
   }
   copy_keys(first);
-  uint32_t own_valid = copy_valid;
+  uint32_t own_valid = copy_valid[Shape::kAhead - 1];
   copy_values();
-  if constexpr (kThreeSlots) copy_next_keys(place);
+#pragma unroll
+  for (int i = 2; i < Shape::kSlots; ++i) {
+    if (i % 2 == 0) {
+      copy_next_keys(place);
+    } else {
+      copy_values();
+    }
+  }
   if constexpr (kFp8) {
     StoreQuery<kHeadDim, Shape::kTileRows>(args, tile, kv_head, shared,
                                            row_scale);
@@ -430,7 +466,7 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
     }
     slot = NextSlot<Shape>(slot);
     __syncwarp();  // the K tile is free
-    if constexpr (kThreeSlots) {
+    if constexpr (kOddSlots) {
       copy_values();
     } else {
       copy_next_keys(place);
@@ -464,8 +500,8 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
     }
     slot = NextSlot<Shape>(slot);
     __syncwarp();  // the V tile is free
-    own_valid = copy_valid;
-    if constexpr (kThreeSlots) {
+    own_valid = copy_valid[0];
+    if constexpr (kOddSlots) {
       copy_next_keys(place);
     } else {
       copy_values();
@@ -473,14 +509,32 @@ __global__ void __launch_bounds__(MmaDecodeShape<kFp8, kHeadDim>::kThreads,
   }
 
   // The one that combines splits; sooner, it would take room from others.
-  if constexpr (!kSlots) LetNextKernelStart();
+  if constexpr (kForm == DecodeForm::kPlain) LetNextKernelStart();
 #pragma unroll
   for (float& sum : acc.sum) sum = QuadSum(sum);
   // With slots from shared memory: the loop needs the registers.
-  MergeAndStoreRows<T, kFp8, kHeadDim, kSlots>(
+  MergeAndStoreRows<T, kFp8, kHeadDim, kForm>(
       args, kSlots ? search.tile : tile, kv_head, split_start,
       kSlots ? *slot_of_item : -1, value_scale,
       reinterpret_cast<float*>(shared), acc);
+}
+
+#endif  // XLA_OPS_HAS_MMA
+
+// T is the tensor cores' operand type: query's, or __half with 8-bit keys
+// and values (kFp8). Grid: x query tiles, y KV heads, z splits. With slots
+// there is one split, and behind all KV heads enough blocks for an item a slot
+// (attention_share.h), which have nothing to do where no sequence is long.
+template <typename T, bool kFp8, int kHeadDim, DecodeForm kForm>
+__global__ void __launch_bounds__(
+    MmaDecodeShape<kFp8, kHeadDim, kForm>::kThreads,
+    MmaDecodeShape<kFp8, kHeadDim, kForm>::kMinBlocks)
+    AttentionMmaDecodeKernel(const __grid_constant__ AttentionArgs args) {
+#if XLA_OPS_HAS_MMA
+  using Shape = MmaDecodeShape<kFp8, kHeadDim, kForm>;
+  if constexpr (!Shape::kInCluster || XLA_OPS_HAS_CLUSTERS) {
+    Decode<T, kFp8, kHeadDim, kForm>(args);
+  }
 #endif  // XLA_OPS_HAS_MMA
 }
 

@@ -237,22 +237,46 @@ template <__nv_fp8_interpretation_t kFormat, int kHeadDim, int kTokens,
 __device__ __forceinline__ void MultiplyKeysFp8(
     const Query& query, uint32_t key_tile, int token,
     float (&scores)[kTokens / 8][4]) {
-  static_assert(kTokens % 32 == 0);
+  static_assert(kTokens == 16 || kTokens % 32 == 0);
   const int lane = threadIdx.x % 32;
+  if constexpr (kTokens == 16) {
 #pragma unroll
-  for (int k = 0; k < kHeadDim / 16; ++k) {
-    uint32_t a[4];
-    query.Get(k, a);
-#pragma unroll
-    for (int n = 0; n < kTokens / 32; ++n) {
-      // Matrix i: tokens 8 i .. 8 i + 7, sixteen columns.
+    for (int k = 0; k < kHeadDim / 16; k += 2) {
+      // Matrices 0, 1: the tokens' columns 16 k .. 16 k + 15; 2, 3: the next.
       uint32_t words[4];
-      LoadMatrices(
-          TileAddress<kHeadDim / 2>(key_tile, token + 32 * n + lane, k), words);
+      LoadMatrices(TileAddress<kHeadDim / 2>(key_tile, token + lane % 16,
+                                             k + lane / 16),
+                   words);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Mma<__half>(a, HalvesFromFp8<kFormat, 0, 1>(words[i]),
-                    HalvesFromFp8<kFormat, 2, 3>(words[i]), scores[4 * n + i]);
+      for (int i = 0; i < 2; ++i) {
+        uint32_t a[4];
+        query.Get(k + i, a);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const uint32_t word = words[2 * i + n];
+          Mma<__half>(a, HalvesFromFp8<kFormat, 0, 1>(word),
+                      HalvesFromFp8<kFormat, 2, 3>(word), scores[n]);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t a[4];
+      query.Get(k, a);
+#pragma unroll
+      for (int n = 0; n < kTokens / 32; ++n) {
+        // Matrix i: tokens 8 i .. 8 i + 7, sixteen columns.
+        uint32_t words[4];
+        LoadMatrices(
+            TileAddress<kHeadDim / 2>(key_tile, token + 32 * n + lane, k),
+            words);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          Mma<__half>(a, HalvesFromFp8<kFormat, 0, 1>(words[i]),
+                      HalvesFromFp8<kFormat, 2, 3>(words[i]),
+                      scores[4 * n + i]);
+        }
       }
     }
   }

@@ -39,6 +39,10 @@ constexpr int DecodeTileTokens(bool fp8, int64_t head_dim) {
   return fp8 || head_dim <= 64 ? 128 : 64;
 }
 
+// The same for splits of no more tokens, with 8-bit keys, whose splits are a
+// cluster.
+constexpr int kShortTileTokens = 64;
+
 // Sequences of no more tokens stay whole. A block that is left alone reads so
 // many in 75 us on an H200.
 constexpr int kShareLongTokens = 4096;
