@@ -56,8 +56,8 @@ def test_memory_that_others_have(monkeypatch):
     monkeypatch.setattr(share, "room", lambda ordinal: rooms[ordinal])
     check_free(0.5, {})
     message = (
-        r"xla_ops: gpu_memory_utilization must be at most 0.250, what is free of the GPU"
-        r" \(20.0 of 80.0 GiB\), got 0.5: lower it"
+        r"xla_ops: gpu_memory_utilization must be at most 0.250, what is free of the"
+        r" GPU \(20.0 of 80.0 GiB\), got 0.5: lower it"
     )
     rank = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     with pytest.raises(ValueError, match=message):

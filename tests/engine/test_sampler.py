@@ -415,7 +415,9 @@ def test_bitmasks():
     np.testing.assert_array_equal(unpacked[:, :45], allowed)
     assert unpacked[:, 45:].all()
     given = np.arange(4, dtype=np.int32)[:, None].repeat(2, 1)
-    arranged = bitmasks.arrange(given, ["b", "gone", "a"], {"a": 3, "b": 0}, 5, {"b": 1})
+    arranged = bitmasks.arrange(
+        given, ["b", "gone", "a"], {"a": 3, "b": 0}, 5, {"b": 1}
+    )
     assert arranged[:, 0].tolist() == [0, 1, -1, 3, -1]
 
 

@@ -109,9 +109,11 @@ def free_bytes(device: uuid.UUID) -> int | None:
         memory = (ctypes.c_uint64 * 3)()  # total, free, used
         for kind in ("GPU", "MIG"):
             name = f"{kind}-{device}".encode()
-            if nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0:
-                if nvml.nvmlDeviceGetMemoryInfo(handle, memory) == 0:
-                    return memory[1]
+            if (
+                nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0
+                and nvml.nvmlDeviceGetMemoryInfo(handle, memory) == 0
+            ):
+                return int(memory[1])
         return None
 
     return _ask(free)

@@ -35,9 +35,8 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from ..programs.feed import FedStep
-from . import bitmasks
+from . import bitmasks, sampling
 from . import edits as edits_module
-from . import sampling
 from .edits import PENDING, Edits
 from .fed import FedCalls
 from .sampled import SampledOnDevice
@@ -329,8 +328,8 @@ class DeviceSampler:
             for step in self._edits.rounds(
                 metadata, range(num_rows), rows, self._source_of, self._resolve
             ):
-                key = ("edit", rows, (step.num_edits, step.num_bans))
-                (logits, *_), _ = self._call_with(key, logits, step.packed, prev)
+                edit: Key = ("edit", rows, (step.num_edits, step.num_bans))
+                (logits, *_), _ = self._call_with(edit, logits, step.packed, prev)
 
         n = metadata.max_num_logprobs
         if (
@@ -384,7 +383,9 @@ class DeviceSampler:
         )
 
     def _masked(self, logits: torch.Tensor, words: np.ndarray) -> torch.Tensor:
-        (masked, *_), _ = self._call_with(("mask", logits.shape[0], None), logits, words)
+        (masked, *_), _ = self._call_with(
+            ("mask", logits.shape[0], None), logits, words
+        )
         return masked
 
     def _source_of(self, output: list[int]) -> int | None:
@@ -403,9 +404,7 @@ class DeviceSampler:
 
     # ---- What goes to the device
 
-    def _allowed_bits(
-        self, metadata: SamplingMetadata, rows: int
-    ) -> np.ndarray | None:
+    def _allowed_bits(self, metadata: SamplingMetadata, rows: int) -> np.ndarray | None:
         forbidden = metadata.allowed_token_ids_mask
         if forbidden is None:
             return None

@@ -56,11 +56,11 @@ cudaError_t PrepareAttentionMma(AttentionDevice* device) {
   if (error == cudaSuccess) error = PrepareMmaFp8(clusters);
   if (error != cudaSuccess || !clusters) return error;
   using Largest = MmaDecodeShape<false, 256, DecodeForm::kCluster>;
-  device->has_clusters = CanCluster(
-      reinterpret_cast<const void*>(
-          AttentionMmaDecodeKernel<__nv_bfloat16, false, 256,
-                                   DecodeForm::kCluster>),
-      Largest::kThreads, Largest::kSharedBytes);
+  device->has_clusters =
+      CanCluster(reinterpret_cast<const void*>(
+                     AttentionMmaDecodeKernel<__nv_bfloat16, false, 256,
+                                              DecodeForm::kCluster>),
+                 Largest::kThreads, Largest::kSharedBytes);
   return cudaSuccess;
 }
 

@@ -62,9 +62,8 @@ struct MmaDecodeShape {
   static constexpr int kKvColumns = kFp8 ? kHeadDim / 2 : kHeadDim;
   static constexpr int kTileBytes = kTileTokens * kKvColumns * 2;
   // Of a cluster's blocks three have to find room on a multiprocessor.
-  static constexpr int kSlots =
-      kInCluster ? std::min(8, 64 * 1024 / kTileBytes)
-                 : (kHeadDim <= 128 ? 3 : 2);
+  static constexpr int kSlots = kInCluster ? std::min(8, 64 * 1024 / kTileBytes)
+                                           : (kHeadDim <= 128 ? 3 : 2);
   // Tiles ahead whose keys are asked for.
   static constexpr int kAhead = kSlots / 2;
   // The warps' accumulators, merged through the same memory; rows are padded
@@ -270,9 +269,9 @@ __device__ __forceinline__ void MergeAndStoreRows(
         args, tile, kv_head, value_scale, shared, warp_max, warp_sum);
 #endif
   } else {
-    StoreRowsOfBlock<T, kFp8, kHeadDim, kForm>(args, tile, kv_head,
-                                               split_start, slot, value_scale,
-                                               shared, warp_max, warp_sum);
+    StoreRowsOfBlock<T, kFp8, kHeadDim, kForm>(args, tile, kv_head, split_start,
+                                               slot, value_scale, shared,
+                                               warp_max, warp_sum);
   }
 }
 

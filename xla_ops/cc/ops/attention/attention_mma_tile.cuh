@@ -244,9 +244,9 @@ __device__ __forceinline__ void MultiplyKeysFp8(
     for (int k = 0; k < kHeadDim / 16; k += 2) {
       // Matrices 0, 1: the tokens' columns 16 k .. 16 k + 15; 2, 3: the next.
       uint32_t words[4];
-      LoadMatrices(TileAddress<kHeadDim / 2>(key_tile, token + lane % 16,
-                                             k + lane / 16),
-                   words);
+      LoadMatrices(
+          TileAddress<kHeadDim / 2>(key_tile, token + lane % 16, k + lane / 16),
+          words);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t a[4];
