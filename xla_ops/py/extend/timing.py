@@ -86,8 +86,7 @@ def _context(driver: Any) -> Iterator[None]:
     from ..gpu import options
 
     _checked(driver.cuInit(0))
-    used = options.client_options(os.environ).get("visible_devices")
-    device = _checked(driver.cuDeviceGet(used[0] if used else 0))
+    device = _checked(driver.cuDeviceGet(options.ordinal(os.environ)))
     context = _checked(driver.cuDevicePrimaryCtxRetain(device))
     _checked(driver.cuCtxPushCurrent(context))
     try:

@@ -91,12 +91,11 @@ def query() -> Driver:
 
 
 def uuid_of(ordinal: int) -> uuid.UUID:
-    """A visible device's, or that of its MIG instance.
+    """That of a device that `query` has shown, or of its MIG instance.
 
     Raises:
-      DriverError: as `query`, or there is no such device.
+      DriverError: there is no such device.
     """
-    query()
     cuda = ctypes.CDLL(_DRIVER_LIBRARY)
     device = _read_int(cuda, "cuDeviceGet", ordinal)
     found = (ctypes.c_ubyte * 16)()

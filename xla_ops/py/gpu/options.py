@@ -148,6 +148,12 @@ def client_options(environ: Mapping[str, str]) -> dict:
     return options
 
 
+def ordinal(environ: Mapping[str, str]) -> int:
+    """This process's first GPU, as CUDA counts. Raises BadValue as client_options."""
+    (first_device, *_) = client_options(environ).get("visible_devices", [0])
+    return int(first_device)
+
+
 def _device_of_process(environ: Mapping[str, str], ranks: Ranks) -> int:
     """Which of the visible GPUs is this process's, where each has its own."""
     count = visible.count(environ)

@@ -20,7 +20,6 @@ from . import driver, visible
 _DEFAULT = 0.75
 # What a context takes, and what is loaded outside of the share.
 _CONTEXT = 1 << 30
-_GIB = 1 << 30
 
 
 class Room(NamedTuple):

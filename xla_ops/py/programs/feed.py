@@ -35,6 +35,7 @@ from .. import _runtime
 from ..core import handlers, paths, tracing
 from ..core.custom_call import CustomCall, call_in_graph
 from ..core.hlo import Spec
+from ..gpu import options
 from .calls import is_lost
 
 _OP = "host_feed"
@@ -67,10 +68,11 @@ class HostFeed:
         self._slots = slots
         is_cuda = handlers.xla_platform() == handlers.CUDA
         self._path = paths.op_library(_OP, "cuda" if is_cuda else "cpu")
+        device = options.ordinal(os.environ) if is_cuda else 0
         self._feed, address, slot_bytes, in_offset, out_offset = _runtime.plan(
             self._path,
             "xla_ops_host_feed_make",
-            (_cuda_device() if is_cuda else 0, slots, in_elements, out_elements),
+            (device, slots, in_elements, out_elements),
             5,
         )
         words = slot_bytes // 4
@@ -211,14 +213,6 @@ class FedStep:
 def _check(op: str, argument: str, elements: int, most: int) -> None:
     if not 0 < elements <= most:
         raise ValueError(f"{op}: {argument} must be 1 to {most}, got {elements}")
-
-
-def _cuda_device() -> int:
-    """This process's GPU, as CUDA counts."""
-    from ..gpu import options
-
-    used = options.client_options(os.environ).get("visible_devices")
-    return int(used[0]) if used else 0
 
 
 def _infeed(step: torch.Tensor, elements: int, feed: int) -> tuple[torch.Tensor, ...]:

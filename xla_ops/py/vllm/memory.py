@@ -50,8 +50,7 @@ def check_free(utilization: float, environ: Mapping[str, str] = os.environ) -> N
     The client would take what there is (gpu/share.py), and caches be smaller than was
     asked for.
     """
-    (ordinal, *_) = options.client_options(environ).get("visible_devices", [0])
-    found = share.room(ordinal)
+    found = share.room(options.ordinal(environ))
     if found is None or utilization * found.total <= found.free:
         return
     raise ValueError(

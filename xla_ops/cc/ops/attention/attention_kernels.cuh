@@ -47,11 +47,10 @@ cudaError_t WithMmaKernel(int rows, DecodeForm form, F&& f) {
         return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kSlots>(f);
       case DecodeForm::kCluster:
         return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kCluster>(f);
-      case DecodeForm::kShort:
-        if constexpr (kFp8) {
-          return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kShort>(f);
-        }
-        break;
+      case DecodeForm::kShort:  // of 8-bit keys alone
+        return WithDecodeKernel<T, kFp8, kHeadDim,
+                                kFp8 ? DecodeForm::kShort
+                                     : DecodeForm::kCluster>(f);
       case DecodeForm::kPlain:
         return WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kPlain>(f);
     }
@@ -80,19 +79,11 @@ cudaError_t PrepareMma(bool clusters) {
           kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
       return error == cudaSuccess ? load(shape, kernel) : error;
     };
-    cudaError_t error = cudaSuccess;
-    if (clusters) {
-      error = WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kCluster>(
-          load_cluster);
-    }
-    if constexpr (kFp8) {
-      if (error == cudaSuccess && clusters) {
-        error = WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kShort>(
-            load_cluster);
-      }
-    }
-    if (error == cudaSuccess) {
-      error = WithDecodeKernel<T, kFp8, kHeadDim, DecodeForm::kSlots>(load);
+    cudaError_t error =
+        WithMmaKernel<T, kFp8, kHeadDim>(kDecodeRows, DecodeForm::kSlots, load);
+    for (const DecodeForm form : {DecodeForm::kCluster, DecodeForm::kShort}) {
+      if (error != cudaSuccess || !clusters) break;
+      error = WithMmaKernel<T, kFp8, kHeadDim>(kDecodeRows, form, load_cluster);
     }
     for (const int rows : {kDecodeRows, kMmaFewRows, kMmaManyRows}) {
       if (error != cudaSuccess) return error;
@@ -183,12 +174,11 @@ cudaError_t LaunchSections(cudaStream_t stream, Kernel* kernel, int tile_rows,
 }
 
 // Whether a call's splits are a cluster, and have few tokens, by their bound.
-template <bool kFp8>
-DecodeForm FormOf(const AttentionArgs& args) {
+inline DecodeForm FormOf(const AttentionArgs& args) {
   if (args.clustered) {
     const int tokens = args.max_kv_len / args.num_splits;
-    return kFp8 && tokens <= kShortTileTokens ? DecodeForm::kShort
-                                              : DecodeForm::kCluster;
+    return tokens <= kShortTileTokens ? DecodeForm::kShort
+                                      : DecodeForm::kCluster;
   }
   return args.num_slots > 0 ? DecodeForm::kSlots : DecodeForm::kPlain;
 }
@@ -199,7 +189,7 @@ cudaError_t LaunchMma(cudaStream_t stream, const AttentionArgs& args, int rows,
                       int multiprocessors) {
   return DispatchHeadDim(args.head_dim, [&](auto padded) {
     return WithMmaKernel<T, kFp8, decltype(padded)::value>(
-        rows, FormOf<kFp8>(args), [&](auto shape, auto* kernel) {
+        rows, FormOf(args), [&](auto shape, auto* kernel) {
           using Shape = decltype(shape);
           if (Shape::kTileRows == kDecodeRows) {
             return LaunchTiles(stream, kernel, Shape::kTileRows,
