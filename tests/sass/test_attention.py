@@ -24,10 +24,13 @@ LIBRARY = PACKAGE / "lib" / "libxla_ops_attention_cuda.so"
 # sm90: head_dim, whether a box holds all panels. mma.sync: query's type or fp8 keys,
 # head_dim; prefill: rows of a tile too.
 SM90 = re.compile(r"AttentionSm90KernelI(?:13__nv_bfloat16|6__half)Li(\d+)ELb([01])E")
-# Decode: whether it has slots.
+# Decode: its form too.
 DECODE = re.compile(
-    r"AttentionMmaDecodeKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)ELb([01])E"
+    r"AttentionMmaDecodeKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)E"
+    r"LNS_10DecodeFormE(\d)E"
 )
+# In DecodeForm's order (attention_mma_decode.cuh).
+FORMS = ("decode", "slots", "cluster", "short")
 PREFILL = re.compile(
     r"AttentionMmaPrefillKernelI(?:13__nv_bfloat16|6__half)Lb([01])ELi(\d+)ELi(\d+)E"
 )
@@ -41,18 +44,27 @@ BOUNDS = {
     ("sm90", 128, "all panels"): (605, 16, 0, 0),
     ("sm90", 256, "panel"): (572, 21, 0, 0),
     ("sm90", 256, "all panels"): (572, 21, 0, 0),
-    ("decode", 64, "16 bits"): (871, 32, 0, 0),
-    ("decode", 128, "16 bits"): (768, 32, 0, 0),
+    ("decode", 64, "16 bits"): (872, 32, 0, 0),
+    ("decode", 128, "16 bits"): (767, 32, 0, 0),
     ("decode", 256, "16 bits"): (1075, 64, 0, 0),
     ("decode", 64, "8 bits"): (1007, 64, 0, 0),
-    ("decode", 128, "8 bits"): (1513, 128, 0, 0),
+    ("decode", 128, "8 bits"): (1510, 128, 0, 0),
     ("decode", 256, "8 bits"): (2508, 256, 0, 0),
-    ("slots", 64, "16 bits"): (869, 32, 0, 0),
-    ("slots", 128, "16 bits"): (767, 32, 0, 0),
+    ("slots", 64, "16 bits"): (872, 32, 0, 0),
+    ("slots", 128, "16 bits"): (766, 32, 0, 0),
     ("slots", 256, "16 bits"): (1056, 64, 0, 0),
-    ("slots", 64, "8 bits"): (1007, 64, 0, 0),
+    ("slots", 64, "8 bits"): (1010, 64, 0, 0),
     ("slots", 128, "8 bits"): (1507, 128, 0, 0),
     ("slots", 256, "8 bits"): (2500, 256, 0, 0),
+    ("cluster", 64, "16 bits"): (875, 32, 0, 0),
+    ("cluster", 128, "16 bits"): (773, 32, 0, 0),
+    ("cluster", 256, "16 bits"): (1075, 64, 0, 0),
+    ("cluster", 64, "8 bits"): (1001, 64, 0, 0),
+    ("cluster", 128, "8 bits"): (1501, 128, 0, 0),
+    ("cluster", 256, "8 bits"): (2508, 256, 0, 0),
+    ("short", 64, "8 bits"): (631, 32, 0, 0),
+    ("short", 128, "8 bits"): (904, 64, 0, 0),
+    ("short", 256, "8 bits"): (1508, 128, 0, 0),
     ("128 rows", 64, "16 bits"): (1954, 128, 0, 0),
     ("128 rows", 128, "16 bits"): (2293, 256, 0, 0),
     ("128 rows", 64, "8 bits"): (2491, 256, 0, 0),
@@ -65,7 +77,7 @@ BOUNDS = {
     ("64 rows", 256, "8 bits"): (3426, 512, 0, 0),
 }
 # Of all threads, or by mma.sync of the blocks that a multiprocessor should hold: 4 of
-# decode (2 at head_dim 256), 2 of prefill (3 of 64 rows at head_dim 64).
+# decode (3 in clusters, 2 at head_dim 256), 2 of prefill (3 of 64 rows at head_dim 64).
 REGISTERS = {
     ("sm90", 64): 128,
     ("sm90", 128): 168,
@@ -76,6 +88,12 @@ REGISTERS = {
     ("slots", 64): 128,
     ("slots", 128): 128,
     ("slots", 256): 255,
+    ("cluster", 64): 168,
+    ("cluster", 128): 168,
+    ("cluster", 256): 255,
+    ("short", 64): 168,
+    ("short", 128): 168,
+    ("short", 256): 255,
     ("128 rows", 64): 255,
     ("128 rows", 128): 255,
     ("64 rows", 64): 168,
@@ -89,7 +107,7 @@ def key_of(name):
     if found := SM90.search(name):
         return "sm90", int(found[1]), "all panels" if found[2] == "1" else "panel"
     if found := DECODE.search(name):
-        name = "slots" if found[3] == "1" else "decode"
+        name = FORMS[int(found[3])]
         return name, int(found[2]), "8 bits" if found[1] == "1" else "16 bits"
     if found := PREFILL.search(name):
         bits = "8 bits" if found[1] == "1" else "16 bits"
