@@ -63,5 +63,9 @@ def test_memory_that_others_have(monkeypatch):
     with pytest.raises(ValueError, match=message):
         check_free(0.5, rank)
     check_free(0.25, rank)
+    # The user's own share, which the client fits to what is free.
+    check_free(0.5, rank | {"PJRT_ALLOCATOR_FRACTION": "0.2"})
+    with pytest.raises(ValueError, match="gpu_memory_utilization must be at most"):
+        check_free(0.5, rank | {"PJRT_ALLOCATOR_FRACTION": "0.5"})  # set_share's
     monkeypatch.setattr(share, "room", lambda ordinal: None)
     check_free(0.5, rank)

@@ -48,10 +48,13 @@ def check_free(utilization: float, environ: Mapping[str, str] = os.environ) -> N
     """Raises ValueError where others have memory of the GPU that the client is to take.
 
     The client would take what there is (gpu/share.py), and caches be smaller than was
-    asked for.
+    asked for. That is what becomes of a share that the user has set himself.
     """
+    taken = options.client_options(environ).get("memory_fraction", utilization)
     found = share.room(options.ordinal(environ))
-    if found is None or utilization * found.total <= found.free:
+    if found is None or taken != utilization:
+        return
+    if utilization * found.total <= found.free:
         return
     raise ValueError(
         "xla_ops: gpu_memory_utilization must be at most"
