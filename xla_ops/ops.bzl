@@ -42,8 +42,12 @@ OPS = [
 
 # Ops whose handlers and kernels use another op's NAME.cc and headers.
 _USES = {
+    "attention": "fused_qk_norm_rope_and_cache",
     "attention_backward": "attention",
 }
+
+# Those that run the other op's kernels too: its kernels, and *_kernel_cpu.cc.
+_RUNS = ["attention"]
 
 # Handlers for the CPU client alone, and no ops of Python's: what XLA brings for
 # GPUs itself. Their folders have no CUDA files.
@@ -122,6 +126,8 @@ def xla_custom_call_libraries(name):
             "shared": ["%s/%s.cc" % (used, used)] + native.glob([used + "/*_shared.cc"]),
         }.items():
             sources.setdefault(kind, []).extend(files)
+        if name in _RUNS:
+            sources.setdefault("cpu", []).extend(native.glob([used + "/*_kernel_cpu.cc"]))
     headers = sources.get("header", [])
     shared = sources.get("shared", [])
     if name not in GPU_OPS:
@@ -149,7 +155,7 @@ def xla_custom_call_libraries(name):
     if name in HOST_OPS:
         return
 
-    objects = []
+    objects = [":%s_objects" % _USES[name]] if name in _RUNS else []
     for suffix in [""] + CAPABILITY_OF_SUFFIX.keys():
         end = "_" + suffix if suffix else ""
         kernels = sources.get("kernel" + end, [])

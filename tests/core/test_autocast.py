@@ -139,6 +139,15 @@ def prepared(**args):
     return query, args["key_cache"], args["value_cache"]
 
 
+def prepared_and_attended(**args):
+    ints = dict(context_lens=int32(3), block_tables=int32([0, 1]))
+    ints |= dict(query_start_loc=int32(0, 3), num_seqs=int32(1))
+    device = args["qkv"].device
+    ints = {name: t.to(device) for name, t in ints.items()}
+    out = xla_ops.fused_qk_norm_rope_and_paged_attention(**args, **ints, scale=0.5)
+    return out, args["key_cache"], args["value_cache"]
+
+
 def projection_and_caches(dtype, table_dtype):
     given = projection(dtype, table_dtype)
     for name in ("num_heads_q", "num_heads_k", "num_heads_v"):
@@ -285,6 +294,14 @@ def cases() -> dict[str, Case]:
         ),
         "fused_qk_norm_rope_and_cache": (
             prepared,
+            projection_and_caches(HALF, torch.float16),
+            {
+                **dict.fromkeys(("q_weight", "k_weight", "cos_sin_cache"), HALF),
+                **dict.fromkeys(("k_scale", "v_scale"), torch.float32),
+            },
+        ),
+        "fused_qk_norm_rope_and_paged_attention": (
+            prepared_and_attended,
             projection_and_caches(HALF, torch.float16),
             {
                 **dict.fromkeys(("q_weight", "k_weight", "cos_sin_cache"), HALF),

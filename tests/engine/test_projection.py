@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] += f" --xla_dump_to={HLO} --xla_dump_hlo_as_text"
 
 from vllm_in_process import caches, engine, generate, greedy  # noqa: E402
 
-TOGETHER = "fused_qk_norm_rope_and_cache_stacked"
+TOGETHER = "fused_qk_norm_rope_and_paged_attention"
 APART = ("rms_norm", "rotary_embedding", "reshape_and_cache_flash_stacked")
 PROMPTS = [[9, 8, 7], [30 + i % 50 for i in range(70)]]
 
@@ -30,7 +30,7 @@ def steps_of(family, **options):
         generate(llm, PROMPTS, greedy(3))
         layers = len(caches(llm))
     texts = (f.read_text() for f in set(HLO.glob("*after_optimizations.txt")) - before)
-    steps = [t for t in texts if "xla_ops.paged_attention" in t]
+    steps = [t for t in texts if "paged_attention" in t]
     assert steps, "no program was dumped"
     return layers, steps
 

@@ -16,6 +16,7 @@ namespace {
 constexpr DType kF32 = DType::kF32;
 constexpr DType kU8 = DType::kU8;
 constexpr DType kS32 = DType::kS32;
+constexpr DType kS64 = DType::kS64;
 
 }  // namespace
 
@@ -145,8 +146,8 @@ void Cases::AddAttention(DType dtype, int64_t head_dim, const Batch& batch,
     args.insert(args.end(), rest.begin(), rest.end());
     return args;
   };
+  const int64_t row = kKvHeads * head_dim;
   const auto add_attrs = [=](CallFrame* frame) {
-    const int64_t row = kKvHeads * head_dim;
     frame->AddAttr("scale", 0.125f)
         .AddAttr("window_left", v.window_left)
         .AddAttr("window_right", v.window_right)
@@ -172,6 +173,48 @@ void Cases::AddAttention(DType dtype, int64_t head_dim, const Batch& batch,
         add_attrs(frame);
         frame->AddAttr("num_splits", v.num_splits).AddAttr("debug", false);
       });
+  if (paged) {
+    // The same on rows of a projection, which it writes first.
+    TestTensor positions(kS64, {num_tokens});
+    TestTensor slots(kS64, {num_tokens});
+    for (int64_t i = 0; i < num_tokens; ++i) {
+      positions.Set(i, static_cast<double>(i % 13 - 1));
+      slots.Set(i, static_cast<double>(i % (num_blocks * page_size)));
+    }
+    const Dims columns = {num_tokens, (kHeads + 2 * kKvHeads) * head_dim};
+    const Dims both = {2, num_blocks, page_size, kKvHeads, head_dim};
+    Add("fused_qk_norm_rope_and_paged_attention", detail,
+        {Random(dtype, columns), Random(dtype, {11, head_dim}), positions,
+         slots, Random(dtype, {head_dim}), Random(dtype, {head_dim}), rest[8],
+         rest[9], rest[0], rest[2], rest[3], rest[5], rest[6], rest[7],
+         Random(kv_dtype, both)},
+        {{dtype, query},
+         {kv_dtype, both, 14},
+         {dtype, query, -1, /*scratch=*/true},
+         {kF32, of_rows, -1, /*scratch=*/true},
+         {kU8, {workspace}, -1, /*scratch=*/true}},
+        [=](CallFrame* frame) {
+          frame->AddAttr("num_heads", kHeads)
+              .AddAttr("num_kv_heads", kKvHeads)
+              .AddAttr("head_dim", head_dim)
+              .AddAttr("eps", 1e-5f)
+              .AddAttr("is_neox", true)
+              .AddAttr("kv_cache_dtype", v.kv_cache_dtype)
+              .AddAttr("num_blocks", num_blocks)
+              .AddAttr("page_size", page_size)
+              .AddAttr("block_stride", page_size * row)
+              .AddAttr("page_stride", row)
+              .AddAttr("head_stride", head_dim)
+              .AddAttr("key_offset", int64_t{0})
+              .AddAttr("value_offset", num_blocks * page_size * row)
+              .AddAttr("scale", 0.125f)
+              .AddAttr("window_left", v.window_left)
+              .AddAttr("window_right", v.window_right)
+              .AddAttr("soft_cap", v.soft_cap)
+              .AddAttr("num_splits", v.num_splits)
+              .AddAttr("debug", false);
+        });
+  }
   if (v.num_splits > 1 || v.num_slots > 0) return;
 
   const bool wants_dkv = !paged && !fp8;

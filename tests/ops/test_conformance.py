@@ -110,6 +110,11 @@ SAMPLES = {
         *(torch.randn(5, 6 * 16), torch.zeros(2, 3, 4, 2, 16), *NORM_AND_ROTATION),
         *("auto", [*GEOMETRY, 384], False, None),
     ),
+    "fused_qk_norm_rope_and_paged_attention_stacked": (
+        *(torch.randn(5, 6 * 16), torch.zeros(2, 3, 4, 2, 16), *NORM_AND_ROTATION[:5]),
+        *(None, None, int32(5), int32([0, 1]), int32(0, 5), int32(1), None, None),
+        *(*NORM_AND_ROTATION[7:], "auto", [*GEOMETRY, 384], 0.25, -1, 0.0, False, None),
+    ),
     "reshape_and_cache_flash_both": (
         *(ROWS, ROWS, CACHE, CACHE.clone(), SLOTS, ONE, ONE),
         *("auto", [*GEOMETRY, 0], False),

@@ -198,6 +198,7 @@ IN_PLACE = {
     "apply_repetition_penalties_": ("logits",),
     "fused_qk_norm_rope": ("qkv",),
     "fused_qk_norm_rope_and_cache": CACHES,
+    "fused_qk_norm_rope_and_paged_attention": CACHES,
     "reshape_and_cache": CACHES,
     "reshape_and_cache_flash": CACHES,
     "swap_blocks": ("dst",),

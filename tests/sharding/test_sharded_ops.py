@@ -9,6 +9,7 @@ from torch_xla.distributed import spmd as xs
 
 import xla_ops
 from sharded import compiled, put, run, tiles_of
+from support import int32
 from xla_ops.core.op import OPS
 
 OP = torch.ops.xla_ops
@@ -63,6 +64,18 @@ def prepare(qkv, key_cache, value_cache, *rest):
     return OP.fused_qk_norm_rope_and_cache_both(
         *(qkv, key_cache, value_cache, *rest, None, None, HEADS, KV_HEADS, DIM),
         *(1e-6, True, "auto", geometry, False, None, None),
+    )
+
+
+def prepare_and_attend(qkv, kv_cache, *rest):
+    """fused_qk_norm_rope_and_paged_attention of a stacked cache of such pages."""
+    *prepared, lens, tables, starts, count = rest
+    size = 4 * 4 * KV_HEADS * DIM
+    geometry = [4, 4, KV_HEADS, DIM, size // 4, KV_HEADS * DIM, DIM, 0, size]
+    return OP.fused_qk_norm_rope_and_paged_attention_stacked(
+        *(qkv, kv_cache, *prepared, None, None, lens, tables, starts, count),
+        *(None, None, HEADS, KV_HEADS, DIM, 1e-6, True, "auto", geometry),
+        *(0.25, -1, 0.0, False, None),
     )
 
 
@@ -263,6 +276,16 @@ def cases():
                 floats(TOKENS, (HEADS + 2 * KV_HEADS) * DIM),
                 *(floats(4, 4, KV_HEADS, DIM), floats(4, 4, KV_HEADS, DIM)),
                 *(floats(DIM), floats(DIM), table, positions(), torch.arange(TOKENS)),
+            ),
+            {},
+        ),
+        "fused_qk_norm_rope_and_paged_attention": (
+            prepare_and_attend,
+            (
+                floats(TOKENS, (HEADS + 2 * KV_HEADS) * DIM),
+                floats(2, 4, 4, KV_HEADS, DIM),
+                *(floats(DIM), floats(DIM), table, positions(), torch.arange(TOKENS)),
+                *(int32(TOKENS), int32([0, 1, 2, 3]), int32(0, TOKENS), int32(1)),
             ),
             {},
         ),

@@ -171,6 +171,16 @@ def _updates(dtype):
                 ),
             ),
         ],
+        "fused_qk_norm_rope_and_paged_attention": [
+            (
+                {"sinks": jnp.ones(2)},
+                (
+                    *(qkv, *sizes, *weights, table, True, places, *pair, slots),
+                    *(integers(3, 4), integers(0, 1, 2, 0, shape=(2, 2))),
+                    *(integers(0, 1, 3), integers(2), 0.5, 3),
+                ),
+            )
+        ],
         "apply_repetition_penalties_": [
             ({}, (logits, logits > 0, logits < -1, jnp.asarray([1.5, 2.0], dtype))),
         ],
@@ -186,6 +196,7 @@ _WRITTEN = {
     "swap_blocks": (1,),
     "fused_qk_norm_rope": (0,),
     "fused_qk_norm_rope_and_cache": (10, 11),
+    "fused_qk_norm_rope_and_paged_attention": (10, 11),
     "apply_repetition_penalties_": (0,),
 }
 
@@ -202,7 +213,7 @@ def test_functions_that_update(name, dtype):
             tuple(t) if isinstance(t, list) else t
             for t in (tensors[i] for i in _WRITTEN[name])
         )
-        assert (result is None) == (name != "fused_qk_norm_rope_and_cache")
+        assert (result is None) == (not name.startswith("fused_qk_norm_rope_and"))
         expected = expected if result is None else (result, *expected)
         same_bits(found, expected if len(expected) > 1 else expected[0])
 
@@ -212,6 +223,7 @@ def _wide(name, index, value):
     is_index = (name, index) in {
         ("reshape_and_cache_flash", 4),
         ("fused_qk_norm_rope_and_cache", 12),
+        ("fused_qk_norm_rope_and_paged_attention", 12),
         ("reshape_and_cache", 4),
         ("copy_blocks", 2),
         ("swap_blocks", 2),

@@ -8,12 +8,15 @@
 //   host           LaunchOverlapping(second, ..., CanOverlap(attributes))
 //
 // The first must be launched as usual, so that the second, which waits for
-// it, has waited for all before it too.
+// it, has waited for all before it too. A third may follow the second in the
+// same way if a block of the second waits in any case: it then ends last.
 
 #ifndef XLA_OPS_CC_DEVICE_OVERLAP_CUH_
 #define XLA_OPS_CC_DEVICE_OVERLAP_CUH_
 
 #include <cuda_runtime_api.h>
+
+#include <cstddef>
 
 namespace xla_ops {
 
@@ -41,13 +44,14 @@ inline bool CanOverlap(const cudaFuncAttributes& attributes) {
 template <typename Args>
 cudaError_t LaunchOverlapping(cudaStream_t stream, void (*kernel)(Args),
                               dim3 blocks, dim3 threads, bool overlap,
-                              const Args& args) {
+                              const Args& args, int shared_bytes = 0) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = threads;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;

@@ -24,6 +24,9 @@ from .fp8_quant import (
 from .fused_add_rms_norm import fused_add_rms_norm
 from .fused_qk_norm_rope import fused_qk_norm_rope
 from .fused_qk_norm_rope_and_cache import fused_qk_norm_rope_and_cache
+from .fused_qk_norm_rope_and_paged_attention import (
+    fused_qk_norm_rope_and_paged_attention,
+)
 from .grouped_matmul import grouped_matmul
 from .int8_quant import dynamic_scaled_int8_quant, static_scaled_int8_quant
 from .linear import linear
@@ -53,6 +56,7 @@ __all__ = [
     "fused_add_rms_norm_static_fp8_quant",
     "fused_qk_norm_rope",
     "fused_qk_norm_rope_and_cache",
+    "fused_qk_norm_rope_and_paged_attention",
     "gelu_and_mul",
     "gelu_fast",
     "gelu_new",

@@ -268,8 +268,8 @@ def arguments(
         key=_asking_like(key, cache.key_buffer),
         value=_asking_like(value, cache.value_buffer),
         **batch._asdict(),
-        alibi_slopes=_as_float32(check, "alibi_slopes", features.alibi_slopes),
-        sinks=_as_float32(check, "sinks", features.sinks),
+        alibi_slopes=as_float32(check, "alibi_slopes", features.alibi_slopes),
+        sinks=as_float32(check, "sinks", features.sinks),
         k_scale=features.k_scale,
         v_scale=features.v_scale,
         scale=float(scale),
@@ -347,10 +347,10 @@ def smaller(bound: int, size: int) -> int:
     return min(bound, size) if known else size
 
 
-def _as_float32(
+def as_float32(
     check: Checker, argument: str, t: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """vLLM holds sinks, for one, in the model's dtype."""
+    """Checks a feature; vLLM holds sinks, for one, in the model's dtype."""
     if t is None:
         return None
     check.dtype(argument, t, FLOAT_DTYPES)

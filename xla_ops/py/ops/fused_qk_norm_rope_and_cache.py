@@ -161,23 +161,11 @@ def _front(
 ) -> torch.Tensor:
     sizes: tuple[Any, ...] = (num_heads, num_kv_heads, head_dim)
     rotation: tuple[Any, ...] = (q_weight, k_weight, cos_sin_cache, position_ids)
-    _check_heads(
-        *(qkv, num_heads, num_kv_heads, head_dim, eps),
-        *(q_weight, k_weight, cos_sin_cache, position_ids),
+    scales: tuple[Any, ...] = (k_scale, v_scale)
+    cache = locate(
+        *(_check, qkv, *sizes, eps, *rotation, key_cache, value_cache),
+        *(slot_mapping, kv_cache_dtype, *scales),
     )
-    paged_cache.check_caches(_check, key_cache, value_cache)
-    _check.dtype(
-        "key_cache", key_cache, paged_cache.dtypes(_check, qkv, kv_cache_dtype)
-    )
-    _check.require(
-        list(key_cache.shape[2:]) == [num_kv_heads, head_dim],
-        "key_cache",
-        f"have heads and head_dim {[num_kv_heads, head_dim]}",
-        list(key_cache.shape[2:]),
-    )
-    _check_slots(qkv, slot_mapping, k_scale, v_scale)
-    _check.same_device("qkv", qkv, key_cache=key_cache, value_cache=value_cache)
-    cache = paged_cache.locate(_check, key_cache, value_cache, to_write=True)
     if not isinstance(qkv, Foreign) and not qkv.numel():
         return qkv.new_empty(qkv.shape[0], num_heads, head_dim)
     if cache is None or _is_taken_apart(qkv, key_cache) or _share(cache):
@@ -206,7 +194,43 @@ def _front(
     if not in_place.is_value(key_cache):
         donors = [None] * op.num_donors
         return op.update_at_once(qkv, *buffers, *rest, *donors)[0]
-    return _update(op, qkv, buffers, rest, [key_cache, value_cache])
+    return update(op, qkv, buffers, rest, [key_cache, value_cache])
+
+
+def locate(
+    check: Checker,
+    qkv: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> paged_cache.PagedCache | None:
+    """Checks the arguments and locates the caches; None: their strides differ."""
+    _check_heads(
+        *(check, qkv, num_heads, num_kv_heads, head_dim, eps),
+        *(q_weight, k_weight, cos_sin_cache, position_ids),
+    )
+    paged_cache.check_caches(check, key_cache, value_cache)
+    check.dtype("key_cache", key_cache, paged_cache.dtypes(check, qkv, kv_cache_dtype))
+    check.require(
+        list(key_cache.shape[2:]) == [num_kv_heads, head_dim],
+        "key_cache",
+        f"have heads and head_dim {[num_kv_heads, head_dim]}",
+        list(key_cache.shape[2:]),
+    )
+    _check_slots(check, qkv, slot_mapping, k_scale, v_scale)
+    check.same_device("qkv", qkv, key_cache=key_cache, value_cache=value_cache)
+    return paged_cache.locate(check, key_cache, value_cache, to_write=True)
 
 
 def _is_taken_apart(qkv: torch.Tensor, key_cache: torch.Tensor) -> bool:
@@ -241,25 +265,29 @@ def _storage(t: torch.Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-def _update(
+def update(
     op: Op,
     qkv: torch.Tensor,
     buffers: list[torch.Tensor],
     rest: tuple,
     views: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Gives caches that are values, or another framework's, their new ones."""
+    """Gives caches that are values, or another framework's, their new ones.
+
+    Returns:
+        The op's first result; the others are the caches' new values.
+    """
     if isinstance(qkv, Foreign):
-        query, *results = op(qkv, *buffers, *rest, *[None] * op.num_donors)
+        first, *results = op(qkv, *buffers, *rest, *[None] * op.num_donors)
         for buffer, value in zip(buffers, results, strict=True):
             buffer.become(value)
-        return query
+        return first
     old, donors = in_place.prepare(op.name, buffers)
-    query, *results = op(qkv, *old, *rest, *donors)
+    first, *results = op(qkv, *old, *rest, *donors)
     for buffer, value in zip(buffers, results, strict=True):
         in_place.assign(buffer, value, views)
     ownership.renew([v for v in views if all(v is not b for b in buffers)])
-    return query
+    return first
 
 
 def _one_by_one(
@@ -302,6 +330,7 @@ def _one_by_one(
 
 
 def _check_heads(
+    check: Checker,
     qkv: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
@@ -314,22 +343,23 @@ def _check_heads(
 ) -> None:
     counts = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     check_heads(
-        *(_check, qkv, counts, num_heads + 2 * num_kv_heads, head_dim, eps),
+        *(check, qkv, counts, num_heads + 2 * num_kv_heads, head_dim, eps),
         *(q_weight, k_weight, cos_sin_cache, position_ids),
     )
 
 
 def _check_slots(
+    check: Checker,
     qkv: torch.Tensor,
     slot_mapping: torch.Tensor,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    paged_cache.check_slots(_check, qkv, slot_mapping)
+    paged_cache.check_slots(check, qkv, slot_mapping)
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
-            _check.scale(name, scale)
-    _check.same_device(
+            check.scale(name, scale)
+    check.same_device(
         "qkv", qkv, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
 
@@ -338,15 +368,18 @@ def _lower_both(
     qkv: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *rest: Any
 ) -> CustomCall:
     caches = {"key_cache": key_cache, "value_cache": value_cache}
-    return _lower("xla_ops.fused_qk_norm_rope_and_cache", qkv, caches, *rest)
+    return _lower(_check, "xla_ops.fused_qk_norm_rope_and_cache", qkv, caches, *rest)
 
 
-def _lower_stacked(qkv: torch.Tensor, kv_cache: torch.Tensor, *rest: Any) -> CustomCall:
+def lower_stacked(
+    check: Checker, qkv: torch.Tensor, kv_cache: torch.Tensor, *rest: Any
+) -> CustomCall:
     target = "xla_ops.fused_qk_norm_rope_and_cache_stacked"
-    return _lower(target, qkv, {"kv_cache": kv_cache}, *rest)
+    return _lower(check, target, qkv, {"kv_cache": kv_cache}, *rest)
 
 
 def _lower(
+    check: Checker,
     target: str,
     qkv: torch.Tensor,
     caches: dict[str, torch.Tensor],
@@ -368,10 +401,10 @@ def _lower(
 ) -> CustomCall:
     """Writes keys and values into `caches`, by name: a buffer for each, or one."""
     _check_heads(
-        *(qkv, num_heads, num_kv_heads, head_dim, eps),
+        *(check, qkv, num_heads, num_kv_heads, head_dim, eps),
         *(q_weight, k_weight, cos_sin_cache, position_ids),
     )
-    _check_slots(qkv, slot_mapping, k_scale, v_scale)
+    _check_slots(check, qkv, slot_mapping, k_scale, v_scale)
     places = dict(zip(paged_cache.ATTRIBUTES, geometry, strict=True))
     query = Spec((qkv.shape[0], num_heads, head_dim), qkv.dtype)
     return CustomCall(
@@ -410,7 +443,7 @@ def _reference_both(
     return query, keys(key_cache), values(value_cache)
 
 
-def _reference_stacked(
+def reference_stacked(
     qkv: torch.Tensor, kv_cache: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
     query, (keys, values) = _reference(qkv, *rest)
@@ -460,12 +493,14 @@ def _reference(
     return query, [writer(r, *place) for r, place in zip(rows, places, strict=True)]
 
 
-def _autocast(args: Mapping[str, Any], dtype: torch.dtype) -> dict[str, torch.dtype]:
+def write_autocast(
+    args: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, torch.dtype]:
     scales = dict.fromkeys(("k_scale", "v_scale"), torch.float32)
     return {**autocast(args, dtype), **scales}
 
 
-def _splits(args: Mapping[str, Any]) -> sharding.Rule:
+def write_splits(args: Mapping[str, Any]) -> sharding.Rule:
     """None: a row has all heads, and every device sees all tokens and slots."""
     caches = [name for name in ("key_cache", "value_cache", "kv_cache") if name in args]
     whole = {
@@ -489,18 +524,18 @@ _both = Op(
     " Tensor? donor_key_cache, Tensor? donor_value_cache) -> (Tensor, Tensor, Tensor)",
     _lower_both,
     _reference_both,
-    autocast=_autocast,
-    splits=_splits,
+    autocast=write_autocast,
+    splits=write_splits,
     public_name=_check.op,
 )
 _stacked = Op(
     "fused_qk_norm_rope_and_cache_stacked",
     f"(Tensor qkv, Tensor kv_cache, {_REST}, Tensor? donor_kv_cache)"
     " -> (Tensor, Tensor)",
-    _lower_stacked,
-    _reference_stacked,
-    autocast=_autocast,
-    splits=_splits,
+    lambda *args: lower_stacked(_check, *args),
+    reference_stacked,
+    autocast=write_autocast,
+    splits=write_splits,
     public_name=_check.op,
 )
 
@@ -512,5 +547,5 @@ front.define(
     " Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype='auto',"
     " Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     _front,
-    autocast=_autocast,
+    autocast=write_autocast,
 )

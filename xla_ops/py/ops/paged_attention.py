@@ -11,7 +11,7 @@ from ..core.foreign import Foreign
 from ..core.lazy import torch
 from . import attention, attention_backward
 
-_NAMES = attention.Names(
+NAMES = attention.Names(
     op="paged_attention",
     query="query",
     key="key_cache",
@@ -23,7 +23,7 @@ _NAMES = attention.Names(
     soft_cap="soft_cap",
     cache="kv_cache",
 )
-_check = Checker(_NAMES.op)
+_check = Checker(NAMES.op)
 
 
 def paged_attention(
@@ -114,10 +114,7 @@ def paged_attention(
     if soft_cap is not None:
         soft_cap = scalars.number(_check.op, "soft_cap", soft_cap)
     return_lse = scalars.flag(_check.op, "return_lse", return_lse)
-    if not isinstance(num_seqs, (torch.Tensor, Foreign)):
-        count = scalars.integer(_check.op, "num_seqs", num_seqs)
-        num_seqs = _on_device(count, query.device)
-    _check.tensor("num_seqs", num_seqs)
+    num_seqs = count_on(_check, num_seqs, query.device)
     stacked = isinstance(kv_cache, (torch.Tensor, Foreign))
     if not stacked:
         if not isinstance(kv_cache, (list, tuple)):
@@ -151,12 +148,19 @@ def paged_attention(
     )
 
 
-def _on_device(number: int, device: torch.device) -> torch.Tensor:
-    """Returns an int32 tensor [1]."""
-    if torch.compiler.is_compiling():
-        return torch.full((1,), number, dtype=torch.int32, device=device)
-    # Data, not a constant of the lazy graph.
-    return torch.tensor([number], dtype=torch.int32, device=device)
+def count_on(
+    check: Checker, num_seqs: torch.Tensor | int, device: torch.device
+) -> torch.Tensor:
+    """Returns num_seqs as an int32 tensor [1], after a check of its type."""
+    if not isinstance(num_seqs, (torch.Tensor, Foreign)):
+        number = scalars.integer(check.op, "num_seqs", num_seqs)
+        if torch.compiler.is_compiling():
+            num_seqs = torch.full((1,), number, dtype=torch.int32, device=device)
+        else:
+            # Data, not a constant of the lazy graph.
+            num_seqs = torch.tensor([number], dtype=torch.int32, device=device)
+    check.tensor("num_seqs", num_seqs)
+    return num_seqs
 
 
 def _front(
@@ -202,12 +206,9 @@ def _attend(
     **features: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     paged_cache.check_caches(_check, key_cache, value_cache)
-    attention.check_head_dim(_check, _NAMES, query, key_cache)
-    window = sliding_window or 0
-    _check.require(window >= 0, "sliding_window", "be at least 0", window)
+    attention.check_head_dim(_check, NAMES, query, key_cache)
     cache = paged_cache.locate_to_read(_check, key_cache, value_cache)
-    width = block_tables.shape[-1] if block_tables.dim() else 0
-    longest = width * cache.page_size
+    longest = longest_of(block_tables, cache.page_size)
     return _op(
         *attention.arguments(
             _check,
@@ -223,15 +224,27 @@ def _attend(
             ),
             attention.Features(**features),
             scale,
-            # A window as wide as the table hides nothing.
-            (window - 1 if window < longest else -1, 0),
+            (window_left(_check, sliding_window, longest), 0),
             soft_cap or 0.0,
             longest,
         )
     )
 
 
-_op = attention.declare(_NAMES, attention_backward.declare(_NAMES))
+def longest_of(block_tables: torch.Tensor, page_size: int) -> int:
+    """How many tokens a sequence has at most."""
+    return (block_tables.shape[-1] if block_tables.dim() else 0) * page_size
+
+
+def window_left(check: Checker, sliding_window: int | None, longest: int) -> int:
+    """The window as the functional op has it, after a check."""
+    window = sliding_window or 0
+    check.require(window >= 0, "sliding_window", "be at least 0", window)
+    # One as wide as the table hides nothing.
+    return window - 1 if window < longest else -1
+
+
+_op = attention.declare(NAMES, attention_backward.declare(NAMES))
 
 _TAIL = (
     "Tensor context_lens, Tensor block_tables, Tensor query_start_loc,"
@@ -249,5 +262,5 @@ for _name, _kernel, _results in _FORMS:
             f"{_name}{_overload}(Tensor query, {_type} kv_cache, {_TAIL} -> {_results}",
             _kernel,
             autocast=attention.autocast("query", "kv_cache", "kv_cache"),
-            public_name=_NAMES.op,
+            public_name=NAMES.op,
         )

@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.utils import (
 )
 
 from ..ops import (
-    fused_qk_norm_rope_and_cache,
+    fused_qk_norm_rope_and_paged_attention,
     paged_attention,
     reshape_and_cache_flash,
 )
@@ -196,38 +196,35 @@ class XlaAttentionImpl(AttentionImpl):
     ) -> torch.Tensor:
         """query, key and value: [tokens, heads * head_size]; returns query's shape."""
         tokens = query.shape[0]
-        scales = {}
+        scales: dict[str, Any] = {}
         if self.kv_cache_dtype != "auto":
             scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
-        queries = query.view(tokens, self.num_heads, self.head_size)
+        over: dict[str, Any] = {
+            "context_lens": attn_metadata.context_lens,
+            "block_tables": attn_metadata.block_tables,
+            "query_start_loc": attn_metadata.query_start_loc,
+            "num_seqs": attn_metadata.num_seqs,
+            "scale": self.scale,
+            "sliding_window": self.sliding_window,
+            "soft_cap": self.soft_cap,
+            "alibi_slopes": self.alibi_slopes,
+            "sinks": self.sinks,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            **scales,
+        }
         if self.kv_sharing_target_layer_name is None:
+            where: tuple[Any, ...] = (*kv_cache.unbind(0), attn_metadata.slot_mapping)
             sizes = (self.num_heads, self.num_kv_heads, self.head_size)
             made_of = projection.find(query, key, value, *sizes)
-            where: tuple[Any, ...] = (
-                *kv_cache.unbind(0),
-                attn_metadata.slot_mapping,
-                self.kv_cache_dtype,
-            )
             if made_of is not None:
-                queries = fused_qk_norm_rope_and_cache(*made_of, *where, **scales)
-            else:
-                shape = (tokens, self.num_kv_heads, self.head_size)
-                rows = (key.view(shape), value.view(shape))
-                reshape_and_cache_flash(*rows, *where, **scales)
-        out = paged_attention(
-            queries,
-            kv_cache,
-            attn_metadata.context_lens,
-            attn_metadata.block_tables,
-            attn_metadata.query_start_loc,
-            attn_metadata.num_seqs,
-            self.scale,
-            self.sliding_window,
-            self.soft_cap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
-            kv_cache_dtype=self.kv_cache_dtype,
-            **scales,
-        )
+                rows = fused_qk_norm_rope_and_paged_attention(*made_of, *where, **over)
+                return rows.reshape(query.shape)
+            shape = (tokens, self.num_kv_heads, self.head_size)
+            reshape_and_cache_flash(
+                *(key.view(shape), value.view(shape), *where, self.kv_cache_dtype),
+                **scales,
+            )
+        queries = query.view(tokens, self.num_heads, self.head_size)
+        out = paged_attention(queries, kv_cache, **over)
         assert isinstance(out, torch.Tensor)
         return out.reshape(query.shape)

@@ -27,7 +27,7 @@ from ..core.places import Located, dense_strides
 
 
 class Projection(NamedTuple):
-    """The first arguments of `fused_qk_norm_rope_and_cache`, in its order."""
+    """The first arguments of `fused_qk_norm_rope_and_paged_attention`, in order."""
 
     qkv: torch.Tensor
     num_heads: int

@@ -103,6 +103,7 @@ cudaError_t LaunchMixed(cudaStream_t stream, const AttentionParams& params,
                         const AttentionDevice& device) {
   AttentionArgs args = all_args;
   args.few_rows = kDecodeRows;
+  args.overlaps = false;  // the kernel before the one for decode is no writer
   const cudaError_t error = LaunchAttentionSm90(stream, params, args, device);
   if (error != cudaSuccess) return error;
   return LaunchAttentionMma(stream, params, args, device);
@@ -118,8 +119,10 @@ cudaError_t PrepareAttentionSimt(AttentionDevice*) {
 
 cudaError_t LaunchAttentionSimt(cudaStream_t stream,
                                 const AttentionParams& params,
-                                const AttentionArgs& args,
+                                const AttentionArgs& all_args,
                                 const AttentionDevice&) {
+  AttentionArgs args = all_args;
+  args.overlaps = false;  // it does not wait
   if (params.kv_dtype != params.dtype) return LaunchSimtFp8(stream, args);
   if (params.dtype == DType::kF32) return LaunchSimt<float>(stream, args);
   return params.dtype == DType::kF16 ? LaunchSimt<__half>(stream, args)
@@ -235,8 +238,8 @@ cudaError_t PrepareAttention() {
   return GetDevice(&device);
 }
 
-cudaError_t LaunchAttention(cudaStream_t stream,
-                            const AttentionParams& params) {
+cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params,
+                            bool after_writer) {
   if (params.num_tokens == 0 || params.num_heads == 0 || params.head_dim == 0) {
     return cudaSuccess;
   }
@@ -249,13 +252,14 @@ cudaError_t LaunchAttention(cudaStream_t stream,
   cudaError_t error = GetDevice(&device);
   if (error != cudaSuccess) return error;
 
-  const AttentionArgs args = MakeAttentionArgs(params);
+  AttentionArgs args = MakeAttentionArgs(params);
   if (!IsAligned(params.workspace, 16) ||
       params.workspace_bytes <
           AttentionWorkspaceBytes(params.num_tokens, params.num_heads,
                                   params.head_dim, args.num_splits)) {
     return cudaErrorInvalidValue;
   }
+  args.overlaps = after_writer && device.can_overlap && !params.debug;
   if (params.debug) {
     const int blocks = std::max(1, args.max_num_seqs);
     ReportAttentionKernel<<<blocks, 128, 0, stream>>>(args);

@@ -238,6 +238,8 @@ int64_t MaxTiles(const AttentionParams& params) {
                   params.num_tokens / kTileRows + params.max_num_seqs);
 }
 
+}  // namespace
+
 ffi::Error Attention(const AttentionParams& params, ffi::ThreadPool& pool) {
   if (params.num_tokens == 0 || params.num_heads == 0) {
     return ffi::Error::Success();
@@ -276,8 +278,6 @@ ffi::Error Attention(const AttentionParams& params, ffi::ThreadPool& pool) {
   });
   return ffi::Error::Success();
 }
-
-}  // namespace
 
 XLA_OPS_CPU_HANDLER(flash_attn_varlen, AttentionBinding(),
                     MakeAttention<kFlashAttnVarlenNames>, Attention);

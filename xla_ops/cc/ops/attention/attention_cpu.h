@@ -11,13 +11,18 @@
 #include <cstdio>
 #include <string>
 
+#include "xla/ffi/api/ffi.h"
 #include "xla_ops/cc/core/dispatch.h"
 #include "xla_ops/cc/core/dtype.h"
+#include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/core/float.h"
 #include "xla_ops/cc/ops/attention/attention.h"
 #include "xla_ops/cc/ops/attention/attention_checks.h"
 
 namespace xla_ops {
+
+// The kernel of all CPU handlers of attention.
+ffi::Error Attention(const AttentionParams& params, ffi::ThreadPool& pool);
 
 // The KV tokens of a sequence, clamped to what the tensors' shapes allow.
 struct KvTokens {

@@ -13,6 +13,7 @@
 
 #include "xla_ops/cc/device/cluster.cuh"
 #include "xla_ops/cc/device/kernel_list.h"
+#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/ops/attention/attention_args.cuh"
 #include "xla_ops/cc/ops/attention/attention_choice.h"
 #include "xla_ops/cc/ops/attention/attention_head_dims.h"
@@ -120,7 +121,7 @@ cudaError_t LaunchClusters(cudaStream_t stream, Kernel* kernel, dim3 grid,
                            int threads, int shared_bytes,
                            const AttentionArgs& args) {
   const ClusterLaunch launch(stream, grid, dim3(1, 1, grid.z), threads,
-                             shared_bytes);
+                             shared_bytes, args.overlaps);
   void* pointers[] = {const_cast<AttentionArgs*>(&args)};
   return cudaLaunchKernelExC(&launch.config,
                              reinterpret_cast<const void*>(kernel), pointers);
@@ -141,8 +142,8 @@ cudaError_t LaunchTiles(cudaStream_t stream, Kernel* kernel, int tile_rows,
   if (args.clustered) {
     return LaunchClusters(stream, kernel, grid, threads, shared_bytes, args);
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOverlapping(stream, kernel, grid, dim3(threads), args.overlaps,
+                           args, shared_bytes);
 }
 
 // The same in sections of heads, tile by tile from the last. Where later rows

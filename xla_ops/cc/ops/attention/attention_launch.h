@@ -27,7 +27,13 @@ cudaError_t PrepareAttention();
 //
 // Which kernel: attention_choice.h. Debug mode says its name on stderr, once a
 // signature.
-cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params);
+//
+// `after_writer`: the kernel before it in the stream gives the queries and
+// writes keys and values, is of the same call, was launched as usual and lets
+// this one start early (device/overlap.cuh). All else that the call reads was
+// there before.
+cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params,
+                            bool after_writer = false);
 
 }  // namespace xla_ops
 

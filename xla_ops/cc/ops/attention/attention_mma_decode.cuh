@@ -282,6 +282,12 @@ __device__ __forceinline__ uint32_t NextSlot(uint32_t slot) {
   return next == Shape::kSlots * Shape::kTileBytes ? 0 : next;
 }
 
+// For blocks with nothing to do. That a kernel has ended has to mean that those
+// before it have, which one block sees to.
+__device__ __forceinline__ void WaitForAll() {
+  if ((blockIdx.x | blockIdx.y | blockIdx.z) == 0) WaitForPreviousKernel();
+}
+
 template <typename T, bool kFp8, int kHeadDim, DecodeForm kForm>
 __device__ __forceinline__ void Decode(const AttentionArgs& args) {
   using Shape = MmaDecodeShape<kFp8, kHeadDim, kForm>;
@@ -324,10 +330,10 @@ __device__ __forceinline__ void Decode(const AttentionArgs& args) {
       piece = share.item.piece;
       pieces = share.item.pieces;
     }
-    if (!found) return;
+    if (!found) return WaitForAll();
   } else if (!FindQueryTile<Shape::kTileRows, Shape::kWarps>(args, tile_index,
                                                              search, &tile)) {
-    return;
+    return WaitForAll();
   }
   const int64_t split_start =
       int64_t{blockIdx.z} * args.num_tokens * args.num_heads;
@@ -341,7 +347,7 @@ __device__ __forceinline__ void Decode(const AttentionArgs& args) {
   if (kForm == DecodeForm::kPlain && args.num_splits > 1 &&
       split.begin == split.end) {
     StoreEmptySplit(args, tile, kv_head, split_start);
-    return;
+    return WaitForAll();
   }
   int t = tiles.begin + split.begin;
   const int t_end = tiles.begin + split.end;
@@ -398,6 +404,8 @@ __device__ __forceinline__ void Decode(const AttentionArgs& args) {
   // Started first, for the copies wait for the block ids.
   const TokenPlace first = find(t);
   TokenPlace place = find(t + 1);
+  // Not asked for sooner: what the kernel before it reads would wait behind.
+  WaitForPreviousKernel();
   if constexpr (!kFp8) {
     CopyQuery<T, kHeadDim, Shape::kTileRows>(args, tile, kv_head, query_tile);
   }

@@ -274,13 +274,15 @@ XLA_OPS_TEST(DebugReportsWhatIsMaskedAndClamped) {
 XLA_OPS_TEST(TableNamesTheTargets) {
   size_t count = 0;
   const XlaOpsHandler* handlers = xla_ops_handlers(&count);
-  EXPECT_EQ(count, 2u);
+  EXPECT_EQ(count, 3u);
   EXPECT_EQ(std::string(handlers[0].target), "xla_ops.flash_attn_varlen");
   EXPECT_EQ(std::string(handlers[1].target), "xla_ops.paged_attention");
   EXPECT_EQ(std::string(handlers[0].platform), "Host");
   EXPECT_EQ(std::string(handlers[1].platform), "Host");
   EXPECT_TRUE(handlers[0].bundle.execute == xla_ops_flash_attn_varlen_cpu);
   EXPECT_TRUE(handlers[1].bundle.execute == xla_ops_paged_attention_cpu);
+  EXPECT_EQ(std::string(handlers[2].target),
+            "xla_ops.fused_qk_norm_rope_and_paged_attention");
 }
 
 }  // namespace

@@ -97,6 +97,9 @@ struct AttentionArgs {
   // The kernel for decode: the splits of a tile are a cluster, which combines
   // them.
   bool clustered;
+  // The kernel for decode: it starts while the kernel before it, which gives it
+  // queries and writes keys and values, may still run (device/overlap.cuh).
+  bool overlaps;
 };
 
 // A row of query and out.

@@ -26,6 +26,7 @@
 #include "xla_ops/cc/device/exact_div.h"
 #include "xla_ops/cc/device/fast_div.h"
 #include "xla_ops/cc/device/launch.h"
+#include "xla_ops/cc/device/overlap.cuh"
 #include "xla_ops/cc/device/reduce.cuh"
 #include "xla_ops/cc/device/rms.cuh"
 #include "xla_ops/cc/device/rope.cuh"
@@ -175,6 +176,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kWidth = kWideSize<T>;
   using Part = Halves<T, kWidth>;
   using Turn = Angles<Table, kWidth, kNeox>;
+  LetNextKernelStart();
   const int index = blockIdx.x * blockDim.y + threadIdx.y;
   const int pairs = task.head_dim / 2;
   const int at = threadIdx.x * kWidth;  // in each half
@@ -227,6 +229,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, typename Table>
 __global__ void __launch_bounds__(kThreads)
     WarpPerHeadKernel(const Task<T, Table> task, bool is_neox) {
+  LetNextKernelStart();
   const int index = blockIdx.x * blockDim.y + threadIdx.y;
   if (index >= task.num_heads) return;
   const auto head = Head<T, Table>::Of(task, index);
@@ -379,6 +382,13 @@ cudaError_t Launch(cudaStream_t stream,
 
 cudaError_t LaunchFusedQkNormRopeAndCache(
     cudaStream_t stream, const FusedQkNormRopeAndCacheParams& params) {
+  for (int i = 0; i < params.num_copies; ++i) {
+    const CacheCopy& copy = params.copies[i];
+    const cudaError_t error =
+        cudaMemcpyAsync(copy.to, copy.from, static_cast<size_t>(copy.bytes),
+                        cudaMemcpyDeviceToDevice, stream);
+    if (error != cudaSuccess) return error;
+  }
   if (params.debug && params.num_cached_tokens > 0) {
     const int64_t blocks = CeilDivide(params.num_cached_tokens, kThreads);
     const cudaError_t error = LaunchKernel<ReportSlotsKernel>(

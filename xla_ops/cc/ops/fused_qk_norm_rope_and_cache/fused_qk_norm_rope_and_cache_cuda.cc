@@ -15,23 +15,11 @@
 namespace xla_ops {
 namespace {
 
-cudaError_t CopyAndLaunch(cudaStream_t stream,
-                          const FusedQkNormRopeAndCacheParams& params) {
-  for (int i = 0; i < params.num_copies; ++i) {
-    const CacheCopy& copy = params.copies[i];
-    const cudaError_t error =
-        cudaMemcpyAsync(copy.to, copy.from, static_cast<size_t>(copy.bytes),
-                        cudaMemcpyDeviceToDevice, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return LaunchFusedQkNormRopeAndCache(stream, params);
-}
-
 ffi::Error CheckAndLaunch(cudaStream_t stream,
                           const FusedQkNormRopeAndCacheParams& params) {
   XLA_OPS_RETURN_IF_ERROR(CheckCudaLimits(params));
   return ToLaunchError("fused_qk_norm_rope_and_cache",
-                       CopyAndLaunch(stream, params));
+                       LaunchFusedQkNormRopeAndCache(stream, params));
 }
 
 }  // namespace

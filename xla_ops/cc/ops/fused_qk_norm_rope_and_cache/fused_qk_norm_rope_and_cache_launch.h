@@ -10,11 +10,11 @@
 
 namespace xla_ops {
 
-// Queues one kernel on `stream` (and, with params.debug, a second one that
-// prints the slots that are skipped for being out of range), of parameters
-// within CheckCudaLimits; neither allocates nor synchronises, and leaves
-// `copies` alone. Any alignment of pointers and strides is legal, 16 bytes is
-// fast.
+// Queues on `stream` what `copies` asks for, with params.debug a kernel that
+// prints the slots that are skipped for being out of range, and one kernel that
+// does the rest and lets the next one start early (device/overlap.cuh); of
+// parameters within CheckCudaLimits. It neither allocates nor synchronises. Any
+// alignment of pointers and strides is legal, 16 bytes is fast.
 cudaError_t LaunchFusedQkNormRopeAndCache(
     cudaStream_t stream, const FusedQkNormRopeAndCacheParams& params);
 
