@@ -21,9 +21,13 @@ client = xla.get_distributed_runtime_client(
     "127.0.0.1:" + port, rank, init_timeout=60, shutdown_on_destruction=False
 )
 client.connect()
+# Else the first one may leave while the other waits for an answer, for a minute.
 if rank == 1:
+    client.key_value_set("connected", "yes")
     time.sleep(3)
-elif stays:
+else:
+    client.blocking_key_value_get("connected", 60000)
+if rank == 0 and stays:
     job.stay_for_others({"WORLD_SIZE": "2", "XLA_COORDINATOR_PORT": port})
 """
 
