@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import xla_ops
 from shares import COPIES
-from support import Path, addresses
+from support import Path, addresses, int32
 from xla_ops.programs.replay import replay
 
 CACHE = (4, 4, 2, 8)
@@ -59,6 +59,22 @@ def project(keys, values, rows, slots):
     )
 
 
+def project_and_attend(keys, values, rows, slots):
+    """The same, and one sequence's attention over all pages."""
+    qkv = torch.cat([rows, rows + 1, 3 * rows], 1).flatten(1)
+    table, lengths, pages, starts, count = (
+        t.to(keys.device)
+        for t in (
+            torch.tensor([[0.0] * 4 + [1.0] * 4]),
+            *(int32(16), int32([0, 1, 2, 3]), int32(0, len(rows)), int32(1)),
+        )
+    )
+    xla_ops.fused_qk_norm_rope_and_paged_attention(
+        *(qkv, 2, 2, 8, 1e-6, None, None, table, True),
+        *(slots * 0, keys, values, slots, lengths, pages, starts, count, 0.1),
+    )
+
+
 def write_around_a_read(keys, values, rows, slots):
     write(keys, values, rows, slots)
     total = keys.sum()
@@ -82,7 +98,7 @@ def normalise_a_page(keys, values, rows, slots):
 
 
 UPDATES = [
-    *(write, copy_pages, swap_pages, project),
+    *(write, copy_pages, swap_pages, project, project_and_attend),
     *(write_around_a_read, normalise_a_page),
 ]
 # Torch's own, of (raw, keys, values, views kept).

@@ -108,11 +108,19 @@ class Updates(torch.nn.Module):
         query = xla_ops.fused_qk_norm_rope_and_cache(
             qkv, *sizes, weight, weight, table, True, ids, *flat.unbind(0), ids
         )
+        lens = torch.full((3,), 9, dtype=torch.int32, device=qkv.device)
+        starts = torch.arange(0, 4, dtype=torch.int32, device=qkv.device)
+        tables = starts[:3, None].repeat(1, 4)
+        out = xla_ops.fused_qk_norm_rope_and_paged_attention(
+            *(qkv, *sizes, None, None, table, True, ids, *flat.unbind(0), ids),
+            *(lens, tables, starts, starts[3:], 0.25),
+        )
         xla_ops.reshape_and_cache(k, v, keys, values, ids)
         xla_ops.swap_blocks(keys, others, torch.stack([ids // PAGE, ids % 32], 1))
         penalties = qkv[:, 0].abs() + 1
         xla_ops.apply_repetition_penalties_(qkv, qkv > 1, qkv < -1, penalties)
-        return xla_ops.gelu_new(qkv), query, values + 1, others + 1, flat + 1
+        gelu = xla_ops.gelu_new(qkv)
+        return gelu, query, out, values + 1, others + 1, flat + 1
 
     @staticmethod
     def inputs(tokens):
