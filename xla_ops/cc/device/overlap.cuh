@@ -56,8 +56,11 @@ cudaError_t LaunchOverlapping(cudaStream_t stream, void (*kernel)(Args),
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
   void* pointers[] = {const_cast<Args*>(&args)};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel),
-                             pointers);
+  const cudaError_t error = cudaLaunchKernelExC(
+      &config, reinterpret_cast<const void*>(kernel), pointers);
+  // Reported here, and not to whoever asks for the last error.
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
 }
 
 }  // namespace xla_ops

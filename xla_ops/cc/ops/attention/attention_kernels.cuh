@@ -123,8 +123,10 @@ cudaError_t LaunchClusters(cudaStream_t stream, Kernel* kernel, dim3 grid,
   const ClusterLaunch launch(stream, grid, dim3(1, 1, grid.z), threads,
                              shared_bytes, args.overlaps);
   void* pointers[] = {const_cast<AttentionArgs*>(&args)};
-  return cudaLaunchKernelExC(&launch.config,
-                             reinterpret_cast<const void*>(kernel), pointers);
+  const cudaError_t error = cudaLaunchKernelExC(
+      &launch.config, reinterpret_cast<const void*>(kernel), pointers);
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
 }
 
 // Launches a kernel over tiles, KV heads and splits. With slots there are
