@@ -69,10 +69,13 @@ def project_and_attend(keys, values, rows, slots):
             *(int32(16), int32([0, 1, 2, 3]), int32(0, len(rows)), int32(1)),
         )
     )
-    xla_ops.fused_qk_norm_rope_and_paged_attention(
+    out = xla_ops.fused_qk_norm_rope_and_paged_attention(
         *(qkv, 2, 2, 8, 1e-6, None, None, table, True),
         *(slots * 0, keys, values, slots, lengths, pages, starts, count, 0.1),
     )
+    # Not where the last bits of a mean decide.
+    attended = (out.flatten()[0] * 0.37 + 0.123).floor() % 3
+    write(keys, values, rows + attended, slots)
 
 
 def write_around_a_read(keys, values, rows, slots):

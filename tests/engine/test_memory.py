@@ -38,6 +38,7 @@ def test_nothing_is_left():
     "given, wanted",
     [
         ({}, {"PJRT_ALLOCATOR_FRACTION": "0.8"}),
+        ({"PJRT_ALLOCATOR_FRACTION": ""}, {"PJRT_ALLOCATOR_FRACTION": "0.8"}),
         ({"PJRT_ALLOCATOR_FRACTION": "0.5"}, {"PJRT_ALLOCATOR_FRACTION": "0.5"}),
         (
             {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},

@@ -17,8 +17,10 @@ they read. The median of rounds through all.
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
+import random
 import sys
 
 import torch
@@ -48,23 +50,26 @@ def cases(quick):
             ([1] * 300, [100 + i for i in range(300)]),
         ]
     heads = [(32, 8, 128), (8, 8, 64), (8, 1, 256), (5, 5, 96)]
-    for index, (batch, given) in enumerate((b, h) for b in batches for h in heads):
-        for cache, dtype in (("auto", torch.bfloat16), ("fp8", torch.bfloat16)):
-            yield {
-                "batch": batch,
-                "heads": given,
-                "cache": cache,
-                "dtype": torch.float32 if index % 5 == 4 else dtype,
-                "normed": index % 2 == 0,
-                "shared": index % 3 == 0,
-                "window": 90 if index % 4 == 3 else -1,
-            }
+    drawn = random.Random(1)
+    for batch, given, cache in itertools.product(batches, heads, ("auto", "fp8")):
+        yield {
+            "batch": batch,
+            "heads": given,
+            "cache": cache,
+            "dtype": drawn.choice([torch.bfloat16] * 3 + [torch.float32]),
+            "normed": drawn.random() < 0.5,
+            "is_neox": drawn.random() < 0.7,
+            "shared": drawn.random() < 0.4,
+            "window": drawn.choice([-1, -1, 90]),
+            "cap": drawn.choice([0.0, 0.0, 20.0]),
+            "sinks": drawn.random() < 0.3,
+        }
 
 
 class Calls:
     """Buffers of a batch, and the calls on them."""
 
-    def __init__(self, libraries, device, batch, heads, cache, dtype, normed, window):
+    def __init__(self, libraries, device, batch, heads, cache, dtype, **options):
         new, lengths = batch
         num_heads, kv_heads, head_dim = heads
         self.kind = {"dtype": dtype, "device": device}
@@ -85,7 +90,7 @@ class Calls:
         count = torch.tensor([len(new)], **int32)
         table = torch.randn(longest, head_dim, **self.kind)
         weights = [None, None]
-        if normed:
+        if options.get("normed"):
             weights = [torch.randn(head_dim, **self.kind) for _ in "qk"]
         scales = [None, None]
         if cache != "auto":
@@ -106,9 +111,11 @@ class Calls:
             "debug": False,
         }
         write = {"num_heads": num_heads, "head_dim": head_dim, "eps": EPS}
-        write["is_neox"] = True
-        read = {"scale": head_dim**-0.5, "window_left": window, "window_right": 0}
-        read |= {"soft_cap": 0.0, "num_splits": splits}
+        write["is_neox"] = options.get("is_neox", True)
+        read = {"scale": head_dim**-0.5, "window_right": 0, "num_splits": splits}
+        read |= {"window_left": options.get("window", -1)}
+        read |= {"soft_cap": options.get("cap", 0.0)}
+        sinks = torch.randn(num_heads, device=device) if options.get("sinks") else None
         prepared = [self.qkv, table, self.positions, self.slots, *weights, *scales]
         query = torch.empty(rows, num_heads, head_dim, **self.kind)
         self.out = torch.empty_like(query)
@@ -121,14 +128,14 @@ class Calls:
         )
         second = libraries["attention"].call(
             "paged_attention",
-            [query, self.kv, self.kv, *batch, None, None, *scales],
+            [query, self.kv, self.kv, *batch, None, sinks, *scales],
             [self.out, *scratch],
             place | read | {"paged": True},
         )
         present = [t for i, t in enumerate(batch) if i not in (1, 4)]
         self.one = libraries["attention"].call(
             ONE,
-            [*prepared, *present, None, None, self.kv],
+            [*prepared, *present, None, sinks, self.kv],
             [self.out, self.kv, query, *scratch],
             place | write | read,
         )
@@ -161,8 +168,8 @@ class Calls:
         self.positions.copy_(torch.tensor(positions))
 
 
-def check(libraries, device, batch, heads, cache, dtype, normed, shared, window):
-    calls = Calls(libraries, device, batch, heads, cache, dtype, normed, window)
+def check(libraries, device, batch, heads, cache, dtype, shared, **options):
+    calls = Calls(libraries, device, batch, heads, cache, dtype, **options)
     generator = torch.Generator().manual_seed(sum(heads))
     calls.lay_out(*batch, shared, generator)
     cached = torch.randn(calls.kv.shape, device=device)
@@ -201,10 +208,7 @@ def speed(libraries, name, lengths, cache, layers=16, rounds=11):
     hidden = torch.randn(len(lengths), 4096, device="cuda").bfloat16()
     own = []
     for _ in range(layers):
-        calls = Calls(
-            *(libraries, "cuda", (new, lengths), heads, cache, torch.bfloat16),
-            *(False, -1),
-        )
+        calls = Calls(libraries, "cuda", (new, lengths), heads, cache, torch.bfloat16)
         calls.kv.random_(0, 56)
         pages = Shuffled(calls.kv.shape[1] - 1)
         calls.tables.copy_(pages.table(lengths, calls.tables.shape[1]))

@@ -13,8 +13,8 @@ Parts: doctor; demo; one a test file, named as it is (test_rms_norm, ...; three 
 test_flash_attn_varlen, which is long), on lazy and compiled tensors and, with
 XLA_OPS_TEST_TORCH_CUDA=1, torch CUDA tensors; test_in_place with caches of --cache-mb;
 memcheck (compute-sanitizer on op tests); kernels, elementwise, gradients,
-grouped_matmul and linear (the kernels alone, under JAX); attention_backward (alone,
-under torch); compiled_update (torch.compile of CUDA tensors, timed); user_kernels
+grouped_matmul and linear (the kernels alone, under JAX); attention_backward and
+one_call (alone, under torch); compiled_update (torch.compile of CUDA tensors, timed); user_kernels
 (xla_ops.extend, timed); large (arrays past 2^31 elements); table (ms per step against
 cache size); ways (examples/in_place, compared). With --kernel-races, the program that
 `bazel build //tests/gpu:kernel_races` makes: races (it alone, with graph capture) and
@@ -107,7 +107,7 @@ def parts(out, cache_mb):
         name: [sys.executable, f"tests/gpu/check_{name}.py", "--lib-dir", libraries(),
                "--out", str(out / f"{name}.json")]
         for name in ("kernels", "elementwise", "grouped_matmul", "linear",
-                     "gradients", "attention_backward")
+                     "gradients", "attention_backward", "one_call")
     }  # fmt: skip
     update = [sys.executable, "benchmarks/compiled_update.py", "--device", "cuda",
               "--out", str(out / "compiled_update.json")]  # fmt: skip

@@ -111,16 +111,17 @@ def on(device, tensors):
 
 
 def check(made, device):
-    """Holds the call to the two, results and cache, where it must have been one."""
-    expected = on("cpu", {n: t if t is None else t.clone() for n, t in made[0].items()})
-    out = call(apart, made, expected)
-    tensors = on(device, {n: t if t is None else t.clone() for n, t in made[0].items()})
-    got = call(joint, made, tensors)
+    """Holds the call to the two, results and cache, on the same device."""
+    found = []
+    for op in (apart, joint):
+        copies = {n: t if t is None else t.clone() for n, t in made[0].items()}
+        tensors = on(device, copies)
+        out = call(op, made, tensors).cpu()
+        found.append((out, tensors["kv"].cpu()))
+    (want, wanted), (got, cached) = found
     assert got.dtype == made[0]["qkv"].dtype
-    torch.testing.assert_close(got.cpu(), out, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(
-        tensors["kv"].cpu().view(torch.uint8), expected["kv"].view(torch.uint8)
-    )
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cached.view(torch.uint8), wanted.view(torch.uint8))
 
 
 CASES = {
@@ -240,8 +241,8 @@ def test_caches_of_two_buffers_take_two_calls(one_call):
 
 def test_an_int_counts_sequences(one_call):
     made = case()
-    expected = {n: t if t is None else t.clone() for n, t in made[0].items()}
-    out = call(apart, made, expected)
+    copies = {n: t if t is None else t.clone() for n, t in made[0].items()}
+    out = call(apart, made, on(torch_xla.device(), copies)).cpu()
     tensors = on(torch_xla.device(), made[0])
     got = call(joint, made, {**tensors, "num_seqs": 3})
     assert torch.equal(got.cpu(), out)
@@ -256,6 +257,7 @@ WRONG = {
     "block_tables": (lambda t: t[:1], "block_tables must have shape"),
     "num_seqs": (lambda t: t.repeat(2), "num_seqs must have 1"),
     "sinks": (lambda t: torch.ones(3), "sinks must have shape"),
+    "head_dim": (12, "qkv must have a head_dim that is a multiple of 8"),
     "qkv of": (lambda t: [1.0], "qkv must be a tensor"),
 }
 
@@ -265,11 +267,12 @@ WRONG = {
 def test_wrong_arguments(device, name):
     device = torch_xla.device() if device == "xla" else device
     change, message = WRONG[name]
-    made = case()
+    made = case(dim=change if name == "head_dim" else 16)
     tensors = on(device, made[0])
     key = name.split()[0]
-    value = change(made[0][key])
-    tensors[key] = value.to(device) if isinstance(value, torch.Tensor) else value
+    if key in tensors:
+        value = change(made[0][key])
+        tensors[key] = value.to(device) if isinstance(value, torch.Tensor) else value
     kv = tensors["kv"].cpu()
     with pytest.raises((ValueError, TypeError)) as error:
         call(joint, made, tensors)

@@ -2,7 +2,9 @@
 // (programmatic dependent launch, compute capability 9.0 on), which hides the
 // time that launching it takes. For the second kernel of one handler's call:
 //
-//   first kernel   LetNextKernelStart() when a block has little left to do
+//   first kernel   LetNextKernelStart() when a block has little left to do, or
+//                  at once where what the second does before it waits is worth
+//                  its room
 //   second kernel  WaitForPreviousKernel() before it touches any memory that
 //                  the first reads or writes
 //   host           LaunchOverlapping(second, ..., CanOverlap(attributes))

@@ -26,7 +26,7 @@ from .fused_qk_norm_rope_and_cache import (
 from .paged_attention import NAMES, count_on, longest_of, paged_attention, window_left
 
 _check = Checker("fused_qk_norm_rope_and_paged_attention")
-_NAMES = NAMES._replace(op=_check.op)
+_NAMES = NAMES._replace(op=_check.op, query="qkv")
 
 
 def fused_qk_norm_rope_and_paged_attention(
@@ -68,7 +68,8 @@ def fused_qk_norm_rope_and_paged_attention(
     after the other: under torch_xla's SPMD, and of other tensors and arrays.
 
     It has no gradient. Under torch.autocast arguments are cast as those of
-    `fused_qk_norm_rope_and_cache` are, alibi_slopes and sinks to float32.
+    `fused_qk_norm_rope_and_cache` are, alibi_slopes and sinks to float32; queries stay
+    in qkv's dtype.
 
     Args:
         qkv to slot_mapping: as fused_qk_norm_rope_and_cache has them.
@@ -187,13 +188,14 @@ def _front(
         *(_check, qkv, *sizes, eps, q_weight, k_weight, cos_sin_cache, position_ids),
         *(*caches, slot_mapping, *fp8),
     )
+    alibi_slopes = attention.as_float32(_check, "alibi_slopes", alibi_slopes)
+    sinks = attention.as_float32(_check, "sinks", sinks)
     is_fp8 = kv_cache_dtype != "auto"
     longest = longest_of(block_tables, key_cache.shape[1])
     rest = (
         *(q_weight, k_weight, cos_sin_cache, position_ids, slot_mapping),
         *(k_scale if is_fp8 else None, v_scale if is_fp8 else None, *batch),
-        attention.as_float32(_check, "alibi_slopes", alibi_slopes),
-        attention.as_float32(_check, "sinks", sinks),
+        *(alibi_slopes, sinks),
         *(*sizes, eps, is_neox, kv_cache_dtype),
     )
     window = window_left(_check, sliding_window, longest)

@@ -39,7 +39,7 @@ def set_share(utilization: float, environ: dict | os._Environ = os.environ) -> N
     A share that the user has set himself stays.
     """
     for name in ("PJRT_ALLOCATOR_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        if name in environ:
+        if environ.get(name):  # the client takes an empty one for none
             return
     environ["PJRT_ALLOCATOR_FRACTION"] = str(utilization)
 
@@ -48,7 +48,7 @@ def check_free(utilization: float, environ: Mapping[str, str] = os.environ) -> N
     """Raises ValueError where others have memory of the GPU that the client is to take.
 
     The client would take what there is (gpu/share.py), and caches be smaller than was
-    asked for. That is what becomes of a share that the user has set himself.
+    asked for. That is what becomes of another share, which the user has set himself.
     """
     taken = options.client_options(environ).get("memory_fraction", utilization)
     found = share.room(options.ordinal(environ))

@@ -7,6 +7,7 @@
 #include "xla_ops/cc/core/error.h"
 #include "xla_ops/cc/device/cuda_handler.h"
 #include "xla_ops/cc/device/kernel_list.h"
+#include "xla_ops/cc/device/per_device.h"
 #include "xla_ops/cc/ops/attention/attention_launch.h"
 #include "xla_ops/cc/ops/attention/fused_qk_norm_rope_and_paged_attention.h"
 #include "xla_ops/cc/ops/fused_qk_norm_rope_and_cache/fused_qk_norm_rope_and_cache_launch.h"
@@ -14,15 +15,29 @@
 namespace xla_ops {
 namespace {
 
-cudaError_t Prepare() {
-  cudaError_t error = LoadKernels();
-  // As the kernel for decode has it, so that blocks of both find room together.
-  for (const KernelEntry* entry = KernelEntry::First();
-       entry != nullptr && error == cudaSuccess; entry = entry->next()) {
-    error = cudaFuncSetAttribute(entry->kernel(),
-                                 cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared);
+// Gives the kernels that write multiprocessors with as much shared memory as
+// there is, or no block of the one for decode would find room beside theirs.
+cudaError_t SetCarveouts(bool* set) {
+  for (const KernelEntry* entry = KernelEntry::First(); entry != nullptr;
+       entry = entry->next()) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        entry->kernel(), cudaFuncAttributePreferredSharedMemoryCarveout,
+        cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      return error;
+    }
   }
+  *set = true;
+  return cudaSuccess;
+}
+
+// XLA calls it for each call of every run of a program.
+cudaError_t Prepare() {
+  static PerDevice<bool> devices;
+  bool set = false;
+  cudaError_t error = LoadKernels();
+  if (error == cudaSuccess) error = devices.Get(SetCarveouts, &set);
   return error == cudaSuccess ? PrepareAttention() : error;
 }
 
