@@ -14,12 +14,12 @@ test_flash_attn_varlen, which is long), on lazy and compiled tensors and, with
 XLA_OPS_TEST_TORCH_CUDA=1, torch CUDA tensors; test_in_place with caches of --cache-mb;
 memcheck (compute-sanitizer on op tests); kernels, elementwise, gradients,
 grouped_matmul and linear (the kernels alone, under JAX); attention_backward and
-one_call (alone, under torch); compiled_update (torch.compile of CUDA tensors, timed); user_kernels
-(xla_ops.extend, timed); large (arrays past 2^31 elements); table (ms per step against
-cache size); ways (examples/in_place, compared). With --kernel-races, the program that
-`bazel build //tests/gpu:kernel_races` makes: races (it alone, with graph capture) and
-races_TOOL for each tool of compute-sanitizer. `tests` stands for all test files. Up to
---jobs parts share the GPU, but for large and what is timed.
+one_call (alone, under torch); compiled_update (torch.compile of CUDA tensors, timed);
+user_kernels (xla_ops.extend, timed); large (arrays past 2^31 elements); table (ms per
+step against cache size); ways (examples/in_place, compared). With --kernel-races, the
+program that `bazel build //tests/gpu:kernel_races` makes: races (it alone, with graph
+capture) and races_TOOL for each tool of compute-sanitizer. `tests` stands for all test
+files. Up to --jobs parts share the GPU, but for large and what is timed.
 """
 
 import argparse
