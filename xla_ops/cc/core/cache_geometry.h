@@ -16,6 +16,7 @@
 #include <string_view>
 
 #include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/cache_copy.h"
 #include "xla_ops/cc/core/checks.h"
 #include "xla_ops/cc/core/dtype.h"
 
@@ -119,6 +120,12 @@ inline ffi::Error CheckCacheDType(const char* op, const char* argument,
                      kv_cache_dtype);
   }
   return CheckDType(op, argument, buffer, {*cache_dtype, DType::kU8});
+}
+
+inline void AddCopy(xla::ffi::AnyBuffer from,
+                    xla::ffi::Result<xla::ffi::AnyBuffer> to,
+                    CacheCopies* copies) {
+  copies->Add(from.untyped_data(), to->untyped_data(), from.size_bytes());
 }
 
 }  // namespace xla_ops

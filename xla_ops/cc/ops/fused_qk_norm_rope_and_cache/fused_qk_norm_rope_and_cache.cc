@@ -165,16 +165,6 @@ ffi::Error BindScale(const char* name, ffi::AnyBuffer scale,
   return ffi::Error::Success();
 }
 
-void AddCopy(ffi::AnyBuffer from, ffi::Result<ffi::AnyBuffer> to,
-             Params* params) {
-  if (from.untyped_data() == to->untyped_data() || from.size_bytes() == 0) {
-    return;
-  }
-  params->copies[params->num_copies++] = {
-      from.untyped_data(), to->untyped_data(),
-      static_cast<int64_t>(from.size_bytes())};
-}
-
 // Both targets.
 ffi::Error MakeParams(const Operands& operands, const CacheOperand& key_cache,
                       const CacheOperand& value_cache,
@@ -235,8 +225,8 @@ ffi::Error MakeFusedQkNormRopeAndCacheParams(
                  {"value_cache", "value_cache result", "value_offset",
                   value_cache, value_cache_result, attrs.value_offset},
                  query, attrs, params));
-  AddCopy(key_cache, key_cache_result, params);
-  AddCopy(value_cache, value_cache_result, params);
+  AddCopy(key_cache, key_cache_result, &params->copies);
+  AddCopy(value_cache, value_cache_result, &params->copies);
   return ffi::Error::Success();
 }
 
@@ -257,7 +247,7 @@ ffi::Error MakeFusedQkNormRopeAndCacheStackedParams(
       MakeParams({qkv, q_weight, k_weight, cos_sin_cache, position_ids,
                   slot_mapping, k_scale, v_scale},
                  keys, values, query, attrs, params));
-  AddCopy(kv_cache, kv_cache_result, params);
+  AddCopy(kv_cache, kv_cache_result, &params->copies);
   return ffi::Error::Success();
 }
 

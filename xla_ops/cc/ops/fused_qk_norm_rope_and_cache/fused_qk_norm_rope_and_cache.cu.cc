@@ -21,6 +21,7 @@
 #include <cstdio>
 #include <type_traits>
 
+#include "xla_ops/cc/device/cache_copy.h"
 #include "xla_ops/cc/device/cache_write.cuh"
 #include "xla_ops/cc/device/dtype.cuh"
 #include "xla_ops/cc/device/exact_div.h"
@@ -382,16 +383,11 @@ cudaError_t Launch(cudaStream_t stream,
 
 cudaError_t LaunchFusedQkNormRopeAndCache(
     cudaStream_t stream, const FusedQkNormRopeAndCacheParams& params) {
-  for (int i = 0; i < params.num_copies; ++i) {
-    const CacheCopy& copy = params.copies[i];
-    const cudaError_t error =
-        cudaMemcpyAsync(copy.to, copy.from, static_cast<size_t>(copy.bytes),
-                        cudaMemcpyDeviceToDevice, stream);
-    if (error != cudaSuccess) return error;
-  }
+  cudaError_t error = CopyCaches(stream, params.copies);
+  if (error != cudaSuccess) return error;
   if (params.debug && params.num_cached_tokens > 0) {
     const int64_t blocks = CeilDivide(params.num_cached_tokens, kThreads);
-    const cudaError_t error = LaunchKernel<ReportSlotsKernel>(
+    error = LaunchKernel<ReportSlotsKernel>(
         stream, static_cast<unsigned>(blocks), kThreads, params.slot_mapping,
         params.num_cached_tokens, params.num_blocks * params.page_size);
     if (error != cudaSuccess) return error;

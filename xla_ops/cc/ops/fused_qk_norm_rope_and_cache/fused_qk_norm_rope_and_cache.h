@@ -52,16 +52,10 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/core/cache_copy.h"
 #include "xla_ops/cc/core/dtype.h"
 
 namespace xla_ops {
-
-// A cache whose result lies in another buffer than its argument.
-struct CacheCopy {
-  const void* from;
-  void* to;
-  int64_t bytes;
-};
 
 struct FusedQkNormRopeAndCacheParams {
   DType dtype;
@@ -94,9 +88,7 @@ struct FusedQkNormRopeAndCacheParams {
   const float* k_scale;         // [1], or null: 1; read for fp8 caches
   const float* v_scale;         // the same
   bool debug;
-  // What has to be copied first.
-  int num_copies;
-  CacheCopy copies[2];
+  CacheCopies copies;  // what has to be copied first
 };
 
 // What one CUDA launch can count: heads and a head's elements in 31 bits.

@@ -1,13 +1,13 @@
-// The CPU kernel of fused_qk_norm_rope_and_cache. Queries
-// are spread over XLA's threads by token; keys and values by head, so that
-// tokens with the same slot are written in order: here the last one wins whole.
+// The CPU kernel of fused_qk_norm_rope_and_cache. Queries are spread over XLA's
+// threads by token; keys and values by head, so that tokens with the same slot
+// are written in order: here the last one wins whole.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/cache_copy.h"
 #include "xla_ops/cc/core/cache_write.h"
 #include "xla_ops/cc/core/dispatch.h"
 #include "xla_ops/cc/core/float.h"
@@ -111,10 +111,7 @@ void Run(const Params& params, ffi::ThreadPool& pool) {
 
 void FusedQkNormRopeAndCache(const FusedQkNormRopeAndCacheParams& params,
                              ffi::ThreadPool& pool) {
-  for (int i = 0; i < params.num_copies; ++i) {
-    const CacheCopy& copy = params.copies[i];
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-  }
+  CopyCaches(params.copies);
   if (params.debug) {
     ReportSkippedSlots("fused_qk_norm_rope_and_cache", params.slot_mapping,
                        params.num_cached_tokens,

@@ -88,16 +88,6 @@ ffi::Error BindCache(const CacheOperand& operand, const CacheGeometry& geometry,
   return ffi::Error::Success();
 }
 
-void AddCopy(ffi::AnyBuffer from, ffi::Result<ffi::AnyBuffer> to,
-             ReshapeAndCacheFlashParams* params) {
-  if (from.untyped_data() == to->untyped_data() || from.size_bytes() == 0) {
-    return;
-  }
-  params->copies[params->num_copies++] = {
-      from.untyped_data(), to->untyped_data(),
-      static_cast<int64_t>(from.size_bytes())};
-}
-
 ffi::Error BindScale(const char* name, ffi::AnyBuffer scale,
                      const float** data) {
   if (scale.element_count() == 0) return ffi::Error::Success();
@@ -145,8 +135,8 @@ ffi::Error MakeReshapeAndCacheFlashParams(
                          {"value_cache", "value_cache result", "value_offset",
                           value_cache, value_cache_result, attrs.value_offset},
                          slot_mapping, k_scale, v_scale, attrs, params));
-  AddCopy(key_cache, key_cache_result, params);
-  AddCopy(value_cache, value_cache_result, params);
+  AddCopy(key_cache, key_cache_result, &params->copies);
+  AddCopy(value_cache, value_cache_result, &params->copies);
   return ffi::Error::Success();
 }
 
@@ -164,7 +154,7 @@ ffi::Error MakeReshapeAndCacheFlashStackedParams(
   XLA_OPS_RETURN_IF_ERROR(MakeTwoCacheParams(key, value, operand, value_operand,
                                              slot_mapping, k_scale, v_scale,
                                              attrs, params));
-  AddCopy(kv_cache, kv_cache_result, params);
+  AddCopy(kv_cache, kv_cache_result, &params->copies);
   return ffi::Error::Success();
 }
 
@@ -183,7 +173,7 @@ ffi::Error MakeReshapeAndCacheFlashOneParams(
                  key_cache_result, attrs.key_offset},
                 geometry, attrs.kv_cache_dtype, params, &params->key_cache));
   XLA_OPS_RETURN_IF_ERROR(BindScale("k_scale", k_scale, &params->k_scale));
-  AddCopy(key_cache, key_cache_result, params);
+  AddCopy(key_cache, key_cache_result, &params->copies);
   return ffi::Error::Success();
 }
 

@@ -52,16 +52,10 @@
 
 #include <cstdint>
 
+#include "xla_ops/cc/core/cache_copy.h"
 #include "xla_ops/cc/core/dtype.h"
 
 namespace xla_ops {
-
-// Bytes to copy before any is written.
-struct CacheCopy {
-  const void* from;
-  void* to;
-  int64_t bytes;
-};
 
 // One or two caches written by one launch; `value*` are null for one.
 struct ReshapeAndCacheFlashParams {
@@ -85,9 +79,7 @@ struct ReshapeAndCacheFlashParams {
   const float* k_scale;         // [1], or null: 1; read for fp8 caches
   const float* v_scale;         // the same
   bool debug;
-  // What has to be copied first: caches whose result is another buffer.
-  int num_copies;
-  CacheCopy copies[2];
+  CacheCopies copies;  // what has to be copied first
 };
 
 // What one CUDA launch can count of a token's key.

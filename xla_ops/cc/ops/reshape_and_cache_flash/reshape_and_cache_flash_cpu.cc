@@ -5,9 +5,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "xla/ffi/api/ffi.h"
+#include "xla_ops/cc/core/cache_copy.h"
 #include "xla_ops/cc/core/cache_write.h"
 #include "xla_ops/cc/core/dispatch.h"
 #include "xla_ops/cc/core/float.h"
@@ -61,10 +61,7 @@ void Write(const ReshapeAndCacheFlashParams& params, ffi::ThreadPool& pool) {
 
 void ReshapeAndCacheFlash(const ReshapeAndCacheFlashParams& params,
                           ffi::ThreadPool& pool) {
-  for (int i = 0; i < params.num_copies; ++i) {
-    const CacheCopy& copy = params.copies[i];
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-  }
+  CopyCaches(params.copies);
   if (params.debug) {
     ReportSkippedSlots("reshape_and_cache_flash", params.slot_mapping,
                        params.num_tokens, params.num_blocks * params.page_size);

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include "xla_ops/cc/core/error.h"
+#include "xla_ops/cc/device/cache_copy.h"
 #include "xla_ops/cc/device/cuda_handler.h"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash.h"
 #include "xla_ops/cc/ops/reshape_and_cache_flash/reshape_and_cache_flash_checks.h"
@@ -17,15 +18,9 @@ namespace {
 
 cudaError_t CopyAndLaunch(cudaStream_t stream,
                           const ReshapeAndCacheFlashParams& params) {
-  for (int i = 0; i < params.num_copies; ++i) {
-    const CacheCopy& copy = params.copies[i];
-    const cudaError_t error =
-        cudaMemcpyAsync(copy.to, copy.from, static_cast<size_t>(copy.bytes),
-                        cudaMemcpyDeviceToDevice, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return IsEmpty(params) ? cudaSuccess
-                         : LaunchReshapeAndCacheFlash(stream, params);
+  const cudaError_t error = CopyCaches(stream, params.copies);
+  if (error != cudaSuccess || IsEmpty(params)) return error;
+  return LaunchReshapeAndCacheFlash(stream, params);
 }
 
 ffi::Error CheckAndLaunch(cudaStream_t stream,
