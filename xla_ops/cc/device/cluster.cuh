@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "xla_ops/cc/device/overlap.cuh"
+
 // Kernels for several architectures keep what needs clusters behind this.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define XLA_OPS_HAS_CLUSTERS 1
@@ -28,8 +30,7 @@ struct ClusterLaunch {
     attributes[0].val.clusterDim.x = cluster.x;
     attributes[0].val.clusterDim.y = cluster.y;
     attributes[0].val.clusterDim.z = cluster.z;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1] = OverlapAttribute();
     config.gridDim = blocks;
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);

@@ -43,13 +43,19 @@ inline bool CanOverlap(const cudaFuncAttributes& attributes) {
   return attributes.ptxVersion >= 90;
 }
 
+// Of a launch while the kernel before it may still run.
+inline cudaLaunchAttribute OverlapAttribute() {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
 template <typename Args>
 cudaError_t LaunchOverlapping(cudaStream_t stream, void (*kernel)(Args),
                               dim3 blocks, dim3 threads, bool overlap,
                               const Args& args, int shared_bytes = 0) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = OverlapAttribute();
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = threads;

@@ -103,7 +103,6 @@ cudaError_t LaunchMixed(cudaStream_t stream, const AttentionParams& params,
                         const AttentionDevice& device) {
   AttentionArgs args = all_args;
   args.few_rows = kDecodeRows;
-  args.overlaps = false;  // the kernel before the one for decode is no writer
   const cudaError_t error = LaunchAttentionSm90(stream, params, args, device);
   if (error != cudaSuccess) return error;
   return LaunchAttentionMma(stream, params, args, device);
@@ -119,10 +118,8 @@ cudaError_t PrepareAttentionSimt(AttentionDevice*) {
 
 cudaError_t LaunchAttentionSimt(cudaStream_t stream,
                                 const AttentionParams& params,
-                                const AttentionArgs& all_args,
+                                const AttentionArgs& args,
                                 const AttentionDevice&) {
-  AttentionArgs args = all_args;
-  args.overlaps = false;  // it does not wait
   if (params.kv_dtype != params.dtype) return LaunchSimtFp8(stream, args);
   if (params.dtype == DType::kF32) return LaunchSimt<float>(stream, args);
   return params.dtype == DType::kF16 ? LaunchSimt<__half>(stream, args)
@@ -252,14 +249,13 @@ cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params,
   cudaError_t error = GetDevice(&device);
   if (error != cudaSuccess) return error;
 
-  AttentionArgs args = MakeAttentionArgs(params);
+  const AttentionArgs args = MakeAttentionArgs(params);
   if (!IsAligned(params.workspace, 16) ||
       params.workspace_bytes <
           AttentionWorkspaceBytes(params.num_tokens, params.num_heads,
                                   params.head_dim, args.num_splits)) {
     return cudaErrorInvalidValue;
   }
-  args.overlaps = after_writer && device.can_overlap && !params.debug;
   if (params.debug) {
     const int blocks = std::max(1, args.max_num_seqs);
     ReportAttentionKernel<<<blocks, 128, 0, stream>>>(args);
@@ -272,6 +268,9 @@ cudaError_t LaunchAttention(cudaStream_t stream, const AttentionParams& params,
        error == cudaErrorNotSupported && kernel != AttentionKernel::kNone;
        kernel = NextAttentionKernel(kernel, params, device)) {
     run = InClusters(kernel, params, device, args);
+    // Alone the one for decode waits, and follows the writer but in debug mode.
+    run.overlaps = kernel == AttentionKernel::kMma && after_writer &&
+                   device.can_overlap && !params.debug;
     error = kLaunchers[static_cast<int>(kernel)].launch(stream, params, run,
                                                         device);
     if (params.debug && error == cudaSuccess) TellKernel(kernel, params);
