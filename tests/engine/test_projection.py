@@ -30,7 +30,7 @@ def steps_of(family, **options):
         generate(llm, PROMPTS, greedy(3))
         layers = len(caches(llm))
     texts = (f.read_text() for f in set(HLO.glob("*after_optimizations.txt")) - before)
-    steps = [t for t in texts if "paged_attention" in t]
+    steps = [t for t in texts if {TOGETHER, "paged_attention"}.intersection(calls(t))]
     assert steps, "no program was dumped"
     return layers, steps
 

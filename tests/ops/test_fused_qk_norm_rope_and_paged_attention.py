@@ -107,15 +107,15 @@ def call(op, made, tensors):
 
 
 def on(device, tensors):
-    return {n: t if t is None else t.to(device) for n, t in tensors.items()}
+    """Copies: an update changes none that it was made of."""
+    return {n: t if t is None else t.clone().to(device) for n, t in tensors.items()}
 
 
 def check(made, device):
     """Holds the call to the two, results and cache, on the same device."""
     found = []
     for op in (apart, joint):
-        copies = {n: t if t is None else t.clone() for n, t in made[0].items()}
-        tensors = on(device, copies)
+        tensors = on(device, made[0])
         out = call(op, made, tensors).cpu()
         found.append((out, tensors["kv"].cpu()))
     (want, wanted), (got, cached) = found
@@ -190,17 +190,15 @@ def test_any_batch(changes):
     check(case(**changes), torch_xla.device())
 
 
-def step(made, tensors):
-    return call(joint, made, tensors)
-
-
 @pytest.mark.parametrize("backend", ["openxla", "xla_ops"])
 def test_compiled(backend, one_call):
     made = case()
-    expected = on("cpu", {n: t if t is None else t.clone() for n, t in made[0].items()})
+    expected = on("cpu", made[0])
     out = call(apart, made, expected)
     tensors = on(torch_xla.device(), made[0])
-    compiled = torch.compile(lambda **t: step(made, t), backend=backend, fullgraph=True)
+    compiled = torch.compile(
+        lambda **t: call(joint, made, t), backend=backend, fullgraph=True
+    )
     got = compiled(**tensors)
     torch.testing.assert_close(got.cpu(), out)
     torch.testing.assert_close(tensors["kv"].cpu(), expected["kv"])
@@ -226,7 +224,7 @@ def test_caches_of_two_buffers_take_two_calls(one_call):
     made = case()
     tensors = dict(made[0])
     both = [t.clone() for t in tensors["kv"].unbind(0)]
-    expected = {n: t if t is None else t.clone() for n, t in tensors.items()}
+    expected = on("cpu", tensors)
     out = call(apart, made, expected)
 
     def separate(*args, **features):
@@ -241,8 +239,7 @@ def test_caches_of_two_buffers_take_two_calls(one_call):
 
 def test_an_int_counts_sequences(one_call):
     made = case()
-    copies = {n: t if t is None else t.clone() for n, t in made[0].items()}
-    out = call(apart, made, on(torch_xla.device(), copies)).cpu()
+    out = call(apart, made, on(torch_xla.device(), made[0])).cpu()
     tensors = on(torch_xla.device(), made[0])
     got = call(joint, made, {**tensors, "num_seqs": 3})
     assert torch.equal(got.cpu(), out)
